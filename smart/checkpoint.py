@@ -1,0 +1,156 @@
+"""Atomic checkpoints and exact resume.
+
+A checkpoint is a folder ``<root>/<step, 8 digits>/`` that appears in one rename: its files are written to a hidden
+folder beside it, flushed to the disk, listed with their SHA-256 in ``manifest.json``, then renamed into place. A
+crash at any instant leaves the previous checkpoint as it was. Only safetensors and JSON are read back.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from smart import UserError
+
+MANIFEST = "manifest.json"
+STATE = "state.safetensors"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace ``path`` by ``data`` in one rename, flushed to the disk; a crash leaves the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync(path.parent)
+
+
+def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int = 0) -> Path:
+    """Make checkpoint ``step`` of what ``write(folder)`` writes; then delete all but the ``keep`` newest (0: none).
+
+    Raises ``OSError`` when it cannot be written (disk full, read-only, quota); what was there before stays.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.glob(".*.tmp"):  # of a process that was killed while it wrote
+        shutil.rmtree(leftover, ignore_errors=True)
+    final, temporary = root / f"{step:08d}", root / f".{step:08d}.tmp"
+    temporary.mkdir()
+    try:
+        write(temporary)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        sums = {str(path.relative_to(temporary)): _sha256(path) for path in files}
+        (temporary / MANIFEST).write_text(json.dumps({"step": step, "sha256": sums}, indent=1), encoding="utf-8")
+        for path in [*files, temporary / MANIFEST, temporary]:
+            _sync(path)
+        if final.exists():  # the same step again, after a resume from an older one
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        _sync(root)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if keep:
+        for old in steps(root)[:-keep]:
+            shutil.rmtree(root / f"{old:08d}", ignore_errors=True)
+    return final
+
+
+def steps(root: Path) -> list[int]:
+    """Steps that have a checkpoint folder, oldest first; whether they are whole is for ``verify`` to say."""
+    return sorted(int(path.name) for path in root.glob("[0-9]" * 8) if path.is_dir())
+
+
+def verify(folder: Path) -> None:
+    """Raise ``UserError`` naming the first file of a checkpoint that is missing or not what was written."""
+    try:
+        sums = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+        names = {str(name): str(digest) for name, digest in sums.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"checkpoint {folder}: {MANIFEST} cannot be read ({type(error).__name__})") from None
+    for name, digest in names.items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"checkpoint {folder}: {MANIFEST} names {name!r}, outside the folder")
+        if not path.is_file():
+            raise UserError(f"checkpoint {folder}: {name} is missing")
+        if _sha256(path) != digest:
+            raise UserError(f"checkpoint {folder}: {name} is damaged (its SHA-256 is not the recorded one)")
+
+
+def latest(root: Path) -> Path | None:
+    """The newest checkpoint that verifies, or None where there is none yet. A damaged one is named in a warning
+    and passed over; when every one is damaged, ``UserError``."""
+    damaged: list[str] = []
+    for step in reversed(steps(root)):
+        folder = root / f"{step:08d}"
+        try:
+            verify(folder)
+        except UserError as error:
+            damaged.append(error.message)
+            warnings.warn(f"{error.message}; trying the one before it", RuntimeWarning, stacklevel=2)
+            continue
+        return folder
+    if damaged:
+        raise UserError(f"no checkpoint in {root} can be used: {'; '.join(damaged)}; start anew with --overwrite")
+    return None
+
+
+def write_state(
+    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, **generators: torch.Generator
+) -> None:
+    """Write the optimiser's moments (by parameter name) and the generators' states beside the model's weights."""
+    tensors = {f"rng.{name}": generator.get_state() for name, generator in generators.items()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{key}.{name}"] = value.detach().cpu().contiguous()
+    save_file(tensors, folder / STATE)
+
+
+def read_state(
+    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, **generators: torch.Generator
+) -> None:
+    """Put back what ``write_state`` wrote. Raises ``UserError`` where it does not fit the model."""
+    tensors = read_tensors(folder / STATE)
+    try:
+        for name, generator in generators.items():
+            generator.set_state(tensors[f"rng.{name}"])
+        for name, parameter in model.named_parameters():
+            state: dict[str, Any] = optimizer.state[parameter]
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                value = tensors[f"optimizer.{key}.{name}"]
+                # AdamW keeps its step counter on the CPU unless it is fused
+                fused = bool(optimizer.param_groups[0].get("fused"))
+                state[key] = value.to(parameter.device) if key != "step" or fused else value
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"checkpoint {folder}: {STATE} does not fit this run ({error})") from None
+
+
+def read_tensors(path: Path) -> Mapping[str, torch.Tensor]:
+    """All tensors of a safetensors file; ``UserError`` where it cannot be read."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors ({error})") from None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

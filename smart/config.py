@@ -1,0 +1,336 @@
+"""Configuration: a TOML file becomes a frozen dataclass; what is wrong is named.
+
+Only programs read configuration; rooms take plain arguments. Each program has its schema: ``Config`` for tuning,
+``PretrainConfig`` for the base model. A field's metadata holds what is allowed: ``low``/``high`` (inclusive),
+``above`` (exclusive) and ``choices``. Nothing in a configuration file is ever executed.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from smart import UserError
+
+SHIPPED = Path(__file__).parent / "configs"
+
+Schema = TypeVar("Schema")
+
+
+def _number(default: Any, **allowed: Any) -> Any:
+    return field(default=default, metadata=allowed)
+
+
+def _choice(default: str, *choices: str) -> Any:
+    return field(default=default, metadata={"choices": choices})
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run goes: ``<folder>/<name>/``."""
+
+    name: str = "run"
+    folder: str = "runs"
+    seed: int = _number(1, low=0, high=2**31 - 1)
+    device: str = _choice("auto", "auto", "cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The base model: a shipped name, a local folder, or a hub id (the only case that uses the network)."""
+
+    base: str = "piano-small"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What every completion starts from (``smart.prompts``)."""
+
+    kind: str = _choice("procedural", "procedural", "first_note", "bos", "dataset")
+    corpus: str = ""  # folder written by smart.corpus; needed by kind = "dataset"
+    split: str = _choice("train", "train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn (``smart.sampler``)."""
+
+    max_new_tokens: int = _number(256, low=1, high=100_000)
+    temperature: float = _number(1.0, above=0.0, high=100.0)
+    top_k: int = _number(0, low=0)
+    top_p: float = _number(1.0, above=0.0, high=1.0)
+    dtype: str = _choice("auto", "auto", "float32", "bfloat16")  # auto: float32 on CPU, bfloat16 on CUDA
+
+
+@dataclass(frozen=True)
+class Render:
+    """How notes become audio (``smart.render``)."""
+
+    soundfont: str = "timgm"
+    sample_rate: int = _number(44100, low=8000, high=192_000)
+    seconds: float = _number(10.0, above=0.0, high=600.0)
+    workers: int = _number(0, low=0, high=1024)  # 0: one for each usable core
+    deadline: float = _number(30.0, above=0.0, high=3600.0)  # seconds that one clip may take
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """What rates the audio (``smart.reward``). ``weights`` empty: the reward's first axis alone."""
+
+    kind: str = "ce_proxy"
+    weights: dict[str, float] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)  # handed to the reward: model, dtype, ...
+
+
+@dataclass(frozen=True)
+class Grpo:
+    """Group relative policy optimization (``smart.grpo``)."""
+
+    iterations: int = _number(200, low=1)
+    prompts: int = _number(8, low=1)  # different prompts an iteration
+    group_size: int = _number(8, low=2)  # completions of each prompt
+    learning_rate: float = _number(1e-4, above=0.0, high=1.0)
+    beta: float = _number(0.04, low=0.0)  # weight of the KL term
+    clip: float = _number(0.2, above=0.0, high=1.0)
+    inner_epochs: int = _number(1, low=1)  # optimiser steps a batch (mu)
+    micro_batch: int = _number(16, low=1)  # completions a forward and backward pass
+    average: str = _choice("token", "token", "sequence", "constant")
+    scale: str = _choice("group", "group", "none")
+    max_grad_norm: float = _number(1.0, above=0.0)
+    precision: str = _choice("auto", "auto", "float32", "bfloat16")  # auto: bf16 autocast on CUDA only
+
+
+@dataclass(frozen=True)
+class Track:
+    """What a run writes, and how often (in iterations)."""
+
+    checkpoint_every: int = _number(20, low=1)
+    keep_checkpoints: int = _number(3, low=0)  # 0: all
+    samples_every: int = _number(20, low=1)
+    samples: int = _number(2, low=0, high=1000)  # completions of each such iteration as MIDI and WAV
+    final_prompts: int = _number(64, low=2)  # fresh prompts for base against tuned at the end
+    final_listen: int = _number(4, low=0)  # of them, how many are written as MIDI and WAV
+
+
+@dataclass(frozen=True)
+class Config:
+    """A tuning run. Defaults: the paper's numbers (section 3.5), with what ships in place of what it downloads."""
+
+    run: Run = field(default_factory=Run)
+    model: Model = field(default_factory=Model)
+    prompts: Prompts = field(default_factory=Prompts)
+    sampling: Sampling = field(default_factory=Sampling)
+    render: Render = field(default_factory=Render)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    grpo: Grpo = field(default_factory=Grpo)
+    track: Track = field(default_factory=Track)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Size of a new Phi-3 base. Defaults: the paper's."""
+
+    layers: int = _number(4, low=1)
+    hidden: int = _number(512, low=8)
+    heads: int = _number(8, low=1)
+    intermediate: int = _number(2048, low=8)
+    max_positions: int = _number(2048, low=16)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Tokenised music to learn from, written by ``smart.corpus``."""
+
+    corpus: str = ""
+    crop: int = _number(512, low=8)  # tokens of a training row, BOS and EOS included
+    transpose: int = _number(0, low=0, high=11)  # semitones up or down, drawn anew for every crop
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """Pretraining (FACTS: AdamW 5e-4, 500 warm-up steps, cosine to 5e-6, weight decay 0.01, batch 32)."""
+
+    steps: int = _number(10_000, low=1)
+    batch: int = _number(32, low=1)
+    learning_rate: float = _number(5e-4, above=0.0, high=1.0)
+    final_learning_rate: float = _number(5e-6, low=0.0, high=1.0)
+    warmup: int = _number(500, low=0)
+    weight_decay: float = _number(0.01, low=0.0)
+    max_grad_norm: float = _number(1.0, above=0.0)
+    precision: str = _choice("auto", "auto", "float32", "bfloat16")
+    evaluate_every: int = _number(500, low=1)
+    evaluate_rows: int = _number(256, low=1)  # validation rows, the same ones each time
+    patience: int = _number(10, low=1)  # evaluations without a better validation loss before stopping
+    checkpoint_every: int = _number(500, low=1)
+    keep_checkpoints: int = _number(2, low=1)
+    samples: int = _number(4, low=0)  # pieces written as MIDI and WAV at each evaluation
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """A base model's run (``smart.pretrain``)."""
+
+    run: Run = field(default_factory=Run)
+    architecture: Architecture = field(default_factory=Architecture)
+    data: Data = field(default_factory=Data)
+    optimisation: Optimisation = field(default_factory=Optimisation)
+    render: Render = field(default_factory=Render)
+
+
+def shipped() -> list[str]:
+    """Bare names of the configurations that the package carries."""
+    return sorted(path.name for path in SHIPPED.glob("*.toml"))
+
+
+def find(path: str | Path) -> Path:
+    """``path`` itself, or the shipped configuration of that bare name when there is no such file."""
+    given = Path(path)
+    if given.is_file():
+        return given
+    if given.name == str(path) and (SHIPPED / given.name).is_file():
+        return SHIPPED / given.name
+    raise UserError(f"config {str(path)!r}: no such file; shipped configs are {', '.join(shipped())}")
+
+
+def load(path: str | Path, overrides: Iterable[str] = (), *, schema: type[Schema] = Config) -> Schema:  # type: ignore[assignment]  # mypy has no default for a type variable
+    """Read ``path``, apply ``overrides`` ("section.key=value", in TOML notation) and check everything.
+
+    Raises ``UserError`` that names the key, its value and what is allowed.
+    """
+    file = find(path)
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"config {file}: cannot be read as TOML: {error}") from None
+    for override in overrides:
+        _apply(values, override)
+    return _build(schema, values, "", str(file))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain values, as they would stand in a TOML file."""
+    return dataclasses.asdict(config)
+
+
+def dumps(config: Any) -> str:
+    """The resolved configuration as TOML that ``load`` reads back to an equal object."""
+    lines: list[str] = []
+    _write_table(to_dict(config), "", lines)
+    return "\n".join(lines).strip() + "\n"
+
+
+def _write_table(table: dict[str, Any], prefix: str, lines: list[str]) -> None:
+    for key, value in table.items():
+        if not isinstance(value, dict):
+            lines.append(f"{_key(key)} = {_toml(value)}")
+    for key, value in table.items():
+        if isinstance(value, dict):
+            name = f"{prefix}{_key(key)}"
+            lines += ["", f"[{name}]"]
+            _write_table(value, f"{name}.", lines)
+
+
+def _key(key: str) -> str:
+    bare = key and all(c.isascii() and (c.isalnum() or c in "-_") for c in key)
+    return key if bare else _toml(key)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(_toml(item) for item in value)}]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # inf, -inf and nan are spelled alike in TOML
+    if isinstance(value, str):
+        # JSON's escapes are TOML's, but for DEL, which TOML wants escaped
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return json.dumps(value)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    parts = [part.strip() for part in key.split(".")]
+    if not separator or len(parts) < 2 or not all(parts):
+        raise UserError(f"--set {override!r}: expected section.key=value, for example grpo.beta=0.02")
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+        value = parsed["value"] if list(parsed) == ["value"] else text
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    table = values
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise UserError(f"--set {override!r}: {part} is not a section")
+    table[parts[-1]] = value
+
+
+def _build(schema: type[Schema], values: dict[str, Any], prefix: str, source: str) -> Schema:
+    fields = {item.name: item for item in dataclasses.fields(schema)}  # type: ignore[arg-type]  # always a dataclass
+    hints = get_type_hints(schema)
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"allowed: {', '.join(fields)}"
+            raise UserError(f"{source}: unknown key {name} = {_short(value)}; {hint}")
+        kind = hints[key]
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, dict):
+                raise UserError(f"{source}: {name} = {_short(value)}: expected a section [{name}]")
+            arguments[key] = _build(kind, value, f"{name}.", source)  # type: ignore[arg-type]  # is_dataclass narrows to instances too
+        else:
+            arguments[key] = _check(kind, value, name, fields[key].metadata, source)
+    return schema(**arguments)
+
+
+def _check(kind: Any, value: Any, name: str, allowed: Any, source: str) -> Any:
+    def wrong(expected: str) -> UserError:
+        return UserError(f"{source}: {name} = {_short(value)}: expected {expected}")
+
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind == dict[str, float]:
+        if not isinstance(value, dict) or not all(_is_number(item) for item in value.values()):
+            raise wrong("a table of finite numbers, for example { CE = 1.0 }")
+        return {key: float(item) for key, item in value.items()}
+    if kind == dict[str, Any]:
+        if not isinstance(value, dict):
+            raise wrong("a table")
+        return value
+    if type(value) is not kind:
+        raise wrong({int: "an integer", float: "a number", str: "a string", bool: "true or false"}[kind])
+    if kind is float and not math.isfinite(value):
+        raise wrong("a finite number")
+    if "choices" in allowed and value not in allowed["choices"]:
+        raise wrong(f"one of {', '.join(allowed['choices'])}")
+    if not (value >= allowed.get("low", value) and value <= allowed.get("high", value)):
+        raise wrong(_range(allowed))
+    if "above" in allowed and not value > allowed["above"]:
+        raise wrong(_range(allowed))
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _range(allowed: Any) -> str:
+    bounds = []
+    if "low" in allowed:
+        bounds.append(f"at least {allowed['low']}")
+    if "above" in allowed:
+        bounds.append(f"greater than {allowed['above']:g}")
+    if "high" in allowed:
+        bounds.append(f"at most {allowed['high']}")
+    return "a value " + " and ".join(bounds)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,125 @@
+"""Build, find, load and save a base model: transformers' Phi3ForCausalLM with its MidiTok tokenizer.
+
+A base is a folder in the form of the hub: ``config.json``, ``model.safetensors``, ``tokenizer.json``. Weights are
+read from safetensors only, so loading a base never runs code that came with it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Phi3Config, Phi3ForCausalLM
+
+from smart import UserError
+from smart.tokens import load_tokenizer, save_tokenizer, vocabulary
+
+SHIPPED = Path(__file__).parent / "bases"
+FILES = ("config.json", "model.safetensors", "tokenizer.json")
+
+
+def build_model(
+    tokenizer: Any,
+    *,
+    layers: int = 4,
+    hidden: int = 512,
+    heads: int = 8,
+    intermediate: int = 2048,
+    max_positions: int = 2048,
+    seed: int = 0,
+) -> Phi3ForCausalLM:
+    """A Phi-3 model with random weights over ``tokenizer``'s vocabulary (paper section 3.2: 4 layers x 512)."""
+    if hidden % heads or (hidden // heads) % 2:
+        raise UserError(f"hidden = {hidden}: expected a multiple of 2 x heads = {2 * heads}")
+    facts = vocabulary(tokenizer)
+    config = Phi3Config(
+        vocab_size=facts.size,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=max_positions,
+        original_max_position_embeddings=max_positions,
+        bos_token_id=facts.bos_id,
+        eos_token_id=facts.eos_id,
+        pad_token_id=facts.pad_id,
+        use_cache=False,
+    )
+    with torch.random.fork_rng(devices=[]):  # transformers initialises from the global generator: leave it as it was
+        torch.manual_seed(seed)
+        return Phi3ForCausalLM(config).eval()
+
+
+def find_base(path_or_hub_id: str) -> Path:
+    """The folder of a base: a shipped name, a local folder, or a hub id, which is downloaded into the hub's cache."""
+    for folder in (Path(path_or_hub_id), SHIPPED / path_or_hub_id):
+        if folder.is_dir():
+            missing = [name for name in FILES if not (folder / name).is_file()]
+            if missing:
+                raise UserError(f"base {path_or_hub_id!r}: {folder} lacks {', '.join(missing)}")
+            return folder
+    names = sorted(folder.name for folder in SHIPPED.iterdir() if folder.is_dir()) if SHIPPED.is_dir() else []
+    is_hub_id = path_or_hub_id.count("/") == 1 and not path_or_hub_id.startswith((".", "/", "~"))
+    if not is_hub_id:
+        raise UserError(
+            f"base {path_or_hub_id!r}: no such folder; expected a folder with {', '.join(FILES)}, "
+            f"a shipped base ({', '.join(names) or 'none'}) or a hub id such as owner/name"
+        )
+    return _download(path_or_hub_id)
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    hint = f"download {', '.join(FILES)} of {hub_id} elsewhere and set model.base to that folder"
+    try:
+        folder = Path(snapshot_download(hub_id, allow_patterns=list(FILES)))
+    except Exception as error:  # the hub client raises dozens of kinds; all mean that it cannot be had
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"base {hub_id!r}: no such folder here, and not to be had from the hub ({reason}); {hint}"
+        ) from None
+    missing = [name for name in FILES if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"base {hub_id!r}: the hub's copy lacks {', '.join(missing)}; {hint}")
+    return folder
+
+
+def load_base(
+    path_or_hub_id: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Phi3ForCausalLM, Any]:
+    """Model (in ``eval`` mode) and tokenizer of a base.
+
+    Raises ``UserError`` when the base cannot be found or read, is no Phi-3 model, or does not fit its tokenizer.
+    """
+    folder = find_base(str(path_or_hub_id))
+    tokenizer = load_tokenizer(folder)
+    try:
+        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"base {folder}: config.json is no model configuration ({error})") from None
+    if kind != "phi3":
+        raise UserError(f"base {folder}: model_type is {kind!r}, expected 'phi3'")
+    try:
+        model = Phi3ForCausalLM.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, attn_implementation="sdpa"
+        )
+    except Exception as error:  # safetensors, OSError, RuntimeError, ...: the file is not what it should be
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"base {folder}: model.safetensors cannot be read ({reason}); fetch or train it again"
+        ) from None
+    if model.config.vocab_size != vocabulary(tokenizer).size:
+        raise UserError(
+            f"base {folder}: the model has {model.config.vocab_size} tokens and its tokenizer "
+            f"{vocabulary(tokenizer).size}; expected the two to agree"
+        )
+    return model.to(device=device, dtype=dtype).eval(), tokenizer
+
+
+def save_base(model: Phi3ForCausalLM, tokenizer: Any, folder: Path) -> None:
+    """Write ``folder`` in the form that ``load_base`` and the hub read."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder, safe_serialization=True)
+    (folder / "generation_config.json").unlink(missing_ok=True)  # we sample by our own settings
+    save_tokenizer(tokenizer, folder)
