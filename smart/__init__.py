@@ -1,5 +1,8 @@
 """Tune symbolic music models with reinforcement learning from audio."""
 
+from collections.abc import Callable
+from typing import Any
+
 import click
 
 
@@ -11,3 +14,18 @@ class UserError(click.ClickException, ValueError):
     """
 
     exit_code = 2
+
+
+def require(*finders: Callable[[], Any]) -> list[Any]:
+    """What each of ``finders`` returns; or one ``UserError`` that lists everything that they could not find."""
+    found, problems = [], []
+    for finder in finders:
+        try:
+            found.append(finder())
+        except UserError as error:
+            problems.append(error.message)
+    if len(problems) > 1:
+        raise UserError("\n- ".join([f"{len(problems)} things are missing:", *problems]))
+    if problems:
+        raise UserError(problems[0])
+    return found

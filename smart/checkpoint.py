@@ -9,6 +9,8 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -141,6 +143,32 @@ def read_tensors(path: Path) -> Mapping[str, torch.Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be read as safetensors ({error})") from None
+
+
+class StopRequest:
+    """While active, SIGINT and SIGTERM ask for a stop instead of being obeyed at once; a second SIGINT is obeyed.
+
+    ``requested`` is 0, or the number of the signal that came.
+    """
+
+    def __init__(self) -> None:
+        self.requested = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = number
 
 
 def _sha256(path: Path) -> str:

@@ -148,7 +148,8 @@ class Data:
 
     corpus: str = ""
     crop: int = _number(512, low=8)  # tokens of a training row, BOS and EOS included
-    transpose: int = _number(0, low=0, high=11)  # semitones up or down, drawn anew for every crop
+    transpose: int = _number(0, low=0, high=11)  # semitones up or down, drawn anew for every row
+    openings: float = _number(0.0, low=0.0, high=1.0)  # share of rows that start where the piece starts
 
 
 @dataclass(frozen=True)
@@ -166,8 +167,7 @@ class Optimisation:
     evaluate_every: int = _number(500, low=1)
     evaluate_rows: int = _number(256, low=1)  # validation rows, the same ones each time
     patience: int = _number(10, low=1)  # evaluations without a better validation loss before stopping
-    checkpoint_every: int = _number(500, low=1)
-    keep_checkpoints: int = _number(2, low=1)
+    keep_checkpoints: int = _number(2, low=1)  # one is made at each evaluation
     samples: int = _number(4, low=0)  # pieces written as MIDI and WAV at each evaluation
 
 

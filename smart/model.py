@@ -18,6 +18,13 @@ SHIPPED = Path(__file__).parent / "bases"
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
+def pick_device(name: str) -> torch.device:
+    """"auto" is CUDA where there is one. Raises ``UserError`` where CUDA was asked for and is not there."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("run.device = 'cuda': torch finds no CUDA device here; use run.device = 'cpu' or 'auto'")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def build_model(
     tokenizer: Any,
     *,

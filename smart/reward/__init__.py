@@ -61,7 +61,8 @@ class Reward:
         self.device = _check_device(device)
         if not self.axes or self.sample_rate <= 0:
             raise TypeError(
-                f"reward {self.name} must set axes (got {self.axes!r}) and sample_rate (got {self.sample_rate!r})"
+                f"reward {self.name} must set axes (got {self.axes!r}) and "
+                f"sample_rate (got {self.sample_rate!r})"
             )
         self.weights: dict[str, float] = {self.axes[0]: 1.0}
 
@@ -91,8 +92,8 @@ class Reward:
             NaN or an infinity, and for one that the reward could not rate.
 
         Raises:
-            TypeError, ValueError: the arguments are not of these types and shapes, or the reward's own ``rate``
-                returned something else than it must.
+            TypeError, ValueError: the arguments are not of these types and shapes, or the reward's own
+                ``rate`` returned something else than it must.
         """
         lengths = _check_clips(audio, lengths)
         clips, sound = _silence_beyond(audio, lengths)
@@ -173,8 +174,8 @@ def load_reward(
         options: passed on to the reward, for example ``model=`` and ``dtype=`` of ``audiobox``.
 
     Raises:
-        UserError: no such kind, axis, option or device; a third-party reward that cannot be imported or is not
-            a ``Reward``; or the reward's own reason for not being available, such as missing weights.
+        UserError: no such kind, axis, option or device; a third-party reward that cannot be imported or is
+            not a ``Reward``; or the reward's own reason for not being available, such as missing weights.
     """
     factory = _find_factory(kind)
     _check_options(kind, factory, options)
@@ -192,7 +193,7 @@ def load_reward(
 
 def available_rewards() -> dict[str, str]:
     """Every kind that ``load_reward`` knows -> the package that it comes from."""
-    found = {kind: "smart" for kind in BUILT_IN}
+    found = dict.fromkeys(BUILT_IN, "smart")
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         found.setdefault(entry.name, _package(entry))
     return found
@@ -202,9 +203,9 @@ def resample(audio: torch.Tensor, from_rate: int, to_rate: int) -> torch.Tensor:
     """Change the sample rate by windowed-sinc interpolation, as torchaudio's resample does by default.
 
     With f and t the two rates divided by their greatest common divisor and B = 0.99 min(f, t), output j is
-    sum_i x[i] h(j/t - i/f), where h(u) = (B/f) sinc(B u) cos^2(pi B u / 12) for |B u| < 6 and 0 beyond, and x is 0
-    outside of its range (the band-limited interpolation of J. O. Smith, "Digital Audio Resampling").
-    The filter is symmetric, so nothing is delayed.
+    sum_i x[i] h(j/t - i/f), where h(u) = (B/f) sinc(B u) cos^2(pi B u / 12) for |B u| < 6 and 0 beyond, and
+    x is 0 outside of its range (band-limited interpolation: J. O. Smith, "Digital Audio Resampling"). The
+    filter is symmetric, so nothing is delayed.
 
     Args:
         audio: (..., S) float32 or float64, any device.
@@ -212,7 +213,7 @@ def resample(audio: torch.Tensor, from_rate: int, to_rate: int) -> torch.Tensor:
         to_rate: Hz wanted.
 
     Returns:
-        (..., ceil(S * to_rate / from_rate)), same type and device; ``audio`` itself where the rates are equal.
+        (..., ceil(S * to_rate / from_rate)), same type and device; ``audio`` itself if the rates are equal.
 
     Raises:
         TypeError, ValueError: audio that is no float tensor, or a rate that is no positive whole number.
@@ -250,15 +251,15 @@ def resample(audio: torch.Tensor, from_rate: int, to_rate: int) -> torch.Tensor:
 def _resampling_kernel(
     from_rate: int, to_rate: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, int, int]:
-    """The filter bank (t, 1, f + 2 width) of ``resample``, its stride f, and width, the taps left of the frame."""
+    """The filter bank (t, 1, f + 2 width) of ``resample``, its stride f, and width: taps before a frame."""
     divisor = math.gcd(from_rate, to_rate)
     f, t = from_rate // divisor, to_rate // divisor
     band = min(f, t) * ROLLOFF
     width = math.ceil(LOWPASS_WIDTH * f / band)
     if t * (f + 2 * width) > MAX_KERNEL:
         raise UserError(
-            f"cannot resample {from_rate} Hz to {to_rate} Hz: their common divisor {divisor} is too small; choose a "
-            "usual sample rate such as 44100 or 48000"
+            f"cannot resample {from_rate} Hz to {to_rate} Hz: their common divisor {divisor} is too small; "
+            "choose a usual sample rate such as 44100 or 48000"
         )
     tap = torch.arange(-width, width + f, dtype=torch.float64) / f  # time of each input, f of them per frame
     phase = torch.arange(t, dtype=torch.float64) / t  # time of each output
@@ -283,8 +284,8 @@ def _find_factory(kind: str) -> Callable[..., Reward]:
     if not third_party:
         known = ", ".join(f"{name} ({package})" for name, package in available_rewards().items())
         raise UserError(
-            f'there is no reward "{kind}"; choose one of: {known}; others come from packages that register in the '
-            f'entry-point group "{ENTRY_POINT_GROUP}"'
+            f'there is no reward "{kind}"; choose one of: {known}; others come from packages that '
+            f'register in the entry-point group "{ENTRY_POINT_GROUP}"'
         )
     if len(third_party) > 1:
         raise UserError(
@@ -299,7 +300,8 @@ def _find_factory(kind: str) -> Callable[..., Reward]:
         ) from error
     if not callable(factory):
         raise UserError(
-            f'reward "{kind}" of package {packages} is a {type(factory).__name__}, expected a class or function'
+            f'reward "{kind}" of package {packages} is a {type(factory).__name__}, '
+            "expected a class or a function"
         )
     return factory
 
@@ -346,7 +348,8 @@ def _check_weights(name: str, axes: tuple[str, ...], weights: Any) -> dict[str, 
     choices = ", ".join(axes)
     if not isinstance(weights, Mapping):
         raise UserError(
-            f'weights of reward "{name}" must be a table of axis = number, got {weights!r}; its axes are: {choices}'
+            f'weights of reward "{name}" must be a table of axis = number, got {weights!r}; '
+            f"its axes are: {choices}"
         )
     for axis, weight in weights.items():
         if axis not in axes:
@@ -377,7 +380,7 @@ def _check_clips(audio: Any, lengths: Any) -> torch.Tensor:
     if lengths.shape != (count,):
         raise ValueError(f"lengths must have the shape ({count},), one per clip, got {tuple(lengths.shape)}")
     lengths = lengths.cpu()
-    if count and not (0 <= int(lengths.min()) and int(lengths.max()) <= samples):
+    if bool(((lengths < 0) | (lengths > samples)).any()):
         raise ValueError(
             f"lengths must lie in 0..{samples} (S), got {int(lengths.min())}..{int(lengths.max())}"
         )
@@ -385,7 +388,7 @@ def _check_clips(audio: Any, lengths: Any) -> torch.Tensor:
 
 
 def _silence_beyond(audio: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Audio (N, S) with zeros past each clip's length, and which clips can be rated at all, (N,) bool, CPU."""
+    """Audio (N, S) with zeros past each clip's length, and which clips can be rated, (N,) bool on the CPU."""
     samples = audio.shape[1]
     if bool((lengths < samples).any()):
         beyond = torch.arange(samples, device=audio.device) >= lengths.to(audio.device)[:, None]

@@ -1,0 +1,468 @@
+"""Group relative policy optimization (GRPO, Shao et al. 2024) of a music model, rewarded for how it sounds.
+
+For each prompt q the policy writes a group of G completions o_1 .. o_G; each is rendered, rated with r_i, and compared
+with its own group:
+
+    A_i = (r_i - mean(r)) / (std(r) + 1e-4)                                 std over the group, ddof 1
+
+    L = - 1/|O| sum_i sum_t [ min(rho_it A_i, clip(rho_it, 1-c, 1+c) A_i) - beta KL_it ]
+
+    rho_it = pi(o_it | q, o_i<t) / pi_old(o_it | q, o_i<t)                  ratio to the policy that sampled
+    KL_it  = pi_ref/pi - log(pi_ref/pi) - 1 >= 0                            k3 estimator, to the frozen base
+    |O|    = number of completion tokens of the batch, each completion's first end-of-sequence token included
+
+How this differs from its sources, and why:
+- The paper prints (r_i + mean(r)) / std(r); the plus is a misprint.
+- Its equation 1 shows no clip. The clip is there for ``inner_epochs`` > 1: with one step a batch rho is 1.
+- pi_old is the distribution that the tokens were drawn from, as the sampler reports it, not a second forward pass.
+  With top-k or top-p that is the truncated distribution; with neither, both agree to rounding (``policy/dlogp_max``).
+- A completion that could not be rated has reward NaN: it is left out of its group's mean and std, has advantage 0,
+  and is counted. It is never rated 0.
+- One loss, with two choices: how it is averaged (``average``) and whether advantages are divided by the group's
+  standard deviation (``scale``; "none" with "constant" is Dr. GRPO).
+
+Axes: B prompts, G completions a prompt, N = B x G sequences, P prompt length, T completion length, V vocabulary.
+
+    python -m smart.grpo --config quickstart.toml
+"""
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import torch
+
+from smart import UserError, checkpoint, require, track
+from smart.config import Config, Grpo, dumps, load
+from smart.model import find_base, load_base, pick_device, save_base
+from smart.plots import curves
+from smart.prompts import Pieces, draw
+from smart.render import RenderPool, check_soundfont, find_soundfont
+from smart.reward import Reward, load_reward
+from smart.sampler import Rollout, Sampler
+from smart.scoring import Scorer
+from smart.shards import Corpus
+from smart.tokens import allowed_transitions, decode, unplayable, vocabulary
+
+
+def group_advantages(
+    rewards: torch.Tensor, group_size: int, *, scale: str = "group", eps: float = 1e-4
+) -> torch.Tensor:
+    """How much better than its group each completion is: (N,) from rewards (N,), group after group.
+
+    ``scale`` "group" divides by the group's standard deviation (ddof 1) plus ``eps``, "none" does not. Rewards that
+    are not finite are left out of the statistics and get advantage 0, as does the only rated member of a group.
+    """
+    if rewards.ndim != 1 or group_size < 1 or len(rewards) % group_size:
+        raise ValueError(f"rewards: expected (N,) with N a multiple of {group_size}, got {tuple(rewards.shape)}")
+    if scale not in ("group", "none"):
+        raise ValueError(f"scale: expected 'group' or 'none', got {scale!r}")
+    groups = rewards.view(-1, group_size)  # (B, G)
+    rated = groups.isfinite()
+    count = rated.sum(dim=1, keepdim=True)
+    mean = groups.where(rated, 0).sum(dim=1, keepdim=True) / count.clamp(min=1)
+    centred = (groups - mean).where(rated, 0)
+    if scale == "group":
+        variance = centred.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
+        centred = centred / (variance.sqrt() + eps)
+    return centred.flatten()
+
+
+def completion_logits(
+    model: Any, tokens: torch.Tensor, prompt_length: int, *, temperature: float = 1.0
+) -> torch.Tensor:
+    """Logits (N, T, V) in float32 of the T tokens after the prompt in ``tokens`` (N, P+T), left padding masked."""
+    pad = model.config.pad_token_id
+    real = (tokens != pad).cumsum(dim=1) > 0  # padding stands in front only: what follows EOS is never looked back at
+    padding = {}
+    if not real[:, 0].all():
+        positions = (real.cumsum(dim=1) - 1).clamp(min=0)
+        padding = {"attention_mask": real.long(), "position_ids": positions}
+    logits = model(input_ids=tokens, use_cache=False, **padding).logits[:, prompt_length - 1 : -1]
+    return logits.float() / temperature
+
+
+def token_logprobs(
+    model: Any, tokens: torch.Tensor, prompt_length: int, *, temperature: float = 1.0
+) -> torch.Tensor:
+    """Log-probability (N, T) of every token after the prompt in ``tokens`` (N, P+T), under the full softmax."""
+    logits = completion_logits(model, tokens, prompt_length, temperature=temperature)
+    return _gather(logits.log_softmax(dim=-1), tokens[:, prompt_length:])
+
+
+def _gather(logp: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    return logp.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+
+
+def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
+    """Schulman's k3 estimate of KL(policy || reference) for each token (N, T): unbiased and never negative."""
+    log_ratio = ref_logp - logp
+    return log_ratio.exp() - log_ratio - 1
+
+
+def grpo_loss(
+    logp: torch.Tensor,
+    old_logp: torch.Tensor,
+    ref_logp: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    clip: float = 0.2,
+    beta: float = 0.04,
+    average: str = "token",
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The loss above, a scalar, and what it was made of.
+
+    ``logp``, ``old_logp``, ``ref_logp`` are (N, T), of the policy, of the policy that sampled, and of the reference;
+    ``advantages`` (N,); ``mask`` (N, T) bool is True on completion tokens. ``average``: "token" over all completion
+    tokens of the batch, "sequence" the mean of each sequence's mean, "constant" the sum divided by N x T (Dr. GRPO).
+    Stats, each a mean over completion tokens: kl, ratio, clip_fraction; and dlogp_max = max |logp - old_logp|.
+    """
+    if not logp.shape == old_logp.shape == ref_logp.shape == mask.shape or advantages.shape != logp.shape[:1]:
+        shapes = [tuple(part.shape) for part in (logp, old_logp, ref_logp, advantages, mask)]
+        raise ValueError(f"expected logp, old_logp, ref_logp and mask (N, T) and advantages (N,), got {shapes}")
+    log_ratio = (logp - old_logp.detach()).masked_fill(~mask, 0)
+    ratio = log_ratio.exp()
+    gain = ratio * advantages[:, None]
+    clipped = ratio.clamp(1 - clip, 1 + clip) * advantages[:, None]
+    kl = kl_k3(logp.masked_fill(~mask, 0), ref_logp.detach().masked_fill(~mask, 0))
+    loss = (beta * kl - torch.minimum(gain, clipped)).masked_fill(~mask, 0)
+    tokens = mask.sum().clamp(min=1)
+    stats = {
+        "kl": (kl.detach().sum() / tokens).item(),
+        "ratio": (ratio.detach().masked_fill(~mask, 0).sum() / tokens).item(),
+        "clip_fraction": ((clipped < gain) & mask).sum().item() / tokens.item(),
+        "dlogp_max": log_ratio.detach().abs().max().item() if log_ratio.numel() else 0.0,
+    }
+    if average == "token":
+        return loss.sum() / tokens, stats
+    if average == "sequence":
+        return (loss.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean(), stats
+    if average == "constant":
+        return loss.sum() / mask.numel(), stats
+    raise ValueError(f"average: expected 'token', 'sequence' or 'constant', got {average!r}")
+
+
+def update(
+    policy: Any,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    ref_logp: torch.Tensor,
+    advantages: torch.Tensor,
+    settings: Grpo,
+    *,
+    temperature: float = 1.0,
+    autocast: torch.autocast,
+) -> dict[str, float]:
+    """``inner_epochs`` optimiser steps on one batch, in micro-batches whose size does not change the gradient.
+
+    Returns the stats of the first epoch (the policy that sampled) and the last ``grad_norm`` before clipping.
+    Raises ``FloatingPointError`` before a step when the loss or the gradient is not finite.
+    """
+    tokens, mask, old_logp = rollout
+    length = mask.shape[1]
+    first: dict[str, float] = {}
+    norm = math.nan
+    for epoch in range(settings.inner_epochs):
+        optimizer.zero_grad(set_to_none=True)
+        stats: dict[str, float] = {}
+        for rows in torch.arange(len(tokens), device=tokens.device).split(settings.micro_batch):
+            with autocast:
+                logits = completion_logits(
+                    policy, tokens[rows], tokens.shape[1] - length, temperature=temperature
+                )
+            logp = logits.log_softmax(dim=-1)  # (n, T, V)
+            loss, parts = grpo_loss(
+                _gather(logp, tokens[rows, -length:]),
+                old_logp[rows],
+                ref_logp[rows],
+                advantages[rows],
+                mask[rows],
+                clip=settings.clip,
+                beta=settings.beta,
+                average=settings.average,
+            )
+            token_share = (mask[rows].sum() / mask.sum()).item()
+            share = token_share if settings.average == "token" else len(rows) / len(tokens)
+            (loss * share).backward()
+            with torch.no_grad():
+                entropy = -(logp.exp() * logp).sum(dim=-1)[mask[rows]].mean().item()
+            parts |= {"loss": loss.item() * share / token_share, "entropy": entropy}
+            dlogp = max(parts.pop("dlogp_max"), stats.get("dlogp_max", 0.0))
+            stats = {key: stats.get(key, 0.0) + value * token_share for key, value in parts.items()}
+            stats["dlogp_max"] = dlogp
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm).item()
+        if not math.isfinite(stats["loss"]) or not math.isfinite(norm):
+            worst = ", ".join(f"{key} {value:g}" for key, value in stats.items())
+            raise FloatingPointError(f"epoch {epoch + 1}: gradient norm {norm:g}, {worst}")
+        optimizer.step()
+        first = first or stats
+    return first | {"grad_norm": norm}
+
+
+class Parts(NamedTuple):
+    """What a run needs from outside, found before any work starts."""
+
+    device: torch.device
+    base: Path
+    soundfont: Path
+    reward: Reward
+    pieces: Pieces | None  # for prompts of kind "dataset"
+
+
+def preflight(config: Config) -> Parts:
+    """Find everything that a run needs. Raises one ``UserError`` that lists all that is missing."""
+
+    def reward() -> Reward:
+        wanted = config.reward
+        device = "cpu" if config.run.device == "cpu" or not torch.cuda.is_available() else "cuda"
+        return load_reward(wanted.kind, weights=wanted.weights or None, device=device, **wanted.options)
+
+    def pieces() -> Pieces | None:
+        if config.prompts.kind != "dataset":
+            return None
+        if not config.prompts.corpus:
+            raise UserError("prompts.corpus is empty: set it to a folder written by `smart corpus build`")
+        return Corpus(Path(config.prompts.corpus)).split(config.prompts.split)
+
+    found = require(
+        lambda: pick_device(config.run.device),
+        lambda: find_base(config.model.base),
+        lambda: check_soundfont(find_soundfont(config.render.soundfont)),
+        reward,
+        pieces,
+        track.check_packages,
+    )
+    return Parts(*found[:5])
+
+
+def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
+    """Tune a base by ``config``; returns the folder of the run, whose ``tuned/`` holds the model in the form of a base.
+
+    With ``resume`` it goes on from the last checkpoint, exactly. Raises ``UserError`` for what the user can mend and
+    ``click.ClickException`` where training cannot go on.
+    """
+    parts = preflight(config)
+    folder = Path(config.run.folder) / config.run.name
+    track.prepare(folder, dumps(config), resume=resume, overwrite=overwrite)
+    settings, sampling, render, device = config.grpo, config.sampling, config.render, parts.device
+
+    policy, tokenizer = load_base(parts.base, device=device)
+    reference = copy.deepcopy(policy).requires_grad_(False)
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=device.type == "cuda")
+    generators = {
+        "prompts": torch.Generator().manual_seed(config.run.seed),
+        "sampler": torch.Generator(device).manual_seed(config.run.seed),
+    }
+    done = 0
+    last = checkpoint.latest(folder / "checkpoints") if resume else None
+    if last is not None:
+        policy.load_state_dict(load_base(last, device=device)[0].state_dict())
+        checkpoint.read_state(last, policy, optimizer, **generators)
+        done = int(last.name)
+
+    def save(target: Path) -> None:
+        save_base(policy, tokenizer, target)
+        checkpoint.write_state(target, policy, optimizer, **generators)
+
+    def sample(model: Any, prompts: torch.Tensor, group_size: int, generator: torch.Generator) -> Rollout:
+        return Sampler(
+            model, pad_id=facts.pad_id, eos_id=facts.eos_id, dtype=_precision(sampling.dtype, device)
+        ).sample(
+            prompts.to(device),
+            max_new_tokens=sampling.max_new_tokens,
+            group_size=group_size,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            generator=generator,
+        )
+
+    facts, allowed = vocabulary(tokenizer), allowed_transitions(tokenizer)
+    precision = _precision(settings.precision, device)
+    autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+    with (
+        track.Tracker(folder, start=done) as run,
+        RenderPool(
+            parts.soundfont,
+            sample_rate=render.sample_rate,
+            seconds=render.seconds,
+            workers=render.workers or None,
+            deadline=render.deadline,
+        ) as pool,
+        track.progress(total=settings.iterations, initial=done, unit="iteration") as bar,
+        checkpoint.StopRequest() as stop,
+    ):
+        scorer = Scorer(tokenizer, pool, parts.reward, sample_rate=render.sample_rate)
+        run.say(f"run {folder}: base {parts.base} on {device}, {done} of {settings.iterations} iterations done")
+        run.say(f"reward: {parts.reward.provenance}")
+        for step in range(done + 1, settings.iterations + 1):
+            rate = settings.learning_rate * (1 - (step - 1) / settings.iterations)  # linear to 0
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            watch = track.Stopwatch()
+            prompts = draw(
+                config.prompts.kind, settings.prompts, tokenizer, generators["prompts"], pieces=parts.pieces
+            )
+            rollout = sample(policy, prompts, settings.group_size, generators["sampler"])
+            watch.lap("generate")
+            prompt_length = prompts.shape[1]
+            lengths = (prompt_length + rollout.mask.sum(dim=1)).tolist()
+            clips = scorer.submit(rollout.tokens, lengths)
+            watch.lap("decode")
+            with torch.no_grad(), autocast:  # while the workers render
+                ref_logp = torch.cat(
+                    [
+                        token_logprobs(reference, rows, prompt_length, temperature=sampling.temperature)
+                        for rows in rollout.tokens.split(settings.micro_batch)
+                    ]
+                )
+            watch.lap("reference")
+            listen = range(config.track.samples) if step % config.track.samples_every == 0 else range(0)
+            rated = scorer.collect(clips, keep=listen)
+            watch.lap("render_and_score")
+            if rated.failed == len(clips):
+                raise click.ClickException(
+                    f"iteration {step}: none of {len(clips)} clips could be rendered with {parts.soundfont}; "
+                    f"the last good checkpoint is {checkpoint.latest(folder / 'checkpoints')}"
+                )
+            advantages = group_advantages(rated.rewards, settings.group_size, scale=settings.scale)
+            try:
+                stats = update(
+                    policy,
+                    optimizer,
+                    rollout,
+                    ref_logp,
+                    advantages.to(device),
+                    settings,
+                    temperature=sampling.temperature,
+                    autocast=autocast,
+                )
+            except FloatingPointError as error:
+                raise click.ClickException(
+                    f"iteration {step}: not finite ({error}); stopped before the weights were spoiled; the last good "
+                    f"checkpoint is {checkpoint.latest(folder / 'checkpoints')}; try a lower grpo.learning_rate"
+                ) from None
+            watch.lap("learn")
+
+            bad = unplayable(rollout.tokens.cpu(), prompt_length, rollout.mask.cpu(), allowed)
+            ended = (rollout.tokens[:, prompt_length:] == facts.eos_id) & rollout.mask
+            metrics = {
+                **rated.metrics(settings.group_size),
+                **{f"policy/{key}": value for key, value in stats.items()},
+                "policy/learning_rate": rate,
+                "completions/length": rollout.mask.sum().item() / len(clips),
+                "completions/truncated_rate": 1 - ended.any(dim=1).float().mean().item(),
+                "completions/unplayable_rate": (bad.sum() / rollout.mask.sum()).item(),
+                **watch.laps,
+                "seconds/iteration": sum(watch.laps.values()),
+            }
+            run.metrics(step, metrics)
+            run.completions(
+                {
+                    "step": step,
+                    "group": row // settings.group_size,
+                    "tokens": rollout.tokens[row, : lengths[row]].tolist(),
+                    "prompt_length": prompt_length,
+                    "reward": rated.rewards[row].item(),
+                    "advantage": advantages[row].item(),
+                    **{axis: values[row].item() for axis, values in rated.scores.items()},
+                }
+                for row in range(len(clips))
+            )
+            for row in listen:
+                score = decode(tokenizer, rollout.tokens[row, : lengths[row]].cpu())
+                run.listen(f"samples/{step:08d}/{row:02d}", score, rated.audio[row], render.sample_rate)
+            bar.update()
+            bar.set_postfix(reward=f"{metrics['reward/mean']:.3f}", kl=f"{stats['kl']:.4f}")
+            if step % config.track.checkpoint_every == 0 or step == settings.iterations or stop.requested:
+                run.flush(step)
+                checkpoint.save(folder / "checkpoints", step, save, keep=config.track.keep_checkpoints)
+                curves(folder, ("reward/mean",), "reward")
+            if stop.requested and step < settings.iterations:
+                run.say(f"stopped; iteration {step} is saved; go on with {_resume_command(folder)}")
+                raise SystemExit(128 + stop.requested)
+
+        # base against tuned: fresh samples for the same prompts and from the same seed
+        count, seed = config.track.final_prompts, config.run.seed + 2**31
+        prompts = draw(
+            config.prompts.kind, count, tokenizer, torch.Generator().manual_seed(seed), pieces=parts.pieces
+        )
+        rewards = {}
+        for name, model in (("base", reference), ("tuned", policy)):
+            rollout = sample(model, prompts, 1, torch.Generator(device).manual_seed(seed))
+            lengths = (prompts.shape[1] + rollout.mask.sum(dim=1)).tolist()
+            listen = range(min(config.track.final_listen, count))
+            rated = scorer.collect(scorer.submit(rollout.tokens, lengths), keep=listen)
+            rewards[name] = rated.rewards[rated.rewards.isfinite()]
+            for row in listen:
+                score = decode(tokenizer, rollout.tokens[row, : lengths[row]].cpu())
+                run.listen(f"final/{row:02d}-{name}", score, rated.audio[row], render.sample_rate)
+        save_base(policy, tokenizer, folder / "tuned")
+        run.say(summarise(folder, rewards))
+        if parts.reward.is_stand_in:
+            run.say(f"Note: {config.reward.kind} is a stand-in, not the aesthetic model; see docs/rewards.md.")
+    return folder
+
+
+def summarise(folder: Path, rewards: dict[str, torch.Tensor]) -> str:
+    """Write ``summary.json``: mean reward of fresh base and tuned samples, and their difference; and say it."""
+    means = {name: values.mean().item() for name, values in rewards.items()}
+    errors = {name: values.std().item() / math.sqrt(len(values)) for name, values in rewards.items()}
+    difference, error = means["tuned"] - means["base"], math.hypot(*errors.values())
+    summary = {
+        **{
+            name: {"n": len(rewards[name]), "reward": means[name], "standard_error": errors[name]}
+            for name in rewards
+        },
+        "difference": {"reward": difference, "standard_error": error},
+    }
+    checkpoint.write_atomically(folder / "summary.json", json.dumps(summary, indent=1).encode())
+    lines = [
+        f"{name:>10} {means[name]:7.3f} ± {errors[name]:.3f}  ({len(rewards[name])} fresh samples)"
+        for name in rewards
+    ]
+    return "\n".join(
+        [
+            "mean reward ± standard error",
+            *lines,
+            f"difference {difference:+7.3f} ± {error:.3f}  ({difference / error:.1f} standard errors)",
+            f"listen:       {folder / 'final'}/*-base.wav against *-tuned.wav (and .mid)",
+            f"reward curve: {folder / 'reward_mean.png'}",
+            f"tuned model:  {folder / 'tuned'}",
+        ]
+    )
+
+
+def _precision(name: str, device: torch.device) -> torch.dtype:
+    wants_bf16 = name == "bfloat16" or (name == "auto" and device.type == "cuda")
+    return torch.bfloat16 if wants_bf16 else torch.float32
+
+
+def _resume_command(folder: Path) -> str:
+    return f"python -m smart.grpo --config {folder / track.CONFIG} --resume"
+
+
+@click.command()
+@click.option(
+    "--config",
+    "path",
+    default="quickstart.toml",
+    show_default=True,
+    help="TOML file, or the bare name of a shipped one.",
+)
+@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one key.")
+@click.option("--resume", is_flag=True, help="Continue the run from its last checkpoint.")
+@click.option("--overwrite", is_flag=True, help="Replace a run of the same name.")
+def main(path: str, overrides: tuple[str, ...], resume: bool, overwrite: bool) -> None:
+    """Tune a base model by how its music sounds."""
+    if resume and overwrite:
+        raise click.UsageError("--resume and --overwrite contradict each other")
+    train(load(path, overrides), resume=resume, overwrite=overwrite)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""What completions start from (paper sections 3.5 and 5.3): short token rows, drawn with a seeded generator.
+
+- ``procedural``: ``Bar_None, TimeSig_*, Position_0, Tempo_*``, time signature and tempo uniform over the vocabulary.
+- ``first_note``: the same, then ``Pitch_*, Velocity_*, Duration_*``, each uniform.
+- ``bos``: the beginning-of-sequence token alone.
+- ``dataset``: the first time signature and first tempo of a piece drawn from a corpus, in the four-token form.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from smart import UserError
+from smart.tokens import Vocabulary, vocabulary
+
+KINDS = ("procedural", "first_note", "bos", "dataset")
+
+
+class Pieces(Protocol):
+    """Tokenised pieces, such as a split of ``smart.shards.Corpus``."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> npt.NDArray[np.uint16]: ...
+
+
+def draw(
+    kind: str, count: int, tokenizer: Any, generator: torch.Generator, *, pieces: Pieces | None = None
+) -> torch.Tensor:
+    """``count`` prompts of one ``kind``: (B, P) int64, without padding since all of a kind are equally long.
+
+    ``pieces`` is needed by ``dataset``. Raises ``UserError`` where a drawn piece holds no time signature or tempo,
+    ``ValueError`` for another kind.
+    """
+    facts = vocabulary(tokenizer)
+
+    def pick(ids: Sequence[int]) -> torch.Tensor:  # (B,), uniform
+        return torch.tensor(ids)[torch.randint(len(ids), (count,), generator=generator)]
+
+    def opening(time_signatures: torch.Tensor, tempos: torch.Tensor) -> list[torch.Tensor]:
+        bar, position = (torch.full((count,), token) for token in (facts.bar_id, facts.position0_id))
+        return [bar, time_signatures, position, tempos]
+
+    if kind == "bos":
+        columns = [torch.full((count,), facts.bos_id)]
+    elif kind in ("procedural", "first_note"):
+        columns = opening(pick(facts.time_signature_ids), pick(facts.tempo_ids))
+        if kind == "first_note":
+            columns += [pick(ids) for ids in (facts.pitch_ids, facts.velocity_ids, facts.duration_ids)]
+    elif kind == "dataset":
+        if pieces is None or not len(pieces):
+            raise UserError("prompts of kind 'dataset' need pieces: set prompts.corpus to a folder with some")
+        rows = torch.randint(len(pieces), (count,), generator=generator).tolist()
+        firsts = [_first_signs(pieces[row], facts, row) for row in rows]
+        columns = opening(*torch.tensor(firsts).T)
+    else:
+        raise ValueError(f"prompt kind {kind!r}: expected one of {', '.join(KINDS)}")
+    return torch.stack(columns, dim=1)
+
+
+def _first_signs(tokens: npt.NDArray[np.uint16], facts: Vocabulary, row: int) -> tuple[int, int]:
+    """The first time signature and the first tempo of a piece."""
+    found = []
+    for name, ids in (("time signature", facts.time_signature_ids), ("tempo", facts.tempo_ids)):
+        places = np.flatnonzero(np.isin(tokens, ids))
+        if not len(places):
+            raise UserError(f"piece {row} of the corpus holds no {name}; build it again with smart.corpus")
+        found.append(int(tokens[places[0]]))
+    return found[0], found[1]

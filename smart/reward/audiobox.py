@@ -1,0 +1,393 @@
+"""The reward of the paper: Meta Audiobox Aesthetics (Tjandra et al. 2025), with the axes CE, CU, PC and PQ.
+
+The network is ``audiobox_aesthetics.model.aes.AesMultiOutput``; around it this file does what the package's
+``AesPredictor`` does, without its import of torchaudio: a clip is cut into windows of 10 s at 16 kHz, the
+last one zero-padded with a mask, and its rating is the mean over windows, weighted by their length and
+de-normalised with the checkpoint's mean and standard deviation. Padding to 10 s is kept even where all clips
+of a batch are shorter: the encoder's first layer normalises over time, so the zeros take part in the rating.
+"""
+
+import hashlib
+import json
+import numbers
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from smart import UserError
+from smart.reward import Reward
+
+__all__ = ["Audiobox", "check"]
+
+HUB_ID = "facebook/audiobox-aesthetics"
+CHECKPOINT_URL = "https://dl.fbaipublicfiles.com/audiobox-aesthetics/checkpoint.pt"
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # as PyTorchModelHubMixin saves them
+HUB_SECONDS = 5.0  # patience with a hub that does not answer
+
+AXES = ("CE", "CU", "PC", "PQ")
+SAMPLE_RATE = 16_000
+WINDOW = 10 * SAMPLE_RATE  # samples; also the hop
+
+# the arguments of AesMultiOutput that the original checkpoint stores; its loader ignores the others
+CHECKPOINT_ARGUMENTS = (
+    "proj_num_layer",
+    "proj_ln",
+    "proj_act_fn",
+    "proj_dropout",
+    "nth_layer",
+    "use_weighted_layer_sum",
+    "precision",
+    "normalize_embed",
+    "output_dim",
+)
+# the two names that torch has had for the halves of a weight-normalised convolution
+WEIGHT_NORM_NAMES = (
+    (".weight_g", ".parametrizations.weight.original0"),
+    (".weight_v", ".parametrizations.weight.original1"),
+)
+
+
+class Audiobox(Reward):
+    """Meta Audiobox Aesthetics: content enjoyment, content usefulness, production complexity and quality.
+
+    Args:
+        model: a hub id, a folder with config.json and model.safetensors, or the original checkpoint.pt.
+        dtype: "float32", as the official predictor computes, or "bfloat16" (autocast: parameters stay
+            float32).
+        batch_size: windows of 10 s in one forward; memory grows with it, the ratings do not change.
+        device: where the network lives.
+
+    Raises:
+        UserError: the weights cannot be had (the line says where they come from) or an option is wrong.
+    """
+
+    axes = AXES
+    sample_rate = SAMPLE_RATE
+
+    def __init__(
+        self,
+        *,
+        model: str | os.PathLike[str] = HUB_ID,
+        dtype: str = "float32",
+        batch_size: int = 8,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        super().__init__(device=device)
+        if dtype not in ("float32", "bfloat16"):
+            raise UserError(f'dtype of reward "audiobox" must be "float32" or "bfloat16", got {dtype!r}')
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise UserError(
+                f'batch_size of reward "audiobox" must be a whole number of at least 1, got {batch_size!r}'
+            )
+        files = _find_local(model) or _find_cached(str(model)) or _download(str(model))
+        network = _build(_read(files), files)
+        if dtype == "bfloat16":
+            # the network opens its own autocast region, which its constructor never switches on
+            network.enable_autocast, network.precision = True, torch.bfloat16
+        self.batch_size = batch_size
+        self.provenance = f"Audiobox Aesthetics, {_provenance(files)}, {dtype}"
+        self._network = network.to(self.device).eval().requires_grad_(False)
+        self._padded = True
+        for layer in self._network.wavlm_model.encoder.layers:
+            layer.self_attn.register_forward_pre_hook(self._float_mask, with_kwargs=True)
+
+    def rate(self, audio: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Rate clips (N, S) of ``lengths`` (N,) samples, as ``AesPredictor.forward`` does; axis -> (N,)."""
+        windows = (lengths + WINDOW - 1) // WINDOW  # of each clip
+        clip = torch.repeat_interleave(
+            torch.arange(len(audio)), windows
+        )  # (W,) over the windows of all clips
+        start = (torch.arange(len(clip)) - (windows.cumsum(0) - windows)[clip]) * WINDOW
+        valid = (lengths[clip] - start).clamp(max=WINDOW)  # samples of the window that belong to its clip
+        predictions = torch.cat(
+            [
+                self._predict(audio, clip[part], start[part], valid[part])
+                for part in torch.arange(len(clip)).split(self.batch_size)
+            ],
+            dim=1,
+        )  # (axes, W)
+        weight = valid.to(predictions) / WINDOW
+        index = clip.to(predictions.device)
+        total = predictions.new_zeros(len(audio)).index_add(0, index, weight)
+        summed = predictions.new_zeros(len(AXES), len(audio)).index_add(1, index, predictions * weight)
+        return dict(zip(AXES, summed / total, strict=True))
+
+    def _predict(
+        self, audio: torch.Tensor, clip: torch.Tensor, start: torch.Tensor, valid: torch.Tensor
+    ) -> torch.Tensor:
+        """De-normalised ratings (axes, B) float32 of B windows, each given by clip, start and samples."""
+        wav = audio.new_zeros(len(clip), 1, WINDOW)
+        for row, (c, s, v) in enumerate(zip(clip.tolist(), start.tolist(), valid.tolist(), strict=True)):
+            wav[row, 0, :v] = audio[c, s : s + v]
+        mask = torch.arange(WINDOW, device=wav.device) < valid.to(wav.device)[:, None, None]
+        self._padded = bool((valid < WINDOW).any())
+        with _numpy_state_kept():
+            outputs = self._network({"wav": wav, "mask": mask})
+        transform = self._network.target_transform
+        return torch.stack(
+            [outputs[axis].float() * transform[axis]["std"] + transform[axis]["mean"] for axis in AXES]
+        )
+
+    def _float_mask(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Give attention its padding mask as numbers, or none at all where no window is padded.
+
+        torch adds the mask to the (float) position bias either way; a boolean one costs a warning per layer.
+        """
+        padding = kwargs["key_padding_mask"]
+        zeros = torch.zeros(padding.shape, device=padding.device)
+        return args, kwargs | {
+            "key_padding_mask": zeros.masked_fill(padding, -torch.inf) if self._padded else None
+        }
+
+
+def check(model: str | os.PathLike[str] = HUB_ID) -> None:
+    """Raise the UserError that building ``Audiobox(model=model)`` would, without building it or downloading.
+
+    Files that are here are opened and their contents listed; a hub id that is not in the cache is looked up,
+    which takes ``HUB_SECONDS`` at most where nobody answers.
+    """
+    files = _find_local(model) or _find_cached(str(model))
+    if files is None:
+        _ask_hub(str(model))
+    else:
+        _read(files)
+    _network_class()
+
+
+class _Files(NamedTuple):
+    """Where weights lie: no ``config`` for the original checkpoint, no ``revision`` for local files."""
+
+    weights: Path
+    config: Path | None
+    revision: str | None = None
+    hub_id: str | None = None
+
+
+class _Contents(NamedTuple):
+    """What files hold: the arguments of AesMultiOutput and its named tensors, not yet copied into memory."""
+
+    arguments: dict[str, Any]
+    state: dict[str, torch.Tensor]
+
+
+def _unavailable(model: object, reason: str) -> UserError:
+    """The one line that says what is wrong with ``model``, where weights come from and how to use a copy."""
+    return UserError(
+        f'no Audiobox Aesthetics weights from "{model}": {reason}. They are published as the Hugging Face '
+        f"model {HUB_ID} ({CONFIG_FILE} and {WEIGHTS_FILE}) and as {CHECKPOINT_URL}; fetch either one and "
+        'point at the folder or at the file: [reward.options] model = "PATH"'
+    )
+
+
+def _brief(error: BaseException) -> str:
+    """An exception in one line of bounded length."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}{'...' if len(text) > 160 else ''}"
+
+
+def _find_local(model: str | os.PathLike[str]) -> _Files | None:
+    """The files of a folder or checkpoint; None where ``model`` can only be a hub id."""
+    if not isinstance(model, (str, os.PathLike)) or not str(model):
+        raise UserError(f'model of reward "audiobox" must be a hub id, a folder or a file, got {model!r}')
+    path = Path(model).expanduser()
+    if path.is_dir():
+        absent = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (path / name).is_file()]
+        if absent:
+            raise _unavailable(model, f"the folder has no {' and no '.join(absent)}")
+        return _Files(path / WEIGHTS_FILE, path / CONFIG_FILE)
+    if path.is_file():
+        if path.suffix == ".safetensors":
+            raise _unavailable(model, f"name its folder instead, which must hold {CONFIG_FILE} too")
+        return _Files(path, None)
+    hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(model))
+    if not hub_id or path.suffix in (".pt", ".pth", ".ckpt", ".safetensors"):
+        raise _unavailable(model, "there is no such folder or file")
+    return None
+
+
+def _find_cached(hub_id: str) -> _Files | None:
+    """The files of a hub model that an earlier download left in the hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    weights, config = (try_to_load_from_cache(hub_id, name) for name in (WEIGHTS_FILE, CONFIG_FILE))
+    if not isinstance(weights, str) or not isinstance(config, str):
+        return None
+    return _Files(Path(weights), Path(config), Path(weights).parent.name, hub_id)
+
+
+def _ask_hub(hub_id: str) -> None:
+    """Raise the UserError for a hub that does not answer within seconds or a model without our files.
+
+    A plain download would retry for half a minute first.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().model_info(hub_id, timeout=HUB_SECONDS)
+    except Exception as error:  # whichever way a network fails, the user's remedy is the same
+        raise _unavailable(
+            hub_id, f"no such folder or file, and the Hugging Face hub does not give it ({_brief(error)})"
+        ) from error
+    present = {sibling.rfilename for sibling in info.siblings or ()}
+    absent = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if name not in present]
+    if absent:
+        raise _unavailable(hub_id, f"that hub model has no {' and no '.join(absent)}")
+
+
+def _download(hub_id: str) -> _Files:
+    """Fetch a hub model into the hub's cache."""
+    from huggingface_hub import hf_hub_download
+
+    _ask_hub(hub_id)
+    try:
+        config, weights = (Path(hf_hub_download(hub_id, name)) for name in (CONFIG_FILE, WEIGHTS_FILE))
+    except Exception as error:  # as in _ask_hub
+        raise _unavailable(hub_id, f"the download failed ({_brief(error)})") from error
+    return _Files(weights, config, weights.parent.name, hub_id)
+
+
+def _read(files: _Files) -> _Contents:
+    """Open the files and check that they hold this model; tensors stay on disk until they are used."""
+    shown = files.hub_id or files.weights
+    contents = _read_checkpoint(files.weights) if files.config is None else _read_folder(files)
+    transform = contents.arguments.get("target_transform")
+    if not _is_transform(transform):
+        raise _unavailable(
+            shown, f"target_transform must hold mean and std of {', '.join(AXES)}, got {transform}"
+        )
+    for prefix in ("wavlm_model.", *(f"proj_layer.{axis}." for axis in AXES)):
+        if not any(name.startswith(prefix) for name in contents.state):
+            raise _unavailable(shown, f"it is another model: there are no tensors {prefix}*")
+    return contents
+
+
+def _read_folder(files: _Files) -> _Contents:
+    """config.json and model.safetensors; what the configuration does not say keeps the class's default."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    assert files.config is not None
+    shown = files.hub_id or files.weights.parent
+    try:
+        config = json.loads(files.config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _unavailable(shown, f"{CONFIG_FILE} cannot be read ({_brief(error)})") from error
+    if not isinstance(config, dict):
+        raise _unavailable(shown, f"{CONFIG_FILE} must hold an object, got {type(config).__name__}")
+    try:
+        state = load_file(files.weights)
+    except (OSError, SafetensorError) as error:
+        raise _unavailable(
+            shown, f"{WEIGHTS_FILE} is damaged or no safetensors file ({_brief(error)})"
+        ) from error
+    fields = _network_class().__dataclass_fields__
+    return _Contents({key: value for key, value in config.items() if key in fields}, state)
+
+
+def _read_checkpoint(path: Path) -> _Contents:
+    """The original checkpoint.pt: state_dict with the prefix "model.", model_cfg, target_transform."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # damaged pickles fail in every way there is
+        raise _unavailable(
+            path, f"it is damaged or no checkpoint of plain tensors ({_brief(error)})"
+        ) from error
+    parts = ("state_dict", "model_cfg", "target_transform")
+    absent = [key for key in parts if not isinstance(saved, dict) or not isinstance(saved.get(key), dict)]
+    if absent:
+        raise _unavailable(path, f"the checkpoint has no {', no '.join(absent)}")
+    absent = [key for key in CHECKPOINT_ARGUMENTS if key not in saved["model_cfg"]]
+    if absent:
+        raise _unavailable(path, f"model_cfg of the checkpoint has no {', no '.join(absent)}")
+    arguments = {key: saved["model_cfg"][key] for key in CHECKPOINT_ARGUMENTS}
+    arguments["target_transform"] = saved["target_transform"]
+    return _Contents(
+        arguments, {str(key).removeprefix("model."): v for key, v in saved["state_dict"].items()}
+    )
+
+
+def _is_transform(transform: Any) -> bool:
+    """Whether this is axis -> {"mean": number, "std": number} for every axis."""
+    return isinstance(transform, Mapping) and all(
+        isinstance(transform.get(axis), Mapping)
+        and all(isinstance(transform[axis].get(key), numbers.Real) for key in ("mean", "std"))
+        for axis in AXES
+    )
+
+
+def _network_class() -> Any:
+    """AesMultiOutput, whose module needs no torchaudio (``audiobox_aesthetics.infer`` does)."""
+    try:
+        from audiobox_aesthetics.model.aes import AesMultiOutput
+    except ImportError as error:
+        raise UserError(
+            f'reward "audiobox" needs the package audiobox_aesthetics ({_brief(error)}): '
+            "pip install --no-deps audiobox_aesthetics"
+        ) from error
+    return AesMultiOutput
+
+
+def _build(contents: _Contents, files: _Files) -> Any:
+    """The network with the weights of ``contents``, where every tensor must be there, fit and be finite.
+
+    Tensors that the network does not have are an error in a checkpoint and ignored in a folder, as in the
+    official loaders of either.
+    """
+    shown = files.hub_id or files.weights
+    # its constructor draws random weights; whoever relies on the global generators must not notice
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*weight_norm", category=FutureWarning)
+        try:
+            network = _network_class()(**contents.arguments)
+        except (TypeError, ValueError, KeyError, RuntimeError) as error:
+            raise _unavailable(shown, f"its configuration is not usable ({_brief(error)})") from error
+    wanted = network.state_dict()
+    state = {_known_name(name, wanted): tensor for name, tensor in contents.state.items()}
+    unfit = [n for n, t in wanted.items() if n not in state or state[n].shape != t.shape]
+    if unfit:
+        raise _unavailable(shown, f"{len(unfit)} of {len(wanted)} tensors lack or misfit, e.g. {unfit[0]}")
+    extra = sorted(set(state) - set(wanted))
+    if extra and files.config is None:
+        raise _unavailable(shown, f"{len(extra)} tensors are not the model's, e.g. {extra[0]}")
+    damaged = next((n for n in wanted if not bool(state[n].isfinite().all())), None)
+    if damaged:
+        raise _unavailable(shown, f"it is damaged: tensor {damaged} holds NaN or infinite values")
+    network.load_state_dict({name: state[name] for name in wanted})
+    return network
+
+
+def _known_name(name: str, wanted: Mapping[str, Any]) -> str:
+    """The name by which the installed torch knows a tensor: weight normalisation has had two."""
+    for pair in WEIGHT_NORM_NAMES:
+        for old, new in (pair, pair[::-1]):
+            if name not in wanted and name.endswith(old) and name.removesuffix(old) + new in wanted:
+                return name.removesuffix(old) + new
+    return name
+
+
+def _provenance(files: _Files) -> str:
+    """Which weights these are: hub id and revision, or path and the start of their SHA-256."""
+    if files.hub_id:
+        return f"{files.hub_id} from the Hugging Face hub, revision {files.revision}"
+    with files.weights.open("rb") as stream:
+        return f"{files.weights}, sha256 {hashlib.file_digest(stream, 'sha256').hexdigest()[:16]}"
+
+
+@contextmanager
+def _numpy_state_kept() -> Iterator[None]:
+    """Leave numpy's global generator as it was: the encoder draws from it (layer drop) even in eval mode."""
+    state = np.random.get_state()  # noqa: NPY002 -- the encoder draws from the legacy generator
+    try:
+        yield
+    finally:
+        np.random.set_state(state)  # noqa: NPY002 -- as above

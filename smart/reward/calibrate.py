@@ -1,0 +1,483 @@
+"""Fit the coefficients of ``ce_proxy`` to clips whose Content Enjoyment somebody rated.
+
+    python -m smart.reward.calibrate --audio DIR --scores CSV
+
+Ridge regression on standardised descriptors: with z the descriptors of n clips, centred and divided by their standard
+deviation, and y the ratings, the weights minimise mean((y - mean(y) - z w)^2) + ridge |w|^2. The range that each
+descriptor covers over the n clips is kept too: ``ce_proxy`` clamps to it.
+
+The figures are those of repeated K-fold cross-validation: fitting, standardisation and clamping see only the
+other folds. Clips of one group (one prompt, say) are more alike than clips of different ones, so where the CSV
+has groups the same is also done with whole groups per fold, and each pair of clips within a group is ordered by a
+fit that saw nothing of that group.
+"""
+
+import csv
+import datetime
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from smart import UserError
+from smart.reward import resample
+from smart.reward.ce_proxy import (
+    AXIS,
+    DESCRIPTORS,
+    FORMAT,
+    HIGHEST,
+    LOWEST,
+    SAMPLE_RATE,
+    VERSION,
+    Coefficients,
+    Term,
+    describe,
+    predict,
+)
+
+__all__ = ["Clip", "cross_validate", "fit", "main", "order_pairs", "read_clip", "read_scores", "spearman"]
+
+MIN_CLIPS = 8
+DIGITS = 6  # of what is written: descriptors computed on another machine differ further down
+CONSTANT = 1e-4  # standard deviation under which a descriptor, 0 to 1.4, is left unscaled: it says nothing
+DEFAULT_GROUP = "sample"
+SCORE_ALIASES = {"CE": "content_enjoyment"}  # the axis by its full name
+DEFAULT_SOURCE = "clips and ratings supplied by the user of the calibration program"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One row of the CSV: the audio file's name, its rating, and its group ("" where there are none)."""
+
+    name: str
+    score: float
+    group: str
+
+
+def fit(descriptors: torch.Tensor, scores: torch.Tensor, ridge: float) -> Coefficients:
+    """Ridge regression with standardised descriptors (see the module).
+
+    Args:
+        descriptors: (n, 4) float64, in the order of ``DESCRIPTORS``.
+        scores: (n,) float64.
+        ridge: strength, at least 0, against a mean squared error of descriptors of variance 1.
+    """
+    low, high = descriptors.min(dim=0).values, descriptors.max(dim=0).values
+    mean, scale = descriptors.mean(dim=0), descriptors.std(dim=0, correction=0)
+    scale = torch.where(scale > CONSTANT, scale, torch.ones_like(scale))
+    z = (descriptors - mean) / scale
+    n, count = z.shape
+    # a whisker of ridge keeps a constant descriptor solvable where none was asked for
+    gram = z.T @ z / n + max(ridge, 1e-9) * torch.eye(count, dtype=z.dtype)
+    weights = torch.linalg.solve(gram, z.T @ (scores - scores.mean()) / n)
+    columns = zip(*(v.tolist() for v in (weights, mean, scale, low, high)), strict=True)
+    terms = {name: Term(*column) for name, column in zip(DESCRIPTORS, columns, strict=True)}
+    return Coefficients(intercept=float(scores.mean()), terms=terms)
+
+
+def cross_validate(
+    descriptors: torch.Tensor,
+    scores: torch.Tensor,
+    groups: Sequence[str],
+    *,
+    folds: int,
+    repeats: int,
+    ridge: float,
+    generator: np.random.Generator,
+) -> dict[str, dict[str, float]]:
+    """Spearman, Pearson and mean absolute error over all n held-out predictions, mean and std over repeats.
+
+    Args:
+        descriptors: (n, 4) float64.
+        scores: (n,) float64.
+        groups: n names; clips of one group share a fold. All different: ordinary K-fold.
+        folds: at least 2 and at most the number of groups.
+    """
+    names, member = np.unique(np.asarray(groups), return_inverse=True)
+    if not 2 <= folds <= len(names):
+        raise ValueError(f"folds must be 2..{len(names)}, the number of groups, got {folds}")
+    figures: dict[str, list[float]] = {"spearman": [], "pearson": [], "mae": []}
+    for _ in range(repeats):
+        fold = torch.from_numpy((generator.permutation(len(names)) % folds)[member])
+        predicted = torch.zeros_like(scores)
+        for k in range(folds):
+            seen = fold != k
+            predicted[~seen] = predict(descriptors[~seen], fit(descriptors[seen], scores[seen], ridge))
+        figures["spearman"].append(spearman(predicted, scores))
+        figures["pearson"].append(_pearson(predicted, scores))
+        figures["mae"].append(float((predicted - scores).abs().mean()))
+    return {
+        name: {"mean": float(np.mean(values)), "std": float(np.std(values))}
+        for name, values in figures.items()
+    }
+
+
+def order_pairs(
+    descriptors: torch.Tensor, scores: torch.Tensor, groups: Sequence[str], ridge: float
+) -> tuple[int, int]:
+    """(pairs ordered rightly, pairs): clips of one group with unequal ratings, by a fit without that group."""
+    member = np.asarray(groups)
+    right = total = 0
+    for group in np.unique(member):
+        inside = np.flatnonzero(member == group)
+        if len(inside) < 2 or len(member) - len(inside) < 2:
+            continue
+        outside = torch.from_numpy(member != group)
+        predicted = predict(descriptors[inside], fit(descriptors[outside], scores[outside], ridge))
+        rated = scores[inside]
+        for a, b in itertools.combinations(range(len(inside)), 2):
+            if rated[a] != rated[b]:
+                total += 1
+                right += bool((predicted[a] - predicted[b]) * (rated[a] - rated[b]) > 0)
+    return right, total
+
+
+def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Rank correlation of two (n,) tensors, ties at their mean rank; 0 where one of them is constant."""
+    return _pearson(_ranks(a), _ranks(b))
+
+
+def read_scores(
+    path: Path, *, clip_column: str, score_column: str, group_column: str | None
+) -> tuple[list[Clip], str | None]:
+    """Rows of a CSV and the column that groups came from.
+
+    Args:
+        path: CSV in UTF-8 with a header.
+        clip_column: column with the audio file's name, relative to the audio folder.
+        score_column: column with the rating, 1 to 10; for "CE", "content_enjoyment" does as well.
+        group_column: column with the group; None: "sample" where there is such a column, else no groups.
+
+    Raises:
+        UserError: the file or a column is missing, or a row has no name, a name again, or no rating from 1 to 10.
+    """
+    columns, rows = _read_csv(path)
+    alias = SCORE_ALIASES.get(score_column, score_column)
+    score_column = alias if score_column not in columns and alias in columns else score_column
+    if group_column is None and DEFAULT_GROUP in columns:
+        group_column = DEFAULT_GROUP
+    wanted = [("--clip-column", clip_column), ("--score-column", score_column)]
+    if group_column is not None:
+        wanted.append(("--group-column", group_column))
+    for option, column in wanted:
+        if column not in columns:
+            raise UserError(
+                f'{path} has no column "{column}", only {", ".join(columns)}; name the right one with {option}'
+            )
+    clips: list[Clip] = []
+    for line, row in rows:
+        name = (row[clip_column] or "").strip()
+        if not name:
+            raise UserError(f'{path}, line {line}: no file name in column "{clip_column}"')
+        if any(name == clip.name for clip in clips):
+            raise UserError(f'{path}, line {line}: clip "{name}" is listed twice; keep one rating per clip')
+        group = (row[group_column] or "").strip() if group_column is not None else ""
+        clips.append(Clip(name, _rating(row[score_column], score_column, f"{path}, line {line}"), group))
+    return clips, group_column
+
+
+def read_clip(path: Path) -> torch.Tensor:
+    """Mono audio (S,) float32 at ``SAMPLE_RATE``: the mean of the channels of a wav, flac, mp3 or ogg file.
+
+    Raises:
+        UserError: the file is missing, unreadable, empty or not finite, or the soundfile package is missing.
+    """
+    soundfile = _soundfile()
+    if not path.is_file():
+        raise UserError(f"audio file {path} is missing; it is listed in the scores")
+    try:
+        audio, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (RuntimeError, OSError) as error:  # soundfile's own errors are RuntimeErrors
+        reason = " ".join(str(getattr(error, "error_string", error)).split())
+        raise UserError(f"audio file {path} cannot be read as wav, flac, mp3 or ogg ({reason})") from error
+    mono = torch.from_numpy(audio.mean(axis=1))
+    if len(mono) == 0:
+        raise UserError(f"audio file {path} is empty; remove it from the scores")
+    if not bool(mono.isfinite().all()):
+        raise UserError(f"audio file {path} holds samples that are not finite numbers; export it again")
+    return resample(mono, rate, SAMPLE_RATE)
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--audio", required=True, type=click.Path(path_type=Path), help="Folder of the audio files.")
+@click.option(
+    "--scores", required=True, type=click.Path(path_type=Path), help="CSV with one rated clip per row."
+)
+@click.option(
+    "--out",
+    default="ce_proxy.json",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="JSON file to write.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace --out if it is there.")
+@click.option("--clip-column", default="clip", help="Column with the file name, relative to --audio.")
+@click.option(
+    "--score-column", default=AXIS, help="Column with the rating, 1 to 10; for CE also content_enjoyment."
+)
+@click.option(
+    "--group-column",
+    default=None,
+    show_default=f"{DEFAULT_GROUP}, where there is one",
+    help="Column that clips to be held out together share.",
+)
+@click.option("--ridge", default=0.5, type=click.FloatRange(min=0), help="Ridge strength.")
+@click.option("--folds", default=4, type=click.IntRange(min=2), help="Folds of the cross-validation.")
+@click.option("--repeats", default=50, type=click.IntRange(min=1), help="Repeats of the cross-validation.")
+@click.option("--seed", default=0, type=click.IntRange(min=0), help="Seed of the cross-validation's folds.")
+@click.option("--source", default=DEFAULT_SOURCE, help="What the clips are; kept in --out.")
+def main(
+    audio: Path,
+    scores: Path,
+    out: Path,
+    overwrite: bool,
+    clip_column: str,
+    score_column: str,
+    group_column: str | None,
+    ridge: float,
+    folds: int,
+    repeats: int,
+    seed: int,
+    source: str,
+) -> None:
+    """Fit the ce_proxy reward to clips that you rated; use it with load_reward("ce_proxy", coefficients=OUT)."""
+    if not math.isfinite(ridge):
+        raise UserError(f"--ridge must be a finite number, got {ridge}")
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} is there already; choose another --out or add --overwrite")
+    if not out.parent.is_dir():
+        raise UserError(f"folder {out.parent} of --out does not exist; make it first")
+    if not audio.is_dir():
+        raise UserError(f"--audio {audio} is not a folder")
+    clips, group_column = read_scores(
+        scores, clip_column=clip_column, score_column=score_column, group_column=group_column
+    )
+    _check_ratings(clips, scores, folds)
+    _check_files(clips, audio)
+    described = [
+        describe(read_clip(audio / clip.name))
+        for clip in tqdm(clips, desc="describing", unit="clip", disable=None)
+    ]
+    x = torch.stack(described).double()
+    y = torch.tensor([clip.score for clip in clips], dtype=torch.float64)
+    if float(x.std(dim=0, correction=0).max()) <= CONSTANT:
+        raise UserError(
+            f"all {len(clips)} clips have the same descriptors (silent, or copies?); there is nothing to fit"
+        )
+    coefficients = fit(x, y, ridge)
+    validation = _validate(x, y, clips, folds=folds, repeats=repeats, ridge=ridge, seed=seed)
+    univariate = {name: spearman(x[:, column], y) for column, name in enumerate(DESCRIPTORS)}
+    report = _rounded(
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "axis": AXIS,
+            "sample_rate": SAMPLE_RATE,
+            "clips": len(clips),
+            "intercept": coefficients.intercept,
+            "descriptors": {
+                name: {
+                    **asdict(term),
+                    "definition": DESCRIPTORS[name],
+                    "univariate_spearman": univariate[name],
+                }
+                for name, term in coefficients.terms.items()
+            },
+            "ridge": ridge,
+            "cross_validation": validation,
+            "provenance": _provenance(clips, audio, source, group_column),
+        }
+    )
+    _write(out, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    click.echo(_table(report, group_column))
+    click.echo(f"wrote {out}")
+
+
+def _validate(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    clips: Sequence[Clip],
+    *,
+    folds: int,
+    repeats: int,
+    ridge: float,
+    seed: int,
+) -> dict[str, Any]:
+    """The cross-validated figures of the report; "grouped" and "pairs" only where groups allow them."""
+    result: dict[str, Any] = {"folds": folds, "repeats": repeats, "seed": seed}
+    ways = {"ungrouped": [clip.name for clip in clips]}
+    # a clip without a group stands for itself
+    groups = [f"group {clip.group}" if clip.group else f"clip {clip.name}" for clip in clips]
+    if folds <= len(set(groups)) < len(clips):
+        ways["grouped"] = groups
+    for way, names in ways.items():
+        generator = np.random.default_rng(seed)
+        result[way] = cross_validate(
+            x, y, names, folds=folds, repeats=repeats, ridge=ridge, generator=generator
+        )
+    right, pairs = order_pairs(x, y, groups, ridge)
+    if pairs:
+        result["pairs_in_held_out_group"] = {"ordered": right, "pairs": pairs}
+    return result
+
+
+def _table(report: dict[str, Any], group_column: str | None) -> str:
+    """The report for people."""
+    validation = report["cross_validation"]
+    lines = [
+        f"{report['clips']} clips, ridge {report['ridge']:g}, {validation['repeats']} x {validation['folds']}-fold "
+        f"cross-validation (seed {validation['seed']}), mean ± std over repeats",
+        f"{'folds':<22}{'Spearman':>16}{'Pearson':>16}{'MAE':>16}",
+    ]
+    for way, label in {"ungrouped": "of clips", "grouped": f"of groups ({group_column})"}.items():
+        if way in validation:
+            cells = [f"{v['mean']:.3f} ± {v['std']:.3f}" for v in validation[way].values()]
+            lines.append(f"{label:<22}" + "".join(f"{cell:>16}" for cell in cells))
+    if "grouped" not in validation:
+        lines.append("folds of groups: not computed (no groups of several clips, or fewer groups than folds)")
+    if "pairs_in_held_out_group" in validation:
+        pairs = validation["pairs_in_held_out_group"]
+        lines.append(
+            f"pairs within a held-out group in the right order: {pairs['ordered']} of {pairs['pairs']}"
+        )
+    lines.append(
+        f"{'descriptor':<12}{'weight':>9}{'mean':>9}{'scale':>9}{'low':>9}{'high':>9}{'Spearman':>10}"
+    )
+    for name, term in report["descriptors"].items():
+        numbers = "".join(f"{term[key]:>9.3f}" for key in ("weight", "mean", "scale", "low", "high"))
+        lines.append(f"{name:<12}{numbers}{term['univariate_spearman']:>10.2f}")
+    lines.append(f"{'intercept':<12}{report['intercept']:>9.3f}")
+    return "\n".join(lines)
+
+
+def _provenance(clips: Sequence[Clip], audio: Path, source: str, group_column: str | None) -> dict[str, Any]:
+    """Where the coefficients come from; paths of this machine stay out of it."""
+    files, ratings = hashlib.sha256(), hashlib.sha256()
+    for clip in sorted(clips, key=lambda clip: clip.name):
+        content = hashlib.sha256((audio / clip.name).read_bytes()).hexdigest()
+        files.update(f"{content}  {clip.name}\n".encode())
+        ratings.update(f"{clip.name},{clip.score!r}\n".encode())
+    return {
+        "source": source,
+        "clips": len(clips),
+        "group_column": group_column,
+        "files_sha256": files.hexdigest(),
+        "files_sha256_of": 'lines "SHA-256  NAME" of the audio files, sorted by name, as sha256sum prints them',
+        "ratings_sha256": ratings.hexdigest(),
+        "program": f"smart {importlib.metadata.version('smart')}, torch {torch.__version__}, libsndfile {_soundfile().__libsndfile_version__}",
+        "command": "python -m smart.reward.calibrate --audio DIR --scores CSV",
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str | None]]]]:
+    """The columns of a CSV, and its rows with the line that each ends on."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            columns = list(reader.fieldnames or [])
+            rows = [(reader.line_num, row) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"scores {path} cannot be read as a CSV in UTF-8 ({reason})") from error
+    if not columns:
+        raise UserError(f"scores {path} is empty; expected a header and one rated clip per line")
+    return columns, rows
+
+
+def _rating(text: str | None, column: str, where: str) -> float:
+    """One rating, or a UserError that says where it is wrong."""
+    try:
+        score = float(text or "")
+    except ValueError:
+        raise UserError(
+            f'{where}: column "{column}" must be a number, {LOWEST:g} to {HIGHEST:g}, got {text!r:.40}'
+        ) from None
+    if not LOWEST <= score <= HIGHEST:  # NaN as well
+        raise UserError(f'{where}: column "{column}" must lie in {LOWEST:g} to {HIGHEST:g}, got {score:g}')
+    return score
+
+
+def _check_ratings(clips: Sequence[Clip], path: Path, folds: int) -> None:
+    if len(clips) < MIN_CLIPS:
+        raise UserError(f"{path} rates {len(clips)} clips, at least {MIN_CLIPS} are needed; rate more")
+    if len({clip.score for clip in clips}) == 1:
+        raise UserError(f"{path} gives every clip the rating {clips[0].score:g}; there is nothing to fit")
+    if folds > len(clips):
+        raise UserError(f"--folds {folds} is more than the {len(clips)} clips of {path}")
+
+
+def _check_files(clips: Sequence[Clip], audio: Path) -> None:
+    """Name what is missing before anything is computed."""
+    absent = [clip.name for clip in clips if not (audio / clip.name).is_file()]
+    if absent:
+        shown = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
+        raise UserError(f"missing from {audio}, though listed in the scores: {shown}")
+
+
+def _soundfile() -> Any:
+    """The soundfile package, which only this program needs."""
+    try:
+        import soundfile
+    except ImportError as error:
+        raise UserError(
+            "reading audio files needs the package soundfile, which is not installed; do: pip install soundfile"
+        ) from error
+    except OSError as error:  # the package is there, the library that it wraps is not
+        raise UserError(f"the package soundfile does not find libsndfile ({error}); reinstall it") from error
+    return soundfile
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    """Ranks (n,) float64, equal values at the mean of theirs."""
+    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2).double()[inverse]
+
+
+def _pearson(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Correlation of two (n,) tensors; 0 where one of them is constant, as it then says nothing."""
+    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
+    size = float(a.norm() * b.norm())
+    return float(a @ b) / size if size > 1e-12 else 0.0
+
+
+def _rounded(value: Any) -> Any:
+    """The same structure with floats rounded to ``DIGITS`` decimals."""
+    if isinstance(value, float):
+        return round(value, DIGITS)
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    return value
+
+
+def _write(path: Path, text: str) -> None:
+    """Write the whole file or nothing: a temporary file beside it, flushed to disk, then renamed."""
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)  # mkstemp makes it private
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror})") from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Tokens -> notes -> audio -> scores: how a completion is heard and rated, the same for every program.
+
+The prompt's tokens and the completion are decoded together (paper section 3.5). A clip that could not be rendered
+has NaN for every score; it is counted, and never becomes a 0.
+"""
+
+from collections.abc import Iterable
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from smart.render import RenderError, RenderPool
+from smart.reward import Reward, resample
+from smart.tokens import decode
+
+SILENT = 1e-3  # of full scale: a clip that never passes it counts as silent (clips are peak-normalised)
+
+
+class Rated(NamedTuple):
+    """What became of N completions."""
+
+    rewards: torch.Tensor  # (N,) float32, the weighted mean that is optimised; NaN where the clip failed
+    scores: dict[str, torch.Tensor]  # axis -> (N,) float32
+    audio: list[npt.NDArray[np.float32] | None]  # (2, S) of the rows asked for, else None
+    failed: int  # clips that could not be rendered
+    silent: int  # clips without a sound
+
+    def metrics(self, group_size: int) -> dict[str, float]:
+        """Health of a batch of groups: see docs/metrics.md."""
+        rated = self.rewards[self.rewards.isfinite()]
+        groups = self.rewards.view(-1, group_size)
+        spread = groups.nan_to_num(torch.inf).amin(1) < groups.nan_to_num(-torch.inf).amax(1)
+        out = {
+            "reward/mean": rated.mean().item(),
+            "reward/std": rated.std().item() if len(rated) > 1 else 0.0,
+            "reward/min": rated.min().item(),
+            "reward/max": rated.max().item(),
+            "reward/zero_variance_groups": 1 - spread.float().mean().item(),
+            "clips/silent_rate": self.silent / len(self.rewards),
+            "clips/failed": float(self.failed),
+        }
+        return out | {f"reward/axis_{axis}": values.nanmean().item() for axis, values in self.scores.items()}
+
+
+class Scorer:
+    """Renders completions in ``pool`` and rates them with ``reward``, ``batch`` clips at a time."""
+
+    def __init__(
+        self, tokenizer: Any, pool: RenderPool, reward: Reward, *, sample_rate: int, batch: int = 16
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.pool = pool
+        self.reward = reward
+        self.sample_rate = sample_rate
+        self.batch = batch
+
+    def submit(self, tokens: torch.Tensor, lengths: Iterable[int]) -> list[Future[npt.NDArray[np.float32]]]:
+        """Start rendering the rows of ``tokens`` (N, L), each up to its own length; returns N futures."""
+        rows = tokens.cpu().numpy()
+        return [
+            self.pool.submit(decode(self.tokenizer, row[:length]))
+            for row, length in zip(rows, lengths, strict=True)
+        ]
+
+    def collect(self, clips: list[Future[npt.NDArray[np.float32]]], *, keep: Iterable[int] = ()) -> Rated:
+        """Wait for the clips, in order, and rate them; the audio of the rows in ``keep`` is returned too."""
+        kept = set(keep)
+        audio: list[npt.NDArray[np.float32] | None] = [None] * len(clips)
+        mono: list[torch.Tensor | None] = []  # at the reward's rate: a fifth of the bytes of what was rendered
+        for row, clip in enumerate(clips):
+            try:
+                stereo = clip.result()
+            except RenderError:
+                mono.append(None)
+                continue
+            if row in kept:
+                audio[row] = stereo
+            mono.append(
+                resample(torch.from_numpy(stereo).mean(0), self.sample_rate, self.reward.sample_rate)
+            )
+        heard = [row for row, clip in enumerate(mono) if clip is not None]
+        scores = {axis: torch.full((len(clips),), float("nan")) for axis in self.reward.axes}
+        for start in range(0, len(heard), self.batch):
+            rows = heard[start : start + self.batch]
+            batch = [clip for row in rows if (clip := mono[row]) is not None]
+            padded = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
+            lengths = torch.tensor([len(clip) for clip in batch])
+            for axis, values in self.reward.score(padded, lengths).items():
+                scores[axis][rows] = values.cpu()
+        return Rated(
+            rewards=self.reward.combine(scores),
+            scores=scores,
+            audio=audio,
+            failed=len(clips) - len(heard),
+            silent=sum(bool(clip.abs().amax() < SILENT) for clip in mono if clip is not None),
+        )

@@ -1,0 +1,175 @@
+"""What a run leaves behind: ``config.toml``, ``metrics.jsonl``, TensorBoard events, completions, MIDI and WAV.
+
+Everything that is indexed by a step can be cut back to a step, so that a run that is resumed from a checkpoint
+writes the same files as one that was never interrupted.
+"""
+
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+
+from smart import UserError
+from smart.checkpoint import write_atomically
+
+CONFIG = "config.toml"
+METRICS = "metrics.jsonl"
+NEEDED = ("pyarrow", "tensorboard", "matplotlib", "soundfile")
+
+
+def check_packages() -> None:
+    """Raise ``UserError`` naming what the ``track`` extra would install and is not there."""
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise UserError(f"a run needs {', '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def prepare(folder: Path, config: str, *, resume: bool, overwrite: bool) -> None:
+    """Make the run's folder, or check that it may be continued or replaced; nothing is ever lost silently."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"run {folder}: is not a folder; choose another run.name")
+    begun = folder.exists() and any(folder.iterdir())
+    if begun and overwrite:
+        if not (folder / CONFIG).is_file():
+            raise UserError(f"run {folder}: not overwritten, since it has no {CONFIG} and so is not a run")
+        shutil.rmtree(folder)
+    elif begun and not resume:
+        raise UserError(
+            f"run {folder}: exists already; continue it with --resume, replace it with --overwrite, "
+            "or give another name with --set run.name=NAME"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / CONFIG).is_file():
+            write_atomically(folder / CONFIG, config.encode())
+    except OSError as error:
+        raise UserError(f"run {folder}: cannot be written ({error.strerror})") from None
+
+
+class Tracker:
+    """Writes a run's files. Use as a context manager; ``start`` is the last step that is already done (0: none)."""
+
+    def __init__(self, folder: Path, *, start: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = folder
+        self._completions: list[dict[str, Any]] = []
+        _cut_back(folder, start)
+        self._metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115  # closed by close()
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._metrics.close()
+        self._board.close()
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches (stderr) and for the run's log."""
+        click.echo(text, err=True)
+        with open(self.folder / "log.txt", "a", encoding="utf-8") as log:
+            log.write(text + "\n")
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of ``metrics.jsonl`` and one point a curve; a value that is not finite becomes null."""
+        line = {key: (value if math.isfinite(value) else None) for key, value in values.items()}
+        self._metrics.write(json.dumps({"step": step, **line}) + "\n")
+        self._metrics.flush()
+        for key, value in values.items():
+            self._board.add_scalar(key, value, step)
+
+    def completions(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Keep rows (step, prompt, tokens, scores, ...) for the Parquet file of the next ``flush``."""
+        self._completions += map(dict, rows)
+
+    def flush(self, step: int) -> None:
+        """Write the rows kept since the last flush as ``completions/<step>.parquet``."""
+        if not self._completions:
+            return
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        folder = self.folder / "completions"
+        folder.mkdir(exist_ok=True)
+        temporary = folder / f".{step:08d}.tmp"
+        pq.write_table(pa.Table.from_pylist(self._completions), temporary)
+        os.replace(temporary, folder / f"{step:08d}.parquet")
+        self._completions.clear()
+
+    def listen(self, name: str, score: Any, audio: npt.NDArray[np.float32] | None, sample_rate: int) -> Path:
+        """Write ``<name>.mid`` and, unless the clip failed, ``<name>.wav``; returns the path to listen to."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        midi = path.with_suffix(".mid")
+        score.dump_midi(midi)
+        if audio is None:
+            return midi
+        wav = path.with_suffix(".wav")
+        write_wav(wav, audio, sample_rate)
+        return wav
+
+
+def write_wav(path: Path, audio: npt.NDArray[np.float32], sample_rate: int) -> None:
+    """(C, S) float32 in [-1, 1] as 16-bit PCM."""
+    import soundfile
+
+    soundfile.write(path, audio.T, sample_rate, subtype="PCM_16")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The run's metrics, one mapping a step, in order. A last line that a crash cut short is left out."""
+    path = folder / METRICS
+    if not path.is_file():
+        raise UserError(f"run {folder}: has no {METRICS}")
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class Stopwatch:
+    """Seconds spent in each stage of an iteration, lap by lap."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """End ``stage`` now."""
+        now = time.perf_counter()
+        self.laps[f"seconds/{stage}"] = now - self._last
+        self._last = now
+
+
+def progress(**options: Any) -> Any:
+    """A tqdm bar on stderr, silent where that is not a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(disable=not sys.stderr.isatty(), dynamic_ncols=True, **options)
+
+
+def _cut_back(folder: Path, step: int) -> None:
+    """Drop what was written after ``step``: it is going to be written again."""
+    if (folder / METRICS).exists():
+        rows = [json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= step]
+        write_atomically(folder / METRICS, "".join(rows).encode())
+    for path in (folder / "completions").glob("*"):
+        if path.suffix != ".parquet" or int(path.stem) > step:
+            path.unlink()
