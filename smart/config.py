@@ -34,7 +34,7 @@ def _choice(default: str, *choices: str) -> Any:
 class Run:
     """Where a run goes: ``<folder>/<name>/``."""
 
-    name: str = "run"
+    name: str = field(default="run", metadata={"file_name": True})
     folder: str = "runs"
     seed: int = _number(1, low=0, high=2**31 - 1)
     device: str = _choice("auto", "auto", "cpu", "cuda")
@@ -313,6 +313,8 @@ def _check(kind: Any, value: Any, name: str, allowed: Any, source: str) -> Any:
         raise wrong(_range(allowed))
     if "above" in allowed and not value > allowed["above"]:
         raise wrong(_range(allowed))
+    if "file_name" in allowed and (not value or value == ".." or value != Path(value).name or not value.isprintable()):
+        raise wrong("a plain folder name, without a path")
     return value
 
 

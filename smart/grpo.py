@@ -45,7 +45,7 @@ from smart.reward import Reward, load_reward
 from smart.sampler import Rollout, Sampler
 from smart.scoring import Scorer
 from smart.shards import Corpus
-from smart.tokens import allowed_transitions, decode, unplayable, vocabulary
+from smart.tokens import build_grammar, decode, unplayable, vocabulary
 
 
 def group_advantages(
@@ -221,6 +221,11 @@ def preflight(config: Config) -> Parts:
         device = "cpu" if config.run.device == "cpu" or not torch.cuda.is_available() else "cuda"
         return load_reward(wanted.kind, weights=wanted.weights or None, device=device, **wanted.options)
 
+    def soundfont() -> Path:
+        path = find_soundfont(config.render.soundfont)
+        check_soundfont(path)
+        return path
+
     def pieces() -> Pieces | None:
         if config.prompts.kind != "dataset":
             return None
@@ -231,7 +236,7 @@ def preflight(config: Config) -> Parts:
     found = require(
         lambda: pick_device(config.run.device),
         lambda: find_base(config.model.base),
-        lambda: check_soundfont(find_soundfont(config.render.soundfont)),
+        soundfont,
         reward,
         pieces,
         track.check_packages,
@@ -281,7 +286,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
             generator=generator,
         )
 
-    facts, allowed = vocabulary(tokenizer), allowed_transitions(tokenizer)
+    facts, grammar = vocabulary(tokenizer), build_grammar(tokenizer)
     precision = _precision(settings.precision, device)
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     with (
@@ -348,7 +353,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
                 ) from None
             watch.lap("learn")
 
-            bad = unplayable(rollout.tokens.cpu(), prompt_length, rollout.mask.cpu(), allowed)
+            bad = unplayable(rollout.tokens.cpu(), prompt_length, rollout.mask.cpu(), grammar)
             ended = (rollout.tokens[:, prompt_length:] == facts.eos_id) & rollout.mask
             metrics = {
                 **rated.metrics(settings.group_size),
@@ -429,7 +434,8 @@ def summarise(folder: Path, rewards: dict[str, torch.Tensor]) -> str:
         [
             "mean reward ± standard error",
             *lines,
-            f"difference {difference:+7.3f} ± {error:.3f}  ({difference / error:.1f} standard errors)",
+            f"difference {difference:+7.3f} ± {error:.3f}"
+            + (f"  ({difference / error:.1f} standard errors)" if error else ""),
             f"listen:       {folder / 'final'}/*-base.wav against *-tuned.wav (and .mid)",
             f"reward curve: {folder / 'reward_mean.png'}",
             f"tuned model:  {folder / 'tuned'}",

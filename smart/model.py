@@ -5,11 +5,14 @@ read from safetensors only, so loading a base never runs code that came with it.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Phi3Config, Phi3ForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from smart import UserError
 from smart.tokens import load_tokenizer, save_tokenizer, vocabulary
@@ -35,7 +38,7 @@ def build_model(
     max_positions: int = 2048,
     seed: int = 0,
 ) -> Phi3ForCausalLM:
-    """A Phi-3 model with random weights over ``tokenizer``'s vocabulary (paper section 3.2: 4 layers x 512)."""
+    """A Phi-3 model with random weights over ``tokenizer``'s vocabulary (paper section 3.1: 4 layers x 512)."""
     if hidden % heads or (hidden // heads) % 2:
         raise UserError(f"hidden = {hidden}: expected a multiple of 2 x heads = {2 * heads}")
     facts = vocabulary(tokenizer)
@@ -108,9 +111,10 @@ def load_base(
     if kind != "phi3":
         raise UserError(f"base {folder}: model_type is {kind!r}, expected 'phi3'")
     try:
-        model = Phi3ForCausalLM.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, attn_implementation="sdpa"
-        )
+        with _quiet():
+            model = Phi3ForCausalLM.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, attn_implementation="sdpa"
+            )
     except Exception as error:  # safetensors, OSError, RuntimeError, ...: the file is not what it should be
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -124,9 +128,22 @@ def load_base(
     return model.to(device=device, dtype=dtype).eval(), tokenizer
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars, which flash by for a model of this size."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
 def save_base(model: Phi3ForCausalLM, tokenizer: Any, folder: Path) -> None:
     """Write ``folder`` in the form that ``load_base`` and the hub read."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder, safe_serialization=True)
+    with _quiet():
+        model.save_pretrained(folder, safe_serialization=True)
     (folder / "generation_config.json").unlink(missing_ok=True)  # we sample by our own settings
     save_tokenizer(tokenizer, folder)

@@ -23,7 +23,7 @@ from symusic import Note, Score, Tempo, TimeSignature, Track
 from smart import UserError
 
 FILE_NAME = "tokenizer.json"
-PIANO_PROGRAMS = range(8)  # General MIDI 1-8 (paper section 3.2), zero-based
+PIANO_PROGRAMS = range(8)  # General MIDI 1-8 (paper section 3.1), zero-based
 SPECIALS = ("PAD", "BOS", "EOS", "PRE", "SUF", *(f"INF{number}" for number in range(1, 17)))
 HUB_SECONDS = 5.0  # how long the hub may take to answer before it counts as out of reach
 

@@ -2,14 +2,14 @@
 
     python -m smart.reward.calibrate --audio DIR --scores CSV
 
-Ridge regression on standardised descriptors: with z the descriptors of n clips, centred and divided by their standard
-deviation, and y the ratings, the weights minimise mean((y - mean(y) - z w)^2) + ridge |w|^2. The range that each
-descriptor covers over the n clips is kept too: ``ce_proxy`` clamps to it.
+Ridge regression on standardised descriptors: with z the descriptors of n clips, centred and divided by their
+standard deviation, and y the ratings, the weights w minimise mean((y - mean(y) - z w)^2) + ridge |w|^2. The
+range that each descriptor covers over the n clips is kept too: ``ce_proxy`` clamps to it.
 
 The figures are those of repeated K-fold cross-validation: fitting, standardisation and clamping see only the
-other folds. Clips of one group (one prompt, say) are more alike than clips of different ones, so where the CSV
-has groups the same is also done with whole groups per fold, and each pair of clips within a group is ordered by a
-fit that saw nothing of that group.
+other folds. Clips of one group (one prompt, say) are more alike than clips of different ones, so where the
+CSV has groups the same is also done with whole groups per fold, and each pair of clips within a group is
+ordered by a fit that saw nothing of that group.
 """
 
 import csv
@@ -127,7 +127,7 @@ def cross_validate(
 def order_pairs(
     descriptors: torch.Tensor, scores: torch.Tensor, groups: Sequence[str], ridge: float
 ) -> tuple[int, int]:
-    """(pairs ordered rightly, pairs): clips of one group with unequal ratings, by a fit without that group."""
+    """(pairs ordered rightly, pairs): clips of a group with unequal ratings, by a fit without that group."""
     member = np.asarray(groups)
     right = total = 0
     for group in np.unique(member):
@@ -161,7 +161,8 @@ def read_scores(
         group_column: column with the group; None: "sample" where there is such a column, else no groups.
 
     Raises:
-        UserError: the file or a column is missing, or a row has no name, a name again, or no rating from 1 to 10.
+        UserError: the file or a column is missing, or a row lacks a name, repeats one, or has no rating from
+            1 to 10.
     """
     columns, rows = _read_csv(path)
     alias = SCORE_ALIASES.get(score_column, score_column)
@@ -174,7 +175,8 @@ def read_scores(
     for option, column in wanted:
         if column not in columns:
             raise UserError(
-                f'{path} has no column "{column}", only {", ".join(columns)}; name the right one with {option}'
+                f'{path} has no column "{column}", only {", ".join(columns)}; '
+                f"name the right one with {option}"
             )
     clips: list[Clip] = []
     for line, row in rows:
@@ -251,7 +253,7 @@ def main(
     seed: int,
     source: str,
 ) -> None:
-    """Fit the ce_proxy reward to clips that you rated; use it with load_reward("ce_proxy", coefficients=OUT)."""
+    """Fit ce_proxy to clips that you rated, for load_reward("ce_proxy", coefficients=OUT)."""
     if not math.isfinite(ridge):
         raise UserError(f"--ridge must be a finite number, got {ridge}")
     if out.exists() and not overwrite:
@@ -336,8 +338,8 @@ def _table(report: dict[str, Any], group_column: str | None) -> str:
     """The report for people."""
     validation = report["cross_validation"]
     lines = [
-        f"{report['clips']} clips, ridge {report['ridge']:g}, {validation['repeats']} x {validation['folds']}-fold "
-        f"cross-validation (seed {validation['seed']}), mean ± std over repeats",
+        f"{report['clips']} clips, ridge {report['ridge']:g}, {validation['repeats']} x "
+        f"{validation['folds']}-fold cross-validation (seed {validation['seed']}), mean ± std over repeats",
         f"{'folds':<22}{'Spearman':>16}{'Pearson':>16}{'MAE':>16}",
     ]
     for way, label in {"ungrouped": "of clips", "grouped": f"of groups ({group_column})"}.items():
@@ -373,9 +375,10 @@ def _provenance(clips: Sequence[Clip], audio: Path, source: str, group_column: s
         "clips": len(clips),
         "group_column": group_column,
         "files_sha256": files.hexdigest(),
-        "files_sha256_of": 'lines "SHA-256  NAME" of the audio files, sorted by name, as sha256sum prints them',
+        "files_sha256_of": 'lines "SHA-256  NAME" of the audio files, sorted by name',
         "ratings_sha256": ratings.hexdigest(),
-        "program": f"smart {importlib.metadata.version('smart')}, torch {torch.__version__}, libsndfile {_soundfile().__libsndfile_version__}",
+        "program": f"smart {importlib.metadata.version('smart')}, torch {torch.__version__}, "
+        f"libsndfile {_soundfile().__libsndfile_version__}",
         "command": "python -m smart.reward.calibrate --audio DIR --scores CSV",
         "date": datetime.date.today().isoformat(),
     }
@@ -432,7 +435,7 @@ def _soundfile() -> Any:
         import soundfile
     except ImportError as error:
         raise UserError(
-            "reading audio files needs the package soundfile, which is not installed; do: pip install soundfile"
+            "reading audio files needs the package soundfile, which is missing; do: pip install soundfile"
         ) from error
     except OSError as error:  # the package is there, the library that it wraps is not
         raise UserError(f"the package soundfile does not find libsndfile ({error}); reinstall it") from error

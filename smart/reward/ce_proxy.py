@@ -3,23 +3,26 @@
     CE = b + sum_d w_d (clamp(x_d, low_d, high_d) - mean_d) / scale_d
 
 with four descriptors x_d of a clip, listed in ``DESCRIPTORS``. Coefficients come from a JSON file that
-``python -m smart.reward.calibrate`` writes; the one beside this module was fitted to published piano clips whose
-CE is known, and records its data and its cross-validated figures. A linear model of four numbers is not the
-aesthetic model: it knows gaps, stagnation, thinness and missing bass, and nothing of harmony or form.
+``python -m smart.reward.calibrate`` writes; the one beside this module was fitted to published piano clips
+whose CE is known, and records its data and its cross-validated figures. A linear model of four numbers is
+not the aesthetic model: it knows gaps, stagnation, thinness and missing bass, and nothing of consonance,
+rhythm or form (random notes that fill the clip score as high as music does).
 
 Because reinforcement learning seeks out whatever a reward overlooks:
 
-* each descriptor is clamped to the range that calibration saw, so that the score saturates and never extrapolates;
-* all four count only frames in which there is music: loud enough (against the clip's own loudest frame), tonal
-  (noise and clicks are not) and with the harmony changing within reach (a held chord or one repeated note is not).
-  Silence, noise and a drone therefore score alike, at the bottom;
-* levels are relative to the clip and every threshold is a ramp, so that gain and small changes of timbre matter little.
+* each descriptor is clamped to the range that calibration saw: the score saturates and never extrapolates;
+* all four count only frames in which there is music: loud enough (against the clip's own loudest frame),
+  tonal (noise and clicks are not), and with the harmony changing within reach (a held chord or one repeated
+  note is not). Silence, noise and a drone therefore score alike, at the bottom;
+* levels are relative to the clip and every threshold is a ramp, so that gain does not matter, and small
+  changes of timbre matter little.
 
-Clips are described one at a time: a score cannot depend on its neighbours, on padding or on the batch size, and
-memory stays that of one clip.
+Clips are described one at a time: a score cannot depend on its neighbours, on padding or on the batch size,
+and memory stays that of one clip.
 """
 
 import functools
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -62,13 +65,14 @@ INAUDIBLE = (
 )
 
 DESCRIPTORS: dict[str, str] = {
-    "active": "mean over frames of music, the product of three ramps in 0..1: frame energy -50..-35 dB against "
-    "the loudest frame; tonality 3..6 dB; largest chroma change within 1.5 s 0.4..0.7",
-    "movement": "mean over frames of music x chroma change, the Euclidean distance of the square roots of the "
-    "12 pitch-class shares 0.5 s apart",
-    "fullness": "mean over frames of music x the mean over 64 mel bands (50-6000 Hz) of a ramp -60..-40 dB against "
-    "the clip's strongest cell",
-    "bass": "mean over frames of music x a ramp -40..-10 dB of the energy under 200 Hz against the loudest frame",
+    "active": "mean over frames of music, the product of three ramps in 0..1: frame energy -50..-35 dB "
+    "against the loudest frame; tonality 3..6 dB; largest chroma change within 1.5 s 0.4..0.7",
+    "movement": "mean over frames of music x chroma change, the Euclidean distance of the square roots of "
+    "the 12 pitch-class shares 0.5 s apart",
+    "fullness": "mean over frames of music x the mean over 64 mel bands (50-6000 Hz) of a ramp -60..-40 dB "
+    "against the clip's strongest cell",
+    "bass": "mean over frames of music x a ramp -40..-10 dB of the energy under 200 Hz against the "
+    "loudest frame",
 }
 
 
@@ -100,7 +104,7 @@ class CEProxy(Reward):
     """Content Enjoyment on the 1-10 scale, approximated from four audio descriptors (see the module).
 
     Args:
-        coefficients: JSON file of ``python -m smart.reward.calibrate``; None: the file that ships with the package.
+        coefficients: JSON file of ``python -m smart.reward.calibrate``; None: the one that ships with us.
         device: where descriptors are computed.
 
     Raises:
@@ -177,8 +181,8 @@ def load_coefficients(path: str | Path) -> Coefficients:
     """Read and check a calibration file.
 
     Raises:
-        UserError: no such file, not JSON, another version, an unknown or missing descriptor, or a number that is
-            not finite or makes no sense; it names the file and the entry.
+        UserError: no such file, not JSON, another version, an unknown or missing descriptor, or a number that
+            is not finite or makes no sense; it names the file and the entry.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -219,7 +223,7 @@ def _banks(device: torch.device) -> _Banks:
         mel=_mel_bank(hz).to(device, torch.float32),
         chroma=chroma.to(device, torch.float32),
         bass=(hz < BASS_HZ).to(device, torch.float32),
-        octaves=tuple(slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)),
+        octaves=tuple(slice(a, b) for a, b in itertools.pairwise(bounds)),
     )
 
 
@@ -245,7 +249,7 @@ def _power(clip: torch.Tensor) -> torch.Tensor:
 def _chroma_change(chroma: torch.Tensor, loudest: torch.Tensor) -> torch.Tensor:
     """Distance (frames,) of each frame's harmony from that LAG frames before; 0 for the first LAG frames.
 
-    The harmony is the square root of the 12 pitch-class shares, a vector of length 1 that shrinks to 0 in silence.
+    The harmony is the square root of the 12 pitch-class shares: of length 1, and shrinking to 0 in silence.
     """
     shares = (chroma / (chroma.sum(dim=1, keepdim=True) + FAINT * loudest)).sqrt()
     change = torch.zeros_like(shares[:, 0])
@@ -262,7 +266,8 @@ def _within_reach(change: torch.Tensor) -> torch.Tensor:
 def _tonality(power: torch.Tensor, octaves: tuple[slice, ...]) -> torch.Tensor:
     """Decibels (frames,) by which the mean power exceeds its geometric mean, per octave, weighted by energy.
 
-    Per octave, so that coloured noise is as little tonal as white noise: 10 log10(e) x Euler's constant = 2.5 dB.
+    Per octave, so that coloured noise is as little tonal as white noise: 10 log10(e) x Euler's constant,
+    2.5 dB.
     """
     total = power.sum(dim=1)
     floor = 1e-12 * total[:, None] + 1e-20
@@ -290,8 +295,8 @@ def _provenance(coefficients: Coefficients, path: str | Path | None) -> str:
     if coefficients.spearman is not None:
         fitted += f" (cross-validated Spearman {coefficients.spearman:.2f})"
     return (
-        f"ce_proxy: a linear model of {len(DESCRIPTORS)} audio descriptors standing in for Audiobox Aesthetics CE, "
-        f"not that model; {source}{fitted}"
+        f"ce_proxy: a linear model of {len(DESCRIPTORS)} audio descriptors standing in for "
+        f"Audiobox Aesthetics CE, not that model; {source}{fitted}"
     )
 
 
@@ -301,7 +306,8 @@ def _parse(data: Any, path: str) -> Coefficients:
         raise UserError(f'coefficients {path}: expected a JSON object with "format": "{FORMAT}"')
     if type(data.get("version")) is not int or data["version"] != VERSION:
         raise UserError(
-            f"coefficients {path}: version {data.get('version')!r}, this program reads {VERSION}; calibrate again"
+            f"coefficients {path}: version {data.get('version')!r}, "
+            f"this program reads {VERSION}; calibrate again"
         )
     if data.get("axis") != AXIS or data.get("sample_rate") != SAMPLE_RATE:
         raise UserError(f'coefficients {path}: expected "axis": "{AXIS}" and "sample_rate": {SAMPLE_RATE}')
@@ -352,7 +358,7 @@ def _parse_spearman(validation: Any, path: str) -> float | None:
 
 
 def _number(entry: Mapping[str, Any], key: str, path: str, prefix: str) -> float:
-    value = entry.get(key)
+    value: Any = entry.get(key)
     usable = isinstance(value, int | float) and not isinstance(value, bool)
     # compared before it is converted: a whole number of 400 digits is valid JSON and no float
     if not usable or not -1e12 <= value <= 1e12:

@@ -1,0 +1,211 @@
+"""Tokenised pieces on disk: written once, read through memory maps.
+
+A corpus is a folder::
+
+    manifest.json            what is in it; written last, so a folder without it is unfinished
+    tokenizer/tokenizer.json
+    train-00000.bin          tokens of whole pieces, one after another, little-endian uint16
+    train-00000.idx.npy      int64 (pieces + 1,): where each piece starts, in tokens; the last entry is the end
+    train-00001.bin ...      and so on; validation-*, test-* likewise
+
+Other files beside these (tables of pieces and rejects) are for people and are listed in the manifest too.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from smart import UserError
+
+SPLITS = ("train", "validation", "test")
+MANIFEST = "manifest.json"
+FORMAT = 1
+DTYPE = np.dtype("<u2")
+SHARD_TOKENS = 1 << 26  # 128 MiB a shard
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write ``path`` so that it is either absent (or as before) or whole, whenever the machine stops."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class ShardWriter:
+    """Writes the pieces of one split, in the order given, a shard at a time; memory does not grow with them."""
+
+    def __init__(self, folder: Path, split: str, *, shard_tokens: int = SHARD_TOKENS) -> None:
+        self.folder, self.split, self.limit = folder, split, shard_tokens
+        self.shards: list[dict[str, Any]] = []
+        self._file: IO[bytes] | None = None
+        self._starts: list[int] = [0]
+        self._digest = hashlib.sha256()
+
+    def add(self, tokens: bytes) -> tuple[int, int]:
+        """Append one piece, given as the bytes of its tokens; returns its shard and its place in the shard."""
+        if self._file is not None and self._starts[-1] + len(tokens) // 2 > self.limit:
+            self._finish_shard()
+        if self._file is None:
+            self._file = open(self._path(".bin.tmp"), "wb")  # noqa: SIM115 (closed by _finish_shard)
+        self._file.write(tokens)
+        self._digest.update(tokens)
+        self._starts.append(self._starts[-1] + len(tokens) // 2)
+        return len(self.shards), len(self._starts) - 2
+
+    def close(self) -> list[dict[str, Any]]:
+        """Finish the last shard; returns what the manifest says about the split's shards."""
+        if self._file is not None:
+            self._finish_shard()
+        return self.shards
+
+    def _path(self, suffix: str) -> Path:
+        return self.folder / f"{self.split}-{len(self.shards):05d}{suffix}"
+
+    def _finish_shard(self) -> None:
+        assert self._file is not None
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._path(".bin.tmp"), self._path(".bin"))
+        starts = np.array(self._starts, dtype="<i8")
+        write_atomically(self._path(".idx.npy"), lambda file: np.save(file, starts))
+        self.shards.append(
+            {
+                "name": self._path("").name,
+                "pieces": len(starts) - 1,
+                "tokens": int(starts[-1]),
+                "sha256": self._digest.hexdigest(),
+                "index_sha256": sha256(self._path(".idx.npy")),
+            }
+        )
+        self._file, self._starts, self._digest = None, [0], hashlib.sha256()
+
+
+class Split(Sequence[npt.NDArray[np.uint16]]):
+    """The pieces of one split; ``split[i]`` is a read-only (L,) uint16 view into the memory map, without BOS, EOS."""
+
+    def __init__(self, folder: Path, shards: Sequence[dict[str, Any]]) -> None:
+        self._maps = [np.memmap(folder / f"{shard['name']}.bin", DTYPE, "r") for shard in shards]
+        self._starts = [np.load(folder / f"{shard['name']}.idx.npy", mmap_mode="r") for shard in shards]
+        self._first = np.cumsum([0] + [int(shard["pieces"]) for shard in shards])
+        self.tokens = sum(int(shard["tokens"]) for shard in shards)  # of all pieces together
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"piece {index} of {len(self)}")
+        index = int(index) % len(self)
+        shard = int(np.searchsorted(self._first, index, side="right")) - 1
+        place = index - int(self._first[shard])
+        starts = self._starts[shard]
+        return np.asarray(self._maps[shard][starts[place] : starts[place + 1]])
+
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens in each piece, (pieces,); read from the indices alone."""
+        return np.concatenate([np.zeros(0, np.int64), *(np.diff(starts) for starts in self._starts)])
+
+
+class Corpus:
+    """A finished corpus: ``corpus.split("train")``, ``corpus.tokenizer``, ``corpus.manifest``.
+
+    Opening checks the manifest, the size of every shard, every index and the tokenizer; ``verify=True`` reads all
+    tokens and checks their hashes as well. Raises ``UserError`` where the folder is no corpus, unfinished or damaged.
+    """
+
+    def __init__(self, folder: str | Path, *, verify: bool = False) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        for shard in self._shards():
+            self._check(shard, verify)
+        tokenizer = self.folder / "tokenizer" / "tokenizer.json"
+        if not tokenizer.is_file() or sha256(tokenizer) != self.manifest["tokenizer"]["sha256"]:
+            raise self._damaged(f"{tokenizer.name} is missing or not the one that wrote the tokens")
+        self._splits: dict[str, Split] = {}
+
+    def split(self, name: str) -> Split:
+        """The pieces of ``train``, ``validation`` or ``test``."""
+        if name not in SPLITS:
+            raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {name!r}")
+        if name not in self._splits:
+            self._splits[name] = Split(self.folder, self.manifest["splits"][name]["shards"])
+        return self._splits[name]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer that wrote the tokens (a new one each time)."""
+        from smart.tokens import load_tokenizer  # here: a reader of tokens alone needs no MidiTok
+
+        return load_tokenizer(self.folder / "tokenizer")
+
+    def _shards(self) -> Iterator[dict[str, Any]]:
+        for split in SPLITS:
+            yield from self.manifest["splits"][split]["shards"]
+
+    def _check(self, shard: dict[str, Any], verify: bool) -> None:
+        tokens, index = (self.folder / f"{shard['name']}{suffix}" for suffix in (".bin", ".idx.npy"))
+        for path in (tokens, index):
+            if not path.is_file():
+                raise self._damaged(f"{path.name} is missing")
+        if tokens.stat().st_size != shard["tokens"] * DTYPE.itemsize:
+            raise self._damaged(
+                f"{tokens.name} holds {tokens.stat().st_size} bytes, expected {shard['tokens'] * DTYPE.itemsize}"
+            )
+        if sha256(index) != shard["index_sha256"]:
+            raise self._damaged(f"{index.name} is not what was written")
+        if verify and sha256(tokens) != shard["sha256"]:
+            raise self._damaged(f"{tokens.name} is not what was written")
+
+    def _damaged(self, what: str) -> UserError:
+        return UserError(f"corpus {self.folder}: {what}; build it again with `smart corpus build`")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished corpus. Raises ``UserError`` where there is none, or not one of this format."""
+    path = folder / MANIFEST
+    build = "build one with `smart corpus build --midi DIR --out DIR`"
+    if not folder.is_dir():
+        raise UserError(f"corpus {folder}: no such folder; {build}")
+    if not path.is_file():
+        raise UserError(f"corpus {folder}: no {MANIFEST}, so it is unfinished or no corpus; {build}")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version = manifest["format"]
+        shards = [shard for split in SPLITS for shard in manifest["splits"][split]["shards"]]
+        well_formed = isinstance(manifest["tokenizer"]["sha256"], str) and all(
+            isinstance(shard[key], kind)
+            for shard in shards
+            for key, kind in {"name": str, "pieces": int, "tokens": int, "sha256": str, "index_sha256": str}.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"corpus {folder}: {MANIFEST} cannot be read ({error!r}); {build}") from None
+    if version != FORMAT or not well_formed:
+        raise UserError(f"corpus {folder}: {MANIFEST} is of format {version}, expected {FORMAT}; {build}")
+    return dict(manifest)

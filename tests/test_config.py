@@ -1,0 +1,133 @@
+"""smart.config: every shipped file loads, every mistake is named."""
+
+import string
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smart import UserError
+from smart.config import SHIPPED, Config, PretrainConfig, dumps, find, load, shipped
+
+BASES = {"base.toml", "base-small.toml"}
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_config_loads_and_round_trips(name: str, tmp_path: Path) -> None:
+    schema = PretrainConfig if name in BASES else Config
+    config = load(name, schema=schema)
+    (tmp_path / "again.toml").write_text(dumps(config), encoding="utf-8")
+    assert load(tmp_path / "again.toml", schema=schema) == config
+
+
+def test_paper_numbers() -> None:
+    paper = load("paper.toml")
+    grpo, sampling = paper.grpo, paper.sampling
+    assert (grpo.prompts, grpo.group_size, grpo.iterations, grpo.inner_epochs) == (8, 8, 200, 1)
+    assert (grpo.beta, grpo.learning_rate, grpo.clip, grpo.max_grad_norm) == (0.04, 1e-4, 0.2, 1.0)
+    assert (sampling.max_new_tokens, sampling.temperature, sampling.top_k) == (256, 1.0, 0)
+    assert (paper.render.seconds, paper.render.sample_rate, paper.run.seed) == (10.0, 48000, 1)
+    assert (paper.model.base, paper.prompts.kind) == ("lucacasini/metamidipianophi3_4L", "procedural")
+
+
+def test_the_papers_other_runs_differ_from_it_only_where_they_say() -> None:
+    def flat(name: str) -> dict[str, object]:
+        config = load(name)
+        return {
+            f"{section}.{key}": value
+            for section, values in vars(config).items()
+            for key, value in vars(values).items()
+        }
+
+    paper = flat("paper.toml")
+    for name, keys in {
+        "paper-1000.toml": {"grpo.iterations": 1000},
+        "paper-1000-beta0.toml": {"grpo.iterations": 1000, "grpo.beta": 0.0},
+        "paper-dataset.toml": {"prompts.kind": "dataset"},
+    }.items():
+        other = flat(name)
+        assert {key: value for key, value in other.items() if paper[key] != value and key != "run.name"} == keys
+
+
+def test_bare_name_is_found_when_no_such_file_is_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find("quickstart.toml") == SHIPPED / "quickstart.toml"
+    (tmp_path / "quickstart.toml").write_text("[run]\nname = 'mine'\n")
+    assert load("quickstart.toml").run.name == "mine"
+    with pytest.raises(UserError, match=r"no such file; shipped configs are .*paper\.toml"):
+        find("papper.toml")
+    with pytest.raises(UserError, match="no such file"):
+        find("elsewhere/quickstart.toml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("grpo.betta=1", r"unknown key grpo.betta = 1; did you mean grpo.beta\?"),
+        ("grop.beta=1", r"unknown key grop = \{'beta': 1\}; did you mean grpo\?"),
+        ("grpo.beta=high", "grpo.beta = 'high': expected a number"),
+        ("grpo.beta=nan", "grpo.beta = nan: expected a finite number"),
+        ("grpo.beta=true", "grpo.beta = True: expected a number"),
+        ("grpo.iterations=2.0", r"grpo.iterations = 2.0: expected an integer"),
+        ("grpo.iterations=0", "grpo.iterations = 0: expected a value at least 1"),
+        ("grpo.clip=0", "grpo.clip = 0.0: expected a value greater than 0 and at most 1.0"),
+        ("sampling.top_p=1.5", "sampling.top_p = 1.5: expected a value greater than 0 and at most 1.0"),
+        ("prompts.kind=none", "prompts.kind = 'none': expected one of procedural, first_note, bos, dataset"),
+        ("run.name=3", "run.name = 3: expected a string"),
+        ("reward.weights.CE=high", r"reward.weights = \{'CE': 'high'\}: expected a table of finite numbers"),
+        ("run=3", "expected section.key=value"),
+        ("run.name", "expected section.key=value"),
+        ("run.name.first=3", "run.name.first=3': name is not a section"),
+    ],
+)
+def test_a_mistake_is_named(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load("quickstart.toml", [override])
+
+
+def test_overrides_take_toml_and_bare_words() -> None:
+    config = load(
+        "quickstart.toml",
+        ["model.base=owner/name", "grpo.beta=1e-2", 'run.name="a b"', "reward.weights={CE=1, PQ=-0.5}"],
+    )
+    assert config.model.base == "owner/name"
+    assert config.grpo.beta == 0.01
+    assert config.run.name == "a b"
+    assert config.reward.weights == {"CE": 1.0, "PQ": -0.5}
+
+
+def test_a_run_name_cannot_leave_its_folder() -> None:
+    for name in ("../up", "/tmp", "a/b", "", "."):
+        with pytest.raises(UserError, match=r"run\.name"):
+            load("quickstart.toml", [f"run.name={name!r}"])
+
+
+def test_not_toml(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_bytes(b"\xff\xfe not toml")
+    with pytest.raises(UserError, match="cannot be read as TOML"):
+        load(tmp_path / "bad.toml")
+
+
+@given(
+    st.dictionaries(st.text(min_size=1, max_size=8), st.text(max_size=20), max_size=3),
+    st.floats(allow_nan=False, allow_infinity=False),
+)
+def test_dumps_round_trips_any_text(options: dict[str, str], number: float) -> None:
+    import dataclasses
+    import tomllib
+
+    config = Config()
+    reward = dataclasses.replace(config.reward, options={**options, "number": number})
+    config = dataclasses.replace(config, reward=reward)
+    assert tomllib.loads(dumps(config))["reward"]["options"] == {**options, "number": number}
+
+
+@given(st.text(alphabet=string.printable, max_size=60))
+def test_any_override_is_taken_or_refused_in_one_line(text: str) -> None:
+    try:
+        load("quickstart.toml", [text])
+    except UserError as error:
+        assert error.message
