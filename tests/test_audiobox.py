@@ -160,7 +160,8 @@ def test_full_size_equals_the_official_predictor(tmp_path: Path) -> None:
     clips = make_clips(10.0, 2.7)
     expected = official_scores(official_predictor(checkpoint), clips)
     spread = [float(values.std()) for values in expected.values()]
-    assert min(spread) > 2e-3 and max(spread) > 0.1  # the clips are told apart
+    assert min(spread) > 2e-3  # the clips are told apart
+    assert max(spread) > 0.1
     for model in (folder, checkpoint):
         reward = load_reward("audiobox", model=str(model))
         assert difference(reward.score(*batch(clips)), expected) < 1e-3
@@ -324,9 +325,8 @@ def test_a_downloaded_model_is_found_in_the_cache(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     audiobox.check()
     reward = load_reward("audiobox", weights={"CE": 1.0})
-    assert reward.provenance == (
-        f"Audiobox Aesthetics, facebook/audiobox-aesthetics from the Hugging Face hub, revision {revision}, float32"
-    )
+    origin = f"facebook/audiobox-aesthetics from the Hugging Face hub, revision {revision}"
+    assert reward.provenance == f"Audiobox Aesthetics, {origin}, float32"
     assert not reward.is_stand_in
     (repository / "snapshots" / revision / "config.json").unlink()
     with pytest.raises(UserError, match="offline"):
@@ -467,7 +467,7 @@ def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
 
 
 def ask_a_hub_at(port: int, cache: Path) -> tuple[str, float]:
-    """The error for the default model when the hub is this local port, in a fresh process; message, seconds."""
+    """What a fresh process says of the default model when the hub is this local port; message and seconds."""
     code = (
         "import time, smart.reward.audiobox as audiobox, huggingface_hub.hf_api\n"
         "start = time.perf_counter()\n"
