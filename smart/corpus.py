@@ -1,18 +1,18 @@
 """From folders of MIDI files, many of them broken, to tokenised pieces in shards: ``python -m smart.corpus build``.
 
-What is kept (paper section 3.2): files with a piano program (General MIDI 1-8), those tracks only, merged into one,
-duplicate notes removed; of files with the same onsets and pitches one; none with more than 300 notes in a bar,
-with more than 20% empty bars, or too short for a prompt and a bar. The rest goes into ``train``, ``validation`` or
-``test`` by the hash of its notes, so that a piece stays where it is when files are added.
+What a file must be to be kept is said in ``smart.midi`` (paper section 3.2). Of files with the same onsets
+and pitches one is kept, the first by path. A piece goes into ``train``, ``validation`` or ``test`` by the
+hash of its onsets and pitches alone, so that no piece is in two splits, and each stays where it is when files
+are added.
 
-Scraped files crash, hang or swell native parsers. Every file is therefore parsed in a worker process with a limit
-on time and memory; a worker that dies costs the file that it was working on, which goes into ``rejects.csv`` with
-the reason, and is replaced. This protects the build from bad files, not the machine from files made to attack it:
-a worker is no sandbox.
+Scraped files crash, hang or swell native parsers. Every file is therefore read by a worker process with a
+limit on time and memory; a worker that dies is replaced, and costs the file that it was working on, which
+goes into ``rejects.csv`` with the reason.
 
-A build keeps its state in ``OUT/.work`` (an SQLite table with one row a file, and the tokens so far) and continues
-from there when it was killed. The result depends on the files and settings alone: not on the number of workers,
-on the order in which they finish, or on interruptions.
+A build keeps its state in ``OUT/.work`` (an SQLite table with a row for each file, and the tokens so far) and
+continues from there after it was killed. The result depends on the files and the settings alone: not on the
+number of workers, on the order in which they finish, or on interruptions. Memory does not grow with the
+corpus.
 """
 
 import contextlib
@@ -26,14 +26,12 @@ import shutil
 import signal
 import socket
 import sqlite3
-import struct
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -42,441 +40,309 @@ from typing import IO, Any
 import click
 import numpy as np
 import numpy.typing as npt
-from symusic import Score
 from tqdm import tqdm
 
 from smart import UserError, shards
-from smart.tokens import build_tokenizer, decode, encode, load_tokenizer, merge_piano, save_tokenizer, vocabulary
+from smart.midi import CRASHED_BY_MEMORY, Limits, Piece
+from smart.shards import Corpus
+from smart.tokens import build_tokenizer, load_tokenizer, save_tokenizer, vocabulary
 
 EXTENSIONS = (".mid", ".midi")
-TEST_SHARE, VALIDATION_SHARE = 0.1, 0.1  # of all pieces; of the pieces that are not test (paper section 3.2)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a file may hold, and what parsing it may cost."""
-
-    max_bar_notes: int = 300  # paper section 3.2
-    max_empty_bars: float = 0.2  # paper section 3.2
-    min_bars: int = 2  # with notes: one for a prompt, one for what follows it
-    max_bytes: int = 16 << 20
-    max_notes: int = 200_000  # the longest real piece seen has 33,000
-    max_quarters: int = 50_000  # seven hours at 120
-    max_silence: float = 120.0  # seconds between two notes
-    min_division: int = 12  # ticks per quarter: fewer cannot place a note on the tokenizer's grid of twelfths
-    max_division: int = 30_720
-    min_tempo: float = 4.0  # beats a minute; the slowest real one seen is 4.5
-    max_tempo: float = 2_000.0  # the fastest real one seen is 1,500
-    seconds: float = 20.0  # wall-clock time for one file
-    megabytes: int = 1024  # memory for one file, beyond what a worker needs at rest
-
-
-class Reject(Exception):
-    """A file that is left out: ``reason``, one of a few, by which rejects are counted; ``detail`` for this file."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A tokenised file: ``tokens`` are the bytes of (L,) little-endian uint16."""
-
-    digest: bytes
-    tokens: bytes
-    notes: int
-    bars: int
-    seconds: float
-
-
-# --- One file: runs in a worker ------------------------------------------------------------------------------------
-
-
-def check_structure(data: bytes, limits: Limits) -> None:
-    """Walk the chunks of a MIDI file without parsing events. Raises ``Reject``.
-
-    A parser may take a truncated file for a short one; the lengths and number of chunks tell the difference.
-    """
-    if not data:
-        raise Reject("empty file")
-    if len(data) < 14 or data[:4] != b"MThd":
-        raise Reject("not a MIDI file", f"starts with {data[:4]!r}")
-    header, kind, tracks, division = struct.unpack(">IHHH", data[4:14])
-    if kind not in (0, 1):
-        raise Reject("MIDI format", f"format {kind}, expected 0 or 1")
-    if not limits.min_division <= division <= limits.max_division:
-        raise Reject("absurd division", f"{division}, expected {limits.min_division} to {limits.max_division}")
-    place, found = 8 + header, 0
-    while place + 8 <= len(data) and found < tracks:
-        name, length = data[place : place + 4], struct.unpack(">I", data[place + 4 : place + 8])[0]
-        place += 8 + length
-        if name == b"MTrk":
-            found += 1
-            if place > len(data):
-                raise Reject("truncated", f"track {found} ends {place - len(data)} bytes after the file")
-    if found < tracks:
-        raise Reject("truncated", f"{found} tracks, the header says {tracks}")
-
-
-def check_notes(score: Score, limits: Limits) -> float:
-    """Refuse a merged piano score that is absurd before any work in proportion to its length; its seconds."""
-    if not len(score.tracks):
-        raise Reject("no piano notes")
-    notes = score.tracks[0].notes.numpy()
-    onsets, ends = notes["time"].astype(np.int64), (notes["time"] + notes["duration"].astype(np.int64))
-    if len(onsets) > limits.max_notes:
-        raise Reject("too many notes", f"{len(onsets)}, expected at most {limits.max_notes}")
-    if onsets[0] < 0 or ends.max() >= 2**31:
-        raise Reject("absurd times", "ticks overflow 31 bits")
-    quarters = onsets[-1] / score.ticks_per_quarter
-    if quarters > limits.max_quarters:
-        raise Reject("too long", f"{quarters:.0f} quarter notes, expected at most {limits.max_quarters}")
-    tempos = score.tempos.numpy()
-    if len(tempos["mspq"]):
-        with np.errstate(divide="ignore"):
-            bpm = 60e6 / tempos["mspq"].astype(np.float64)
-        if not (bpm.min() >= limits.min_tempo and bpm.max() <= limits.max_tempo):
-            raise Reject(
-                "absurd tempo",
-                f"{bpm.min():.4g} to {bpm.max():.4g}, expected {limits.min_tempo:g} to {limits.max_tempo:g}",
-            )
-    sounding = np.maximum.accumulate(ends)
-    starts = seconds_at(onsets, tempos, score.ticks_per_quarter)
-    stops = seconds_at(sounding, tempos, score.ticks_per_quarter)
-    silence = float(max(starts[0], (starts[1:] - stops[:-1]).max(initial=0.0)))
-    if silence > limits.max_silence:
-        raise Reject("long silence", f"{silence:.0f} s, expected at most {limits.max_silence:.0f} s")
-    return float(stops[-1])
-
-
-def seconds_at(
-    ticks: npt.NDArray[np.int64], tempos: dict[str, npt.NDArray[Any]], per_quarter: int
-) -> npt.NDArray[np.float64]:
-    """Time in seconds of each of ``ticks`` under ``tempos`` (columns time, mspq, sorted); 120 before the first."""
-    changes = np.append(0, tempos["time"]).astype(np.float64)
-    length = np.append(500_000, tempos["mspq"]) / 1e6 / per_quarter  # seconds a tick
-    begins = np.append(0.0, np.cumsum(np.diff(changes) * length[:-1]))
-    which = np.searchsorted(changes, ticks, side="right") - 1
-    return np.asarray(begins[which] + (ticks - changes[which]) * length[which])
-
-
-def content_hash(score: Score) -> bytes:
-    """16 bytes that depend on the onsets, in quarter notes, and pitches of the notes of the first track only."""
-    notes = score.tracks[0].notes.numpy()
-    per_quarter = score.ticks_per_quarter
-    # twelfths of a quarter, rounded half up in whole numbers: the same for every division that can tell them apart
-    onsets = (notes["time"].astype(np.int64) * 24 + per_quarter) // (2 * per_quarter)
-    keys = np.unique(onsets * 128 + notes["pitch"])
-    return hashlib.blake2b(keys.astype("<i8").tobytes(), digest_size=16).digest()
+TEST_SHARE, VALIDATION_SHARE = 0.1, 0.1  # of all pieces; of those that are not test (paper section 3.2)
+COMMIT_SECONDS = 2.0  # at most so much work is lost when a build is killed
 
 
 def split_of(digest: bytes) -> str:
-    """The split of a piece: its hash as a fraction of one; 10% test, 9% validation, 81% train."""
+    """The split of a piece by its hash, read as a fraction of one: 10% test, 9% validation, 81% train."""
     share = int.from_bytes(digest[:8], "big") / 2**64
     if share < TEST_SHARE:
         return "test"
     return "validation" if share < TEST_SHARE + VALIDATION_SHARE * (1 - TEST_SHARE) else "train"
 
 
-def read_piece(data: bytes, tokenizer: Any, limits: Limits) -> Piece:
-    """The piece in the bytes of a MIDI file. Raises ``Reject`` with the reason where it is left out."""
-    check_structure(data, limits)
-    try:
-        score = Score.from_midi(data)
-    except (RuntimeError, ValueError, OverflowError) as error:
-        raise Reject("cannot be parsed", str(error).splitlines()[0]) from None
-    score = merge_piano(score)
-    low, high = tokenizer.config.pitch_range
-    for track in score.tracks:
-        track.notes = track.notes.filter(lambda note: low <= note.pitch <= high)
-    score.tracks = [track for track in score.tracks if len(track.notes)]
-    seconds = check_notes(score, limits)
-    digest = content_hash(score)
-    tokens = settled_tokens(tokenizer, score)
-    facts = vocabulary(tokenizer)
-    array = np.array(tokens)
-    bar = np.cumsum(array == facts.bar_id) - 1
-    counts = np.bincount(bar[np.isin(array, facts.pitch_ids)], minlength=bar[-1] + 1)
-    if counts.max() > limits.max_bar_notes:
-        raise Reject("too many notes in a bar", f"{counts.max()}, expected at most {limits.max_bar_notes}")
-    empty = float((counts == 0).mean())
-    if empty > limits.max_empty_bars:
-        raise Reject("too many empty bars", f"{empty:.0%}, expected at most {limits.max_empty_bars:.0%}")
-    if (counts > 0).sum() < limits.min_bars:
-        raise Reject("too short", f"{(counts > 0).sum()} bars with notes, expected at least {limits.min_bars}")
-    return Piece(digest, array.astype(shards.DTYPE).tobytes(), int(counts.sum()), len(counts), seconds)
-
-
-def settled_tokens(tokenizer: Any, score: Score) -> list[int]:
-    """Tokens of ``score`` that decode to music which encodes to the same tokens. Raises ``Reject``."""
-    tokens = encode(tokenizer, score)
-    for _ in range(3):
-        again = encode(tokenizer, decode(tokenizer, tokens))
-        if again == tokens:
-            return tokens
-        tokens = again
-    raise Reject("no round trip", "its tokens do not decode to music with the same tokens")
-
-
-def worker_main(descriptor: int) -> None:
-    """Serve read_piece over a socket until the other side closes it; started by ``Worker``, in a fresh interpreter."""
-    import resource
-
-    connection = Connection(descriptor)
-    with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
-        tokenizer_file, settings = connection.recv()
-        tokenizer, limits = load_tokenizer(tokenizer_file), Limits(**settings)
-        decode(tokenizer, encode(tokenizer, Score(480)))  # what is loaded lazily is loaded before memory is limited
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        bound = pages * os.sysconf("SC_PAGE_SIZE") + (limits.megabytes << 20)
-        resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        connection.send("ready")
-        while True:
-            path = connection.recv()
-            # SIGALRM's default action ends the process even inside a native parser that never returns
-            signal.setitimer(signal.ITIMER_REAL, limits.seconds)
-            answer = _answer(path, tokenizer, limits)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            connection.send(answer)
-
-
-def _answer(path: bytes, tokenizer: Any, limits: Limits) -> Piece | tuple[str, str]:
-    try:
-        with open(path, "rb") as file:
-            data = file.read(limits.max_bytes + 1)
-        if len(data) > limits.max_bytes:
-            raise Reject("too large", f"over {limits.max_bytes} bytes")
-        return read_piece(data, tokenizer, limits)
-    except Reject as reject:
-        return reject.reason, reject.detail
-    except MemoryError:
-        return "memory limit", f"over {limits.megabytes} MB"
-    except OSError as error:
-        return "cannot be read", str(error.strerror)
-    except Exception as error:  # a parser's or tokenizer's bug on this file: a reject with its text, never silence
-        return "cannot be tokenised", f"{type(error).__name__}: {error}".splitlines()[0][:200]
-
-
-# --- Worker processes ----------------------------------------------------------------------------------------------
+# --- Worker processes ---------------------------------------------------------------------------------------------
 
 
 class Worker:
-    """A process that reads files one after another; ``pending`` are those it was given and has not answered."""
+    """A process that reads files one after another; ``pending`` are those that it has not answered yet."""
 
-    GRACE = 10.0  # seconds past the limit after which a worker that did not end itself is killed
+    GRACE = 10.0  # seconds past the limit on a file after which a worker that did not end itself is killed
+    SERVES = 2000  # files, after which a worker is replaced: parsers leak, and memory is limited
 
     def __init__(self, tokenizer_file: Path, limits: Limits) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    f"from smart.corpus import worker_main; worker_main({theirs.fileno()})",
-                ],
+                [sys.executable, "-c", f"from smart.midi import serve; serve({theirs.fileno()})"],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                    "OMP_NUM_THREADS": "1",
+                    "SMART_MIDI_WORKER": "1",
+                },
+                start_new_session=True,  # Ctrl-C is for the build, which then ends its workers
             )
         self.connection = Connection(ours.detach())
         self.limits = limits
         self.pending: deque[tuple[bytes, bytes]] = deque()  # (key, path)
         self.ready = False
-        self.since = time.monotonic()
-        self.connection.send((str(tokenizer_file), asdict(limits)))
+        self.since = time.monotonic()  # when the first of ``pending`` was begun
+        self.served = 0
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # noticed as its end when it is read
+            self.connection.send((str(tokenizer_file), asdict(limits)))
 
     def give(self, key: bytes, path: bytes) -> None:
         if not self.pending:
             self.since = time.monotonic()
         self.pending.append((key, path))
-        self.connection.send(path)
+        self.served += 1
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.connection.send(path)
 
+    @property
     def overdue(self) -> bool:
-        return bool(self.pending) and self.ready and time.monotonic() - self.since > self.limits.seconds + self.GRACE
+        since = time.monotonic() - self.since
+        return self.ready and bool(self.pending) and since > self.limits.seconds + self.GRACE
 
-    def close(self) -> None:
+    def close(self) -> int:
+        """End the process, if it has not; its exit code, negative for a signal."""
         self.connection.close()
+        if self.process.poll() is None and not self.pending:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it ends by itself when the connection does
+                return self.process.wait(timeout=1)
         self.process.kill()
-        self.process.wait()
+        return self.process.wait()
 
 
-def run_workers(
-    tasks: Iterator[tuple[bytes, bytes]], tokenizer_file: Path, limits: Limits, count: int
-) -> Iterator[tuple[bytes, Piece | tuple[str, str]]]:
-    """Yield (key, answer) for every (key, path) of ``tasks``, in the order in which they are done.
+class Pool:
+    """``count`` workers; ``answers`` runs tasks through them and replaces those that die.
 
-    A worker that ran out of time rejects its file. One that crashed is given the file once more in a fresh process,
-    in case it was killed for no fault of the file; a second crash rejects the file.
+    A worker that ran out of time rejects the file it was reading. One that died otherwise is given the file
+    once more, in a fresh process, in case it was killed for no fault of the file; dying twice rejects the
+    file.
     """
-    again: deque[tuple[bytes, bytes]] = deque()
-    crashed: set[bytes] = set()
-    workers = [Worker(tokenizer_file, limits) for _ in range(count)]
-    try:
-        while True:
-            for worker in workers:
-                while len(worker.pending) < 8:
-                    task = again.popleft() if again else next(tasks, None)
-                    if task is None:
-                        break
-                    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # seen below as its end
-                        worker.give(*task)
-            if not any(worker.pending for worker in workers):
-                return
-            for worker in workers:
-                if worker.overdue():
-                    worker.process.kill()
-            busy = {worker.connection: worker for worker in workers}
-            for connection in wait(list(busy), timeout=1.0):
-                worker = busy[connection]  # type: ignore[index]  # what comes back is what was put in
-                try:
-                    answer = worker.connection.recv()
-                except (EOFError, ConnectionResetError):
-                    workers[workers.index(worker)] = Worker(tokenizer_file, limits)
-                    yield from _bury(worker, again, crashed)
-                    continue
-                if answer == "ready":
-                    worker.ready, worker.since = True, time.monotonic()
-                    continue
-                key, _ = worker.pending.popleft()
-                worker.since = time.monotonic()
-                yield key, answer
-    finally:
-        for worker in workers:
+
+    AHEAD = 8  # tasks a worker is given before it has answered: it never waits for the next
+    STARTS = 3  # how many workers may die in a row before they are ready
+
+    def __init__(self, tokenizer_file: Path, limits: Limits, count: int) -> None:
+        self.tokenizer_file, self.limits = tokenizer_file, limits
+        self.again: deque[tuple[bytes, bytes]] = deque()
+        self.died_on: set[bytes] = set()
+        self.failed_starts = 0
+        self.workers = [self._start() for _ in range(count)]
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers:
+            worker.process.kill()
+        for worker in self.workers:
             worker.close()
 
+    def answers(self, tasks: Iterator[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, Piece | tuple[str, str]]]:
+        """(key, answer) for every (key, path) of ``tasks``, in the order in which they are done."""
+        while True:
+            for place, worker in enumerate(self.workers):
+                if worker.served >= worker.SERVES and not worker.pending:
+                    worker.close()
+                    self.workers[place] = worker = self._start()
+                while len(worker.pending) < self.AHEAD and worker.served < worker.SERVES:
+                    task = self.again.popleft() if self.again else next(tasks, None)
+                    if task is None:
+                        break
+                    worker.give(*task)
+                if worker.overdue:
+                    worker.process.kill()
+            if not any(worker.pending for worker in self.workers):
+                return
+            by_connection = {worker.connection: worker for worker in self.workers}
+            for connection in wait(by_connection, timeout=1.0):
+                yield from self._read(by_connection[connection])  # type: ignore[index]  # one of those given
 
-def _bury(
-    worker: Worker, again: deque[tuple[bytes, bytes]], crashed: set[bytes]
-) -> Iterator[tuple[bytes, tuple[str, str]]]:
-    """Account for a worker that died: its current file is rejected or tried again, the others are handed back."""
-    overdue = worker.overdue()
-    worker.connection.close()
-    code = worker.process.wait()
-    if not worker.ready:
-        raise RuntimeError(f"a worker process ended with exit code {code} before it could start")
-    if worker.pending:
-        key, path = worker.pending.popleft()
-        if overdue or code == -signal.SIGALRM:
-            yield key, ("time limit", f"over {worker.limits.seconds:g} s")
-        elif key in crashed:
-            crashed.discard(key)
-            what = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            yield key, ("crash", f"the parser died twice, by {what}")
+    def _start(self) -> Worker:
+        return Worker(self.tokenizer_file, self.limits)
+
+    def _read(self, worker: Worker) -> Iterator[tuple[bytes, Piece | tuple[str, str]]]:
+        try:
+            answer = worker.connection.recv()
+        except (EOFError, ConnectionResetError):
+            yield from self._bury(worker)
+            return
+        worker.since = time.monotonic()
+        if answer == "ready":
+            worker.ready, self.failed_starts = True, 0
         else:
-            crashed.add(key)
-            again.append((key, path))
-    again.extend(worker.pending)
+            yield worker.pending.popleft()[0], answer
+
+    def _bury(self, worker: Worker) -> Iterator[tuple[bytes, tuple[str, str]]]:
+        """Account for a worker that died, and put another in its place."""
+        overdue = worker.overdue
+        worker.connection.close()
+        code = worker.process.wait()
+        if not worker.ready:
+            self.failed_starts += 1
+            if self.failed_starts >= self.STARTS:
+                raise RuntimeError(f"worker processes end with exit code {code} before they are ready")
+        elif worker.pending:
+            key, path = worker.pending.popleft()
+            if overdue or code == -signal.SIGALRM:
+                yield key, ("time limit", f"over {self.limits.seconds:g} s")
+            elif key not in self.died_on:
+                self.died_on.add(key)
+                self.again.append((key, path))
+            else:
+                self.died_on.remove(key)
+                if code == CRASHED_BY_MEMORY:
+                    yield key, ("memory limit", f"over {self.limits.megabytes} MB")
+                else:
+                    what = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+                    yield key, ("crash", f"its worker died twice, by {what}")
+        self.again.extend(worker.pending)
+        worker.pending.clear()
+        self.workers[self.workers.index(worker)] = self._start()
 
 
-# --- The state of a build --------------------------------------------------------------------------------------------
+# --- The state of a build -----------------------------------------------------------------------------------------
 
+KEPT, DUPLICATE = "kept", "duplicate"  # reasons that no worker gives
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT);
 CREATE TABLE IF NOT EXISTS files (
-    path BLOB PRIMARY KEY, reason TEXT, detail TEXT,
+    path BLOB PRIMARY KEY, reason TEXT, detail,
     hash BLOB, place INTEGER, length INTEGER, notes INTEGER, bars INTEGER, seconds REAL
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_hash ON files (hash, path) WHERE hash IS NOT NULL;
 """
-KEPT, PENDING = "kept", None  # values of ``reason`` beside those of rejects
+FIRST = "(SELECT MIN(first.path) FROM files AS first WHERE first.hash = files.hash)"
 
 
 class State:
-    """One row a file, and a spool of tokens; both survive a kill at any instant as of the last ``commit``."""
+    """A row for each file, and a spool of tokens; after a kill at any instant both are as of the last ``commit``.
+
+    ``reason`` is null for files that have not been read, ``kept`` for pieces.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(folder / "lock", "w")  # noqa: SIM115 (held as long as this object)
+        self._lock = open(folder / "lock", "w")  # noqa: SIM115  # held until close
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"corpus {folder.parent}: another build is writing it; wait for it or stop it") from None
-        self.table = sqlite3.connect(folder / "state.sqlite", isolation_level=None)
-        self.table.executescript(SCHEMA)
-        self.table.execute("BEGIN")
-        self.spool = open(folder / "spool.bin", "ab")  # noqa: SIM115 (closed by close)
-        self.end = int(self.get("spool", "0"))
+            self._lock.close()
+            raise UserError(f"--out {folder.parent}: another build is writing it; wait for it") from None
+        damaged = f"--out {folder.parent}: its unfinished build is damaged; start again with --overwrite"
+        try:
+            self.table = sqlite3.connect(folder / "state.sqlite", isolation_level=None)
+            self.table.executescript(SCHEMA)
+            self.table.execute("BEGIN")
+            self.end = int(self.get("spool") or 0)
+        except (sqlite3.DatabaseError, ValueError):
+            raise UserError(damaged) from None
+        self.spool = open(folder / "spool.bin", "ab")  # noqa: SIM115  # closed by close
         if self.spool.seek(0, os.SEEK_END) < self.end:
-            raise UserError(f"corpus {folder.parent}: its unfinished build is damaged; start again with --overwrite")
+            raise UserError(damaged)
         self.spool.truncate(self.end)
-
-    def get(self, key: str, default: str) -> str:
-        row = self.table.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return default if row is None else str(row[0])
-
-    def put(self, key: str, value: str) -> None:
-        self.table.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
-
-    def commit(self) -> None:
-        """Tokens first, then the rows that point to them."""
-        self.spool.flush()
-        os.fsync(self.spool.fileno())
-        self.put("spool", str(self.end))
-        self.table.execute("COMMIT")
-        self.table.execute("BEGIN")
-
-    def record(self, path: bytes, answer: Piece | tuple[str, str]) -> None:
-        if isinstance(answer, Piece):
-            self.spool.write(answer.tokens)
-            values: tuple[Any, ...] = (KEPT, "", answer.digest, self.end, len(answer.tokens), answer.notes)
-            values += (answer.bars, answer.seconds)
-            self.end += len(answer.tokens)
-        else:
-            values = (*answer, None, None, None, None, None, None)
-        self.table.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (path, *values))
-
-    def pending(self) -> Iterator[bytes]:
-        """Paths without an answer, in order, read a page at a time so that rows may change meanwhile."""
-        last = b""
-        while page := self.table.execute(
-            "SELECT path FROM files WHERE path > ? AND reason IS NULL ORDER BY path LIMIT 1000", (last,)
-        ).fetchall():
-            for (last,) in page:
-                yield last
-
-    def count(self, where: str) -> int:
-        return int(self.table.execute(f"SELECT COUNT(*) FROM files WHERE {where}").fetchone()[0])
 
     def close(self) -> None:
         self.table.close()
         self.spool.close()
         self._lock.close()
 
+    def get(self, key: str) -> str:
+        row = self.table.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return "" if row is None else str(row[0])
+
+    def put(self, key: str, value: str) -> None:
+        self.table.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    def commit(self) -> None:
+        """Make everything so far durable: tokens first, then the rows that point to them."""
+        self.spool.flush()
+        os.fsync(self.spool.fileno())
+        self.put("spool", str(self.end))
+        self.table.execute("COMMIT")
+        self.table.execute("BEGIN")
+
+    def list_files(self, keys: Iterator[bytes]) -> None:
+        """Add the files that are not listed yet, and forget those that are gone."""
+        self.table.execute("CREATE TEMP TABLE present (path BLOB PRIMARY KEY) WITHOUT ROWID")
+        self.table.executemany("INSERT OR IGNORE INTO present VALUES (?)", ((key,) for key in keys))
+        self.table.execute("DELETE FROM files WHERE path NOT IN present")
+        self.table.execute("INSERT OR IGNORE INTO files (path) SELECT path FROM present")
+        self.table.execute("DROP TABLE present")
+        self.commit()
+
+    def record(self, key: bytes, answer: Piece | tuple[str, str]) -> None:
+        row: tuple[Any, ...]
+        if isinstance(answer, Piece):
+            self.spool.write(answer.tokens)
+            row = (KEPT, "", answer.digest, self.end, len(answer.tokens), answer.notes, answer.bars, answer.seconds)
+            self.end += len(answer.tokens)
+        else:
+            row = (*answer, *[None] * 6)
+        self.table.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (key, *row))
+
+    def unread(self) -> Iterator[bytes]:
+        """Keys of files that have not been read, in order; a page at a time, as rows change meanwhile."""
+        last = b""
+        query = "SELECT path FROM files WHERE path > ? AND reason IS NULL ORDER BY path LIMIT 1000"
+        while page := self.table.execute(query, (last,)).fetchall():
+            for (last,) in page:
+                yield last
+
+    def mark_duplicates(self) -> None:
+        """Of pieces with one hash, keep the first by path."""
+        self.table.execute("UPDATE files SET reason = ?, detail = '' WHERE hash IS NOT NULL", (KEPT,))
+        self.table.execute(
+            f"UPDATE files SET reason = ?, detail = {FIRST} WHERE hash IS NOT NULL AND path > {FIRST}", (DUPLICATE,)
+        )
+
+    def rows(self, columns: str, where: str, *values: Any) -> Iterator[tuple[Any, ...]]:
+        yield from self.table.execute(f"SELECT {columns} FROM files WHERE {where} ORDER BY path", values)
+
+    def count(self, where: str, *values: Any) -> int:
+        return int(self.table.execute(f"SELECT COUNT(*) FROM files WHERE {where}", values).fetchone()[0])
+
+    def reasons(self) -> dict[str, int]:
+        return dict(self.table.execute("SELECT reason, COUNT(*) FROM files GROUP BY reason ORDER BY reason"))
+
+
+# --- Building -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Summary:
+    """What a build made: files by reason, ``kept`` among them, and pieces and tokens by split."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    pieces: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    read: int = 0  # files read by this run; less than all where it continued another
+    seconds: float = 0.0  # of this run
+
 
 def find_files(
-    folders: Sequence[Path], include: Sequence[str], listed: frozenset[str] | None
-) -> Iterator[tuple[bytes, Path]]:
-    """(key, path) of every .mid and .midi file under ``folders``; a key is the folder's name and the path in it."""
+    folders: Sequence[Path], include: Sequence[str] = (), listed: frozenset[str] | None = None
+) -> Iterator[bytes]:
+    """Keys of the .mid and .midi files under ``folders``: the folder's name, then the path in it.
+
+    ``include``: glob patterns of which a key must match one. ``listed``: the only keys to take.
+    """
     for root in folders:
         for folder, _, names in os.walk(root):
             for name in names:
                 if not name.lower().endswith(EXTENSIONS):
                     continue
-                path = Path(folder, name)
-                key = Path(root.name, path.relative_to(root))
-                if include and not any(fnmatch.fnmatchcase(str(key), pattern) for pattern in include):
+                key = os.path.join(root.name, os.path.relpath(os.path.join(folder, name), root))
+                if include and not any(fnmatch.fnmatchcase(key, pattern) for pattern in include):
                     continue
-                if listed is not None and str(key) not in listed:
-                    continue
-                yield os.fsencode(key), path
-
-
-# --- Building --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Summary:
-    """What a build did; ``counts`` are files by reason, ``kept`` among them."""
-
-    folder: Path
-    counts: Counter[str] = field(default_factory=Counter)
-    pieces: dict[str, int] = field(default_factory=dict)
-    tokens: dict[str, int] = field(default_factory=dict)
-    seconds: float = 0.0
-    files: int = 0  # worked on in this run
+                if listed is None or key in listed:
+                    yield os.fsencode(key)
 
 
 def build(
@@ -491,157 +357,260 @@ def build(
     overwrite: bool = False,
     shard_tokens: int = shards.SHARD_TOKENS,
 ) -> Summary:
-    """Tokenise the MIDI files under ``folders`` into the corpus ``out``; continues an unfinished build of the same.
+    """Tokenise the MIDI files under ``folders`` into the corpus ``out``, or continue an unfinished build of it.
 
     Raises ``UserError`` where a folder is missing, ``out`` holds something else, or there is nothing to keep.
     """
-    limits = limits or Limits()
+    limits, tokenizer = limits or Limits(), tokenizer or build_tokenizer()
     roots = [Path(folder).resolve() for folder in folders]
     for root in roots:
         if not root.is_dir():
             raise UserError(f"--midi {root}: no such folder")
     if len({root.name for root in roots}) < len(roots):
-        raise UserError("--midi: two folders have the same name; give their parent, or rename one")
-    work = out / ".work"
-    if out.exists() and overwrite:
-        _clear(out)
-    if (out / shards.MANIFEST).exists():
-        raise UserError(f"--out {out}: holds a finished corpus; give another folder, or --overwrite")
-    if out.exists() and any(out.iterdir()) and not work.is_dir():
-        raise UserError(f"--out {out}: not empty and no unfinished corpus; give another folder")
-    state = State(work)
-    tokenizer = tokenizer or build_tokenizer()
-    save_tokenizer(tokenizer, out / "tokenizer")
-    tokenizer_file = out / "tokenizer" / "tokenizer.json"
-    settings = {
-        "midi": [root.name for root in roots],
-        "include": sorted(include),
-        "list": None if listed is None else hashlib.sha256("\n".join(sorted(listed)).encode()).hexdigest(),
-        "limits": asdict(limits),
-        "shard_tokens": shard_tokens,
-        "tokenizer": shards.sha256(tokenizer_file),
-    }
-    if state.get("settings", "") not in ("", json.dumps(settings)):
-        raise UserError(f"--out {out}: unfinished, with other settings; finish it with those, or give --overwrite")
-    state.put("settings", json.dumps(settings))
+        raise UserError("--midi: two folders have the same name; rename one, or give the folder that holds both")
+    if len(tokenizer.vocab) > 1 << 16:
+        raise UserError(f"--tokenizer: {len(tokenizer.vocab)} tokens, expected at most 65,536")
+    _check_out(out, overwrite)
+    started = time.monotonic()
+    state = State(out / ".work")
     with contextlib.closing(state):
-        places = {os.fsencode(root.name): os.fsencode(root) for root in roots}
-        for key, _ in find_files(roots, include, listed):
-            state.table.execute("INSERT OR IGNORE INTO files (path) VALUES (?)", (key,))
-        state.commit()
+        save_tokenizer(tokenizer, out / "tokenizer")
+        tokenizer_file = out / "tokenizer" / "tokenizer.json"
+        settings = {
+            "midi": [root.name for root in roots],
+            "include": sorted(include),
+            "list": None if listed is None else hashlib.sha256("\n".join(sorted(listed)).encode()).hexdigest(),
+            "limits": asdict(limits),
+            "shard_tokens": shard_tokens,
+            "tokenizer": shards.sha256(tokenizer_file),
+        }
+        if state.get("settings") not in ("", json.dumps(settings)):
+            raise UserError(f"--out {out}: begun with other settings; finish it with those, or give --overwrite")
+        state.put("settings", json.dumps(settings))
+        state.list_files(find_files(roots, include, listed))
         if not state.count("1"):
-            raise UserError(f"--midi {', '.join(map(str, roots))}: no .mid or .midi file")
-        summary = Summary(out)
-        started = time.monotonic()
-        summary.files = _tokenise(state, places, tokenizer_file, limits, workers)
-        _finish(state, out, settings, summary, shard_tokens)
-        summary.seconds = time.monotonic() - started
-    shutil.rmtree(work)
+            raise UserError(f"--midi {', '.join(map(str, folders))}: no .mid or .midi file that was asked for")
+        summary = Summary()
+        with Pool(tokenizer_file, limits, min(workers, max(state.count("reason IS NULL"), 1))) as pool:
+            summary.read = _read_all(state, {os.fsencode(root.name): os.fsencode(root) for root in roots}, pool)
+        _write(state, out, settings, summary)
+    shutil.rmtree(out / ".work")
+    summary.seconds = time.monotonic() - started
     return summary
 
 
-def _clear(out: Path) -> None:
-    """Remove what a build wrote; refuse a folder that holds anything that no build writes."""
+def _check_out(out: Path, overwrite: bool) -> None:
+    """Refuse a folder that a build may not write to; with ``overwrite``, clear what a build wrote before."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"--out {out}: is not a folder")
     ours = {shards.MANIFEST, "tokenizer", ".work", "pieces.csv", "rejects.csv", "stats.png"}
-    foreign = [p.name for p in out.iterdir() if p.name not in ours and not p.name.startswith(shards.SPLITS)]
+    foreign = [
+        path.name
+        for path in out.iterdir()
+        if path.name.removesuffix(".tmp") not in ours and not path.name.startswith(shards.SPLITS)
+    ]
     if foreign:
-        raise UserError(f"--overwrite {out}: holds {foreign[0]!r}, which no build wrote; give another folder")
-    shutil.rmtree(out)
+        raise UserError(f"--out {out}: holds {foreign[0]!r}, which no build wrote; give another folder")
+    if overwrite:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(out / shards.MANIFEST)  # first, so that what is half cleared does not look finished
+        shutil.rmtree(out)
+    elif (out / shards.MANIFEST).exists():
+        raise UserError(f"--out {out}: holds a finished corpus; give another folder, or --overwrite")
 
 
-def _tokenise(
-    state: State, places: dict[bytes, bytes], tokenizer_file: Path, limits: Limits, workers: int
-) -> int:
+def _read_all(state: State, roots: dict[bytes, bytes], pool: Pool) -> int:
+    """Have every unread file read; returns how many these were."""
+
     def tasks() -> Iterator[tuple[bytes, bytes]]:
-        for key in state.pending():
-            root, _, rest = key.partition(b"/")
-            yield key, places[root] + b"/" + rest
+        for key in state.unread():
+            name, _, rest = key.partition(b"/")
+            yield key, roots[name] + b"/" + rest
 
     total, left = state.count("1"), state.count("reason IS NULL")
-    rejects = state.count(f"reason IS NOT NULL AND reason != '{KEPT}'")
-    if not left:
-        return 0
+    rejects = state.count("reason IS NOT NULL AND reason != ?", KEPT)
     saved = time.monotonic()
-    with tqdm(total=total, initial=total - left, unit="file", desc="corpus", smoothing=0.05) as bar:
-        for key, answer in run_workers(tasks(), tokenizer_file, limits, min(workers, left)):
-            state.record(key, answer)
-            rejects += not isinstance(answer, Piece)
-            bar.set_postfix(rejects=rejects, refresh=False)
-            bar.update()
-            if time.monotonic() - saved > 2:
-                state.commit()
-                saved = time.monotonic()
-    state.commit()
+    quiet = {} if sys.stderr.isatty() else {"mininterval": 10.0}  # a log needs fewer lines than an eye
+    try:
+        with tqdm(total=total, initial=total - left, unit=" files", desc="corpus", **quiet) as bar:
+            for key, answer in pool.answers(tasks()):
+                state.record(key, answer)
+                rejects += not isinstance(answer, Piece)
+                bar.set_postfix(rejects=rejects, refresh=False)
+                bar.update()
+                if time.monotonic() - saved > COMMIT_SECONDS:
+                    state.commit()
+                    saved = time.monotonic()
+    finally:
+        state.commit()  # on Ctrl-C too: the next run goes on from here
     return left
 
 
-def _finish(state: State, out: Path, settings: dict[str, Any], summary: Summary, shard_tokens: int) -> None:
-    """Sort the pieces into shards, by path, and write the tables and, last, the manifest."""
-    state.table.execute(
-        """UPDATE files SET reason = 'duplicate', detail = (
-             SELECT MIN(first.path) FROM files AS first WHERE first.hash = files.hash)
-           WHERE hash IS NOT NULL AND path > (SELECT MIN(first.path) FROM files AS first WHERE first.hash = files.hash)"""
-    )
-    writers = {split: shards.ShardWriter(out, split, shard_tokens=shard_tokens) for split in shards.SPLITS}
-    columns = "path, hash, place, length, notes, bars, seconds"
-
-    def pieces(file: IO[bytes]) -> None:
-        table = _csv(file, ["path", "hash", "split", "shard", "index", "tokens", "notes", "bars", "seconds"])
-        with open(state.folder / "spool.bin", "rb") as spool:
-            for path, digest, place, length, notes, bars, seconds in state.table.execute(
-                f"SELECT {columns} FROM files WHERE reason = '{KEPT}' ORDER BY path"
-            ):
-                spool.seek(place)
-                split = split_of(digest)
-                shard, index = writers[split].add(spool.read(length))
-                row = [_shown(path), digest.hex(), split, shard, index, length // 2, notes, bars, f"{seconds:.2f}"]
-                table.writerow(row)
-
-    def rejects(file: IO[bytes]) -> None:
-        table = _csv(file, ["path", "reason", "detail"])
-        for path, reason, detail in state.table.execute(
-            f"SELECT path, reason, detail FROM files WHERE reason != '{KEPT}' ORDER BY path"
-        ):
-            table.writerow([_shown(path), reason, _shown(detail) if isinstance(detail, bytes) else detail])
-
-    shards.write_atomically(out / "pieces.csv", pieces)
-    shards.write_atomically(out / "rejects.csv", rejects)
-    splits = {split: {"shards": writers[split].close()} for split in shards.SPLITS}
-    counts = state.table.execute("SELECT reason, COUNT(*) FROM files GROUP BY reason ORDER BY reason").fetchall()
-    summary.counts = Counter(dict(counts))
-    for split in shards.SPLITS:
-        summary.pieces[split] = sum(shard["pieces"] for shard in splits[split]["shards"])
-        summary.tokens[split] = sum(shard["tokens"] for shard in splits[split]["shards"])
-    if not summary.counts[KEPT]:
-        reasons = ", ".join(f"{reason} {number}" for reason, number in counts)
-        raise UserError(f"--midi: none of the {sum(summary.counts.values())} files can be kept ({reasons})")
+def _write(state: State, out: Path, settings: dict[str, Any], summary: Summary) -> None:
+    """Write the pieces into shards, by path, then the tables and, last, the manifest."""
+    state.mark_duplicates()
+    summary.counts = state.reasons()
+    if KEPT not in summary.counts:
+        reasons = ", ".join(f"{number} {reason}" for reason, number in summary.counts.items())
+        raise UserError(f"--midi: no file can be kept ({reasons}); nothing was built")
+    writers = {split: shards.ShardWriter(out, split, shard_tokens=settings["shard_tokens"]) for split in shards.SPLITS}
+    shards.write_atomically(out / "pieces.csv", lambda file: _write_pieces(state, writers, file))
+    shards.write_atomically(out / "rejects.csv", lambda file: _write_rejects(state, file))
+    splits = {split: writer.close() for split, writer in writers.items()}
+    summary.pieces = {split: sum(shard["pieces"] for shard in splits[split]) for split in splits}
+    summary.tokens = {split: sum(shard["tokens"] for shard in splits[split]) for split in splits}
     manifest = {
         "format": shards.FORMAT,
         "settings": settings,
         "tokenizer": {"sha256": settings["tokenizer"]},
         "versions": {name: version(name) for name in ("smart", "miditok", "symusic", "numpy")},
-        "counts": dict(counts),
+        "counts": summary.counts,
         "pieces": summary.pieces,
         "tokens": summary.tokens,
-        "splits": splits,
+        "splits": {split: {"shards": splits[split]} for split in splits},
         "files": {name: shards.sha256(out / name) for name in ("pieces.csv", "rejects.csv")},
     }
     text = json.dumps(manifest, indent=2) + "\n"
     shards.write_atomically(out / shards.MANIFEST, lambda file: file.write(text.encode()))
 
 
-def _csv(file: IO[bytes], header: Sequence[str]) -> Any:
+def _write_pieces(state: State, writers: dict[str, shards.ShardWriter], file: IO[bytes]) -> None:
+    table = _table(file, "path", "hash", "split", "shard", "index", "tokens", "notes", "bars", "seconds")
+    columns = "path, hash, place, length, notes, bars, seconds"
+    with open(state.folder / "spool.bin", "rb") as spool:
+        for path, digest, place, length, notes, bars, seconds in state.rows(columns, "reason = ?", KEPT):
+            spool.seek(place)
+            split = split_of(digest)
+            shard, index = writers[split].add(spool.read(length))
+            numbers = (length // shards.DTYPE.itemsize, notes, bars, f"{seconds:.2f}")
+            table([_shown(path), digest.hex(), split, shard, index, *numbers])
+
+
+def _write_rejects(state: State, file: IO[bytes]) -> None:
+    table = _table(file, "path", "reason", "detail")
+    for path, reason, detail in state.rows("path, reason, detail", "reason != ?", KEPT):
+        table([_shown(path), reason, f"of {_shown(detail)}" if reason == DUPLICATE else detail])
+
+
+def _table(file: IO[bytes], *header: str) -> Callable[[Sequence[Any]], object]:
+    """A CSV writer into a binary file."""
+
     class Text:
         def write(self, line: str) -> None:
             file.write(line.encode("utf-8", "backslashreplace"))
 
-    table = csv.writer(Text(), lineterminator="\n")
-    table.writerow(header)
-    return table
+    writer = csv.writer(Text(), lineterminator="\n")
+    writer.writerow(header)
+    return writer.writerow
 
 
 def _shown(path: bytes) -> str:
+    """A path for people; file names need not be UTF-8."""
     return path.decode("utf-8", "backslashreplace")
+
+
+# --- What is in a corpus ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Statistics:
+    """Counts over a corpus; ``vocabulary_counts`` (V,) tells how often each token occurs."""
+
+    tokens_per_piece: npt.NDArray[np.int64]
+    vocabulary_counts: npt.NDArray[np.int64]
+    notes_per_bar: npt.NDArray[np.int64]  # [n]: bars with n notes
+
+
+def measure(corpus: Corpus, splits: Sequence[str] = shards.SPLITS) -> Statistics:
+    """Count tokens and notes per bar, a few hundred pieces at a time."""
+    facts = vocabulary(corpus.tokenizer)
+    is_pitch = np.zeros(facts.size, dtype=bool)
+    is_pitch[list(facts.pitch_ids)] = True
+    total = Statistics(np.zeros(0, np.int64), np.zeros(facts.size, np.int64), np.zeros(1, np.int64))
+    for name in splits:
+        split = corpus.split(name)
+        total.tokens_per_piece = np.append(total.tokens_per_piece, split.lengths())
+        for start in range(0, len(split), 256):
+            tokens = np.concatenate(split[start : start + 256]).astype(np.int64)
+            total.vocabulary_counts += np.bincount(tokens, minlength=facts.size)
+            bar = np.cumsum(tokens == facts.bar_id) - 1  # every piece begins with a bar line
+            per_bar = np.bincount(np.bincount(bar[is_pitch[tokens]], minlength=bar[-1] + 1))
+            longer, shorter = sorted((total.notes_per_bar, per_bar), key=len, reverse=True)
+            total.notes_per_bar = longer.copy()
+            total.notes_per_bar[: len(shorter)] += shorter
+    return total
+
+
+def _spread(values: npt.NDArray[Any], counts: npt.NDArray[np.int64]) -> str:
+    """Least, quartiles and greatest of ``values``, each occurring ``counts`` times."""
+    order = np.argsort(values)
+    values, reached = values[order], np.cumsum(counts[order])
+    shares = (0.0, 0.25, 0.5, 0.75, 1.0)
+    places = [int(np.searchsorted(reached, max(share * reached[-1], 1))) for share in shares]
+    return "  ".join(f"{values[place]:>8g}" for place in places)
+
+
+def _by_value(corpus: Corpus, counts: npt.NDArray[np.int64], kind: str) -> dict[str, int]:
+    """How often each token of ``kind`` occurs, by its value."""
+    vocab: dict[str, int] = corpus.tokenizer.vocab
+    return {
+        token.split("_", 1)[1]: int(counts[number])
+        for token, number in vocab.items()
+        if token.startswith(f"{kind}_") and counts[number]
+    }
+
+
+def describe(corpus: Corpus, stats: Statistics) -> str:
+    """Tables for a terminal."""
+    manifest = corpus.manifest
+    lines = ["files"]
+    lines += [f"  {reason:28}{number:>12,}" for reason, number in manifest["counts"].items()]
+    lines += [f"{'split':30}{'pieces':>12}{'tokens':>16}"]
+    lines += [f"  {name:28}{manifest['pieces'][name]:>12,}{manifest['tokens'][name]:>16,}" for name in shards.SPLITS]
+    signatures = _by_value(corpus, stats.vocabulary_counts, "TimeSig")
+    bars = sum(signatures.values())
+    lines += ["time signatures, share of bars"]
+    lines += [f"  {name:28}{number / bars:>12.1%}" for name, number in Counter(signatures).most_common(8)]
+    lines += [f"{'':30}{'least':>8}  {'25%':>8}  {'half':>8}  {'75%':>8}  {'most':>8}"]
+    ones = np.ones(len(stats.tokens_per_piece), np.int64)
+    lines += [f"{'tokens a piece':30}{_spread(stats.tokens_per_piece, ones)}"]
+    lines += [f"{'notes a bar':30}{_spread(np.arange(len(stats.notes_per_bar)), stats.notes_per_bar)}"]
+    for title, kind in (("tempo marks, quarters a minute", "Tempo"), ("velocities", "Velocity")):
+        found = _by_value(corpus, stats.vocabulary_counts, kind)
+        lines += [f"{title:30}{_spread(np.array([float(value) for value in found]), np.array([*found.values()]))}"]
+    return "\n".join(lines)
+
+
+def plot(corpus: Corpus, stats: Statistics, path: Path) -> None:
+    """Draw the distributions that ``describe`` prints into a PNG file."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    axes = figure.subplots(2, 3).flatten()
+    lengths = stats.tokens_per_piece
+    bins = np.geomspace(max(lengths.min(), 1), lengths.max() + 1, 40)
+    axes[0].hist(lengths, bins=bins.tolist())
+    axes[0].set(title="tokens a piece", xscale="log", ylabel="pieces")
+    signatures = _by_value(corpus, stats.vocabulary_counts, "TimeSig")
+    axes[1].bar([*signatures], [*signatures.values()])
+    axes[1].set(title="time signatures", ylabel="bars")
+    axes[1].tick_params(axis="x", rotation=90)
+    for axis, kind, title, width in ((axes[2], "Tempo", "tempo marks", 3.0), (axes[3], "Velocity", "velocities", 3.6)):
+        found = _by_value(corpus, stats.vocabulary_counts, kind)
+        axis.bar([float(value) for value in found], [*found.values()], width=width)
+        axis.set(title=title, ylabel="tokens")
+    shown = stats.notes_per_bar[:65]
+    axes[4].bar(np.arange(len(shown)), shown)
+    axes[4].set(title="notes a bar (up to 64)", ylabel="bars")
+    splits = corpus.manifest["tokens"]
+    axes[5].bar([*splits], [*splits.values()])
+    axes[5].set(title="splits", ylabel="tokens")
+    figure.savefig(path, dpi=120)
+
+
+# --- Commands -----------------------------------------------------------------------------------------------------
 
 
 @click.group()
@@ -649,35 +618,78 @@ def main() -> None:
     """Turn folders of MIDI files into a tokenised corpus, and look into one."""
 
 
+def _limit_options(command: Any) -> Any:
+    """One option for each field of ``Limits``."""
+    for limit in reversed(fields(Limits)):
+        kind = click.IntRange(min=0) if isinstance(limit.default, int) else click.FloatRange(min=0)
+        name = f"--{limit.name.replace('_', '-')}"
+        command = click.option(name, default=limit.default, show_default=True, type=kind)(command)
+    return command
+
+
+FOLDER = click.Path(path_type=Path)
+
+
 @main.command("build")
-@click.option("--midi", "folders", multiple=True, required=True, type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path))
+@click.option("--midi", "folders", multiple=True, required=True, type=FOLDER, help="Folder to search; repeatable.")
+@click.option("--out", required=True, type=FOLDER, help="Folder of the corpus, new or unfinished.")
 @click.option("--workers", default=os.cpu_count() or 1, show_default=True, type=click.IntRange(min=1))
-@click.option("--tokenizer", "tokenizer_path", help="tokenizer.json, a folder with it, or a hub id")
-@click.option("--include", multiple=True)
-@click.option("--list", "list_file", type=click.Path(path_type=Path))
-@click.option("--overwrite", is_flag=True)
+@click.option("--tokenizer", help="tokenizer.json, a folder with it, or a hub id; else the paper's.")
+@click.option("--include", multiple=True, help="Glob over FOLDER-NAME/PATH of files to take; repeatable.")
+@click.option("--list", "listed", type=FOLDER, help="File with one FOLDER-NAME/PATH a line: take only these.")
+@click.option("--overwrite", is_flag=True, help="Replace a corpus, or an unfinished build.")
+@_limit_options
 def build_command(
     folders: tuple[Path, ...],
     out: Path,
     workers: int,
-    tokenizer_path: str | None,
+    tokenizer: str | None,
     include: tuple[str, ...],
-    list_file: Path | None,
+    listed: Path | None,
     overwrite: bool,
+    **limits: Any,
 ) -> None:
-    """Tokenise the MIDI files under --midi."""
-    listed = None
-    if list_file is not None:
-        listed = frozenset(line for line in list_file.read_text().splitlines() if line)
-    tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else None
+    """Tokenise the MIDI files under the --midi folders; run again after an interruption, it continues."""
+    only = None
+    if listed is not None:
+        try:
+            only = frozenset(filter(None, listed.read_text(encoding="utf-8").splitlines()))
+        except (OSError, ValueError) as error:
+            raise UserError(f"--list {listed}: cannot be read ({error})") from None
     summary = build(
-        folders, out, workers=workers, tokenizer=tokenizer, include=include, listed=listed, overwrite=overwrite
+        folders,
+        out,
+        workers=workers,
+        tokenizer=load_tokenizer(tokenizer) if tokenizer else None,
+        limits=Limits(**limits),
+        include=include,
+        listed=only,
+        overwrite=overwrite,
     )
-    print(summary)
+    for reason, number in summary.counts.items():
+        click.echo(f"{reason:30}{number:>12,}")
+    click.echo(f"{'split':30}{'pieces':>12}{'tokens':>16}")
+    for split in shards.SPLITS:
+        click.echo(f"  {split:28}{summary.pieces[split]:>12,}{summary.tokens[split]:>16,}")
+    rate = summary.read / summary.seconds
+    click.echo(f"{summary.read:,} files read in {summary.seconds:.1f} s, {rate:.1f} files/s -> {out}")
+
+
+@main.command("stats")
+@click.argument("folder", type=FOLDER)
+@click.option("--plot", "picture", type=FOLDER, help="PNG file to draw; else stats.png in the corpus.")
+def stats_command(folder: Path, picture: Path | None) -> None:
+    """Print and plot what is in a corpus, after checking every byte of it."""
+    corpus = Corpus(folder, verify=True)
+    stats = measure(corpus)
+    click.echo(describe(corpus, stats))
+    picture = picture or folder / "stats.png"
+    try:
+        plot(corpus, stats, picture)
+    except ModuleNotFoundError as error:
+        raise UserError(f"the plot needs {error.name}; install it with: pip install 'smart[track]'") from None
+    click.echo(f"drawn in {picture}")
 
 
 if __name__ == "__main__":
-    from smart.corpus import main as run
-
-    run()
+    main()

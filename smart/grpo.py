@@ -27,7 +27,6 @@ Axes: B prompts, G completions a prompt, N = B x G sequences, P prompt length, T
 """
 
 import copy
-import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,9 +42,9 @@ from smart.prompts import Pieces, draw
 from smart.render import RenderPool, check_soundfont, find_soundfont
 from smart.reward import Reward, load_reward
 from smart.sampler import Rollout, Sampler
-from smart.scoring import Scorer
+from smart.scoring import Scorer, completion_metrics
 from smart.shards import Corpus
-from smart.tokens import build_grammar, decode, unplayable, vocabulary
+from smart.tokens import build_grammar, decode, vocabulary
 
 
 def group_advantages(
@@ -85,9 +84,7 @@ def completion_logits(
     return logits.float() / temperature
 
 
-def token_logprobs(
-    model: Any, tokens: torch.Tensor, prompt_length: int, *, temperature: float = 1.0
-) -> torch.Tensor:
+def token_logprobs(model: Any, tokens: torch.Tensor, prompt_length: int, *, temperature: float = 1.0) -> torch.Tensor:
     """Log-probability (N, T) of every token after the prompt in ``tokens`` (N, P+T), under the full softmax."""
     logits = completion_logits(model, tokens, prompt_length, temperature=temperature)
     return _gather(logits.log_softmax(dim=-1), tokens[:, prompt_length:])
@@ -171,9 +168,7 @@ def update(
         stats: dict[str, float] = {}
         for rows in torch.arange(len(tokens), device=tokens.device).split(settings.micro_batch):
             with autocast:
-                logits = completion_logits(
-                    policy, tokens[rows], tokens.shape[1] - length, temperature=temperature
-                )
+                logits = completion_logits(policy, tokens[rows], tokens.shape[1] - length, temperature=temperature)
             logp = logits.log_softmax(dim=-1)  # (n, T, V)
             loss, parts = grpo_loss(
                 _gather(logp, tokens[rows, -length:]),
@@ -196,8 +191,10 @@ def update(
             stats["dlogp_max"] = dlogp
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm).item()
         if not math.isfinite(stats["loss"]) or not math.isfinite(norm):
-            worst = ", ".join(f"{key} {value:g}" for key, value in stats.items())
-            raise FloatingPointError(f"epoch {epoch + 1}: gradient norm {norm:g}, {worst}")
+            found = ", ".join(f"{key} {value:g}" for key, value in stats.items())
+            raise FloatingPointError(
+                f"epoch {epoch + 1} has gradient norm {norm:g}, {found}; try a lower grpo.learning_rate"
+            )
         optimizer.step()
         first = first or stats
     return first | {"grad_norm": norm}
@@ -251,11 +248,14 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     ``click.ClickException`` where training cannot go on.
     """
     parts = preflight(config)
+    settings, sampling, render, device = config.grpo, config.sampling, config.render, parts.device
+    policy, tokenizer = load_base(parts.base, device=device)
+    longest = policy.config.max_position_embeddings - 8  # the longest prompt has seven tokens
+    if sampling.max_new_tokens > longest:
+        raise UserError(f"sampling.max_new_tokens = {sampling.max_new_tokens}: this base has room for {longest}")
     folder = Path(config.run.folder) / config.run.name
     track.prepare(folder, dumps(config), resume=resume, overwrite=overwrite)
-    settings, sampling, render, device = config.grpo, config.sampling, config.render, parts.device
 
-    policy, tokenizer = load_base(parts.base, device=device)
     reference = copy.deepcopy(policy).requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=device.type == "cuda")
     generators = {
@@ -273,11 +273,13 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
         save_base(policy, tokenizer, target)
         checkpoint.write_state(target, policy, optimizer, **generators)
 
-    def sample(model: Any, prompts: torch.Tensor, group_size: int, generator: torch.Generator) -> Rollout:
-        return Sampler(
-            model, pad_id=facts.pad_id, eos_id=facts.eos_id, dtype=_precision(sampling.dtype, device)
-        ).sample(
-            prompts.to(device),
+    def prompts(count: int, generator: torch.Generator) -> torch.Tensor:
+        return draw(config.prompts.kind, count, tokenizer, generator, pieces=parts.pieces).to(device)
+
+    def sample(model: Any, rows: torch.Tensor, group_size: int, generator: torch.Generator) -> Rollout:
+        dtype = _precision(sampling.dtype, device)
+        return Sampler(model, pad_id=facts.pad_id, eos_id=facts.eos_id, dtype=dtype).sample(
+            rows,
             max_new_tokens=sampling.max_new_tokens,
             group_size=group_size,
             temperature=sampling.temperature,
@@ -285,6 +287,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
             top_p=sampling.top_p,
             generator=generator,
         )
+
+    def listen(name: str, tokens: torch.Tensor, audio: Any) -> None:
+        run.listen(name, decode(tokenizer, tokens), audio, render.sample_rate)
 
     facts, grammar = vocabulary(tokenizer), build_grammar(tokenizer)
     precision = _precision(settings.precision, device)
@@ -309,33 +314,26 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
             for group in optimizer.param_groups:
                 group["lr"] = rate
             watch = track.Stopwatch()
-            prompts = draw(
-                config.prompts.kind, settings.prompts, tokenizer, generators["prompts"], pieces=parts.pieces
-            )
-            rollout = sample(policy, prompts, settings.group_size, generators["sampler"])
-            watch.lap("generate")
-            prompt_length = prompts.shape[1]
-            lengths = (prompt_length + rollout.mask.sum(dim=1)).tolist()
-            clips = scorer.submit(rollout.tokens, lengths)
-            watch.lap("decode")
-            with torch.no_grad(), autocast:  # while the workers render
-                ref_logp = torch.cat(
-                    [
-                        token_logprobs(reference, rows, prompt_length, temperature=sampling.temperature)
-                        for rows in rollout.tokens.split(settings.micro_batch)
-                    ]
-                )
-            watch.lap("reference")
-            listen = range(config.track.samples) if step % config.track.samples_every == 0 else range(0)
-            rated = scorer.collect(clips, keep=listen)
-            watch.lap("render_and_score")
-            if rated.failed == len(clips):
-                raise click.ClickException(
-                    f"iteration {step}: none of {len(clips)} clips could be rendered with {parts.soundfont}; "
-                    f"the last good checkpoint is {checkpoint.latest(folder / 'checkpoints')}"
-                )
-            advantages = group_advantages(rated.rewards, settings.group_size, scale=settings.scale)
             try:
+                starts = prompts(settings.prompts, generators["prompts"])
+                rollout = sample(policy, starts, settings.group_size, generators["sampler"])
+                watch.lap("generate")
+                clips = scorer.submit(rollout)
+                watch.lap("decode")
+                with torch.no_grad(), autocast:  # while the workers render
+                    ref_logp = torch.cat(
+                        [
+                            token_logprobs(reference, rows, starts.shape[1], temperature=sampling.temperature)
+                            for rows in rollout.tokens.split(settings.micro_batch)
+                        ]
+                    )
+                watch.lap("reference")
+                heard = range(config.track.samples) if step % config.track.samples_every == 0 else range(0)
+                rated = scorer.collect(clips, keep=heard)
+                watch.lap("render_and_score")
+                if rated.failed == len(clips):
+                    raise FloatingPointError(f"none of {len(clips)} clips could be rendered with {parts.soundfont}")
+                advantages = group_advantages(rated.rewards, settings.group_size, scale=settings.scale)
                 stats = update(
                     policy,
                     optimizer,
@@ -346,110 +344,64 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
                     temperature=sampling.temperature,
                     autocast=autocast,
                 )
+                watch.lap("learn")
             except FloatingPointError as error:
                 raise click.ClickException(
-                    f"iteration {step}: not finite ({error}); stopped before the weights were spoiled; the last good "
-                    f"checkpoint is {checkpoint.latest(folder / 'checkpoints')}; try a lower grpo.learning_rate"
+                    f"iteration {step} stopped before it changed the weights: {error}. "
+                    f"The last good checkpoint is {checkpoint.latest(folder / 'checkpoints')}."
                 ) from None
-            watch.lap("learn")
 
-            bad = unplayable(rollout.tokens.cpu(), prompt_length, rollout.mask.cpu(), grammar)
-            ended = (rollout.tokens[:, prompt_length:] == facts.eos_id) & rollout.mask
             metrics = {
                 **rated.metrics(settings.group_size),
                 **{f"policy/{key}": value for key, value in stats.items()},
                 "policy/learning_rate": rate,
-                "completions/length": rollout.mask.sum().item() / len(clips),
-                "completions/truncated_rate": 1 - ended.any(dim=1).float().mean().item(),
-                "completions/unplayable_rate": (bad.sum() / rollout.mask.sum()).item(),
+                **completion_metrics(rollout, facts.eos_id, grammar),
                 **watch.laps,
                 "seconds/iteration": sum(watch.laps.values()),
             }
             run.metrics(step, metrics)
+            rows = rated.rows(rollout, settings.group_size)
             run.completions(
-                {
-                    "step": step,
-                    "group": row // settings.group_size,
-                    "tokens": rollout.tokens[row, : lengths[row]].tolist(),
-                    "prompt_length": prompt_length,
-                    "reward": rated.rewards[row].item(),
-                    "advantage": advantages[row].item(),
-                    **{axis: values[row].item() for axis, values in rated.scores.items()},
-                }
-                for row in range(len(clips))
+                row | {"step": step, "advantage": advantage}
+                for row, advantage in zip(rows, advantages.tolist(), strict=True)
             )
-            for row in listen:
-                score = decode(tokenizer, rollout.tokens[row, : lengths[row]].cpu())
-                run.listen(f"samples/{step:08d}/{row:02d}", score, rated.audio[row], render.sample_rate)
+            for row in heard:
+                listen(f"samples/{step:08d}/{row:02d}", rollout.tokens[row], rated.audio[row])
             bar.update()
             bar.set_postfix(reward=f"{metrics['reward/mean']:.3f}", kl=f"{stats['kl']:.4f}")
             if step % config.track.checkpoint_every == 0 or step == settings.iterations or stop.requested:
                 run.flush(step)
                 checkpoint.save(folder / "checkpoints", step, save, keep=config.track.keep_checkpoints)
                 curves(folder, ("reward/mean",), "reward")
+                run.say(
+                    f"iteration {step}: reward {metrics['reward/mean']:.3f}, KL {stats['kl']:.4f}, "
+                    f"{metrics['seconds/iteration']:.1f} s"
+                )
             if stop.requested and step < settings.iterations:
-                run.say(f"stopped; iteration {step} is saved; go on with {_resume_command(folder)}")
+                run.say(f"stopped; to go on: python -m smart.grpo --config {folder / track.CONFIG} --resume")
                 raise SystemExit(128 + stop.requested)
 
         # base against tuned: fresh samples for the same prompts and from the same seed
-        count, seed = config.track.final_prompts, config.run.seed + 2**31
-        prompts = draw(
-            config.prompts.kind, count, tokenizer, torch.Generator().manual_seed(seed), pieces=parts.pieces
-        )
+        seed = config.run.seed + 2**31
+        starts = prompts(config.track.final_prompts, torch.Generator().manual_seed(seed))
+        heard = range(min(config.track.final_listen, len(starts)))
         rewards = {}
         for name, model in (("base", reference), ("tuned", policy)):
-            rollout = sample(model, prompts, 1, torch.Generator(device).manual_seed(seed))
-            lengths = (prompts.shape[1] + rollout.mask.sum(dim=1)).tolist()
-            listen = range(min(config.track.final_listen, count))
-            rated = scorer.collect(scorer.submit(rollout.tokens, lengths), keep=listen)
-            rewards[name] = rated.rewards[rated.rewards.isfinite()]
-            for row in listen:
-                score = decode(tokenizer, rollout.tokens[row, : lengths[row]].cpu())
-                run.listen(f"final/{row:02d}-{name}", score, rated.audio[row], render.sample_rate)
+            rollout = sample(model, starts, 1, torch.Generator(device).manual_seed(seed))
+            rated = scorer.collect(scorer.submit(rollout), keep=heard)
+            rewards[name] = rated.rewards[rated.rewards.isfinite()].numpy()
+            for row in heard:
+                listen(f"final/{row:02d}-{name}", rollout.tokens[row], rated.audio[row])
         save_base(policy, tokenizer, folder / "tuned")
-        run.say(summarise(folder, rewards))
+        run.say(track.summarise(folder, rewards))
         if parts.reward.is_stand_in:
-            run.say(f"Note: {config.reward.kind} is a stand-in, not the aesthetic model; see docs/rewards.md.")
+            run.say(f"{config.reward.kind} is a stand-in, not the aesthetic model: see docs/rewards.md")
     return folder
-
-
-def summarise(folder: Path, rewards: dict[str, torch.Tensor]) -> str:
-    """Write ``summary.json``: mean reward of fresh base and tuned samples, and their difference; and say it."""
-    means = {name: values.mean().item() for name, values in rewards.items()}
-    errors = {name: values.std().item() / math.sqrt(len(values)) for name, values in rewards.items()}
-    difference, error = means["tuned"] - means["base"], math.hypot(*errors.values())
-    summary = {
-        **{
-            name: {"n": len(rewards[name]), "reward": means[name], "standard_error": errors[name]}
-            for name in rewards
-        },
-        "difference": {"reward": difference, "standard_error": error},
-    }
-    checkpoint.write_atomically(folder / "summary.json", json.dumps(summary, indent=1).encode())
-    lines = [
-        f"{name:>10} {means[name]:7.3f} ± {errors[name]:.3f}  ({len(rewards[name])} fresh samples)"
-        for name in rewards
-    ]
-    return "\n".join(
-        [
-            "mean reward ± standard error",
-            *lines,
-            f"difference {difference:+7.3f} ± {error:.3f}"
-            + (f"  ({difference / error:.1f} standard errors)" if error else ""),
-            f"listen:       {folder / 'final'}/*-base.wav against *-tuned.wav (and .mid)",
-            f"reward curve: {folder / 'reward_mean.png'}",
-            f"tuned model:  {folder / 'tuned'}",
-        ]
-    )
 
 
 def _precision(name: str, device: torch.device) -> torch.dtype:
     wants_bf16 = name == "bfloat16" or (name == "auto" and device.type == "cuda")
     return torch.bfloat16 if wants_bf16 else torch.float32
-
-
-def _resume_command(folder: Path) -> str:
-    return f"python -m smart.grpo --config {folder / track.CONFIG} --resume"
 
 
 @click.command()

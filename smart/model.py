@@ -22,7 +22,7 @@ FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" is CUDA where there is one. Raises ``UserError`` where CUDA was asked for and is not there."""
+    """ "auto" is CUDA where there is one. Raises ``UserError`` where CUDA was asked for and is not there."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("run.device = 'cuda': torch finds no CUDA device here; use run.device = 'cpu' or 'auto'")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
@@ -112,7 +112,7 @@ def load_base(
         raise UserError(f"base {folder}: model_type is {kind!r}, expected 'phi3'")
     try:
         with _quiet():
-            model = Phi3ForCausalLM.from_pretrained(
+            model: Any = Phi3ForCausalLM.from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, attn_implementation="sdpa"
             )
     except Exception as error:  # safetensors, OSError, RuntimeError, ...: the file is not what it should be

@@ -7,7 +7,10 @@ from smart import track
 
 
 def curves(folder: Path, keys: Sequence[str], unit: str) -> Path:
-    """Draw metrics ``keys`` of a run by step into ``<folder>/<first key>.png`` ("/" as "_"); its data is ``metrics.jsonl``."""
+    """Draw metrics ``keys`` of a run by step into ``<folder>/<first key>.png``, with "_" for "/".
+
+    The figure's data is ``metrics.jsonl``.
+    """
     from matplotlib.figure import Figure
 
     rows = track.read_metrics(folder)

@@ -117,7 +117,8 @@ def train(config: PretrainConfig, *, resume: bool = False, overwrite: bool = Fal
     folder = Path(config.run.folder) / config.run.name
     track.prepare(folder, dumps(config), resume=resume, overwrite=overwrite)
 
-    model = build_model(tokenizer, **asdict(config.architecture), seed=seed).to(device)
+    model: Any = build_model(tokenizer, **asdict(config.architecture), seed=seed)
+    model.to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=device.type == "cuda"
     )

@@ -1,9 +1,9 @@
 """The token stream of MidiTok's REMI encoder, written with arrays: the same tokens in a tenth of the time.
 
-MidiTok prepares a score (resamples, quantises, removes duplicates: arrays already) and then writes it as one Python
-object an event. ``FastRemi`` leaves the preparation to MidiTok, so that every rule of quantisation stays MidiTok's,
-and does the writing, which is arithmetic on sorted times. It covers vocabularies like the paper's; for others
-``FastRemi.supports`` is false and MidiTok's own encoder is the way.
+MidiTok prepares a score (resamples, quantises, removes duplicates: arrays already) and then writes it as one
+Python object an event. ``FastRemi`` leaves the preparation to MidiTok, so that every rule of quantisation
+stays MidiTok's, and does the writing, which is arithmetic on sorted times. It covers vocabularies like the
+paper's; for others ``FastRemi.supports`` is false and MidiTok's own encoder is the way.
 """
 
 from copy import deepcopy
@@ -36,7 +36,9 @@ class FastRemi:
         self.tokenizer.config.remove_duplicated_notes = False  # done in encode, by one sort of arrays
         self.steps = int(tokenizer.config.max_num_pos_per_beat)  # positions in a beat
         size = len(vocab)
-        self.kind = np.array([token.split("_")[0] for token, _ in sorted(vocab.items(), key=lambda item: item[1])])
+        self.kind = np.array(
+            [token.split("_")[0] for token, _ in sorted(vocab.items(), key=lambda item: item[1])]
+        )
         self.value = np.zeros((size, 2))  # of each token: a number, or numerator and denominator
         for token, number in vocab.items():
             kind, value = token.split("_", 1)
@@ -134,7 +136,9 @@ class FastRemi:
         return out
 
     def _signature_ids(self, numerators: Ints, denominators: Any) -> Ints:
-        return np.array([self.vocab[f"TimeSig_{n}/{d}"] for n, d in zip(numerators, denominators, strict=True)])
+        return np.array(
+            [self.vocab[f"TimeSig_{n}/{d}"] for n, d in zip(numerators, denominators, strict=True)]
+        )
 
     def _tempo_ids(self, mspq: Any) -> Ints:
         values, inverse = np.unique(mspq, return_inverse=True)
@@ -198,7 +202,7 @@ class FastRemi:
 
 
 def _sorted_notes(track: TrackTick) -> dict[str, Any]:
-    """Notes by onset and pitch; of those that share both the shortest, and the softest of these, as MidiTok keeps."""
+    """Notes by onset and pitch; of those that share both, the shortest and softest, which MidiTok keeps."""
     notes = track.notes.numpy()
     order = np.lexsort((notes["velocity"], notes["duration"], notes["pitch"], notes["time"]))
     time, pitch = notes["time"][order], notes["pitch"][order]

@@ -11,7 +11,7 @@ A note array is (n, 6) float64, one note a row; its columns are ``NOTE_COLUMNS``
 seconds, pitch 0-127, velocity 0-127, program 0-127, and drum, 0 or 1. A structured array with fields of these
 names will do as well.
 
-This module imports neither torch nor symusic, so that a worker starts fast and stays small: about 40 MiB,
+This module imports neither torch nor symusic, so that a worker starts fast and stays small: about 50 MiB,
 plus the samples, which the synthesiser keeps as 32-bit floats (twice the size of an sf2, 12 to 15 times that
 of an sf3).
 """

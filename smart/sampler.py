@@ -79,7 +79,6 @@ def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, t
         ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
         probs = ordered.softmax(-1)
         drop = probs.cumsum(-1) - probs >= top_p
-        drop[:, 0] = False
         logits = logits.masked_fill(torch.zeros_like(drop).scatter(-1, ids, drop), -math.inf)
     return logits
 
@@ -248,7 +247,7 @@ def _prefill(
     batch, length = prompts.shape
     place = (real.cumsum(-1) - 1).clamp_min(0)
     later = torch.ones(length, length, dtype=torch.bool, device=real.device).triu(1)
-    # padding sees only itself: a row that may attend to nothing would be NaN and spread through the cache
+    # padding sees only itself: where a row may attend to nothing some kernels give NaN, and NaN would spread
     itself = torch.eye(length, dtype=torch.bool, device=real.device)
     unseen = (later | ~real[:, None, None]) & ~itself
     mask = torch.zeros(unseen.shape, dtype=net.cache_dtype, device=real.device).masked_fill_(

@@ -14,7 +14,8 @@ import torch
 
 from smart.render import RenderError, RenderPool
 from smart.reward import Reward, resample
-from smart.tokens import decode
+from smart.sampler import Rollout
+from smart.tokens import Grammar, decode, unplayable
 
 SILENT = 1e-3  # of full scale: a clip that never passes it counts as silent (clips are peak-normalised)
 
@@ -44,26 +45,49 @@ class Rated(NamedTuple):
         }
         return out | {f"reward/axis_{axis}": values.nanmean().item() for axis, values in self.scores.items()}
 
+    def rows(self, rollout: Rollout, group_size: int) -> list[dict[str, Any]]:
+        """One mapping a completion, for a table: its group, tokens without padding after the end, and scores."""
+        prompt_length = rollout.tokens.shape[1] - rollout.mask.shape[1]
+        return [
+            {
+                "group": row // group_size,
+                "prompt_length": prompt_length,
+                "tokens": tokens[: prompt_length + length].tolist(),
+                "reward": self.rewards[row].item(),
+                **{axis: values[row].item() for axis, values in self.scores.items()},
+            }
+            for row, (tokens, length) in enumerate(
+                zip(rollout.tokens.cpu(), rollout.mask.sum(dim=1).tolist(), strict=True)
+            )
+        ]
+
+
+def completion_metrics(rollout: Rollout, eos_id: int, grammar: Grammar) -> dict[str, float]:
+    """Mean length in tokens, share cut off before their end, share of tokens that cannot be played."""
+    prompt_length = rollout.tokens.shape[1] - rollout.mask.shape[1]
+    ended = (rollout.tokens[:, prompt_length:] == eos_id) & rollout.mask
+    bad = unplayable(rollout.tokens, prompt_length, rollout.mask, grammar)
+    drawn = rollout.mask.sum()
+    return {
+        "completions/length": (drawn / len(rollout.mask)).item(),
+        "completions/truncated_rate": 1 - ended.any(dim=1).float().mean().item(),
+        "completions/unplayable_rate": (bad.sum() / drawn).item(),
+    }
+
 
 class Scorer:
     """Renders completions in ``pool`` and rates them with ``reward``, ``batch`` clips at a time."""
 
-    def __init__(
-        self, tokenizer: Any, pool: RenderPool, reward: Reward, *, sample_rate: int, batch: int = 16
-    ) -> None:
+    def __init__(self, tokenizer: Any, pool: RenderPool, reward: Reward, *, sample_rate: int, batch: int = 16) -> None:
         self.tokenizer = tokenizer
         self.pool = pool
         self.reward = reward
         self.sample_rate = sample_rate
         self.batch = batch
 
-    def submit(self, tokens: torch.Tensor, lengths: Iterable[int]) -> list[Future[npt.NDArray[np.float32]]]:
-        """Start rendering the rows of ``tokens`` (N, L), each up to its own length; returns N futures."""
-        rows = tokens.cpu().numpy()
-        return [
-            self.pool.submit(decode(self.tokenizer, row[:length]))
-            for row, length in zip(rows, lengths, strict=True)
-        ]
+    def submit(self, rollout: Rollout) -> list[Future[npt.NDArray[np.float32]]]:
+        """Start rendering N completions, each with its prompt; returns N futures."""
+        return [self.pool.submit(decode(self.tokenizer, row)) for row in rollout.tokens.cpu().numpy()]
 
     def collect(self, clips: list[Future[npt.NDArray[np.float32]]], *, keep: Iterable[int] = ()) -> Rated:
         """Wait for the clips, in order, and rate them; the audio of the rows in ``keep`` is returned too."""
@@ -78,16 +102,14 @@ class Scorer:
                 continue
             if row in kept:
                 audio[row] = stereo
-            mono.append(
-                resample(torch.from_numpy(stereo).mean(0), self.sample_rate, self.reward.sample_rate)
-            )
-        heard = [row for row, clip in enumerate(mono) if clip is not None]
+            mono.append(resample(torch.from_numpy(stereo).mean(0), self.sample_rate, self.reward.sample_rate))
+        heard = [row for row, wave in enumerate(mono) if wave is not None]
         scores = {axis: torch.full((len(clips),), float("nan")) for axis in self.reward.axes}
         for start in range(0, len(heard), self.batch):
             rows = heard[start : start + self.batch]
-            batch = [clip for row in rows if (clip := mono[row]) is not None]
+            batch = [wave for row in rows if (wave := mono[row]) is not None]
             padded = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
-            lengths = torch.tensor([len(clip) for clip in batch])
+            lengths = torch.tensor([len(wave) for wave in batch])
             for axis, values in self.reward.score(padded, lengths).items():
                 scores[axis][rows] = values.cpu()
         return Rated(
@@ -95,5 +117,5 @@ class Scorer:
             scores=scores,
             audio=audio,
             failed=len(clips) - len(heard),
-            silent=sum(bool(clip.abs().amax() < SILENT) for clip in mono if clip is not None),
+            silent=sum(bool(wave.abs().amax() < SILENT) for wave in mono if wave is not None),
         )

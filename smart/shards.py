@@ -14,6 +14,7 @@ Other files beside these (tables of pieces and rejects) are for people and are l
 import hashlib
 import json
 import os
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -62,18 +63,18 @@ class ShardWriter:
         self.folder, self.split, self.limit = folder, split, shard_tokens
         self.shards: list[dict[str, Any]] = []
         self._file: IO[bytes] | None = None
-        self._starts: list[int] = [0]
+        self._starts = array("q", [0])
         self._digest = hashlib.sha256()
 
     def add(self, tokens: bytes) -> tuple[int, int]:
         """Append one piece, given as the bytes of its tokens; returns its shard and its place in the shard."""
-        if self._file is not None and self._starts[-1] + len(tokens) // 2 > self.limit:
+        if self._file is not None and self._starts[-1] + len(tokens) // DTYPE.itemsize > self.limit:
             self._finish_shard()
         if self._file is None:
             self._file = open(self._path(".bin.tmp"), "wb")  # noqa: SIM115 (closed by _finish_shard)
         self._file.write(tokens)
         self._digest.update(tokens)
-        self._starts.append(self._starts[-1] + len(tokens) // 2)
+        self._starts.append(self._starts[-1] + len(tokens) // DTYPE.itemsize)
         return len(self.shards), len(self._starts) - 2
 
     def close(self) -> list[dict[str, Any]]:
@@ -102,7 +103,7 @@ class ShardWriter:
                 "index_sha256": sha256(self._path(".idx.npy")),
             }
         )
-        self._file, self._starts, self._digest = None, [0], hashlib.sha256()
+        self._file, self._starts, self._digest = None, array("q", [0]), hashlib.sha256()
 
 
 class Split(Sequence[npt.NDArray[np.uint16]]):
@@ -136,8 +137,9 @@ class Split(Sequence[npt.NDArray[np.uint16]]):
 class Corpus:
     """A finished corpus: ``corpus.split("train")``, ``corpus.tokenizer``, ``corpus.manifest``.
 
-    Opening checks the manifest, the size of every shard, every index and the tokenizer; ``verify=True`` reads all
-    tokens and checks their hashes as well. Raises ``UserError`` where the folder is no corpus, unfinished or damaged.
+    Opening checks the manifest, the size of every shard, every index and the tokenizer; ``verify=True`` reads
+    all tokens and checks their hashes as well. Raises ``UserError`` where the folder is no corpus, unfinished
+    or damaged.
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = False) -> None:
@@ -202,7 +204,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         well_formed = isinstance(manifest["tokenizer"]["sha256"], str) and all(
             isinstance(shard[key], kind)
             for shard in shards
-            for key, kind in {"name": str, "pieces": int, "tokens": int, "sha256": str, "index_sha256": str}.items()
+            for key, kind in {
+                "name": str,
+                "pieces": int,
+                "tokens": int,
+                "sha256": str,
+                "index_sha256": str,
+            }.items()
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"corpus {folder}: {MANIFEST} cannot be read ({error!r}); {build}") from None

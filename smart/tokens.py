@@ -1,36 +1,40 @@
 """Facts of the vocabulary, and the way between token ids and notes, through MidiTok's REMI and symusic.
 
-The vocabulary is the paper's (section 3.2): 413 tokens, one stream of piano notes written as
-``Bar TimeSig Position [Tempo] (Pitch Velocity Duration)*``. A position is a twelfth of the beat that the time
-signature names (an eighth in n/8), counted from the bar line, and a duration is counted in the same unit.
+The vocabulary is the paper's (section 3.2): 413 tokens, one stream of piano notes written as ``Bar TimeSig
+(Position [Tempo] (Pitch Velocity Duration)*)*``. A position is a twelfth of the beat that the time signature
+names (an eighth in n/8), counted from the bar line; a duration is counted in the same unit.
 """
+
+from __future__ import annotations
 
 import json
 import re
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from miditok import REMI, TokenizerConfig, TokSequence
-from symusic import Note, Score, Tempo, TimeSignature, Track
+from symusic.core import NoteTickList, ScoreTick, TempoTickList, TimeSignatureTickList, TrackTick
 
 from smart import UserError
 
+if TYPE_CHECKING:  # torch is imported where it is used: the corpus's many small workers do without it
+    import torch
+
 FILE_NAME = "tokenizer.json"
-PIANO_PROGRAMS = range(8)  # General MIDI 1-8 (paper section 3.1), zero-based
+PIANO_PROGRAMS = range(8)  # General MIDI 1-8 (paper section 3.2), zero-based
 SPECIALS = ("PAD", "BOS", "EOS", "PRE", "SUF", *(f"INF{number}" for number in range(1, 17)))
 HUB_SECONDS = 5.0  # how long the hub may take to answer before it counts as out of reach
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The ids of a tokenizer's tokens, by what they mean, each tuple in increasing order of id."""
+    """The ids of a tokenizer's tokens, by what they mean; tuples are in increasing order."""
 
     size: int
     pad_id: int
@@ -70,8 +74,8 @@ def build_tokenizer() -> REMI:
 def load_tokenizer(path_or_hub_id: str | Path) -> REMI:
     """A tokenizer from ``tokenizer.json``: the file, a folder that holds it, or a model's id on the hub.
 
-    The hub is asked only when no such path exists. Raises ``UserError`` where there is no such tokenizer, the hub
-    cannot be reached, or the file is not that of an untrained REMI tokenizer.
+    The hub is asked only when no such path exists. Raises ``UserError`` where there is no such tokenizer, the
+    hub cannot be reached, or the file is not that of an untrained REMI tokenizer.
     """
     path = Path(path_or_hub_id)
     if path.is_dir():
@@ -79,9 +83,10 @@ def load_tokenizer(path_or_hub_id: str | Path) -> REMI:
     if path.is_file():
         return _read_tokenizer(path)
     name = str(path_or_hub_id)
-    if path.exists() or Path(path_or_hub_id).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+    if Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise UserError(
-            f"tokenizer {name!r}: expected {FILE_NAME}, a folder that holds it, or a hub id such as owner/name"
+            f"tokenizer {name!r}: no such tokenizer; expected {FILE_NAME}, a folder that holds it, or a "
+            "hub id such as owner/name"
         )
     return _read_tokenizer(_download(name))
 
@@ -91,19 +96,18 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
     advice = f"download {FILE_NAME} of {hub_id} elsewhere and give the folder that holds it instead"
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:  # the hub client alone would retry for half a minute
-        with urllib.request.urlopen(
-            urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_SECONDS
-        ):
-            pass
-    except urllib.error.HTTPError:
-        pass  # an answer, whatever it says
+        urllib.request.urlopen(request, timeout=HUB_SECONDS).close()
+    except urllib.error.HTTPError as answer:  # an answer, whatever it says
+        answer.close()
     except OSError as error:
         cached = try_to_load_from_cache(hub_id, FILE_NAME)
         if isinstance(cached, str):
             return Path(cached)
         raise UserError(
-            f"tokenizer {hub_id!r}: no such path here, and {constants.ENDPOINT} is out of reach ({error}); {advice}"
+            f"tokenizer {hub_id!r}: no such path here, and {constants.ENDPOINT} is out of reach "
+            f"({getattr(error, 'reason', error)}); {advice}"
         ) from None
     try:
         return Path(hf_hub_download(hub_id, FILE_NAME))
@@ -113,47 +117,32 @@ def _download(hub_id: str) -> Path:
 
 
 def _read_tokenizer(path: Path) -> REMI:
-    """Read ``tokenizer.json``; every key is checked first, since MidiTok turns unknown ones into attributes."""
+    """Build the tokenizer of a ``tokenizer.json``; only its configuration is taken from the file."""
+    wanted = "expected one written by MidiTok for REMI, untrained"
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"tokenizer {path}: expected a JSON file written by MidiTok ({error})") from None
-    if not isinstance(saved, dict) or not isinstance(saved.get("config"), dict):
-        raise UserError(f"tokenizer {path}: expected a JSON file written by MidiTok, with its 'config'")
-    if saved.get("tokenization") != "REMI":
-        raise UserError(f"tokenizer {path}: tokenization is {saved.get('tokenization')!r}, expected 'REMI'")
-    foreign = sorted(
-        key
-        for key in saved
-        if key not in ("config", "tokenization", "has_bpe") and not key.endswith("_version")
-    )
-    if foreign:
-        raise UserError(
-            f"tokenizer {path}: unknown {', '.join(foreign)}; expected an untrained REMI tokenizer"
-        )
-    config = saved["config"]
+        config, kind = saved["config"], saved["tokenization"]
+        version = str(saved.get("miditok_version", config.get("miditok_version", "3.1")))
+        inclusive = tuple(int(part) for part in version.split(".")[:2]) >= (3, 1)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"tokenizer {path}: cannot be read ({error!r}); {wanted}") from None
+    if kind != "REMI" or "_model" in saved:
+        raise UserError(f"tokenizer {path}: a {'trained ' if '_model' in saved else ''}{kind}; {wanted}")
     try:
-        written_by = str(saved.get("miditok_version", config.get("miditok_version", "3.1")))
-        if tuple(int(part) for part in written_by.split(".")[:2]) < (3, 1):
-            # up to MidiTok 3.0 the upper end of a pitch range was exclusive; since 3.1 it is part of the range
-            for key in ("pitch_range", "drums_pitch_range"):
-                if key in config:
-                    config[key] = [config[key][0], config[key][1] - 1]
-        for key in ("beat_res", "beat_res_rest"):
-            if key in config:
-                config[key] = {
-                    tuple(int(end) for end in beats.split("_")): steps for beats, steps in config[key].items()
-                }
-        config["time_signature_range"] = {
-            int(unit): beats for unit, beats in config["time_signature_range"].items()
-        }
+        if (
+            not inclusive
+        ):  # up to MidiTok 3.0 a range of pitches ended before its upper end; since 3.1, with it
+            for key in {"pitch_range", "drums_pitch_range"} & config.keys():
+                config[key] = [config[key][0], config[key][1] - 1]
+        for key in {"beat_res", "beat_res_rest"} & config.keys():
+            config[key] = {tuple(map(int, beats.split("_"))): steps for beats, steps in config[key].items()}
+        units = config["time_signature_range"].items()
+        config["time_signature_range"] = {int(unit): beats for unit, beats in units}
         config.setdefault("additional_params", {})
         tokenizer = REMI(TokenizerConfig.from_dict(config))
         vocabulary(tokenizer)
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError, ZeroDivisionError) as error:
-        raise UserError(
-            f"tokenizer {path}: its configuration does not make a vocabulary ({error!r})"
-        ) from None
+    except Exception as error:  # MidiTok raises whatever the wrong value happens to break
+        raise UserError(f"tokenizer {path}: makes no piano vocabulary ({error!r}); {wanted}") from None
     return tokenizer
 
 
@@ -168,75 +157,80 @@ def vocabulary(tokenizer: REMI) -> Vocabulary:
     """The ids of ``tokenizer`` by meaning. Raises ``ValueError`` naming what a piano vocabulary lacks."""
     vocab: dict[str, int] = tokenizer.vocab
 
-    def of(kind: str) -> tuple[int, ...]:
+    def one(token: str) -> int:
+        if token not in vocab:
+            raise ValueError(f"the vocabulary holds no {token}")
+        return vocab[token]
+
+    def every(kind: str) -> tuple[int, ...]:
         found = tuple(sorted(number for token, number in vocab.items() if token.startswith(f"{kind}_")))
         if not found:
             raise ValueError(f"the vocabulary holds no {kind} token")
         return found
 
-    for token in ("PAD_None", "BOS_None", "EOS_None", "Bar_None", "Position_0"):
-        if token not in vocab:
-            raise ValueError(f"the vocabulary holds no {token}")
     return Vocabulary(
         size=len(vocab),
-        pad_id=vocab["PAD_None"],
-        bos_id=vocab["BOS_None"],
-        eos_id=vocab["EOS_None"],
-        bar_id=vocab["Bar_None"],
-        position0_id=vocab["Position_0"],
-        time_signature_ids=of("TimeSig"),
-        tempo_ids=of("Tempo"),
-        position_ids=of("Position"),
-        pitch_ids=of("Pitch"),
-        velocity_ids=of("Velocity"),
-        duration_ids=of("Duration"),
+        pad_id=one("PAD_None"),
+        bos_id=one("BOS_None"),
+        eos_id=one("EOS_None"),
+        bar_id=one("Bar_None"),
+        position0_id=one("Position_0"),
+        time_signature_ids=every("TimeSig"),
+        tempo_ids=every("Tempo"),
+        position_ids=every("Position"),
+        pitch_ids=every("Pitch"),
+        velocity_ids=every("Velocity"),
+        duration_ids=every("Duration"),
     )
 
 
-def merge_piano(score: Score) -> Score:
-    """The notes of all piano tracks of ``score`` as one piano track; drums and other programs are left out.
+def merge_piano(score: ScoreTick, pitch_range: tuple[int, int] = (0, 127)) -> ScoreTick:
+    """The notes of all piano tracks of ``score`` as one track; drums and other programs are left out.
 
-    Tempo and time-signature changes after the last onset are left out too: they sound nowhere, and would only add
-    empty bars. Of notes with the same onset and pitch the longest stays. ``score`` is not changed; notes are
-    sorted by onset, then pitch.
+    Pitches outside ``pitch_range`` (both ends belong to it) are left out as well, and so are changes of tempo
+    and time signature after the last onset, which sound nowhere and would only add empty bars. Of notes with
+    the same onset and pitch the longest stays. Without such notes the result has no track. ``score`` is not
+    changed.
     """
-    tracks = [track for track in score.tracks if not track.is_drum and track.program in PIANO_PROGRAMS]
-    merged = Score(score.ticks_per_quarter)
-    if not any(len(track.notes) for track in tracks):
+    merged = ScoreTick(score.ticks_per_quarter)
+    columns = [
+        track.notes.numpy()
+        for track in score.tracks
+        if not track.is_drum and track.program in PIANO_PROGRAMS and len(track.notes)
+    ]
+    notes = {name: np.concatenate([part[name] for part in columns]) for name in columns[0]} if columns else {}
+    if notes:
+        inside = (notes["pitch"] >= pitch_range[0]) & (notes["pitch"] <= pitch_range[1])
+        notes = {name: column[inside] for name, column in notes.items()}
+    if not notes or not len(notes["time"]):
         merged.tempos, merged.time_signatures = score.tempos.copy(), score.time_signatures.copy()
         return merged
-    columns = [track.notes.numpy() for track in tracks]
-    notes = {name: np.concatenate([part[name] for part in columns]) for name in columns[0]}
     order = np.lexsort((-notes["duration"], notes["pitch"], notes["time"]))
-    notes = {name: column[order] for name, column in notes.items()}
-    first = np.ones(len(order), dtype=bool)
-    first[1:] = (np.diff(notes["time"]) != 0) | (np.diff(notes["pitch"]) != 0)
-    notes = {name: column[first] for name, column in notes.items()}
-    track = Track(program=0)
-    track.notes = Note.from_numpy(**notes)
+    time, pitch = notes["time"][order], notes["pitch"][order]
+    order = order[np.append(True, (np.diff(time) != 0) | (np.diff(pitch) != 0))]
+    track = TrackTick()
+    track.notes = NoteTickList.from_numpy(*(column[order] for column in notes.values()))
     merged.tracks.append(track)
-    last = int(notes["time"][-1])
-    merged.tempos = _until(score.tempos, last, Tempo)
-    merged.time_signatures = _until(score.time_signatures, last, TimeSignature)
+    last = int(time[-1])
+    merged.tempos = _until(score.tempos, last, TempoTickList)
+    merged.time_signatures = _until(score.time_signatures, last, TimeSignatureTickList)
     return merged
 
 
 def _until(events: Any, last: int, kind: Any) -> Any:
-    """Events of a symusic list up to tick ``last``, sorted by tick; of equal ticks the order is kept."""
-    if not len(events):
-        return events.copy()
+    """Events of a symusic list up to tick ``last``, sorted by tick; those of one tick stay in their order."""
     columns = events.numpy()
     order = np.argsort(columns["time"], kind="stable")
     order = order[columns["time"][order] <= last]
-    return kind.from_numpy(**{name: column[order] for name, column in columns.items()})
+    return kind.from_numpy(*(column[order] for column in columns.values()))
 
 
-def encode(tokenizer: REMI, score: Score) -> list[int]:
+def encode(tokenizer: REMI, score: ScoreTick) -> list[int]:
     """The token ids of ``score``, one stream, without BOS and EOS.
 
-    A score without notes gives its opening tokens alone, so count notes where they matter. Raises ``ValueError``
-    where ``score`` has several tracks with notes and the vocabulary has no programs (see ``merge_piano``), or no
-    ticks per quarter.
+    A score without notes gives its opening tokens alone, so count notes where they matter. Raises
+    ``ValueError`` where ``score`` has no ticks per quarter, or several tracks with notes and the vocabulary
+    no programs: see ``merge_piano``.
     """
     if score.ticks_per_quarter < 1:
         raise ValueError(f"ticks per quarter: expected at least 1, got {score.ticks_per_quarter}")
@@ -247,26 +241,28 @@ def encode(tokenizer: REMI, score: Score) -> list[int]:
     return [int(token) for token in streams[0].ids]
 
 
-def decode(tokenizer: REMI, ids: Sequence[int] | npt.NDArray[Any] | torch.Tensor) -> Score:
-    """The music of ``ids`` (a one-dimensional list, array or tensor of any length) at twelfths of the shortest beat.
+def decode(tokenizer: REMI, ids: Sequence[int] | npt.NDArray[Any] | torch.Tensor) -> ScoreTick:
+    """The music of ``ids``: a one-dimensional list, array or tensor of any length, 0 included.
 
-    Any sequence of the vocabulary's ids is decoded: special tokens are passed over, and so is a Pitch that is not
-    followed by its Velocity and Duration. Raises ``ValueError`` for an id outside the vocabulary or another shape.
+    Any sequence of the vocabulary's ids is decoded: special tokens are passed over, and so is a Pitch without
+    its Velocity and Duration after it. Notes come sorted by onset, tempos and time signatures too, one a tick
+    (the later token holds). Raises ``ValueError`` for an id outside the vocabulary or another shape,
+    ``TypeError`` for numbers that are not whole.
     """
-    array = ids.detach().cpu().numpy() if isinstance(ids, torch.Tensor) else np.asarray(ids)
+    array = np.asarray(ids.detach().cpu() if hasattr(ids, "detach") else ids)
     if array.ndim != 1:
         raise ValueError(f"ids: expected one dimension, got shape {tuple(array.shape)}")
     if array.size and array.dtype.kind not in "iu":
         raise TypeError(f"ids: expected integers, got {array.dtype}")
-    if array.size and not 0 <= int(array.min()) <= int(array.max()) < len(tokenizer.vocab):
-        raise ValueError(
-            f"ids: expected 0 to {len(tokenizer.vocab) - 1}, got {int(array.min())} to {int(array.max())}"
-        )
+    size = len(tokenizer.vocab)
+    if array.size and not 0 <= int(array.min()) <= int(array.max()) < size:
+        raise ValueError(f"ids: expected 0 to {size - 1}, got {int(array.min())} to {int(array.max())}")
     sequence = TokSequence(ids=array.tolist())
-    score = tokenizer.decode(sequence if tokenizer.one_token_stream else [sequence])
-    # positions that run backwards leave events out of order, and two at one tick: the later token holds
-    score.tempos = _last_of_each_tick(score.tempos, Tempo)
-    score.time_signatures = _last_of_each_tick(score.time_signatures, TimeSignature)
+    score: ScoreTick = tokenizer.decode(sequence if tokenizer.one_token_stream else [sequence])
+    # positions that run backwards leave events out of order, which would upset whoever turns ticks into
+    # seconds
+    score.tempos = _last_of_each_tick(score.tempos, TempoTickList)
+    score.time_signatures = _last_of_each_tick(score.time_signatures, TimeSignatureTickList)
     for track in score.tracks:
         track.notes.sort()
     return score
@@ -279,7 +275,7 @@ def _last_of_each_tick(events: Any, kind: Any) -> Any:
         return events
     order = np.argsort(times, kind="stable")
     order = order[np.append(np.diff(times[order]) > 0, True)]
-    return kind.from_numpy(**{name: column[order] for name, column in columns.items()})
+    return kind.from_numpy(*(column[order] for column in columns.values()))
 
 
 @dataclass(frozen=True)
@@ -287,20 +283,30 @@ class Grammar:
     """Which tokens may follow which, as tables over the vocabulary (V); made by ``build_grammar``."""
 
     allowed: torch.Tensor  # (V, V) bool: row = token, column = the token after it
-    position: torch.Tensor  # (V,) int64: number of a Position token, -1 for others
+    position: torch.Tensor  # (V,) int64: the number of a Position token, -1 for others
     bar_positions: torch.Tensor  # (V,) int64: positions in a bar of this TimeSig token, 0 for others
     bar_id: int
     default_positions: int  # in a bar before any TimeSig token
+
+    def to(self, device: Any) -> Grammar:
+        return replace(
+            self,
+            allowed=self.allowed.to(device),
+            position=self.position.to(device),
+            bar_positions=self.bar_positions.to(device),
+        )
 
 
 def allowed_transitions(tokenizer: REMI) -> torch.Tensor:
     """(V, V) bool: ``[a, b]`` tells whether token ``b`` may follow token ``a`` in a piece.
 
-    By token type, from MidiTok's own graph of types, narrowed to what its encoder writes: special tokens stand in
-    no piece; BOS is followed by a bar line; a time signature follows a bar line only, since elsewhere it would
-    change the length of a bar that has begun; the end may come wherever a bar line may, but not after a time
-    signature, which would leave its bar empty.
+    By token type, from MidiTok's own graph of types, narrowed to what its encoder writes: special tokens
+    stand in no piece; BOS is followed by a bar line; a time signature follows a bar line only, since
+    elsewhere it would change the length of a bar that has begun; the end may come wherever a bar line may,
+    but not after a time signature, which would leave its bar empty.
     """
+    import torch
+
     graph: dict[str, set[str]] = tokenizer.tokens_types_graph
     specials = {token.split("_")[0] for token in tokenizer.special_tokens}
     after = {kind: set(followers) for kind, followers in graph.items() if kind not in specials}
@@ -321,9 +327,11 @@ def allowed_transitions(tokenizer: REMI) -> torch.Tensor:
 
 
 def build_grammar(tokenizer: REMI) -> Grammar:
-    """The grammar of ``tokenizer``'s vocabulary; make it once and pass it to ``unplayable``."""
+    """The grammar of ``tokenizer``'s vocabulary; make it once where ``unplayable`` is called often."""
+    import torch
+
     facts = vocabulary(tokenizer)
-    steps = tokenizer.config.max_num_pos_per_beat
+    steps = int(tokenizer.config.max_num_pos_per_beat)
     position = torch.full((facts.size,), -1)
     bar_positions = torch.zeros(facts.size, dtype=torch.int64)
     for token, number in tokenizer.vocab.items():
@@ -340,27 +348,24 @@ def unplayable(
 ) -> torch.Tensor:
     """Which completion tokens cannot be played: (N, T) bool, for ``tokens`` (N, P+T) and ``mask`` (N, T).
 
-    A token is marked where it may not follow the token before it, or is a Position that does not come after the
-    Position before it in the same bar, or lies beyond the end of the bar. Tokens outside ``mask`` are not marked.
-    Raises ``ValueError`` where the shapes do not fit or the prompt is empty.
+    A token is marked where it may not follow the token before it, or is a Position that does not come after
+    the Position before it in the same bar, or lies beyond the end of the bar. Tokens outside ``mask`` are not
+    marked. Raises ``ValueError`` where the shapes do not fit or the prompt is empty.
     """
-    if (
-        tokens.ndim != 2
-        or prompt_length < 1
-        or mask.shape != (tokens.shape[0], tokens.shape[1] - prompt_length)
-    ):
+    import torch
+
+    wanted = (tokens.shape[0], tokens.shape[-1] - prompt_length)
+    if tokens.ndim != 2 or prompt_length < 1 or tuple(mask.shape) != wanted:
         raise ValueError(
-            f"expected tokens (N, P+T), P >= 1 and mask (N, T), got tokens {tuple(tokens.shape)}, P {prompt_length}, "
-            f"mask {tuple(mask.shape)}"
+            f"expected tokens (N, P+T), P >= 1 and mask (N, T); got tokens {tuple(tokens.shape)}, "
+            f"P {prompt_length}, mask {tuple(mask.shape)}"
         )
-    if not isinstance(grammar, Grammar):
-        grammar = build_grammar(grammar)
-    device = tokens.device
-    position = grammar.position.to(device)[tokens]  # (N, L), as all that follows
-    bar_positions = grammar.bar_positions.to(device)[tokens]
-    place = torch.arange(1, tokens.shape[1] + 1, device=device).expand_as(
+    grammar = (grammar if isinstance(grammar, Grammar) else build_grammar(grammar)).to(tokens.device)
+    position = grammar.position[tokens]  # (N, L), like all that follows
+    bar_positions = grammar.bar_positions[tokens]
+    place = torch.arange(1, tokens.shape[1] + 1, device=tokens.device).expand_as(
         tokens
-    )  # from 1: 0 stands for "none yet"
+    )  # 0 is for "none yet"
 
     def latest(which: torch.Tensor) -> torch.Tensor:
         return torch.where(which, place, 0).cummax(dim=1).values
@@ -368,12 +373,12 @@ def unplayable(
     last_bar = latest(tokens == grammar.bar_id)
     last_position = torch.nn.functional.pad(latest(position >= 0), (1, 0))[
         :, :-1
-    ]  # strictly before this token
+    ]  # strictly before the token
     last_signature = latest(bar_positions > 0)
     before = position.gather(1, (last_position - 1).clamp(min=0))
     before = torch.where(last_position > last_bar, before, -1)
     end = bar_positions.gather(1, (last_signature - 1).clamp(min=0))
     end = torch.where(last_signature > 0, end, grammar.default_positions)
     bad = (position >= 0) & ((position <= before) | (position >= end))
-    bad[:, 1:] |= ~grammar.allowed.to(device)[tokens[:, :-1], tokens[:, 1:]]
+    bad[:, 1:] |= ~grammar.allowed[tokens[:, :-1], tokens[:, 1:]]
     return bad[:, prompt_length:] & mask.bool()

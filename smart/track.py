@@ -10,15 +10,16 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+import tomllib
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import click
 import numpy as np
 import numpy.typing as npt
+from tqdm import tqdm
 
 from smart import UserError
 from smart.checkpoint import write_atomically
@@ -39,7 +40,10 @@ def prepare(folder: Path, config: str, *, resume: bool, overwrite: bool) -> None
     """Make the run's folder, or check that it may be continued or replaced; nothing is ever lost silently."""
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise UserError(f"run {folder}: is not a folder; choose another run.name")
-    begun = folder.exists() and any(folder.iterdir())
+    try:
+        begun = folder.exists() and any(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"run {folder}: cannot be read ({error.strerror})") from None
     if begun and overwrite:
         if not (folder / CONFIG).is_file():
             raise UserError(f"run {folder}: not overwritten, since it has no {CONFIG} and so is not a run")
@@ -49,12 +53,48 @@ def prepare(folder: Path, config: str, *, resume: bool, overwrite: bool) -> None
             f"run {folder}: exists already; continue it with --resume, replace it with --overwrite, "
             "or give another name with --set run.name=NAME"
         )
+    elif (folder / CONFIG).is_file():
+        _refuse_changes(folder, config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / CONFIG).is_file():
             write_atomically(folder / CONFIG, config.encode())
     except OSError as error:
         raise UserError(f"run {folder}: cannot be written ({error.strerror})") from None
+
+
+MAY_CHANGE = (
+    "run.folder",
+    "run.name",
+    "render.workers",
+    "render.deadline",
+)  # without changing what comes out
+
+
+def _refuse_changes(folder: Path, config: str) -> None:
+    """A run is continued under its own configuration, or it would not be that run."""
+    try:
+        before = _flat(tomllib.loads((folder / CONFIG).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise UserError(f"run {folder}: its {CONFIG} cannot be read ({error})") from None
+    now = _flat(tomllib.loads(config))
+    changed = [
+        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key not in MAY_CHANGE
+    ]
+    if changed:
+        raise UserError(
+            f"run {folder}: cannot be continued with another configuration: {'; '.join(changed)}; "
+            f"use --config {folder / CONFIG}, or another run.name"
+        )
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 class Tracker:
@@ -79,8 +119,8 @@ class Tracker:
         self._board.close()
 
     def say(self, text: str) -> None:
-        """A line for the person who watches (stderr) and for the run's log."""
-        click.echo(text, err=True)
+        """A line for the person who watches (stderr, above any progress bar) and for the run's log."""
+        tqdm.write(text, file=sys.stderr)
         with open(self.folder / "log.txt", "a", encoding="utf-8") as log:
             log.write(text + "\n")
 
@@ -92,7 +132,7 @@ class Tracker:
         for key, value in values.items():
             self._board.add_scalar(key, value, step)
 
-    def completions(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def completions(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Keep rows (step, prompt, tokens, scores, ...) for the Parquet file of the next ``flush``."""
         self._completions += map(dict, rows)
 
@@ -130,6 +170,31 @@ def write_wav(path: Path, audio: npt.NDArray[np.float32], sample_rate: int) -> N
     soundfile.write(path, audio.T, sample_rate, subtype="PCM_16")
 
 
+def summarise(folder: Path, rewards: Mapping[str, npt.NDArray[np.float32]]) -> str:
+    """Write ``summary.json``: the mean reward of fresh base and tuned samples and how they differ; say it in words."""
+    mean = {name: float(values.mean()) for name, values in rewards.items()}
+    error = {name: float(values.std(ddof=1)) / math.sqrt(len(values)) for name, values in rewards.items()}
+    difference, its_error = mean["tuned"] - mean["base"], math.hypot(*error.values())
+    summary: dict[str, Any] = {
+        name: {"n": len(rewards[name]), "reward": mean[name], "standard_error": error[name]} for name in rewards
+    }
+    summary["difference"] = {"reward": difference, "standard_error": its_error}
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=1).encode())
+    times = f" = {difference / its_error:.1f} standard errors" if its_error else ""
+    return "\n".join(
+        [
+            *(
+                f"{name:>10} {mean[name]:7.3f} ± {error[name]:.3f}  mean reward of {len(rewards[name])} fresh samples"
+                for name in rewards
+            ),
+            f"difference {difference:+7.3f} ± {its_error:.3f}{times}",
+            f"listen:       {folder / 'final'}/00-base.wav, then 00-tuned.wav, 01-base.wav, ... (and .mid)",
+            f"reward curve: {folder / 'reward_mean.png'}",
+            f"tuned model:  {folder / 'tuned'}",
+        ]
+    )
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The run's metrics, one mapping a step, in order. A last line that a crash cut short is left out."""
     path = folder / METRICS
@@ -160,8 +225,6 @@ class Stopwatch:
 
 def progress(**options: Any) -> Any:
     """A tqdm bar on stderr, silent where that is not a terminal."""
-    from tqdm import tqdm
-
     return tqdm(disable=not sys.stderr.isatty(), dynamic_ncols=True, **options)
 
 

@@ -37,7 +37,7 @@ FORMATS = (("wav", 44100, 2), ("flac", 16000, 1), ("ogg", 48000, 2), ("mp3", 441
 
 
 def tone_clip(number: int, rate: int, channels: int) -> np.ndarray[Any, Any]:
-    """Four seconds in which harmonic tones of changing pitch, loudness and brightness fill a part of each second."""
+    """Four seconds of changing harmonic tones, of some brightness, that fill some part of each second."""
     draw = np.random.default_rng(number)
     time = np.arange(4 * rate) / rate
     pitch = draw.choice([82.4, 110.0, 164.8, 220.0, 311.1, 440.0, 622.3], size=16)[(time / 0.25).astype(int)]
@@ -185,9 +185,7 @@ def test_content_enjoyment_is_another_name_of_ce(audio: Path, scores: Path, tmp_
     assert calibrate(audio, scores, tmp_path / "own.json").exit_code == 0
 
 
-def test_as_a_program_a_mistake_is_one_line_and_exit_code_2(
-    audio: Path, scores: Path, tmp_path: Path
-) -> None:
+def test_as_a_program_a_mistake_is_one_line_and_exit_code_2(audio: Path, scores: Path, tmp_path: Path) -> None:
     write_csv(scores, [*rows_of(scores), {"clip": "gone.wav", "CE": "5", "sample": "9"}])
     command = [sys.executable, "-m", "smart.reward.calibrate", "--audio", audio, "--scores", scores]
     done = subprocess.run(
@@ -328,9 +326,7 @@ def test_audio_that_cannot_be_used_is_named(tmp_path: Path, content: bytes | str
     assert str(path) in caught.value.message and "\n" not in caught.value.message
 
 
-def test_without_soundfile_the_message_says_what_to_install(
-    audio: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_soundfile_the_message_says_what_to_install(audio: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "soundfile", None)
     with pytest.raises(UserError, match="pip install soundfile"):
         read_clip(audio / "0.wav")

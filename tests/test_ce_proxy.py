@@ -88,10 +88,7 @@ def score(reward: CEProxy, clip: torch.Tensor) -> float:
 
 def bottom(coefficients: Coefficients) -> float:
     """The lowest score that the clamps allow."""
-    low = [
-        min(t.weight * (edge - t.mean) / t.scale for edge in (t.low, t.high))
-        for t in coefficients.terms.values()
-    ]
+    low = [min(t.weight * (edge - t.mean) / t.scale for edge in (t.low, t.high)) for t in coefficients.terms.values()]
     return coefficients.intercept + sum(low)
 
 
@@ -148,10 +145,10 @@ def test_music_of_the_default_soundfont_lies_inside_the_calibrated_ranges(
     reward: CEProxy, play: Player, seed: int
 ) -> None:
     notes = [n for n in piano_piece(seed) if n[0] % 0.5 == 0 and not 48 <= n[2] < 60]  # four notes a second
-    for share in (0.0, 0.4):
+    for share in (0.2, 0.4):  # without pauses fullness is at its clamp, as it should be
         found = named(play(with_pauses(notes, share)))
         for name, term in reward.coefficients.terms.items():
-            assert term.low < found[name] <= term.high + 1e-3, (name, share)
+            assert term.low < found[name] < term.high, (name, share)
 
 
 STATIC: dict[str, list[Note]] = {
@@ -356,9 +353,7 @@ def test_only_what_the_score_needs_must_be_in_the_file(tmp_path: Path) -> None:
 
 def test_scores_stay_on_the_scale(play: Player, tmp_path: Path) -> None:
     for intercept, expected in ((900.0, 10.0), (-900.0, 1.0)):
-        own = load_reward(
-            "ce_proxy", coefficients=write(tmp_path, lambda d, b=intercept: d.update(intercept=b))
-        )
+        own = load_reward("ce_proxy", coefficients=write(tmp_path, lambda d, b=intercept: d.update(intercept=b)))
         assert float(own.score(play(piano_piece())[None])["CE"]) == expected
 
 

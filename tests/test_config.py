@@ -35,9 +35,7 @@ def test_the_papers_other_runs_differ_from_it_only_where_they_say() -> None:
     def flat(name: str) -> dict[str, object]:
         config = load(name)
         return {
-            f"{section}.{key}": value
-            for section, values in vars(config).items()
-            for key, value in vars(values).items()
+            f"{section}.{key}": value for section, values in vars(config).items() for key, value in vars(values).items()
         }
 
     paper = flat("paper.toml")
@@ -50,9 +48,7 @@ def test_the_papers_other_runs_differ_from_it_only_where_they_say() -> None:
         assert {key: value for key, value in other.items() if paper[key] != value and key != "run.name"} == keys
 
 
-def test_bare_name_is_found_when_no_such_file_is_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bare_name_is_found_when_no_such_file_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert find("quickstart.toml") == SHIPPED / "quickstart.toml"
     (tmp_path / "quickstart.toml").write_text("[run]\nname = 'mine'\n")

@@ -62,9 +62,7 @@ def test_kl_is_zero_at_the_reference_and_unbiased() -> None:
     torch.testing.assert_close((p * kl_k3(p.log(), q.log())).sum(), exact)  # its mean under the policy
 
 
-def reference_loss(
-    logp: Any, old: Any, ref: Any, adv: Any, mask: Any, clip: float, beta: float, average: str
-) -> float:
+def reference_loss(logp: Any, old: Any, ref: Any, adv: Any, mask: Any, clip: float, beta: float, average: str) -> float:
     """The docstring's formula, token by token in plain Python."""
     rows = []
     for i in range(len(adv)):
@@ -105,9 +103,7 @@ def test_loss_and_gradient_against_the_formula(
         return reference_loss(x, old, ref, adv, mask, clip, beta, average)
 
     x = torch.tensor(logp, requires_grad=True)
-    loss, stats = grpo_loss(
-        x, *map(torch.tensor, (old, ref, adv, mask)), clip=clip, beta=beta, average=average
-    )
+    loss, stats = grpo_loss(x, *map(torch.tensor, (old, ref, adv, mask)), clip=clip, beta=beta, average=average)
     loss.backward()
     assert loss.item() == pytest.approx(value(logp), abs=1e-9)
     gradient = np.zeros_like(logp)

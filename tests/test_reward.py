@@ -43,9 +43,7 @@ class Level(Reward):
 # --- score
 
 
-@given(
-    st.lists(st.integers(0, 12), max_size=6), st.sampled_from([math.nan, math.inf, 1e30]), st.integers(0, 9)
-)
+@given(st.lists(st.integers(0, 12), max_size=6), st.sampled_from([math.nan, math.inf, 1e30]), st.integers(0, 9))
 @settings(max_examples=60, deadline=None)
 def test_a_clip_is_rated_by_its_own_samples_only(lengths: list[int], garbage: float, seed: int) -> None:
     audio = torch.randn(len(lengths), 12, generator=torch.Generator().manual_seed(seed))
@@ -61,9 +59,7 @@ def test_a_clip_is_rated_by_its_own_samples_only(lengths: list[int], garbage: fl
             torch.tensor(expected, dtype=torch.float32),
             equal_nan=True,
         )
-    torch.testing.assert_close(
-        audio, before, equal_nan=True, rtol=0, atol=0
-    )  # the caller's audio is untouched
+    torch.testing.assert_close(audio, before, equal_nan=True, rtol=0, atol=0)  # the caller's audio is untouched
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -228,9 +224,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder.mkdir()
     monkeypatch.syspath_prepend(str(folder))
     yield folder
-    for name in [
-        n for n, m in sys.modules.items() if str(getattr(m, "__file__", "")).startswith(str(folder))
-    ]:
+    for name in [n for n, m in sys.modules.items() if str(getattr(m, "__file__", "")).startswith(str(folder))]:
         del sys.modules[name]
 
 
@@ -265,9 +259,7 @@ def test_the_example_of_the_docs_works_as_an_installed_package(site: Path) -> No
 
 def test_an_unknown_kind_lists_what_exists(site: Path) -> None:
     install(site, "acme-rewards", {"acme": "acme:Reward"})
-    with pytest.raises(
-        UserError, match=r'no reward "ce_poxy".*audiobox.*ce_proxy.*acme \(acme-rewards 1\.0\)'
-    ):
+    with pytest.raises(UserError, match=r'no reward "ce_poxy".*audiobox.*ce_proxy.*acme \(acme-rewards 1\.0\)'):
         load_reward("ce_poxy")
 
 
@@ -292,9 +284,7 @@ def test_faults_of_a_registered_reward_are_named(site: Path) -> None:
         "value = 3\ndef number(*, device): return 3\ndef needy(*, device, path): return path\n"
     )
     install(site, "acme", {k: f"acme_module:{k}" for k in ("value", "number", "needy")})
-    with pytest.raises(
-        UserError, match=r'"value" of package acme 1\.0 is a int, expected a class or a function'
-    ):
+    with pytest.raises(UserError, match=r'"value" of package acme 1\.0 is a int, expected a class or a function'):
         load_reward("value")
     with pytest.raises(UserError, match=r'"number" built a int, expected a smart\.reward\.Reward'):
         load_reward("number")
@@ -319,9 +309,7 @@ def test_a_package_cannot_take_over_a_built_in_name(site: Path) -> None:
 def test_built_in_rewards_refuse_what_they_do_not_know() -> None:
     with pytest.raises(UserError, match='reward "ce_proxy" has no option "model"'):
         load_reward("ce_proxy", model="x")
-    with pytest.raises(
-        UserError, match=r'"audiobox" has no option "size"; its options are: model, dtype, batch_size'
-    ):
+    with pytest.raises(UserError, match=r'"audiobox" has no option "size"; its options are: model, dtype, batch_size'):
         load_reward("audiobox", size=3)
     with pytest.raises(UserError, match=r'no axis "PQ".*CE'):
         load_reward("ce_proxy", weights={"PQ": 1.0})
@@ -451,6 +439,4 @@ def test_resample_names_wrong_arguments(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_resample_on_cuda_keeps_float32_precision() -> None:
     x = torch.randn(2, 44100, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(
-        resample(x.cuda(), 44100, 16000).cpu(), resample(x, 44100, 16000), atol=3e-6, rtol=0
-    )
+    torch.testing.assert_close(resample(x.cuda(), 44100, 16000).cpu(), resample(x, 44100, 16000), atol=3e-6, rtol=0)

@@ -26,7 +26,7 @@ def _global_generator_untouched() -> Iterator[None]:
     assert torch.equal(before, torch.get_rng_state())
 
 
-def make_model(seed: int = 0, **changes: Any) -> Phi3ForCausalLM:
+def make_model(seed: int = 0, **changes: Any) -> Any:
     """A small random Phi-3 whose weights are large enough that position and context matter to its logits."""
     options = {
         "vocab_size": VOCABULARY,
@@ -53,7 +53,7 @@ def make_model(seed: int = 0, **changes: Any) -> Phi3ForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def model() -> Phi3ForCausalLM:
+def model() -> Any:
     """Read only: a test that changes weights makes its own."""
     return make_model()
 
@@ -90,7 +90,8 @@ def reference_logprob(
         order = order[:top_k]
     mass = {i: math.exp(scaled[i] - scaled[order[0]]) for i in order}
     total = sum(mass.values())
-    kept, reached = [], 0.0
+    kept: list[int] = []
+    reached = 0.0
     for i in order:
         if kept and reached >= top_p * total:
             break
@@ -121,7 +122,7 @@ def assert_matches_uncached(
         np.testing.assert_allclose(rollout.logprobs[row, :count].numpy(), expected, atol=tol, rtol=0)
 
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},
     "grouped-query": {"num_key_value_heads": 2},
     "one key-value head": {"num_key_value_heads": 1},
@@ -217,6 +218,21 @@ def test_an_ended_row_changes_no_other(model: Phi3ForCausalLM) -> None:
         torch.testing.assert_close(
             ended.logprobs[row, :count], endless.logprobs[row, :count], atol=1e-5, rtol=0
         )
+
+
+def test_ended_rows_that_wait_for_the_next_look(
+    model: Phi3ForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an accelerator, where rows that have ended stay in the batch for a while: the same rollout."""
+    sampler = Sampler(model, pad_id=PAD, eos_id=EOS)
+    options: dict[str, Any] = {"max_new_tokens": 40, "group_size": 8}
+    expected = sampler.sample(random_prompts([3, 4, 2]), generator=seeded(10), **options)
+    for steps in (7, 100):
+        monkeypatch.setattr("smart.sampler.STEPS_PER_LOOK", {"cpu": steps})
+        rollout = sampler.sample(random_prompts([3, 4, 2]), generator=seeded(10), **options)
+        assert torch.equal(rollout.tokens, expected.tokens)
+        assert torch.equal(rollout.mask, expected.mask)
+        torch.testing.assert_close(rollout.logprobs, expected.logprobs, atol=1e-5, rtol=0)
 
 
 def test_end_of_sequence_may_equal_padding(model: Phi3ForCausalLM) -> None:

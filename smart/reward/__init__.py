@@ -61,8 +61,7 @@ class Reward:
         self.device = _check_device(device)
         if not self.axes or self.sample_rate <= 0:
             raise TypeError(
-                f"reward {self.name} must set axes (got {self.axes!r}) and "
-                f"sample_rate (got {self.sample_rate!r})"
+                f"reward {self.name} must set axes (got {self.axes!r}) and sample_rate (got {self.sample_rate!r})"
             )
         self.weights: dict[str, float] = {self.axes[0]: 1.0}
 
@@ -98,8 +97,7 @@ class Reward:
         lengths = _check_clips(audio, lengths)
         clips, sound = _silence_beyond(audio, lengths)
         scores = {
-            axis: torch.full((len(audio),), math.nan, dtype=torch.float32, device=audio.device)
-            for axis in self.axes
+            axis: torch.full((len(audio),), math.nan, dtype=torch.float32, device=audio.device) for axis in self.axes
         }
         rows = sound.nonzero().squeeze(1)
         if len(rows) == 0:
@@ -134,22 +132,16 @@ class Reward:
         Raises:
             UserError: an unknown axis, a weight that is no finite number, or no weight other than 0.
         """
-        self.weights = _check_weights(
-            self.name, self.axes, {self.axes[0]: 1.0} if weights is None else weights
-        )
+        self.weights = _check_weights(self.name, self.axes, {self.axes[0]: 1.0} if weights is None else weights)
 
     def _check_rated(self, rated: Any, count: int) -> Mapping[str, torch.Tensor]:
         """What a subclass returned, or an error that names the reward."""
         if not isinstance(rated, Mapping) or set(rated) != set(self.axes):
             got = sorted(rated) if isinstance(rated, Mapping) else type(rated).__name__
-            raise ValueError(
-                f"reward {self.name}: rate must return a mapping of the axes {list(self.axes)}, got {got}"
-            )
+            raise ValueError(f"reward {self.name}: rate must return a mapping of the axes {list(self.axes)}, got {got}")
         for axis, values in rated.items():
             if not isinstance(values, torch.Tensor):
-                raise TypeError(
-                    f"reward {self.name}: axis {axis} must be a tensor, got {type(values).__name__}"
-                )
+                raise TypeError(f"reward {self.name}: axis {axis} must be a tensor, got {type(values).__name__}")
             if values.shape != (count,) or values.dtype != torch.float32:
                 raise ValueError(
                     f"reward {self.name}: axis {axis} must be float32 of shape ({count},), "
@@ -219,14 +211,8 @@ def resample(audio: torch.Tensor, from_rate: int, to_rate: int) -> torch.Tensor:
         TypeError, ValueError: audio that is no float tensor, or a rate that is no positive whole number.
         UserError: two rates with so small a common divisor that the filter bank would not fit in memory.
     """
-    if (
-        not isinstance(audio, torch.Tensor)
-        or audio.dtype not in (torch.float32, torch.float64)
-        or audio.ndim < 1
-    ):
-        got = (
-            f"{audio.dtype} {tuple(audio.shape)}" if isinstance(audio, torch.Tensor) else type(audio).__name__
-        )
+    if not isinstance(audio, torch.Tensor) or audio.dtype not in (torch.float32, torch.float64) or audio.ndim < 1:
+        got = f"{audio.dtype} {tuple(audio.shape)}" if isinstance(audio, torch.Tensor) else type(audio).__name__
         raise TypeError(f"audio must be a float32 or float64 tensor (..., S), got {got}")
     for rate in (from_rate, to_rate):
         if isinstance(rate, bool) or not isinstance(rate, int) or rate <= 0:
@@ -237,14 +223,13 @@ def resample(audio: torch.Tensor, from_rate: int, to_rate: int) -> torch.Tensor:
     target = -(-samples * to_rate // from_rate)
     if audio.numel() == 0:
         return audio.new_zeros((*audio.shape[:-1], target))
-    kernel, stride, width = _resampling_kernel(from_rate, to_rate, audio.dtype, audio.device)
-    padded = torch.nn.functional.pad(audio.reshape(-1, 1, samples), (width, width + stride))
-    # TensorFloat-32, which cuDNN convolutions use by default, has 10 bits: too few for audio
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        phases = torch.nn.functional.conv1d(
-            padded, kernel, stride=stride
-        )  # (M, t, S/f): t outputs for f inputs
-    return phases.transpose(1, 2).reshape(*audio.shape[:-1], -1)[..., :target]
+    # cuDNN rounds float32 convolutions to TensorFloat-32, 10 bits, too few for audio; it leaves float64 alone
+    exact = torch.float64 if audio.is_cuda else audio.dtype
+    kernel, stride, width = _resampling_kernel(from_rate, to_rate, exact, audio.device)
+    padded = torch.nn.functional.pad(audio.reshape(-1, 1, samples).to(exact), (width, width + stride))
+    phases = torch.nn.functional.conv1d(padded, kernel, stride=stride)  # (M, t, frames), t outputs each
+    resampled = phases.transpose(1, 2).reshape(*audio.shape[:-1], -1)[..., :target]
+    return resampled.to(audio.dtype)
 
 
 @functools.lru_cache(maxsize=8)
@@ -263,9 +248,7 @@ def _resampling_kernel(
         )
     tap = torch.arange(-width, width + f, dtype=torch.float64) / f  # time of each input, f of them per frame
     phase = torch.arange(t, dtype=torch.float64) / t  # time of each output
-    u = ((tap[None, :] - phase[:, None]) * band).clamp(
-        -LOWPASS_WIDTH, LOWPASS_WIDTH
-    )  # the window is 0 at the ends
+    u = ((tap[None, :] - phase[:, None]) * band).clamp(-LOWPASS_WIDTH, LOWPASS_WIDTH)  # the window is 0 at the ends
     kernel = band / f * torch.sinc(u) * torch.cos(math.pi * u / (2 * LOWPASS_WIDTH)) ** 2
     return kernel[:, None].to(device=device, dtype=dtype), f, width
 
@@ -288,9 +271,7 @@ def _find_factory(kind: str) -> Callable[..., Reward]:
             f'register in the entry-point group "{ENTRY_POINT_GROUP}"'
         )
     if len(third_party) > 1:
-        raise UserError(
-            f'reward "{kind}" is registered by several packages ({packages}); uninstall all but one'
-        )
+        raise UserError(f'reward "{kind}" is registered by several packages ({packages}); uninstall all but one')
     try:
         factory = third_party[0].load()
     except Exception as error:  # whatever someone else's module does at import is worth one clear line
@@ -300,8 +281,7 @@ def _find_factory(kind: str) -> Callable[..., Reward]:
         ) from error
     if not callable(factory):
         raise UserError(
-            f'reward "{kind}" of package {packages} is a {type(factory).__name__}, '
-            "expected a class or a function"
+            f'reward "{kind}" of package {packages} is a {type(factory).__name__}, expected a class or a function'
         )
     return factory
 
@@ -314,9 +294,7 @@ def _package(entry: EntryPoint) -> str:
 def _check_options(kind: str, factory: Callable[..., Reward], options: Mapping[str, Any]) -> None:
     """Refuse options that the reward does not take, and the lack of one that it must have."""
     parameters = inspect.signature(factory).parameters.values()
-    named = [
-        p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "device"
-    ]
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "device"]
     taken = ", ".join(p.name for p in named) or "none"
     if not any(p.kind == p.VAR_KEYWORD for p in parameters):
         for option in options:
@@ -333,9 +311,7 @@ def _check_device(device: str | torch.device) -> torch.device:
         checked = torch.device(device)
     except RuntimeError:
         raise UserError(f'there is no device "{device}"; write cpu, cuda or cuda:0') from None
-    if checked.type == "cuda" and (
-        not torch.cuda.is_available() or (checked.index or 0) >= torch.cuda.device_count()
-    ):
+    if checked.type == "cuda" and (not torch.cuda.is_available() or (checked.index or 0) >= torch.cuda.device_count()):
         raise UserError(
             f'device "{device}" is not here ({torch.cuda.device_count()} CUDA devices are visible); '
             "choose cpu or another one"
@@ -348,17 +324,14 @@ def _check_weights(name: str, axes: tuple[str, ...], weights: Any) -> dict[str, 
     choices = ", ".join(axes)
     if not isinstance(weights, Mapping):
         raise UserError(
-            f'weights of reward "{name}" must be a table of axis = number, got {weights!r}; '
-            f"its axes are: {choices}"
+            f'weights of reward "{name}" must be a table of axis = number, got {weights!r}; its axes are: {choices}'
         )
     for axis, weight in weights.items():
         if axis not in axes:
             raise UserError(f'reward "{name}" has no axis "{axis}" to weigh; its axes are: {choices}')
         number = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
         if not number or not math.isfinite(weight):
-            raise UserError(
-                f'the weight of axis {axis} of reward "{name}" must be a finite number, got {weight!r}'
-            )
+            raise UserError(f'the weight of axis {axis} of reward "{name}" must be a finite number, got {weight!r}')
     if not any(weights.values()):
         raise UserError(f'reward "{name}" needs a weight other than 0 on at least one of its axes: {choices}')
     return {axis: float(weight) for axis, weight in weights.items()}
@@ -381,9 +354,7 @@ def _check_clips(audio: Any, lengths: Any) -> torch.Tensor:
         raise ValueError(f"lengths must have the shape ({count},), one per clip, got {tuple(lengths.shape)}")
     lengths = lengths.cpu()
     if bool(((lengths < 0) | (lengths > samples)).any()):
-        raise ValueError(
-            f"lengths must lie in 0..{samples} (S), got {int(lengths.min())}..{int(lengths.max())}"
-        )
+        raise ValueError(f"lengths must lie in 0..{samples} (S), got {int(lengths.min())}..{int(lengths.max())}")
     return lengths
 
 

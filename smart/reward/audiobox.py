@@ -84,9 +84,7 @@ class Audiobox(Reward):
         if dtype not in ("float32", "bfloat16"):
             raise UserError(f'dtype of reward "audiobox" must be "float32" or "bfloat16", got {dtype!r}')
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise UserError(
-                f'batch_size of reward "audiobox" must be a whole number of at least 1, got {batch_size!r}'
-            )
+            raise UserError(f'batch_size of reward "audiobox" must be a whole number of at least 1, got {batch_size!r}')
         files = _find_local(model) or _find_cached(str(model)) or _download(str(model))
         network = _build(_read(files), files)
         if dtype == "bfloat16":
@@ -102,9 +100,7 @@ class Audiobox(Reward):
     def rate(self, audio: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
         """Rate clips (N, S) of ``lengths`` (N,) samples, as ``AesPredictor.forward`` does; axis -> (N,)."""
         windows = (lengths + WINDOW - 1) // WINDOW  # of each clip
-        clip = torch.repeat_interleave(
-            torch.arange(len(audio)), windows
-        )  # (W,) over the windows of all clips
+        clip = torch.repeat_interleave(torch.arange(len(audio)), windows)  # (W,) over the windows of all clips
         start = (torch.arange(len(clip)) - (windows.cumsum(0) - windows)[clip]) * WINDOW
         valid = (lengths[clip] - start).clamp(max=WINDOW)  # samples of the window that belong to its clip
         predictions = torch.cat(
@@ -132,9 +128,7 @@ class Audiobox(Reward):
         with _numpy_state_kept():
             outputs = self._network({"wav": wav, "mask": mask})
         transform = self._network.target_transform
-        return torch.stack(
-            [outputs[axis].float() * transform[axis]["std"] + transform[axis]["mean"] for axis in AXES]
-        )
+        return torch.stack([outputs[axis].float() * transform[axis]["std"] + transform[axis]["mean"] for axis in AXES])
 
     def _float_mask(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -145,9 +139,7 @@ class Audiobox(Reward):
         """
         padding = kwargs["key_padding_mask"]
         zeros = torch.zeros(padding.shape, device=padding.device)
-        return args, kwargs | {
-            "key_padding_mask": zeros.masked_fill(padding, -torch.inf) if self._padded else None
-        }
+        return args, kwargs | {"key_padding_mask": zeros.masked_fill(padding, -torch.inf) if self._padded else None}
 
 
 def check(model: str | os.PathLike[str] = HUB_ID) -> None:
@@ -262,9 +254,7 @@ def _read(files: _Files) -> _Contents:
     contents = _read_checkpoint(files.weights) if files.config is None else _read_folder(files)
     transform = contents.arguments.get("target_transform")
     if not _is_transform(transform):
-        raise _unavailable(
-            shown, f"target_transform must hold mean and std of {', '.join(AXES)}, got {transform}"
-        )
+        raise _unavailable(shown, f"target_transform must hold mean and std of {', '.join(AXES)}, got {transform}")
     for prefix in ("wavlm_model.", *(f"proj_layer.{axis}." for axis in AXES)):
         if not any(name.startswith(prefix) for name in contents.state):
             raise _unavailable(shown, f"it is another model: there are no tensors {prefix}*")
@@ -287,9 +277,7 @@ def _read_folder(files: _Files) -> _Contents:
     try:
         state = load_file(files.weights)
     except (OSError, SafetensorError) as error:
-        raise _unavailable(
-            shown, f"{WEIGHTS_FILE} is damaged or no safetensors file ({_brief(error)})"
-        ) from error
+        raise _unavailable(shown, f"{WEIGHTS_FILE} is damaged or no safetensors file ({_brief(error)})") from error
     fields = _network_class().__dataclass_fields__
     return _Contents({key: value for key, value in config.items() if key in fields}, state)
 
@@ -299,9 +287,7 @@ def _read_checkpoint(path: Path) -> _Contents:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # damaged pickles fail in every way there is
-        raise _unavailable(
-            path, f"it is damaged or no checkpoint of plain tensors ({_brief(error)})"
-        ) from error
+        raise _unavailable(path, f"it is damaged or no checkpoint of plain tensors ({_brief(error)})") from error
     parts = ("state_dict", "model_cfg", "target_transform")
     absent = [key for key in parts if not isinstance(saved, dict) or not isinstance(saved.get(key), dict)]
     if absent:
@@ -311,9 +297,7 @@ def _read_checkpoint(path: Path) -> _Contents:
         raise _unavailable(path, f"model_cfg of the checkpoint has no {', no '.join(absent)}")
     arguments = {key: saved["model_cfg"][key] for key in CHECKPOINT_ARGUMENTS}
     arguments["target_transform"] = saved["target_transform"]
-    return _Contents(
-        arguments, {str(key).removeprefix("model."): v for key, v in saved["state_dict"].items()}
-    )
+    return _Contents(arguments, {str(key).removeprefix("model."): v for key, v in saved["state_dict"].items()})
 
 
 def _is_transform(transform: Any) -> bool:

@@ -118,10 +118,7 @@ def cross_validate(
         figures["spearman"].append(spearman(predicted, scores))
         figures["pearson"].append(_pearson(predicted, scores))
         figures["mae"].append(float((predicted - scores).abs().mean()))
-    return {
-        name: {"mean": float(np.mean(values)), "std": float(np.std(values))}
-        for name, values in figures.items()
-    }
+    return {name: {"mean": float(np.mean(values)), "std": float(np.std(values))} for name, values in figures.items()}
 
 
 def order_pairs(
@@ -175,8 +172,7 @@ def read_scores(
     for option, column in wanted:
         if column not in columns:
             raise UserError(
-                f'{path} has no column "{column}", only {", ".join(columns)}; '
-                f"name the right one with {option}"
+                f'{path} has no column "{column}", only {", ".join(columns)}; name the right one with {option}'
             )
     clips: list[Clip] = []
     for line, row in rows:
@@ -214,9 +210,7 @@ def read_clip(path: Path) -> torch.Tensor:
 
 @click.command(context_settings={"show_default": True})
 @click.option("--audio", required=True, type=click.Path(path_type=Path), help="Folder of the audio files.")
-@click.option(
-    "--scores", required=True, type=click.Path(path_type=Path), help="CSV with one rated clip per row."
-)
+@click.option("--scores", required=True, type=click.Path(path_type=Path), help="CSV with one rated clip per row.")
 @click.option(
     "--out",
     default="ce_proxy.json",
@@ -225,9 +219,7 @@ def read_clip(path: Path) -> torch.Tensor:
 )
 @click.option("--overwrite", is_flag=True, help="Replace --out if it is there.")
 @click.option("--clip-column", default="clip", help="Column with the file name, relative to --audio.")
-@click.option(
-    "--score-column", default=AXIS, help="Column with the rating, 1 to 10; for CE also content_enjoyment."
-)
+@click.option("--score-column", default=AXIS, help="Column with the rating, 1 to 10; for CE also content_enjoyment.")
 @click.option(
     "--group-column",
     default=None,
@@ -268,8 +260,7 @@ def main(
     _check_ratings(clips, scores, folds)
     _check_files(clips, audio)
     described = [
-        describe(read_clip(audio / clip.name))
-        for clip in tqdm(clips, desc="describing", unit="clip", disable=None)
+        describe(read_clip(audio / clip.name)) for clip in tqdm(clips, desc="describing", unit="clip", disable=None)
     ]
     x = torch.stack(described).double()
     y = torch.tensor([clip.score for clip in clips], dtype=torch.float64)
@@ -325,9 +316,7 @@ def _validate(
         ways["grouped"] = groups
     for way, names in ways.items():
         generator = np.random.default_rng(seed)
-        result[way] = cross_validate(
-            x, y, names, folds=folds, repeats=repeats, ridge=ridge, generator=generator
-        )
+        result[way] = cross_validate(x, y, names, folds=folds, repeats=repeats, ridge=ridge, generator=generator)
     right, pairs = order_pairs(x, y, groups, ridge)
     if pairs:
         result["pairs_in_held_out_group"] = {"ordered": right, "pairs": pairs}
@@ -350,12 +339,8 @@ def _table(report: dict[str, Any], group_column: str | None) -> str:
         lines.append("folds of groups: not computed (no groups of several clips, or fewer groups than folds)")
     if "pairs_in_held_out_group" in validation:
         pairs = validation["pairs_in_held_out_group"]
-        lines.append(
-            f"pairs within a held-out group in the right order: {pairs['ordered']} of {pairs['pairs']}"
-        )
-    lines.append(
-        f"{'descriptor':<12}{'weight':>9}{'mean':>9}{'scale':>9}{'low':>9}{'high':>9}{'Spearman':>10}"
-    )
+        lines.append(f"pairs within a held-out group in the right order: {pairs['ordered']} of {pairs['pairs']}")
+    lines.append(f"{'descriptor':<12}{'weight':>9}{'mean':>9}{'scale':>9}{'low':>9}{'high':>9}{'Spearman':>10}")
     for name, term in report["descriptors"].items():
         numbers = "".join(f"{term[key]:>9.3f}" for key in ("weight", "mean", "scale", "low", "high"))
         lines.append(f"{name:<12}{numbers}{term['univariate_spearman']:>10.2f}")

@@ -60,19 +60,17 @@ MEL_BANDS, MEL_HZ = 64, (50.0, 6000.0)
 CHROMA_PITCHES = (36, 108)  # MIDI, C2 to B7
 OCTAVES_HZ = (LOWEST_HZ, 125.0, 250.0, 500.0, 1000.0, 2000.0, 4000.0, SAMPLE_RATE / 2 + 1)
 FAINT = 1e-7  # -70 dB, energies against the loudest frame: softer than this has no harmony
-INAUDIBLE = (
-    1e-8  # -80 dB, frame energy against a sine of the clip's peak: softer than this is no sound at all
-)
+INAUDIBLE = 1e-8  # -80 dB, frame energy against a sine of the clip's peak: softer than this is no sound
 
 DESCRIPTORS: dict[str, str] = {
-    "active": "mean over frames of music, the product of three ramps in 0..1: frame energy -50..-35 dB "
-    "against the loudest frame; tonality 3..6 dB; largest chroma change within 1.5 s 0.4..0.7",
-    "movement": "mean over frames of music x chroma change, the Euclidean distance of the square roots of "
-    "the 12 pitch-class shares 0.5 s apart",
-    "fullness": "mean over frames of music x the mean over 64 mel bands (50-6000 Hz) of a ramp -60..-40 dB "
+    "active": "mean over frames of m, the music in a frame: the product of three ramps in 0..1, of frame "
+    "energy -50..-35 dB against the loudest frame, tonality 3..6 dB, and the largest chroma change within "
+    "1.5 s, 0.4..0.7",
+    "movement": "mean over frames of m times the chroma change, the Euclidean distance of the square roots "
+    "of the 12 pitch-class shares 0.5 s apart",
+    "fullness": "mean over frames of m times the mean over 64 mel bands (50-6000 Hz) of a ramp -60..-40 dB "
     "against the clip's strongest cell",
-    "bass": "mean over frames of music x a ramp -40..-10 dB of the energy under 200 Hz against the "
-    "loudest frame",
+    "bass": "mean over frames of m times a ramp -40..-10 dB of the energy under 200 Hz against the loudest frame",
 }
 
 
@@ -122,9 +120,7 @@ class CEProxy(Reward):
 
     def rate(self, audio: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
         """CE of clips (N, S) float32 of the given lengths (N,), each at least 1: {"CE": (N,) float32}."""
-        found = torch.stack(
-            [describe(clip[:length]) for clip, length in zip(audio, lengths.tolist(), strict=True)]
-        )
+        found = torch.stack([describe(clip[:length]) for clip, length in zip(audio, lengths.tolist(), strict=True)])
         return {AXIS: predict(found.double().cpu(), self.coefficients).float()}
 
 
@@ -148,9 +144,7 @@ def describe(clip: torch.Tensor) -> torch.Tensor:
         (4,) float32 on the clip's device; all 0 for a silent clip.
     """
     if clip.ndim != 1 or len(clip) == 0 or clip.dtype != torch.float32:
-        raise ValueError(
-            f"a clip must be float32 of shape (S,), S >= 1, got {clip.dtype} {tuple(clip.shape)}"
-        )
+        raise ValueError(f"a clip must be float32 of shape (S,), S >= 1, got {clip.dtype} {tuple(clip.shape)}")
     banks = _banks(clip.device)
     power = _power(clip) * banks.audible  # (frames, bins)
     energy = power.sum(dim=1)
@@ -306,8 +300,7 @@ def _parse(data: Any, path: str) -> Coefficients:
         raise UserError(f'coefficients {path}: expected a JSON object with "format": "{FORMAT}"')
     if type(data.get("version")) is not int or data["version"] != VERSION:
         raise UserError(
-            f"coefficients {path}: version {data.get('version')!r}, "
-            f"this program reads {VERSION}; calibrate again"
+            f"coefficients {path}: version {data.get('version')!r}, this program reads {VERSION}; calibrate again"
         )
     if data.get("axis") != AXIS or data.get("sample_rate") != SAMPLE_RATE:
         raise UserError(f'coefficients {path}: expected "axis": "{AXIS}" and "sample_rate": {SAMPLE_RATE}')
@@ -316,9 +309,7 @@ def _parse(data: Any, path: str) -> Coefficients:
         raise UserError(f'coefficients {path}: "descriptors" must be an object with {", ".join(DESCRIPTORS)}')
     for name in entries:
         if name not in DESCRIPTORS:
-            raise UserError(
-                f'coefficients {path}: unknown descriptor "{name}"; known are {", ".join(DESCRIPTORS)}'
-            )
+            raise UserError(f'coefficients {path}: unknown descriptor "{name}"; known are {", ".join(DESCRIPTORS)}')
     return Coefficients(
         intercept=_number(data, "intercept", path, ""),
         terms={name: _parse_term(entries.get(name), name, path) for name in DESCRIPTORS},

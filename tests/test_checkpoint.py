@@ -1,0 +1,156 @@
+"""smart.checkpoint: what was saved comes back, whatever happened to the newest copy."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from smart import UserError, checkpoint
+
+
+def write_text(text: str) -> Any:
+    return lambda folder: (folder / "weights").write_text(text)
+
+
+def test_newest_is_found_and_old_ones_go(tmp_path: Path) -> None:
+    assert checkpoint.latest(tmp_path / "none") is None
+    for step in (1, 2, 30):
+        checkpoint.save(tmp_path, step, write_text(str(step)), keep=2)
+    assert checkpoint.steps(tmp_path) == [2, 30]
+    assert checkpoint.latest(tmp_path) == tmp_path / "00000030"
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest", "manifest removed"])
+def test_a_damaged_one_is_named_and_the_one_before_used(tmp_path: Path, damage: str) -> None:
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, write_text("weights" * step))
+    newest = tmp_path / "00000002"
+    file, manifest = newest / "weights", newest / checkpoint.MANIFEST
+    match damage:
+        case "flip":
+            file.write_text("weightsWeights")
+        case "cut":
+            file.write_text("w")
+        case "remove":
+            file.unlink()
+        case "manifest":
+            manifest.write_text("{")
+        case "manifest removed":
+            manifest.unlink()
+    with pytest.warns(RuntimeWarning, match=r"00000002: .*; trying the one before it"):
+        assert checkpoint.latest(tmp_path) == tmp_path / "00000001"
+    (tmp_path / "00000001" / "weights").unlink()
+    with (
+        pytest.warns(RuntimeWarning),
+        pytest.raises(UserError, match=r"no checkpoint in .* can be used: .*00000002.*00000001"),
+    ):
+        checkpoint.latest(tmp_path)
+
+
+def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
+    folder = checkpoint.save(tmp_path, 1, write_text("x"))
+    (folder / checkpoint.MANIFEST).write_text(json.dumps({"sha256": {"../../secret": "0"}}))
+    with pytest.raises(UserError, match="outside the folder"):
+        checkpoint.verify(folder)
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, write_text("good"))
+
+    def fail(folder: Path) -> None:
+        (folder / "weights").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint.save(tmp_path, 2, fail, keep=1)
+    assert checkpoint.latest(tmp_path) == tmp_path / "00000001"
+    assert [path.name for path in tmp_path.iterdir()] == ["00000001"]
+
+
+def test_killed_while_writing(tmp_path: Path) -> None:
+    """SIGKILL at many instants of an endless series of saves: the newest checkpoint is always whole."""
+    code = """
+import sys, pathlib
+from smart import checkpoint
+root, step = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+while True:
+    step += 1
+    checkpoint.save(root, step, lambda f: [(f / name).write_bytes(b"%d" % step * 100_000) for name in "ab"], keep=2)
+"""
+    reached = 0
+    for delay in (0.01, 0.05, 0.013, 0.11, 0.027, 0.06):
+        process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(reached)])
+        deadline = time.monotonic() + 60
+        while not any(step > reached for step in checkpoint.steps(tmp_path)):
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        newest = checkpoint.latest(tmp_path)  # a warning would be an error here
+        assert newest is not None and int(newest.name) > reached
+        reached = int(newest.name)
+        assert (newest / "a").read_bytes() == b"%d" % reached * 100_000
+    checkpoint.save(tmp_path, reached + 1, write_text("x"), keep=2)
+    assert not list(tmp_path.glob(".*"))  # no temporary folder is left behind
+
+
+def test_optimiser_and_generators_come_back_exactly(tiny_model: Any, tmp_path: Path) -> None:
+    def step(optimizer: Any, generator: torch.Generator) -> torch.Tensor:
+        noise = torch.randn(413, 32, generator=generator)
+        optimizer.zero_grad()
+        (tiny_model.lm_head.weight * noise).sum().backward()
+        for weights in tiny_model.parameters():
+            if weights.grad is None:
+                weights.grad = torch.ones_like(weights)
+        optimizer.step()
+        return tiny_model.lm_head.weight.detach().clone()
+
+    optimizer = torch.optim.AdamW(tiny_model.parameters(), lr=0.01)
+    generator = torch.Generator().manual_seed(5)
+    step(optimizer, generator)
+    weights = {name: value.clone() for name, value in tiny_model.state_dict().items()}
+    checkpoint.write_state(tmp_path, tiny_model, optimizer, noise=generator)
+    expected = [step(optimizer, generator) for _ in range(3)]
+
+    tiny_model.load_state_dict(weights)
+    fresh = torch.optim.AdamW(tiny_model.parameters(), lr=0.01)
+    other = torch.Generator().manual_seed(99)
+    checkpoint.read_state(tmp_path, tiny_model, fresh, noise=other)
+    for value in expected:
+        assert torch.equal(step(fresh, other), value)
+
+
+def test_state_that_does_not_fit_is_refused(tiny_model: Any, tmp_path: Path) -> None:
+    optimizer = torch.optim.AdamW(tiny_model.parameters())
+    checkpoint.write_state(tmp_path, tiny_model, optimizer)
+    with pytest.raises(UserError, match="does not fit this run"):
+        checkpoint.read_state(tmp_path, tiny_model, optimizer)
+    (tmp_path / checkpoint.STATE).write_bytes(b"\x80\x04not safetensors")
+    with pytest.raises(UserError, match="cannot be read as safetensors"):
+        checkpoint.read_state(tmp_path, tiny_model, optimizer)
+
+
+def test_write_atomically_replaces(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for data in (b"one", b"two"):
+        checkpoint.write_atomically(path, data)
+        assert path.read_bytes() == data
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_first_signal_asks_second_interrupts() -> None:
+    with checkpoint.StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -1,0 +1,361 @@
+"""Whole runs of ``python -m smart.grpo`` and ``python -m smart.pretrain``, as real processes that get killed."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from smart.config import load, shipped
+from smart.model import build_model, load_base, save_base
+
+SMALL = {
+    "grpo.iterations": 6,
+    "grpo.prompts": 2,
+    "grpo.group_size": 3,
+    "grpo.micro_batch": 4,
+    "sampling.max_new_tokens": 40,
+    "render.seconds": 2.0,
+    "render.workers": 1,
+    "track.checkpoint_every": 2,
+    "track.samples_every": 3,
+    "track.final_prompts": 4,
+    "track.final_listen": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    """A tiny base that was taught to write notes: an untrained one is silent, and every reward would be alike."""
+    folder = tmp_path_factory.mktemp("base")
+    model = build_model(tokenizer, layers=2, hidden=32, heads=4, intermediate=64, seed=3)
+    vocab = tokenizer.vocab
+    random_ = random.Random(1)
+    pieces = []
+    for _ in range(32):
+        piece = []
+        for _ in range(4):
+            piece += ["Bar_None", "TimeSig_4/4"]
+            for position in (0, 12, 24, 36):
+                note = [f"Pitch_{random_.randint(40, 80)}", f"Velocity_{random_.choice([63, 95, 127])}"]
+                piece += [f"Position_{position}", *note, "Duration_1.0.12"]
+        pieces.append([vocab[token] for token in piece])
+    tokens = torch.tensor(pieces)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        logits = model(input_ids=tokens).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    save_base(model, tokenizer, folder)
+    return folder
+
+
+def arguments(base: Path, folder: Path, **changes: Any) -> list[str]:
+    settings = {"model.base": base, "run.folder": folder, "run.name": "r", **SMALL, **changes}
+    return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+
+
+def start(program: str, *args: str, **options: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", f"smart.{program}", *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        **options,
+    )
+
+
+def run(program: str, *args: str, **options: Any) -> tuple[int, str]:
+    process = start(program, *args, **options)
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The run's metrics without what the clock says."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("seconds/")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("finished")
+    status, output = run("grpo", "--config", "quickstart.toml", *arguments(base, folder))
+    assert status == 0, output
+    assert "stand-in" in output and "standard errors" in output
+    return folder / "r"
+
+
+def assert_same_run(folder: Path, finished: Path) -> None:
+    for name in ("tuned/model.safetensors", "summary.json", "final/00-tuned.mid", "final/01-tuned.wav"):
+        assert (folder / name).read_bytes() == (finished / name).read_bytes(), name
+    assert metrics(folder) == metrics(finished)
+    import pyarrow.parquet as pq
+
+    assert pq.read_table(folder / "completions").equals(pq.read_table(finished / "completions"))
+
+
+def test_what_a_run_leaves(finished: Path, base: Path) -> None:
+    rows = metrics(finished)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    for key in (
+        "reward/mean", "reward/std", "reward/min", "reward/max", "reward/axis_CE", "reward/zero_variance_groups",
+        "policy/kl", "policy/entropy", "policy/clip_fraction", "policy/grad_norm", "policy/dlogp_max",
+        "completions/length", "completions/truncated_rate", "completions/unplayable_rate",
+        "clips/silent_rate", "clips/failed",
+    ):  # fmt: skip
+        assert all(isinstance(row[key], float) for row in rows), key
+    assert all(row["policy/dlogp_max"] < 1e-4 for row in rows)  # the sampler and the learner agree
+    assert rows[0]["policy/kl"] < 1e-6 < rows[-1]["policy/kl"]
+    assert [row["policy/learning_rate"] for row in rows] == pytest.approx([3e-4 * k / 6 for k in (6, 5, 4, 3, 2, 1)])
+
+    import pyarrow.parquet as pq
+
+    completions = pq.read_table(finished / "completions").to_pylist()
+    assert len(completions) == 6 * 6
+    first = [row for row in completions if row["step"] == 1]
+    assert np.mean([row["reward"] for row in first]) == pytest.approx(rows[0]["reward/mean"], abs=1e-5)
+    assert all(len(row["tokens"]) <= 4 + 40 for row in completions)
+
+    config = load(finished / "config.toml")
+    assert config.grpo.iterations == 6 and config.model.base == str(base)
+    assert list(finished.glob("tensorboard/events*")) and (finished / "reward_mean.png").stat().st_size > 5000
+    for name in ("samples/00000003/00", "samples/00000006/01", "final/00-base", "final/01-tuned"):
+        audio, rate = soundfile.read((finished / name).with_suffix(".wav"))
+        assert rate == 44100 and audio.shape[1] == 2 and len(audio) <= 2 * rate
+        assert np.abs(audio).max() > 0.9
+        assert (finished / name).with_suffix(".mid").stat().st_size > 50
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["tuned"]["n"] == summary["base"]["n"] == 4
+    tuned, _ = load_base(finished / "tuned")
+    original, _ = load_base(base)
+    assert not torch.equal(tuned.lm_head.weight, original.lm_head.weight)
+    assert sorted(path.name for path in (finished / "checkpoints").iterdir()) == [
+        "00000002",
+        "00000004",
+        "00000006",
+    ]
+
+
+def test_an_existing_run_is_kept(finished: Path, base: Path) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
+    again = arguments(base, finished.parent)
+    status, output = run("grpo", *again)
+    assert status == 2 and "exists already; continue it with --resume, replace it with --overwrite" in output
+    status, output = run("grpo", *again, "--resume", "--overwrite")
+    assert status == 2 and "contradict" in output
+    status, output = run("grpo", *again, "--resume", "--set", "grpo.beta=0.5")
+    assert status == 2 and "grpo.beta" in output and "0.04" in output
+    assert (finished / "metrics.jsonl").read_bytes() == before
+    status, output = run("grpo", *again, "--resume")  # nothing is left to do but the comparison
+    assert status == 0, output
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_killed_again_and_again_then_resumed_is_the_same_run(base: Path, finished: Path, tmp_path: Path) -> None:
+    """SIGKILL at random instants; what is resumed ends bit for bit like what was never interrupted."""
+    instants = random.Random(7)
+    shared_memory = set(os.listdir("/dev/shm"))
+    args = ("--config", "quickstart.toml", *arguments(base, tmp_path), "--resume")
+    for attempt in range(8):
+        process = start("grpo", *args)
+        # the first seconds are imports; later attempts are given time to get further
+        time.sleep(instants.uniform(3, 6 + attempt))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        if process.returncode == 0:
+            break
+    status, output = run("grpo", *args)
+    assert status == 0, output
+    assert_same_run(tmp_path / "r", finished)
+    assert set(os.listdir("/dev/shm")) <= shared_memory
+    assert not [path for path in (tmp_path / "r").rglob("*") if ".tmp" in path.name]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_saves_and_says_how_to_go_on(
+    base: Path, finished: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    process = start("grpo", "--config", "quickstart.toml", *arguments(base, tmp_path))
+    path = tmp_path / "r" / "metrics.jsonl"
+    while not (path.exists() and path.stat().st_size):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    assert f"--config {tmp_path}/r/config.toml --resume" in output and "Traceback" not in output
+    assert (tmp_path / "r" / "checkpoints" / f"{len(metrics(tmp_path / 'r')):08d}").is_dir()
+    status, output = run("grpo", "--config", str(tmp_path / "r" / "config.toml"), "--resume")
+    assert status == 0, output
+    assert_same_run(tmp_path / "r", finished)
+
+
+def test_a_render_worker_that_is_killed_costs_nothing(base: Path, finished: Path, tmp_path: Path) -> None:
+    process = start("grpo", "--config", "quickstart.toml", *arguments(base, tmp_path))
+    killed = set()
+    path = tmp_path / "r" / "metrics.jsonl"
+    while process.poll() is None and len(killed) < 3:
+        if path.exists() and path.stat().st_size:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            threads = Path(f"/proc/{process.pid}/task").glob("*/children")
+            found = [int(pid) for file in (children, *threads) for pid in file.read_text().split()]
+            for pid in set(found) - killed:
+                os.kill(pid, signal.SIGKILL)
+                killed.add(pid)
+        time.sleep(0.05)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert killed
+    assert_same_run(tmp_path / "r", finished)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(base: Path, finished: Path, tmp_path: Path) -> None:
+    args = ("--config", "quickstart.toml", *arguments(base, tmp_path))
+    status, output = run("grpo", *args)
+    assert status == 0, output
+    newest = tmp_path / "r" / "checkpoints" / "00000006" / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    status, output = run("grpo", *args, "--resume")
+    assert status == 0 and "00000006: state.safetensors is damaged" in output
+    assert "Traceback" not in output
+    assert_same_run(tmp_path / "r", finished)
+    for file in (tmp_path / "r" / "checkpoints").glob("*/model.safetensors"):
+        file.write_bytes(b"")
+    status, output = run("grpo", *args, "--resume")
+    assert status == 2 and "can be used" in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"render.soundfont": "/no/such.sf2"}, "soundfont /no/such.sf2 does not exist"),
+        ({"render.soundfont": "GARBAGE"}, "garbage.sf2 is not a soundfont"),
+        ({"model.base": "no-such-base"}, "base 'no-such-base': no such folder"),
+        ({"reward.kind": "beauty"}, "beauty"),
+        ({"reward.weights": "{PQ=1}"}, "PQ"),
+        ({"prompts.kind": "dataset"}, "prompts.corpus is empty"),
+        ({"grpo.group_size": 1}, "grpo.group_size = 1: expected a value at least 2"),
+        ({"run.folder": "/proc/nowhere"}, "cannot be written"),
+        ({"sampling.max_new_tokens": 5000}, "max_new_tokens"),
+    ],
+)
+def test_a_users_mistake_is_one_clear_line(base: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    (tmp_path / "garbage.sf2").write_bytes(b"not a soundfont" * 100)
+    change = {key: str(value).replace("GARBAGE", str(tmp_path / "garbage.sf2")) for key, value in change.items()}
+    status, output = run("grpo", *arguments(base, tmp_path, **change))
+    assert status == 2, output
+    assert message in output and "Traceback" not in output
+    assert not (tmp_path / "r").exists()
+
+
+def test_paper_config_lists_all_that_is_missing_in_one_message(tmp_path: Path) -> None:
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "smart.grpo", "--config", "paper-dataset.toml"],
+        capture_output=True, text=True, env=env, cwd=tmp_path, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "4 things are missing" in done.stderr
+    for part in ("lucacasini/metamidipianophi3_4L", "model.base", "soundfonts4u", "facebook/audiobox-aesthetics",
+                 "prompts.corpus"):  # fmt: skip
+        assert part in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+OFFLINE = {"model.base", "render.soundfont", "reward.kind", "reward.options"}
+
+
+@pytest.mark.parametrize("name", [name for name in shipped() if name.startswith(("paper", "quickstart"))])
+def test_shipped_config_runs_shortened(name: str, base: Path, tmp_path: Path, corpus: Path) -> None:
+    """Each tuning config, with the embedded reward and soundfont where it asks for what must be downloaded."""
+    config = tmp_path / "c.toml"
+    text = (Path(load.__code__.co_filename).parent / "configs" / name).read_text(encoding="utf-8")
+    config.write_text(text.partition("[reward.options]")[0] + "[grpo]\n" + text.partition("[grpo]\n")[2])
+    short = {
+        "grpo.iterations": 1,
+        "render.soundfont": "timgm",
+        "reward.kind": "ce_proxy",
+        "prompts.corpus": corpus,
+    }
+    status, output = run("grpo", "--config", str(config), *arguments(base, tmp_path, **short))
+    assert status == 0, output
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve short pieces through ``smart.corpus``."""
+    from symusic import Note, Score, Tempo, TimeSignature, Track
+
+    midi = tmp_path_factory.mktemp("midi")
+    for piece in range(12):
+        draw = random.Random(piece)
+        score = Score(480)
+        score.tempos.append(Tempo(0, 90 + 5 * piece))
+        score.time_signatures.append(TimeSignature(0, 4, 4))
+        track = Track(program=0)
+        for beat in range(40):
+            track.notes.append(Note(480 * beat, 480, draw.randint(40, 80), draw.randint(30, 120)))
+        score.tracks.append(track)
+        score.dump_midi(midi / f"{piece}.mid")
+    folder = tmp_path_factory.mktemp("corpus") / "out"
+    status, output = run("corpus", "build", "--midi", str(midi), "--out", str(folder), "--workers", "1")
+    assert status == 0, output
+    return folder
+
+
+PRETRAIN = {
+    "architecture.layers": 1,
+    "architecture.hidden": 32,
+    "architecture.heads": 2,
+    "architecture.intermediate": 32,
+    "optimisation.steps": 12,
+    "optimisation.batch": 4,
+    "optimisation.evaluate_every": 3,
+    "optimisation.evaluate_rows": 4,
+    "data.crop": 64,
+}
+
+
+def pretrain(corpus: Path, folder: Path, config: str = "base-small.toml") -> list[str]:
+    settings = {"data.corpus": corpus, "run.folder": folder, "run.name": "r", **PRETRAIN}
+    return ["--config", config] + [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+
+
+@pytest.mark.parametrize("config", ["base-small.toml", "base.toml"])
+def test_pretraining_killed_and_resumed_gives_the_same_curve(config: str, corpus: Path, tmp_path: Path) -> None:
+    status, output = run("pretrain", *pretrain(corpus, tmp_path / "a", config))
+    assert status == 0, output
+    whole = tmp_path / "a" / "r"
+
+    process = start("pretrain", *pretrain(corpus, tmp_path / "b", config))
+    while len(list((tmp_path / "b").glob("r/checkpoints/0*"))) < 1:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    status, output = run("pretrain", *pretrain(corpus, tmp_path / "b", config), "--resume")
+    assert status == 0, output
+
+    def curve(folder: Path) -> list[dict[str, Any]]:
+        return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in metrics(folder)]
+
+    assert curve(tmp_path / "b" / "r") == curve(whole)
+    assert [row["step"] for row in curve(whole)] == [3, 6, 9, 12]
+    assert curve(whole)[-1]["validation_loss"] < curve(whole)[0]["validation_loss"]
+    for name in ("base/model.safetensors", "samples/00000012/00.mid"):
+        assert (tmp_path / "b" / "r" / name).read_bytes() == (whole / name).read_bytes()
+    load_base(whole / "base")

@@ -1,0 +1,68 @@
+"""The rooms: programs use rooms, rooms use the ground, programs never import each other (an ast walk)."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import smart
+
+PACKAGE = Path(smart.__file__).parent
+GROUND = {"config", "tokens", "model", "checkpoint", "track", "shards", "hub"}
+ROOMS = {"prompts", "sampler", "render", "scoring", "reward", "reward.audiobox", "reward.ce_proxy", "plots"}
+PROGRAMS = {"grpo", "pretrain", "corpus", "reward.calibrate"}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+        found[name] = path
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Names of smart's own modules that a file imports, at its top or inside functions."""
+    known, found = set(modules()), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: relative import"
+            continue
+        found |= {name.removeprefix("smart.") for name in names if name.startswith("smart.")} & known
+    return found
+
+
+def test_every_module_has_its_place() -> None:
+    assert set(modules()) - {"", "__main__"} == GROUND | ROOMS | PROGRAMS
+
+
+@pytest.mark.parametrize("name", sorted(GROUND | ROOMS | PROGRAMS))
+def test_arrows_point_down(name: str) -> None:
+    used = imports(modules()[name])
+    assert not used & PROGRAMS, "nothing imports a program"
+    if name in GROUND:
+        assert not used & ROOMS, "the ground stands on itself"
+    if name not in PROGRAMS:
+        assert "config" not in used, "only programs read the configuration"
+
+
+def test_a_render_worker_imports_no_torch() -> None:
+    code = "import sys, smart.render; print([m for m in ('torch', 'transformers', 'symusic') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_importing_the_programs_opens_no_connection() -> None:
+    code = """
+import socket, sys
+def refuse(*args, **kwargs): raise AssertionError(f"network at import: {args}")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+import smart.__main__, smart.grpo, smart.pretrain, smart.corpus, smart.reward.audiobox, smart.reward.calibrate
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
