@@ -85,9 +85,7 @@ def main(clips: int, workers: list[int], soundfont: str, rounds: int, json_path:
     rng = np.random.default_rng(0)
     music = [random_clip(rng) for _ in range(clips)]
     with ExitStack() as stack:
-        ways: dict[str, Callable[[], None]] = {
-            "in process": partial(in_process, load_soundfont(soundfont), music)
-        }
+        ways: dict[str, Callable[[], None]] = {"in process": partial(in_process, load_soundfont(soundfont), music)}
         starts = {}
         for many in workers:
             began = time.perf_counter()

@@ -39,11 +39,12 @@ from smart.config import Config, Grpo, dumps, load
 from smart.model import find_base, load_base, pick_device, save_base
 from smart.plots import curves
 from smart.prompts import Pieces, draw
-from smart.render import RenderPool, check_soundfont, find_soundfont
+from smart.render import RenderPool
 from smart.reward import Reward, load_reward
 from smart.sampler import Rollout, Sampler
 from smart.scoring import Scorer, completion_metrics
 from smart.shards import Corpus
+from smart.soundfonts import check_soundfont, find_soundfont
 from smart.tokens import build_grammar, decode, vocabulary
 
 

@@ -49,7 +49,7 @@ class Limits:
     min_division: int = 12  # ticks a quarter: fewer cannot tell a beat's twelfths apart
     max_division: int = 30_720
     min_tempo: float = 4.0  # quarters a minute; the slowest real one seen is 4.5
-    max_tempo: float = 2_000.0  # the fastest real one seen is 1,500
+    max_tempo: float = 5_000.0  # the fastest real one seen is 3,200
     seconds: float = 20.0  # wall-clock time for one file
     megabytes: int = 1024  # memory for one file, beyond what a worker needs at rest
 

@@ -25,9 +25,10 @@ from smart.config import Data, Optimisation, PretrainConfig, dumps, load
 from smart.model import build_model, load_base, pick_device, save_base
 from smart.plots import curves
 from smart.prompts import Pieces, draw
-from smart.render import RenderPool, check_soundfont, find_soundfont
+from smart.render import RenderPool
 from smart.sampler import Sampler
 from smart.shards import Corpus
+from smart.soundfonts import check_soundfont, find_soundfont
 from smart.tokens import Vocabulary, decode, vocabulary
 
 

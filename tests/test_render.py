@@ -21,7 +21,7 @@ import symusic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smart import UserError, render
+from smart import UserError, render, soundfonts
 from smart.render import RenderError, RenderPool, render_notes, score_notes
 
 RATE = 44100
@@ -56,9 +56,7 @@ def chunk(name: bytes, body: bytes) -> bytes:
     return name + struct.pack("<I", len(body)) + body
 
 
-def tiny_soundfont(
-    presets: tuple[tuple[int, int], ...] = ((0, 0),), *, first_bag: int = 0, **replaced: bytes
-) -> bytes:
+def tiny_soundfont(presets: tuple[tuple[int, int], ...] = ((0, 0),), *, first_bag: int = 0, **replaced: bytes) -> bytes:
     """A soundfont of one looped sine, 441 Hz at key 69, under each of ``presets`` (bank, program)."""
     wave = (np.sin(2 * np.pi * np.arange(1000) / 100) * 20000).astype("<i2").tobytes() + bytes(92)
     phdr = b"".join(
@@ -198,8 +196,7 @@ def test_frequency_and_loudness_follow_pitch_and_velocity(sine: Any) -> None:
 
 def test_notes_add_up(sine: Any) -> None:
     both, low, high = (
-        render_notes(sine, rows)
-        for rows in (notes((0, 1, 60), (0, 1, 67)), notes((0, 1, 60)), notes((0, 1, 67)))
+        render_notes(sine, rows) for rows in (notes((0, 1, 60), (0, 1, 67)), notes((0, 1, 60)), notes((0, 1, 67)))
     )
     parts = np.stack([low.ravel(), high.ravel()], axis=1).astype(np.float64)
     weights, *_ = np.linalg.lstsq(parts, both.ravel(), rcond=None)
@@ -375,9 +372,7 @@ def test_tracks_keep_their_program_and_drums_and_not_their_order() -> None:
         st.tuples(st.integers(0, 4000), st.integers(0, 4000), st.integers(0, 127), st.integers(1, 127)),
         max_size=8,
     ),
-    tempos=st.lists(
-        st.tuples(st.integers(0, 4000), st.integers(20, 400)), max_size=4, unique_by=lambda t: t[0]
-    ),
+    tempos=st.lists(st.tuples(st.integers(0, 4000), st.integers(20, 400)), max_size=4, unique_by=lambda t: t[0]),
 )
 def test_times_equal_a_walk_from_tick_to_tick(rows: list[Any], tempos: list[Any]) -> None:
     tpq = 12
@@ -532,7 +527,7 @@ def test_short_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_absent_soundfont_says_where_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(render, "_folders", lambda: [tmp_path])
+    monkeypatch.setattr(soundfonts, "_folders", lambda: [tmp_path])
     for short, place, package in (
         ("musescore", "musescore.org", "musescore-general-soundfont"),
         ("fluidr3", "musescore.org", "fluid-soundfont-gm"),
@@ -722,9 +717,7 @@ time.sleep(60)
         "sys.exit(3)",
     ],
 )
-def test_nonsense_from_a_worker_fails_the_clip(
-    sine_file: Path, monkeypatch: pytest.MonkeyPatch, answer: str
-) -> None:
+def test_nonsense_from_a_worker_fails_the_clip(sine_file: Path, monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
     monkeypatch.setattr(render, "_BOOT", IMPOSTOR.format(answer=answer))
     with RenderPool(sine_file, workers=1, deadline=10.0) as one:
         first = one.pids[0]
@@ -771,9 +764,7 @@ def test_closing_does_not_wait_for_a_stopped_worker(sine_file: Path) -> None:
 
 def test_a_cancelled_clip_is_not_rendered(sine_file: Path) -> None:
     with RenderPool(sine_file, workers=1, seconds=2.0) as one:
-        first, second, third = (
-            one.submit(rows) for rows in (heavy_notes(), notes((0, 1, 60)), notes((0, 2, 60)))
-        )
+        first, second, third = (one.submit(rows) for rows in (heavy_notes(), notes((0, 1, 60)), notes((0, 2, 60))))
         assert second.cancel()
         assert third.result(30).shape == (2, 2 * RATE) and first.done()
 
@@ -848,9 +839,7 @@ print("workers", *pool.pids, flush=True)
 """
 
 
-def start_script(
-    folder: Path, soundfont: Path, rest: str, **options: Any
-) -> tuple["subprocess.Popen[str]", list[int]]:
+def start_script(folder: Path, soundfont: Path, rest: str, **options: Any) -> tuple["subprocess.Popen[str]", list[int]]:
     """Run SCRIPT, which has no __main__ guard, in a folder full of traps; returns it and its workers' ids."""
     script, traps = folder / "programs" / "main.py", folder / "traps"
     script.parent.mkdir()

@@ -17,6 +17,7 @@ import torch
 
 from smart.config import load, shipped
 from smart.model import build_model, load_base, save_base
+from smart.tokens import vocabulary
 
 SMALL = {
     "grpo.iterations": 6,
@@ -41,19 +42,22 @@ def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
     vocab = tokenizer.vocab
     random_ = random.Random(1)
     pieces = []
-    for _ in range(32):
-        piece = []
-        for _ in range(4):
-            piece += ["Bar_None", "TimeSig_4/4"]
-            for position in (0, 12, 24, 36):
-                note = [f"Pitch_{random_.randint(40, 80)}", f"Velocity_{random_.choice([63, 95, 127])}"]
-                piece += [f"Position_{position}", *note, "Duration_1.0.12"]
-        pieces.append([vocab[token] for token in piece])
+    facts = vocabulary(tokenizer)
+    for _ in range(256):
+        # an opening like a prompt's, then notes on every beat
+        piece = [facts.bar_id, random_.choice(facts.time_signature_ids), facts.position0_id]
+        piece += [random_.choice(facts.tempo_ids)]
+        for beat in range(8):
+            piece += [] if beat == 0 else [vocab[f"Position_{12 * beat}"]]
+            note = [f"Pitch_{random_.randint(40, 80)}", f"Velocity_{random_.choice([63, 95, 127])}"]
+            piece += [vocab[token] for token in (*note, "Duration_1.0.12")]
+        pieces.append(piece)
     tokens = torch.tensor(pieces)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(60):
-        logits = model(input_ids=tokens).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    for step in range(150):
+        rows = tokens.roll(-32 * step, 0)[:32]
+        logits = model(input_ids=rows).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -206,17 +210,15 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(
 
 def test_a_render_worker_that_is_killed_costs_nothing(base: Path, finished: Path, tmp_path: Path) -> None:
     process = start("grpo", "--config", "quickstart.toml", *arguments(base, tmp_path))
-    killed = set()
+    killed = 0
     path = tmp_path / "r" / "metrics.jsonl"
-    while process.poll() is None and len(killed) < 3:
-        if path.exists() and path.stat().st_size:
-            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while process.poll() is None and killed < 3:
+        if path.exists() and len(path.read_text().splitlines()) > killed:  # one in each of the first iterations
             threads = Path(f"/proc/{process.pid}/task").glob("*/children")
-            found = [int(pid) for file in (children, *threads) for pid in file.read_text().split()]
-            for pid in set(found) - killed:
+            for pid in {int(pid) for file in threads for pid in file.read_text().split()}:
                 os.kill(pid, signal.SIGKILL)
-                killed.add(pid)
-        time.sleep(0.05)
+            killed += 1
+        time.sleep(0.01)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert killed
