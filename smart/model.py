@@ -14,7 +14,7 @@ import torch
 from transformers import Phi3Config, Phi3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from smart import UserError
+from smart import UserError, hub
 from smart.tokens import load_tokenizer, save_tokenizer, vocabulary
 
 SHIPPED = Path(__file__).parent / "bases"
@@ -69,30 +69,18 @@ def find_base(path_or_hub_id: str) -> Path:
                 raise UserError(f"base {path_or_hub_id!r}: {folder} lacks {', '.join(missing)}")
             return folder
     names = sorted(folder.name for folder in SHIPPED.iterdir() if folder.is_dir()) if SHIPPED.is_dir() else []
-    is_hub_id = path_or_hub_id.count("/") == 1 and not path_or_hub_id.startswith((".", "/", "~"))
-    if not is_hub_id:
+    if not hub.is_hub_id(path_or_hub_id):
         raise UserError(
             f"base {path_or_hub_id!r}: no such folder; expected a folder with {', '.join(FILES)}, "
             f"a shipped base ({', '.join(names) or 'none'}) or a hub id such as owner/name"
         )
-    return _download(path_or_hub_id)
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    hint = f"download {', '.join(FILES)} of {hub_id} elsewhere and set model.base to that folder"
     try:
-        folder = Path(snapshot_download(hub_id, allow_patterns=list(FILES)))
-    except Exception as error:  # the hub client raises dozens of kinds; all mean that it cannot be had
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return hub.fetch(path_or_hub_id, FILES)[0].parent
+    except UserError as error:
         raise UserError(
-            f"base {hub_id!r}: no such folder here, and not to be had from the hub ({reason}); {hint}"
+            f"base {path_or_hub_id!r}: no such folder here, and {error.message}; "
+            f"download {', '.join(FILES)} of it elsewhere and set model.base to that folder"
         ) from None
-    missing = [name for name in FILES if not (folder / name).is_file()]
-    if missing:
-        raise UserError(f"base {hub_id!r}: the hub's copy lacks {', '.join(missing)}; {hint}")
-    return folder
 
 
 def load_base(

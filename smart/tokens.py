@@ -129,9 +129,7 @@ def _read_tokenizer(path: Path) -> REMI:
     if kind != "REMI" or "_model" in saved:
         raise UserError(f"tokenizer {path}: a {'trained ' if '_model' in saved else ''}{kind}; {wanted}")
     try:
-        if (
-            not inclusive
-        ):  # up to MidiTok 3.0 a range of pitches ended before its upper end; since 3.1, with it
+        if not inclusive:  # up to MidiTok 3.0 a range of pitches ended before its upper end; since 3.1, with it
             for key in {"pitch_range", "drums_pitch_range"} & config.keys():
                 config[key] = [config[key][0], config[key][1] - 1]
         for key in {"beat_res", "beat_res_rest"} & config.keys():
@@ -300,10 +298,9 @@ class Grammar:
 def allowed_transitions(tokenizer: REMI) -> torch.Tensor:
     """(V, V) bool: ``[a, b]`` tells whether token ``b`` may follow token ``a`` in a piece.
 
-    By token type, from MidiTok's own graph of types, narrowed to what its encoder writes: special tokens
-    stand in no piece; BOS is followed by a bar line; a time signature follows a bar line only, since
-    elsewhere it would change the length of a bar that has begun; the end may come wherever a bar line may,
-    but not after a time signature, which would leave its bar empty.
+    By token type, from MidiTok's own graph of types, narrowed to what its encoder writes: special tokens stand in no
+    piece; BOS is followed by a bar line; a time signature follows a bar line only, since elsewhere it would change
+    the length of a bar that has begun; the end may come wherever a bar line may.
     """
     import torch
 
@@ -311,10 +308,10 @@ def allowed_transitions(tokenizer: REMI) -> torch.Tensor:
     specials = {token.split("_")[0] for token in tokenizer.special_tokens}
     after = {kind: set(followers) for kind, followers in graph.items() if kind not in specials}
     for kind, followers in after.items():
-        followers &= after.keys()
+        followers.intersection_update(after)
         if kind != "Bar":
             followers.discard("TimeSig")
-        if "Bar" in followers and kind not in ("Bar", "TimeSig"):
+        if "Bar" in followers:
             followers.add("EOS")
     after["BOS"] = {"Bar"}
     kinds = [""] * len(tokenizer.vocab)
@@ -343,9 +340,7 @@ def build_grammar(tokenizer: REMI) -> Grammar:
     return Grammar(allowed_transitions(tokenizer), position, bar_positions, facts.bar_id, 4 * steps)
 
 
-def unplayable(
-    tokens: torch.Tensor, prompt_length: int, mask: torch.Tensor, grammar: Grammar | REMI
-) -> torch.Tensor:
+def unplayable(tokens: torch.Tensor, prompt_length: int, mask: torch.Tensor, grammar: Grammar | REMI) -> torch.Tensor:
     """Which completion tokens cannot be played: (N, T) bool, for ``tokens`` (N, P+T) and ``mask`` (N, T).
 
     A token is marked where it may not follow the token before it, or is a Position that does not come after
@@ -363,17 +358,13 @@ def unplayable(
     grammar = (grammar if isinstance(grammar, Grammar) else build_grammar(grammar)).to(tokens.device)
     position = grammar.position[tokens]  # (N, L), like all that follows
     bar_positions = grammar.bar_positions[tokens]
-    place = torch.arange(1, tokens.shape[1] + 1, device=tokens.device).expand_as(
-        tokens
-    )  # 0 is for "none yet"
+    place = torch.arange(1, tokens.shape[1] + 1, device=tokens.device).expand_as(tokens)  # 0 is for "none yet"
 
     def latest(which: torch.Tensor) -> torch.Tensor:
         return torch.where(which, place, 0).cummax(dim=1).values
 
     last_bar = latest(tokens == grammar.bar_id)
-    last_position = torch.nn.functional.pad(latest(position >= 0), (1, 0))[
-        :, :-1
-    ]  # strictly before the token
+    last_position = torch.nn.functional.pad(latest(position >= 0), (1, 0))[:, :-1]  # strictly before the token
     last_signature = latest(bar_positions > 0)
     before = position.gather(1, (last_position - 1).clamp(min=0))
     before = torch.where(last_position > last_bar, before, -1)

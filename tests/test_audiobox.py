@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from smart import UserError
+from smart.hub import SECONDS
 from smart.reward import audiobox, load_reward
 
 aes = pytest.importorskip("audiobox_aesthetics.model.aes")
@@ -502,4 +503,4 @@ def test_an_unreachable_hub_is_given_up_on_within_seconds(hub: str, tmp_path: Pa
     assert audiobox.CHECKPOINT_URL in message
     assert "[reward.options] model =" in message
     assert "\n" not in message
-    assert seconds < 3 * audiobox.HUB_SECONDS  # plain downloads retry for 20 s and more
+    assert seconds < 3 * SECONDS  # plain downloads retry for 20 s and more

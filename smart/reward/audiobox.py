@@ -11,7 +11,6 @@ import hashlib
 import json
 import numbers
 import os
-import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -22,7 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from smart import UserError
+from smart import UserError, hub
+from smart.hub import brief
 from smart.reward import Reward
 
 __all__ = ["Audiobox", "check"]
@@ -30,7 +30,6 @@ __all__ = ["Audiobox", "check"]
 HUB_ID = "facebook/audiobox-aesthetics"
 CHECKPOINT_URL = "https://dl.fbaipublicfiles.com/audiobox-aesthetics/checkpoint.pt"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # as PyTorchModelHubMixin saves them
-HUB_SECONDS = 5.0  # patience with a hub that does not answer
 
 AXES = ("CE", "CU", "PC", "PQ")
 SAMPLE_RATE = 16_000
@@ -146,11 +145,14 @@ def check(model: str | os.PathLike[str] = HUB_ID) -> None:
     """Raise the UserError that building ``Audiobox(model=model)`` would, without building it or downloading.
 
     Files that are here are opened and their contents listed; a hub id that is not in the cache is looked up,
-    which takes ``HUB_SECONDS`` at most where nobody answers.
+    which takes seconds at most where nobody answers.
     """
     files = _find_local(model) or _find_cached(str(model))
     if files is None:
-        _ask_hub(str(model))
+        try:
+            hub.ask(str(model), (WEIGHTS_FILE, CONFIG_FILE))
+        except UserError as error:
+            raise _unavailable(model, f"no such folder or file, and {error.message}") from error
     else:
         _read(files)
     _network_class()
@@ -181,12 +183,6 @@ def _unavailable(model: object, reason: str) -> UserError:
     )
 
 
-def _brief(error: BaseException) -> str:
-    """An exception in one line of bounded length."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}{'...' if len(text) > 160 else ''}"
-
-
 def _find_local(model: str | os.PathLike[str]) -> _Files | None:
     """The files of a folder or checkpoint; None where ``model`` can only be a hub id."""
     if not isinstance(model, (str, os.PathLike)) or not str(model):
@@ -201,50 +197,23 @@ def _find_local(model: str | os.PathLike[str]) -> _Files | None:
         if path.suffix == ".safetensors":
             raise _unavailable(model, f"name its folder instead, which must hold {CONFIG_FILE} too")
         return _Files(path, None)
-    hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(model))
-    if not hub_id or path.suffix in (".pt", ".pth", ".ckpt", ".safetensors"):
+    if not hub.is_hub_id(str(model)) or path.suffix in (".pt", ".pth", ".ckpt", ".safetensors"):
         raise _unavailable(model, "there is no such folder or file")
     return None
 
 
 def _find_cached(hub_id: str) -> _Files | None:
     """The files of a hub model that an earlier download left in the hub's cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    weights, config = (try_to_load_from_cache(hub_id, name) for name in (WEIGHTS_FILE, CONFIG_FILE))
-    if not isinstance(weights, str) or not isinstance(config, str):
-        return None
-    return _Files(Path(weights), Path(config), Path(weights).parent.name, hub_id)
-
-
-def _ask_hub(hub_id: str) -> None:
-    """Raise the UserError for a hub that does not answer within seconds or a model without our files.
-
-    A plain download would retry for half a minute first.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        info = HfApi().model_info(hub_id, timeout=HUB_SECONDS)
-    except Exception as error:  # whichever way a network fails, the user's remedy is the same
-        raise _unavailable(
-            hub_id, f"no such folder or file, and the Hugging Face hub does not give it ({_brief(error)})"
-        ) from error
-    present = {sibling.rfilename for sibling in info.siblings or ()}
-    absent = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if name not in present]
-    if absent:
-        raise _unavailable(hub_id, f"that hub model has no {' and no '.join(absent)}")
+    paths = hub.find_cached(hub_id, (WEIGHTS_FILE, CONFIG_FILE))
+    return None if paths is None else _Files(paths[0], paths[1], paths[0].parent.name, hub_id)
 
 
 def _download(hub_id: str) -> _Files:
     """Fetch a hub model into the hub's cache."""
-    from huggingface_hub import hf_hub_download
-
-    _ask_hub(hub_id)
     try:
-        config, weights = (Path(hf_hub_download(hub_id, name)) for name in (CONFIG_FILE, WEIGHTS_FILE))
-    except Exception as error:  # as in _ask_hub
-        raise _unavailable(hub_id, f"the download failed ({_brief(error)})") from error
+        weights, config = hub.fetch(hub_id, (WEIGHTS_FILE, CONFIG_FILE))
+    except UserError as error:
+        raise _unavailable(hub_id, f"no such folder or file, and {error.message}") from error
     return _Files(weights, config, weights.parent.name, hub_id)
 
 
@@ -271,13 +240,13 @@ def _read_folder(files: _Files) -> _Contents:
     try:
         config = json.loads(files.config.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise _unavailable(shown, f"{CONFIG_FILE} cannot be read ({_brief(error)})") from error
+        raise _unavailable(shown, f"{CONFIG_FILE} cannot be read ({brief(error)})") from error
     if not isinstance(config, dict):
         raise _unavailable(shown, f"{CONFIG_FILE} must hold an object, got {type(config).__name__}")
     try:
         state = load_file(files.weights)
     except (OSError, SafetensorError) as error:
-        raise _unavailable(shown, f"{WEIGHTS_FILE} is damaged or no safetensors file ({_brief(error)})") from error
+        raise _unavailable(shown, f"{WEIGHTS_FILE} is damaged or no safetensors file ({brief(error)})") from error
     fields = _network_class().__dataclass_fields__
     return _Contents({key: value for key, value in config.items() if key in fields}, state)
 
@@ -287,7 +256,7 @@ def _read_checkpoint(path: Path) -> _Contents:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # damaged pickles fail in every way there is
-        raise _unavailable(path, f"it is damaged or no checkpoint of plain tensors ({_brief(error)})") from error
+        raise _unavailable(path, f"it is damaged or no checkpoint of plain tensors ({brief(error)})") from error
     parts = ("state_dict", "model_cfg", "target_transform")
     absent = [key for key in parts if not isinstance(saved, dict) or not isinstance(saved.get(key), dict)]
     if absent:
@@ -315,7 +284,7 @@ def _network_class() -> Any:
         from audiobox_aesthetics.model.aes import AesMultiOutput
     except ImportError as error:
         raise UserError(
-            f'reward "audiobox" needs the package audiobox_aesthetics ({_brief(error)}): '
+            f'reward "audiobox" needs the package audiobox_aesthetics ({brief(error)}): '
             "pip install --no-deps audiobox_aesthetics"
         ) from error
     return AesMultiOutput
@@ -334,7 +303,7 @@ def _build(contents: _Contents, files: _Files) -> Any:
         try:
             network = _network_class()(**contents.arguments)
         except (TypeError, ValueError, KeyError, RuntimeError) as error:
-            raise _unavailable(shown, f"its configuration is not usable ({_brief(error)})") from error
+            raise _unavailable(shown, f"its configuration is not usable ({brief(error)})") from error
     wanted = network.state_dict()
     state = {_known_name(name, wanted): tensor for name, tensor in contents.state.items()}
     unfit = [n for n, t in wanted.items() if n not in state or state[n].shape != t.shape]

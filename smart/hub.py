@@ -1,0 +1,62 @@
+"""Files of a model on the Hugging Face hub: from the local cache, or else downloaded.
+
+The network is used for nothing else, and only when the user names a hub id.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from smart import UserError
+
+SECONDS = 5.0  # how long the hub may take to answer before it counts as out of reach
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` has the form owner/model."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
+
+
+def find_cached(hub_id: str, files: Sequence[str]) -> list[Path] | None:
+    """The paths of ``files`` where an earlier download left all of them in the hub's cache, else None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    paths = [try_to_load_from_cache(hub_id, name) for name in files]
+    return [Path(path) for path in paths if isinstance(path, str)] if all(isinstance(p, str) for p in paths) else None
+
+
+def ask(hub_id: str, files: Sequence[str]) -> None:
+    """Raise ``UserError`` with the reason where the hub gives no answer within seconds, or lacks one of ``files``.
+
+    A download alone would retry for half a minute first.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().model_info(hub_id, timeout=SECONDS)
+    except Exception as error:  # the client raises dozens of kinds; the user's remedy is the same
+        raise UserError(f"the Hugging Face hub does not give it ({brief(error)})") from error
+    present = {sibling.rfilename for sibling in info.siblings or ()}
+    absent = [name for name in files if name not in present]
+    if absent:
+        raise UserError(f"that hub model has no {' and no '.join(absent)}")
+
+
+def fetch(hub_id: str, files: Sequence[str]) -> list[Path]:
+    """The paths of ``files``, from the cache where it has them all. Raises ``UserError`` with the reason."""
+    from huggingface_hub import hf_hub_download
+
+    cached = find_cached(hub_id, files)
+    if cached is not None:
+        return cached
+    ask(hub_id, files)
+    try:
+        return [Path(hf_hub_download(hub_id, name)) for name in files]
+    except Exception as error:  # as in ask
+        raise UserError(f"the download failed ({brief(error)})") from error
+
+
+def brief(error: BaseException) -> str:
+    """An exception in one line of bounded length."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}{'...' if len(text) > 160 else ''}"

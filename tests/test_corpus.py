@@ -1,0 +1,704 @@
+"""The corpus: real MIDI files, good and malformed, real worker processes, real kills."""
+
+import csv
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from symusic.core import NoteTick, ScoreTick, TempoTick, TimeSignatureTick, TrackTick
+
+from smart import UserError, shards
+from smart.corpus import build, find_files, main, split_of
+from smart.midi import Limits, PieceReader, Reject, content_hash, seconds_at
+from smart.shards import Corpus, ShardWriter, Split
+from smart.tokens import decode, encode, merge_piano, vocabulary
+
+# --- Files --------------------------------------------------------------------------------------------------------
+
+
+def song(seed: int, *, bars: int = 6, division: int = 480, program: int = 0, velocity: int = 0) -> ScoreTick:
+    """Music that every rule keeps: ``bars`` of 3/4 or 4/4 with a few notes each, its notes drawn by ``seed``."""
+    random = np.random.default_rng(seed)
+    score = ScoreTick(division)
+    beats = int(random.integers(3, 5))
+    score.time_signatures.append(TimeSignatureTick(0, beats, 4))
+    score.tempos.append(TempoTick(0, float(random.integers(60, 160))))
+    track = TrackTick("", program)
+    for bar in range(bars):
+        for beat in range(beats):
+            pitch, loud = random.integers(40, 90), velocity or random.integers(20, 120)
+            track.notes.append(NoteTick((bar * beats + beat) * division, division // 2, int(pitch), int(loud)))
+    score.tracks.append(track)
+    return score
+
+
+def midi(*tracks: bytes, kind: int = 1, division: int = 480, count: int | None = None) -> bytes:
+    """A MIDI file of raw tracks; ``count`` is what its header says about their number."""
+    body = b"".join(b"MTrk" + struct.pack(">I", len(track)) + track for track in tracks)
+    return b"MThd" + struct.pack(">IHHH", 6, kind, len(tracks) if count is None else count, division) + body
+
+
+def delta(ticks: int) -> bytes:
+    """A MIDI variable-length quantity."""
+    out = [ticks & 0x7F]
+    while ticks := ticks >> 7:
+        out.append(0x80 | ticks & 0x7F)
+    return bytes(reversed(out))
+
+
+def notes(*events: tuple[int, int], length: int = 240, head: bytes = b"", channel: int = 0) -> bytes:
+    """A track of (ticks since the last note's end, pitch), each ``length`` ticks long."""
+    out = head
+    for rest, pitch in events:
+        out += delta(rest) + bytes([0x90 | channel, pitch, 64]) + delta(length) + bytes([0x80 | channel, pitch, 0])
+    return out + b"\x00\xff\x2f\x00"
+
+
+def tempo(microseconds: int) -> bytes:
+    return b"\x00\xff\x51\x03" + microseconds.to_bytes(3, "big")
+
+
+MELODY = [(240, 60 + step % 12) for step in range(24)]
+GOOD = midi(notes(*MELODY))
+# every kind of file that must be left out, with the reason that it must be given
+MALFORMED: dict[str, tuple[bytes, str]] = {
+    "zero-length": (b"", "empty file"),
+    "random-bytes": (np.random.default_rng(1).bytes(4000), "not a MIDI file"),
+    "text": (b"This is not music, but a page that says 404." * 20, "not a MIDI file"),
+    "header-cut": (GOOD[:10], "not a MIDI file"),
+    "header-only": (GOOD[:14], "truncated"),
+    "chunk-cut": (GOOD[:20], "truncated"),
+    "cut-in-the-middle": (GOOD[: len(GOOD) // 2], "truncated"),
+    "last-byte-missing": (GOOD[:-1], "truncated"),
+    "whole-track-missing": (midi(notes(*MELODY), count=2), "truncated"),
+    "random-after-header": (GOOD[:14] + np.random.default_rng(2).bytes(2000), "truncated"),
+    "format-2": (midi(notes(*MELODY), kind=2), "MIDI format"),
+    "format-9": (midi(notes(*MELODY), kind=9), "MIDI format"),
+    "division-0": (midi(notes(*MELODY), division=0), "absurd division"),
+    "division-1": (midi(notes(*MELODY), division=1), "absurd division"),
+    "division-32767": (midi(notes(*MELODY), division=32767), "absurd division"),
+    "division-smpte": (midi(notes(*MELODY), division=0xE728), "absurd division"),
+    "tempo-0": (midi(notes(*MELODY, head=tempo(0))), "absurd tempo"),
+    "tempo-1": (midi(notes(*MELODY, head=tempo(1))), "absurd tempo"),
+    "tempo-slowest": (midi(notes(*MELODY, head=tempo(0xFFFFFF))), "absurd tempo"),
+    "drums-only": (midi(notes(*MELODY, channel=9)), "no piano notes"),
+    "violin-only": (midi(notes(*MELODY, head=b"\x00\xc0\x28")), "no piano notes"),
+    "no-notes": (midi(b"\x00\xff\x2f\x00"), "no piano notes"),
+    "no-tracks": (midi(), "no piano notes"),
+    "out-of-range-pitches": (midi(notes(*[(240, 5)] * 24)), "no piano notes"),
+    "one-note": (midi(notes((0, 60))), "too short"),
+    "one-bar": (midi(notes((0, 60), (240, 62), (240, 64))), "too short"),
+    "gap-of-a-million-beats": (midi(notes((0, 60), (240_000_000, 60), (240_000_000, 60))), "too long"),
+    "wrapping-deltas": (midi(notes((0, 60), *[(0x0FFFFFFF, 60)] * 9)), "absurd times"),
+    "hour-of-silence": (midi(notes(*MELODY, (3600 * 960, 60), *MELODY)), "long silence"),
+    "hour-of-silence-first": (midi(notes((3600 * 960, 60), *MELODY)), "long silence"),
+    "crowded-bar": (midi(notes(*[(0, 30 + step % 60) for step in range(500)], length=1), notes(*MELODY)), "too many notes in a bar"),
+    "half-a-million-in-a-bar": (midi(notes(*[(0, 30 + step % 60) for step in range(500_000)], length=0)), "no piano notes"),
+    "mostly-empty-bars": (midi(notes(*[(12 * 480, 60)] * 12)), "too many empty bars"),
+    "garbage-events": (midi(b"\x00\xf5" + bytes(range(0x80, 0xFF)) * 4), "cannot be parsed"),
+}  # fmt: skip
+
+
+def reader(tokenizer: Any, **limits: Any) -> PieceReader:
+    return PieceReader(tokenizer, Limits(**limits))
+
+
+def write_songs(folder: Path, seeds: Sequence[int]) -> None:
+    for seed in seeds:
+        path = folder / f"{seed % 3}" / f"song {seed:03d}.mid"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        song(seed).dump_midi(path)
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- One file -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_files_are_rejected_with_their_reason(tokenizer: Any, name: str) -> None:
+    data, reason = MALFORMED[name]
+    with pytest.raises(Reject) as raised:
+        reader(tokenizer).read(data)
+    assert raised.value.reason == reason, raised.value.detail
+
+
+def test_good_file_is_tokenised_as_miditok_does(tokenizer: Any) -> None:
+    for seed in range(5):
+        score = song(seed)
+        piece = reader(tokenizer).read(score.dumps_midi())
+        tokens = np.frombuffer(piece.tokens, "<u2")
+        assert tokens.tolist() == encode(tokenizer, merge_piano(score))
+        assert piece.notes == len(score.tracks[0].notes)
+        assert piece.bars == 6
+        assert piece.seconds == pytest.approx(score.to("second").end(), abs=1e-3)
+        assert encode(tokenizer, decode(tokenizer, tokens)) == tokens.tolist()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        GOOD + b"trailing garbage",
+        GOOD[:14] + b"XYZW" + struct.pack(">I", 3) + b"abc" + GOOD[14:],  # a chunk of another kind
+        midi(notes(*MELODY)[:-4]),  # no end-of-track event
+        midi(notes(*MELODY), kind=0),
+        midi(notes(*MELODY, head=b"\x00\xff\x03\x04\xff\xfe\xe9\x80")),  # a name that is no UTF-8
+        midi(notes(*MELODY, head=b"\x00\xff\x58\x04\x00\x02\x18\x08")),  # a time signature of 0/4
+        midi(notes(*MELODY, head=b"\x00\xff\x58\x04\x04\xff\x18\x08")),  # and one of 4/2^255
+        midi(notes(*MELODY), notes(*MELODY, channel=9), notes(*MELODY, channel=3, head=b"\x00\xc3\x28")),
+    ],
+)
+def test_oddities_that_are_no_fault_of_the_music(tokenizer: Any, data: bytes) -> None:
+    assert reader(tokenizer).read(data).tokens == reader(tokenizer).read(GOOD).tokens
+
+
+def test_thresholds_of_the_paper(tokenizer: Any) -> None:
+    """300 notes in a bar pass and 301 do not; 20% of empty bars pass and more do not."""
+
+    def crowded(count: int) -> bytes:
+        score = song(0)
+        for number in range(count - len(score.tracks[0].notes) // 6):
+            place = 20 * (number // 40)
+            score.tracks[0].notes.append(NoteTick(place * 10, 100, 30 + number % 40, 64))
+        return bytes(score.dumps_midi())
+
+    def sparse(empty: int) -> bytes:
+        """10 bars of 4/4, ``empty`` of them without notes."""
+        bars = [0, *range(1 + empty, 10)]
+        rests = np.diff([0, *bars], prepend=0)[1:]
+        events = [(int(bar) * 1920 - (240 if place else 0), 60) for place, bar in enumerate(rests)]
+        return midi(notes(*events))
+
+    everything = reader(tokenizer, max_bar_notes=10**6)
+    for count, kept in ((300, True), (301, False)):
+        tokens = np.frombuffer(everything.read(crowded(count)).tokens, "<u2")
+        bar = np.cumsum(tokens == everything.facts.bar_id)
+        assert np.bincount(bar[np.isin(tokens, everything.facts.pitch_ids)]).max() == count
+        assert _kept(tokenizer, crowded(count)) is kept
+    for empty, kept in ((2, True), (3, False)):
+        assert _kept(tokenizer, sparse(empty)) is kept
+
+
+def _kept(tokenizer: Any, data: bytes) -> bool:
+    try:
+        reader(tokenizer).read(data)
+    except Reject:
+        return False
+    return True
+
+
+def test_content_hash_sees_onsets_and_pitches_alone() -> None:
+    def hashed(score: ScoreTick) -> bytes:
+        return content_hash(merge_piano(score))
+
+    base = song(3)
+    same = [song(3, velocity=5), song(3, division=960), song(3, division=96), song(3, program=7)]
+    longer = song(3)
+    for note in longer.tracks[0].notes:
+        note.duration += 30
+    doubled = song(3)
+    doubled.tracks.append(doubled.tracks[0].copy())
+    other_tempo = song(3)
+    other_tempo.tempos = song(8).tempos
+    for score in (*same, longer, doubled, other_tempo):
+        assert hashed(score) == hashed(base)
+    moved, transposed, shorter = song(3), song(3), song(3)
+    moved.tracks[0].notes[5].time += 60
+    transposed.tracks[0].notes[5].pitch += 1
+    del shorter.tracks[0].notes[5]
+    for score in (moved, transposed, shorter, song(4)):
+        assert hashed(score) != hashed(base)
+
+
+def test_seconds_follow_the_tempo_map() -> None:
+    score = song(1)
+    score.tempos.append(TempoTick(700, 33.0))
+    score.tempos.append(TempoTick(2000, 200.0))
+    ticks = score.tracks[0].notes.numpy()["time"].astype(np.int64)
+    expected = score.to("second").tracks[0].notes.numpy()["time"]
+    found = seconds_at(ticks, score.tempos.numpy(), score.ticks_per_quarter)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_split_shares() -> None:
+    digests = np.random.default_rng(5).bytes(16 * 20_000)
+    counts = Counter(split_of(digests[place : place + 16]) for place in range(0, len(digests), 16))
+    assert counts["test"] / 20_000 == pytest.approx(0.10, abs=0.01)
+    assert counts["validation"] / 20_000 == pytest.approx(0.09, abs=0.01)
+    assert counts["train"] / 20_000 == pytest.approx(0.81, abs=0.01)
+
+
+# --- A whole build --------------------------------------------------------------------------------------------------
+
+
+def test_good_and_malformed_together(tokenizer: Any, tmp_path: Path) -> None:
+    """All good files in, every bad one in the rejects with its reason, and every round trip exact."""
+    folder, out = tmp_path / "midi", tmp_path / "out"
+    write_songs(folder, range(30))
+    for name, (data, _) in MALFORMED.items():
+        (folder / f"{name}.mid").write_bytes(data)
+    song(3, velocity=99).dump_midi(folder / "0" / "a twin.MIDI")  # of song 3, and before it by name
+    (folder / "0" / "ignored.txt").write_bytes(GOOD)
+    (folder / "broken link.mid").symlink_to(folder / "nowhere.mid")
+    (folder / "a folder.mid").mkdir()
+    os.mkfifo(folder / "pipe.mid")
+    (folder / os.fsdecode(b"caf\xe9.mid")).write_bytes(song(100).dumps_midi())  # a name that is no UTF-8
+
+    summary = build([folder], out, workers=2)
+
+    rejects = {row["path"]: row["reason"] for row in table(out / "rejects.csv")}
+    expected = {f"midi/{name}.mid": reason for name, (_, reason) in MALFORMED.items()}
+    expected |= {"midi/0/song 003.mid": "duplicate"}
+    expected |= {"midi/broken link.mid": "cannot be read", "midi/pipe.mid": "cannot be read"}
+    assert rejects == expected
+    assert summary.counts == dict(Counter([*expected.values(), *["kept"] * 31]))
+    twin = next(row for row in table(out / "rejects.csv") if row["reason"] == "duplicate")
+    assert twin["detail"] == "of midi/0/a twin.MIDI"
+
+    corpus = Corpus(out, verify=True)
+    pieces = table(out / "pieces.csv")
+    assert len(pieces) == 31 and "midi/caf\\xe9.mid" in {row["path"] for row in pieces}
+    assert sum(len(corpus.split(name)) for name in shards.SPLITS) == 31
+    assert not (out / ".work").exists()
+    for row in pieces:
+        assert row["split"] == split_of(bytes.fromhex(row["hash"]))
+        assert row["shard"] == "0"  # so that the index in the shard is the index in the split
+        tokens = corpus.split(row["split"])[int(row["index"])]
+        assert len(tokens) == int(row["tokens"])
+        assert encode(corpus.tokenizer, decode(corpus.tokenizer, tokens)) == tokens.tolist()
+
+
+def test_result_does_not_depend_on_workers_or_earlier_runs(tmp_path: Path) -> None:
+    write_songs(tmp_path / "midi", range(12))
+    for name, workers in (("one", 1), ("two", 2)):
+        build([tmp_path / "midi"], tmp_path / name, workers=workers)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    build([tmp_path / "midi"], tmp_path / "one", overwrite=True)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_splits_are_stable_when_files_are_added(tmp_path: Path) -> None:
+    def splits(out: Path) -> dict[str, str]:
+        return {row["hash"]: row["split"] for row in table(out / "pieces.csv")}
+
+    write_songs(tmp_path / "midi", range(25))
+    build([tmp_path / "midi"], tmp_path / "before")
+    write_songs(tmp_path / "midi", range(25, 60))
+    (tmp_path / "midi" / "bad.mid").write_bytes(b"")
+    build([tmp_path / "midi"], tmp_path / "after")
+    before, after = splits(tmp_path / "before"), splits(tmp_path / "after")
+    assert len(before) == 25 and len(after) == 60
+    assert before.items() <= after.items()
+    assert len(set(after.values())) == 3
+
+
+def test_no_piece_is_in_two_splits_whatever_its_file(tmp_path: Path) -> None:
+    """The same music under many names, divisions, programs and velocities is one piece."""
+    folder = tmp_path / "midi"
+    folder.mkdir()
+    for seed in range(6):
+        for number, division in enumerate((96, 480, 960)):
+            twin = song(seed, division=division, program=number, velocity=10 + number)
+            twin.dump_midi(folder / f"{number}-{seed}.mid")
+    summary = build([folder], tmp_path / "out", workers=2)
+    assert summary.counts == {"duplicate": 12, "kept": 6}
+    assert {row["path"] for row in table(tmp_path / "out" / "pieces.csv")} == {f"midi/0-{n}.mid" for n in range(6)}
+
+
+SLOW = """
+import os, time
+if os.environ.get("SMART_MIDI_WORKER"):
+    import smart.midi as midi
+    read = midi.PieceReader.read
+    def slow(self, data):
+        {body}
+        return read(self, data)
+    midi.PieceReader.read = slow
+"""
+
+
+@pytest.fixture
+def hook(tmp_path: Path, monkeypatch: Any) -> Iterator[Any]:
+    """Python code to run in every worker before it reads a file: faults that no known file provokes any more."""
+
+    def install(body: str) -> Path:
+        folder = tmp_path / "hook"
+        folder.mkdir(exist_ok=True)
+        (folder / "sitecustomize.py").write_text(SLOW.format(body=body))
+        monkeypatch.syspath_prepend(folder)
+        return folder
+
+    return install
+
+
+def test_killed_and_continued_is_bit_identical(tmp_path: Path, hook: Any) -> None:
+    """SIGKILL in the middle, several times; workers die with the build; the result is that of one go."""
+    write_songs(tmp_path / "midi", range(40))
+    (tmp_path / "midi" / "bad.mid").write_bytes(b"")
+    build([tmp_path / "midi"], tmp_path / "whole")
+    folder = hook("time.sleep(0.05)")
+    command = [sys.executable, "-c", "import smart.corpus as c; c.COMMIT_SECONDS = 0.1; c.main()"]
+    command += ["build", "--midi", str(tmp_path / "midi"), "--out", str(tmp_path / "out"), "--workers", "2"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, sys.path)])}
+    reached = [0]
+    for _ in range(2):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        spool = tmp_path / "out" / ".work" / "spool.bin"
+        while process.poll() is None and not (spool.exists() and spool.stat().st_size > reached[-1] + 1000):
+            time.sleep(0.02)
+        children = _children(process.pid)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it was done before it was killed"
+        assert children
+        _wait_until_gone(children)
+        with pytest.raises(UserError, match="unfinished"):
+            Corpus(tmp_path / "out")
+        reached.append(spool.stat().st_size)
+    assert reached[1] < reached[2]
+    (tmp_path / "hook" / "sitecustomize.py").unlink()
+    summary = build([tmp_path / "midi"], tmp_path / "out", workers=2)
+    assert 0 < summary.read < 41, "it began from the start"
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _wait_until_gone(pids: list[int]) -> None:
+    end = time.monotonic() + 10
+    while alive := [pid for pid in pids if _alive(pid)]:
+        assert time.monotonic() < end, f"workers {alive} outlive their build"
+        time.sleep(0.05)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason", "detail"),
+    [
+        ("while True: pass", "time limit", "over 0.5 s"),
+        ("import ctypes; ctypes.string_at(0)", "crash", "SIGSEGV"),
+        ("os._exit(3)", "crash", "exit code 3"),
+        ("hold = [bytes(1 << 20) for _ in range(200)]", "memory limit", "over 100 MB"),
+        ("raise SystemError('a bug')", "cannot be tokenised", "SystemError: a bug"),
+    ],
+)
+def test_a_worker_that_dies_costs_one_file(tmp_path: Path, hook: Any, fault: str, reason: str, detail: str) -> None:
+    write_songs(tmp_path / "midi", range(10))
+    victim = song(4).dumps_midi()
+    hook(f"""
+        if data == {bytes(victim)!r}:
+            {fault}""")
+    summary = build([tmp_path / "midi"], tmp_path / "out", limits=Limits(seconds=0.5, megabytes=100))
+    assert summary.counts == {"kept": 9, reason: 1}
+    (row,) = table(tmp_path / "out" / "rejects.csv")
+    assert row["path"] == "midi/1/song 004.mid" and detail in row["detail"]
+
+
+def test_a_worker_killed_from_outside_costs_nothing(tmp_path: Path, hook: Any) -> None:
+    """The first worker to read a certain file is killed there; the file is read again by another."""
+    write_songs(tmp_path / "midi", range(10))
+    mark = tmp_path / "mark"
+    hook(f"""
+        if data == {bytes(song(4).dumps_midi())!r} and not os.path.exists({str(mark)!r}):
+            open({str(mark)!r}, 'w').close()
+            os.kill(os.getpid(), 9)""")
+    assert build([tmp_path / "midi"], tmp_path / "out").counts == {"kept": 10}
+    assert mark.exists()
+
+
+def test_workers_that_cannot_start_stop_the_build(tmp_path: Path, monkeypatch: Any) -> None:
+    write_songs(tmp_path / "midi", range(2))
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook" / "sitecustomize.py").write_text(
+        "import os\nif os.environ.get('SMART_MIDI_WORKER'): os._exit(5)"
+    )
+    monkeypatch.syspath_prepend(tmp_path / "hook")
+    with pytest.raises(RuntimeError, match="exit code 5 before they are ready"):
+        build([tmp_path / "midi"], tmp_path / "out")
+
+
+def test_workers_are_replaced_after_a_while(tmp_path: Path, monkeypatch: Any) -> None:
+    write_songs(tmp_path / "midi", range(10))
+    monkeypatch.setattr("smart.corpus.Worker.SERVES", 4)
+    assert build([tmp_path / "midi"], tmp_path / "out", workers=2).counts == {"kept": 10}
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
+    """The build's own peak for 60 pieces and for 1200 differ by little, and so does the reader's."""
+    peaks = {}
+    for count in (60, 1200):
+        folder = tmp_path / f"midi{count}"
+        folder.mkdir()
+        for seed in range(count):
+            song(seed, bars=60).dump_midi(folder / f"{seed}.mid")
+        code = (
+            "import resource, sys; from pathlib import Path; from smart.corpus import build\n"
+            "build([Path(sys.argv[1])], Path(sys.argv[2]))\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "
+            "resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+        )
+        command = [sys.executable, "-c", code, str(folder), str(tmp_path / f"out{count}")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks[count] = [int(value) / 1024 for value in done.stdout.split()]
+    for few, many in zip(peaks[60], peaks[1200], strict=True):
+        assert many < few + 15, f"MiB at 60 and 1200 pieces: {peaks}"
+
+
+# --- Mistakes -----------------------------------------------------------------------------------------------------
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(main, list(arguments))
+
+
+def test_commands(tmp_path: Path) -> None:
+    write_songs(tmp_path / "midi", range(20))
+    (tmp_path / "midi" / "bad.mid").write_bytes(b"")
+    done = run("build", "--midi", str(tmp_path / "midi"), "--out", str(tmp_path / "out"), "--workers", "1")
+    assert done.exit_code == 0, done.output
+    assert "kept" in done.output and "empty file" in done.output and "files/s" in done.output
+    done = run("stats", str(tmp_path / "out"), "--plot", str(tmp_path / "plot.png"))
+    assert done.exit_code == 0, done.output
+    assert "tokens a piece" in done.output and "3/4" in done.output
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_statistics_count_what_is_there(tmp_path: Path, tokenizer: Any) -> None:
+    from smart.corpus import measure
+
+    write_songs(tmp_path / "midi", range(9))
+    build([tmp_path / "midi"], tmp_path / "out")
+    corpus = Corpus(tmp_path / "out")
+    pieces = [corpus.split(name)[index] for name in shards.SPLITS for index in range(len(corpus.split(name)))]
+    stats = measure(corpus)
+    assert stats.tokens_per_piece.tolist() == [len(piece) for piece in pieces]
+    np.testing.assert_array_equal(stats.vocabulary_counts, np.bincount(np.concatenate(pieces), minlength=413))
+    per_bar: Counter[int] = Counter()
+    facts = vocabulary(tokenizer)
+    for piece in pieces:
+        for line in np.split(piece, np.flatnonzero(piece == facts.bar_id))[1:]:
+            per_bar[int(np.isin(line, facts.pitch_ids).sum())] += 1
+    assert {number: count for number, count in enumerate(stats.notes_per_bar.tolist()) if count} == dict(per_bar)
+
+
+def test_limits_include_and_list(tmp_path: Path) -> None:
+    folder = tmp_path / "midi"
+    write_songs(folder, range(9))
+    listing = tmp_path / "list.txt"
+    listing.write_text("midi/0/song 000.mid\nmidi/1/song 001.mid\nmidi/none.mid\n")
+    for number, (arguments, kept) in enumerate(
+        (
+            (["--include", "midi/0/*", "--include", "*song 004*"], 4),
+            (["--list", str(listing)], 2),
+            (["--list", str(listing), "--include", "midi/1/*"], 1),
+            (["--max-bar-notes", "3"], None),
+        )
+    ):
+        out = tmp_path / f"out{number}"
+        done = run("build", "--midi", str(folder), "--out", str(out), "--workers", "1", *arguments)
+        assert done.exit_code == 0, done.output
+        counts = json.loads((out / "manifest.json").read_text())["counts"]
+        if kept is None:
+            assert counts["too many notes in a bar"] + counts["kept"] == 9
+        else:
+            assert counts == {"kept": kept}
+
+
+def test_mistakes_are_one_line(tmp_path: Path) -> None:
+    midi_folder, out = tmp_path / "midi", tmp_path / "out"
+    write_songs(midi_folder, range(3))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "bad.mid").write_bytes(b"")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("do not lose this")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "other" / "midi").mkdir(parents=True)
+    build([midi_folder], tmp_path / "done")
+    good = ["--midi", str(midi_folder)]
+    cases = [
+        (["--midi", str(tmp_path / "none"), "--out", str(out)], "no such folder"),
+        (["--midi", str(tmp_path / "empty"), "--out", str(out)], "no .mid or .midi file"),
+        (["--midi", str(tmp_path / "bad"), "--out", str(out), "--overwrite"], "no file can be kept (1 empty file)"),
+        ([*good, "--midi", str(tmp_path / "other" / "midi"), "--out", str(out)], "same name"),
+        ([*good, "--out", str(tmp_path / "done")], "finished corpus"),
+        ([*good, "--out", str(tmp_path / "mine")], "'thesis.tex', which no build wrote"),
+        ([*good, "--out", str(tmp_path / "mine"), "--overwrite"], "'thesis.tex', which no build wrote"),
+        ([*good, "--out", str(tmp_path / "file")], "is not a folder"),
+        ([*good, "--out", str(out), "--tokenizer", str(tmp_path / "file")], "cannot be read"),
+        ([*good, "--out", str(out), "--list", str(tmp_path / "none")], "cannot be read"),
+        ([*good, "--out", str(out), "--workers", "0"], "0 is not in the range"),
+    ]
+    for arguments, message in cases:
+        done = run("build", *arguments)
+        assert done.exit_code == 2, (arguments, done.output, done.exception)
+        lines = [line for line in done.output.splitlines() if line.startswith("Error")]
+        assert len(lines) == 1 and message in lines[0], (arguments, done.output)
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "do not lose this"
+
+
+def test_other_settings_do_not_continue_a_build(tmp_path: Path) -> None:
+    write_songs(tmp_path / "midi", range(3))
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "bad.mid").write_bytes(b"")
+    with pytest.raises(UserError, match="no file can be kept"):
+        build([tmp_path / "bad"], tmp_path / "out")
+    with pytest.raises(UserError, match="begun with other settings"):
+        build([tmp_path / "midi"], tmp_path / "out")
+    assert build([tmp_path / "midi"], tmp_path / "out", overwrite=True).counts == {"kept": 3}
+
+
+def test_two_builds_do_not_share_a_folder(tmp_path: Path) -> None:
+    from smart.corpus import State
+
+    write_songs(tmp_path / "midi", range(3))
+    state = State(tmp_path / "out" / ".work")
+    with pytest.raises(UserError, match="another build is writing it"):
+        build([tmp_path / "midi"], tmp_path / "out")
+    state.close()
+    assert build([tmp_path / "midi"], tmp_path / "out").counts == {"kept": 3}
+
+
+@pytest.mark.parametrize("name", ["state.sqlite", "spool.bin"])
+def test_damaged_state_says_so(tmp_path: Path, name: str) -> None:
+    from smart.corpus import State
+
+    write_songs(tmp_path / "midi", range(3))
+    state = State(tmp_path / "out" / ".work")
+    state.spool.write(bytes(1000))
+    state.end = 1000
+    state.commit()
+    state.close()
+    (tmp_path / "out" / ".work" / name).write_bytes(b"x" * 500)
+    with pytest.raises(UserError, match="damaged; start again with --overwrite"):
+        build([tmp_path / "midi"], tmp_path / "out")
+
+
+def test_files_that_are_gone_are_forgotten(tmp_path: Path, hook: Any) -> None:
+    """A build that goes on after files were removed and added is that of the files that are there."""
+    from smart.corpus import State
+
+    write_songs(tmp_path / "midi", range(6))
+    state = State(tmp_path / "out" / ".work")
+    state.list_files(find_files([tmp_path / "midi"]))
+    state.record(b"midi/0/song 000.mid", ("crash", "of an earlier run"))
+    state.commit()
+    state.close()
+    (tmp_path / "midi" / "0" / "song 000.mid").unlink()
+    write_songs(tmp_path / "midi", [6])
+    assert build([tmp_path / "midi"], tmp_path / "out").counts == {"kept": 6}
+
+
+# --- Shards -------------------------------------------------------------------------------------------------------
+
+
+def test_shards_hold_what_was_written(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    pieces = [random.integers(0, 413, random.integers(1, 50)).astype("<u2") for _ in range(100)]
+    writer = ShardWriter(tmp_path, "train", shard_tokens=200)
+    places = [writer.add(piece.tobytes()) for piece in pieces]
+    listed = writer.close()
+    assert len(listed) > 5 and places[0] == (0, 0) and places[-1][0] == len(listed) - 1
+    assert all(shard["tokens"] <= 200 for shard in listed)
+    split = Split(tmp_path, listed)
+    assert len(split) == 100 and split.tokens == sum(map(len, pieces))
+    assert split.lengths().tolist() == [len(piece) for piece in pieces]
+    for index in (*range(100), -1, -100):
+        np.testing.assert_array_equal(split[index], pieces[index])
+    assert [len(piece) for piece in split[10:13]] == [len(piece) for piece in pieces[10:13]]
+    for index in (100, -101):
+        with pytest.raises(IndexError):
+            split[index]
+    assert split[0].dtype == np.uint16 and not split[0].flags.writeable and not split[0].flags.owndata
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_piece_longer_than_a_shard_has_its_own(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, "test", shard_tokens=10)
+    for size in (4, 30, 4):
+        writer.add(bytes(2 * size))
+    assert [shard["tokens"] for shard in writer.close()] == [4, 30, 4]
+
+
+def test_empty_splits_are_empty(tmp_path: Path) -> None:
+    folder = tmp_path / "midi"
+    folder.mkdir()
+    song(0).dump_midi(folder / "only.mid")
+    build([folder], tmp_path / "out")
+    corpus = Corpus(tmp_path / "out")
+    sizes = {name: len(corpus.split(name)) for name in shards.SPLITS}
+    assert sorted(sizes.values()) == [0, 0, 1]
+    empty = corpus.split(min(sizes, key=lambda name: sizes[name]))
+    assert empty.tokens == 0 and empty.lengths().tolist() == [] and list(empty) == []
+    with pytest.raises(ValueError, match="expected one of train, validation, test"):
+        corpus.split("training")
+
+
+def _spoil(name: str, change: Any) -> Any:
+    def spoil(folder: Path) -> None:
+        path = next(folder.glob(name))
+        data = bytearray(path.read_bytes())
+        path.write_bytes(change(data))
+
+    return spoil
+
+
+def _flip(data: bytearray) -> bytearray:
+    data[len(data) // 2] ^= 1
+    return data
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "manifest.json").unlink(), "unfinished or no corpus"),
+        (_spoil("manifest.json", lambda data: data[:100]), "cannot be read"),
+        (_spoil("manifest.json", lambda data: b"[]"), "cannot be read"),
+        (_spoil("manifest.json", lambda data: data.replace(b'"format": 1', b'"format": 99')), "of format 99"),
+        (lambda folder: next(folder.glob("train*.bin")).unlink(), "is missing"),
+        (_spoil("train*.bin", lambda data: data[:-2]), "bytes, expected"),
+        (_spoil("train*.bin", _flip), "not what was written"),
+        (_spoil("train*.npy", _flip), "not what was written"),
+        (_spoil("tokenizer/tokenizer.json", _flip), "not the one that wrote the tokens"),
+    ],
+)
+def test_damaged_corpora_are_refused(tmp_path: Path, spoil: Any, message: str) -> None:
+    write_songs(tmp_path / "midi", range(12))
+    build([tmp_path / "midi"], tmp_path / "out")
+    Corpus(tmp_path / "out", verify=True)
+    spoil(tmp_path / "out")
+    with pytest.raises(UserError, match=message) as raised:
+        Corpus(tmp_path / "out", verify=True)
+    assert "\n" not in str(raised.value) and "smart corpus build" in str(raised.value)
+
+
+def test_no_corpus_at_all(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        Corpus(tmp_path / "none")
+    with pytest.raises(UserError, match="unfinished or no corpus"):
+        Corpus(tmp_path)
