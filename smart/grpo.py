@@ -332,8 +332,11 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
                 heard = range(config.track.samples) if step % config.track.samples_every == 0 else range(0)
                 rated = scorer.collect(clips, keep=heard)
                 watch.lap("render_and_score")
-                if rated.failed == len(clips):
-                    raise FloatingPointError(f"none of {len(clips)} clips could be rendered with {parts.soundfont}")
+                if not rated.rewards.isfinite().any():
+                    raise FloatingPointError(
+                        f"none of {len(clips)} clips could be rated; {rated.failed} of them could not be rendered "
+                        f"with {parts.soundfont}"
+                    )
                 advantages = group_advantages(rated.rewards, settings.group_size, scale=settings.scale)
                 stats = update(
                     policy,

@@ -4,6 +4,7 @@ The prompt's tokens and the completion are decoded together (paper section 3.5).
 has NaN for every score; it is counted, and never becomes a 0.
 """
 
+import math
 from collections.abc import Iterable
 from concurrent.futures import Future
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ class Rated(NamedTuple):
     def metrics(self, group_size: int) -> dict[str, float]:
         """Health of a batch of groups: see docs/metrics.md."""
         rated = self.rewards[self.rewards.isfinite()]
+        rated = rated if len(rated) else torch.tensor([math.nan])
         groups = self.rewards.view(-1, group_size)
         spread = groups.nan_to_num(torch.inf).amin(1) < groups.nan_to_num(-torch.inf).amax(1)
         out = {

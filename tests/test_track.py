@@ -1,0 +1,109 @@
+"""smart.track: a run's files, and cutting them back to a step."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from smart import UserError
+from smart.plots import curves
+from smart.track import Stopwatch, Tracker, prepare, read_metrics, summarise, write_wav
+
+CONFIG = '[run]\nname = "a"\n\n[grpo]\nbeta = 0.04\n\n[render]\nworkers = 2\n'
+
+
+def test_prepare_never_loses_a_run(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "a"
+    prepare(folder, CONFIG, resume=False, overwrite=False)
+    (folder / "metrics.jsonl").write_text("kept")
+    with pytest.raises(UserError, match="exists already"):
+        prepare(folder, CONFIG, resume=False, overwrite=False)
+    prepare(folder, CONFIG.replace("workers = 2", "workers = 1"), resume=True, overwrite=False)
+    with pytest.raises(UserError, match=r"grpo\.beta was 0\.04 and is 0\.0"):
+        prepare(folder, CONFIG.replace("0.04", "0.0"), resume=True, overwrite=False)
+    assert (folder / "metrics.jsonl").read_text() == "kept"
+    prepare(folder, CONFIG, resume=False, overwrite=True)
+    assert [path.name for path in folder.iterdir()] == ["config.toml"]
+
+
+def test_prepare_deletes_nothing_that_is_not_a_run(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years")
+    with pytest.raises(UserError, match=r"has no config\.toml and so is not a run"):
+        prepare(tmp_path, CONFIG, resume=False, overwrite=True)
+    assert (tmp_path / "thesis.tex").exists()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in ("file", "link"):
+        with pytest.raises(UserError, match="is not a folder"):
+            prepare(tmp_path / name, CONFIG, resume=False, overwrite=True)
+
+
+def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    def steps(folder: Path, first: int, last: int, start: int) -> None:
+        with Tracker(folder, start=start) as run:
+            for step in range(first, last + 1):
+                run.metrics(step, {"reward/mean": step / 3, "bad": math.nan})
+                run.completions([{"step": step, "tokens": [1, 2, step]}])
+                if step % 2 == 0:
+                    run.flush(step)
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut):
+        folder.mkdir()
+    steps(whole, 1, 6, 0)
+    steps(cut, 1, 5, 0)
+    with open(cut / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "rew')  # killed in the middle of a line
+    steps(cut, 3, 6, 2)  # resumed from the checkpoint of step 2
+    assert (cut / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    assert read_metrics(cut)[0] == {"step": 1, "reward/mean": 1 / 3, "bad": None}
+    for folder in (whole, cut):
+        assert [row["step"] for row in pq.read_table(folder / "completions").to_pylist()] == [1, 2, 3, 4, 5, 6]
+        events = EventAccumulator(str(folder / "tensorboard"))
+        events.Reload()
+        points = events.Scalars("reward/mean")
+        assert [point.step for point in points] == [1, 2, 3, 4, 5, 6]
+        assert [point.value for point in points] == pytest.approx([step / 3 for step in range(1, 7)])
+
+
+def test_wav_is_what_was_heard(tmp_path: Path) -> None:
+    audio = np.random.default_rng(0).uniform(-1, 1, (2, 1000)).astype(np.float32)
+    write_wav(tmp_path / "a.wav", audio, 22050)
+    read, rate = soundfile.read(tmp_path / "a.wav")
+    assert rate == 22050
+    np.testing.assert_allclose(read.T, audio, atol=1 / 32000)
+
+
+def test_summary_by_hand(tmp_path: Path) -> None:
+    text = summarise(tmp_path, {"base": np.array([1, 2, 3], np.float32), "tuned": np.array([4, 5, 6, 7], np.float32)})
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["base"] == pytest.approx({"n": 3, "reward": 2, "standard_error": 1 / math.sqrt(3)})
+    error = math.sqrt(1 / 3 + 5 / 3 / 4)
+    assert summary["difference"] == pytest.approx({"reward": 3.5, "standard_error": error})
+    assert f"= {3.5 / error:.1f} standard errors" in text and str(tmp_path / "tuned") in text
+    assert "standard errors" not in summarise(tmp_path, {"base": np.ones(2), "tuned": np.ones(2)})
+
+
+def test_curves_are_drawn(tmp_path: Path) -> None:
+    with Tracker(tmp_path) as run:
+        for step in range(1, 30):
+            run.metrics(step, {"reward/mean": math.sin(step)})
+    path = curves(tmp_path, ("reward/mean",), "reward")
+    assert path == tmp_path / "reward_mean.png"
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 5000
+    with pytest.raises(UserError, match=r"has no metrics\.jsonl"):
+        curves(tmp_path / "nowhere", ("a",), "b")
+
+
+def test_stopwatch_adds_up() -> None:
+    watch = Stopwatch()
+    watch.lap("one")
+    watch.lap("two")
+    assert list(watch.laps) == ["seconds/one", "seconds/two"]
+    assert all(value >= 0 for value in watch.laps.values())
