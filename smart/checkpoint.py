@@ -11,11 +11,11 @@ import os
 import shutil
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -90,7 +90,7 @@ def verify(folder: Path) -> None:
 
 
 def latest(root: Path) -> Path | None:
-    """The newest checkpoint that verifies, or None where there is none yet. A damaged one is named in a warning
+    """The newest checkpoint that verifies, or None where there is none yet. A damaged one is named on stderr
     and passed over; when every one is damaged, ``UserError``."""
     damaged: list[str] = []
     for step in reversed(steps(root)):
@@ -99,7 +99,7 @@ def latest(root: Path) -> Path | None:
             verify(folder)
         except UserError as error:
             damaged.append(error.message)
-            warnings.warn(f"{error.message}; trying the one before it", RuntimeWarning, stacklevel=2)
+            click.echo(f"Warning: {error.message}; trying the one before it", err=True)
             continue
         return folder
     if damaged:

@@ -84,7 +84,8 @@ class RewardConfig:
 
     kind: str = "ce_proxy"
     weights: dict[str, float] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)  # handed to the reward: model, dtype, ...
+    # handed to the reward: model, dtype, ...
+    options: dict[str, Any] = field(default_factory=dict, metadata={"reserved": ("kind", "weights", "device")})
 
 
 @dataclass(frozen=True)
@@ -302,6 +303,9 @@ def _check(kind: Any, value: Any, name: str, allowed: Any, source: str) -> Any:
     if kind == dict[str, Any]:
         if not isinstance(value, dict):
             raise wrong("a table")
+        for key in allowed.get("reserved", ()):
+            if key in value:
+                raise wrong(f"a table without {key!r}, which is set elsewhere")
         return value
     if type(value) is not kind:
         raise wrong({int: "an integer", float: "a number", str: "a string", bool: "true or false"}[kind])

@@ -229,29 +229,30 @@ class State:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(folder / "lock", "w")  # noqa: SIM115  # held until close
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise UserError(f"--out {folder.parent}: another build is writing it; wait for it") from None
-        damaged = f"--out {folder.parent}: its unfinished build is damaged; start again with --overwrite"
-        try:
+        self._open = contextlib.ExitStack()
+        with contextlib.ExitStack() as opened:  # closed again where anything below fails
+            lock = opened.enter_context(open(folder / "lock", "w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"--out {folder.parent}: another build is writing it; wait for it") from None
+            damaged = f"--out {folder.parent}: its unfinished build is damaged; start again with --overwrite"
             self.table = sqlite3.connect(folder / "state.sqlite", isolation_level=None)
-            self.table.executescript(SCHEMA)
-            self.table.execute("BEGIN")
-            self.end = int(self.get("spool") or 0)
-        except (sqlite3.DatabaseError, ValueError):
-            raise UserError(damaged) from None
-        self.spool = open(folder / "spool.bin", "ab")  # noqa: SIM115  # closed by close
-        if self.spool.seek(0, os.SEEK_END) < self.end:
-            raise UserError(damaged)
-        self.spool.truncate(self.end)
+            opened.callback(self.table.close)
+            try:
+                self.table.executescript(SCHEMA)
+                self.table.execute("BEGIN")
+                self.end = int(self.get("spool") or 0)
+            except (sqlite3.DatabaseError, ValueError):
+                raise UserError(damaged) from None
+            self.spool = opened.enter_context(open(folder / "spool.bin", "ab"))
+            if self.spool.seek(0, os.SEEK_END) < self.end:
+                raise UserError(damaged)
+            self.spool.truncate(self.end)
+            self._open = opened.pop_all()
 
     def close(self) -> None:
-        self.table.close()
-        self.spool.close()
-        self._lock.close()
+        self._open.close()
 
     def get(self, key: str) -> str:
         row = self.table.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
@@ -527,7 +528,7 @@ def measure(corpus: Corpus, splits: Sequence[str] = shards.SPLITS) -> Statistics
     """Count tokens and notes per bar, a few hundred pieces at a time."""
     facts = vocabulary(corpus.tokenizer)
     is_pitch = np.zeros(facts.size, dtype=bool)
-    is_pitch[list(facts.pitch_ids)] = True
+    is_pitch[[*facts.pitch_ids, *facts.drum_ids]] = True
     total = Statistics(np.zeros(0, np.int64), np.zeros(facts.size, np.int64), np.zeros(1, np.int64))
     for name in splits:
         split = corpus.split(name)
@@ -634,7 +635,10 @@ FOLDER = click.Path(path_type=Path)
 @click.option("--midi", "folders", multiple=True, required=True, type=FOLDER, help="Folder to search; repeatable.")
 @click.option("--out", required=True, type=FOLDER, help="Folder of the corpus, new or unfinished.")
 @click.option("--workers", default=os.cpu_count() or 1, show_default=True, type=click.IntRange(min=1))
-@click.option("--tokenizer", help="tokenizer.json, a folder with it, or a hub id; else the paper's.")
+@click.option(
+    "--instruments", default="piano", type=click.Choice(["piano", "all"]), show_default=True, help="Tracks to keep."
+)
+@click.option("--tokenizer", help="tokenizer.json, a folder with it, or a hub id, in place of --instruments.")
 @click.option("--include", multiple=True, help="Glob over FOLDER-NAME/PATH of files to take; repeatable.")
 @click.option("--list", "listed", type=FOLDER, help="File with one FOLDER-NAME/PATH a line: take only these.")
 @click.option("--overwrite", is_flag=True, help="Replace a corpus, or an unfinished build.")
@@ -643,6 +647,7 @@ def build_command(
     folders: tuple[Path, ...],
     out: Path,
     workers: int,
+    instruments: str,
     tokenizer: str | None,
     include: tuple[str, ...],
     listed: Path | None,
@@ -660,7 +665,7 @@ def build_command(
         folders,
         out,
         workers=workers,
-        tokenizer=load_tokenizer(tokenizer) if tokenizer else None,
+        tokenizer=load_tokenizer(tokenizer) if tokenizer else build_tokenizer(instruments),
         limits=Limits(**limits),
         include=include,
         listed=only,

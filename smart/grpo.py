@@ -76,7 +76,8 @@ def completion_logits(
 ) -> torch.Tensor:
     """Logits (N, T, V) in float32 of the T tokens after the prompt in ``tokens`` (N, P+T), left padding masked."""
     pad = model.config.pad_token_id
-    real = (tokens != pad).cumsum(dim=1) > 0  # padding stands in front only: what follows EOS is never looked back at
+    # padding that matters stands in front: nothing looks back at what follows the end of a sequence
+    real = (tokens != (-1 if pad is None else pad)).cumsum(dim=1) > 0
     padding = {}
     if not real[:, 0].all():
         positions = (real.cumsum(dim=1) - 1).clamp(min=0)

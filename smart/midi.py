@@ -30,7 +30,7 @@ if __name__ != "__main__" and os.environ.get("SMART_MIDI_WORKER") == "1":
 from symusic.core import ScoreTick
 
 from smart.remi import FastRemi
-from smart.tokens import decode, encode, load_tokenizer, merge_piano, vocabulary
+from smart.tokens import all_tracks, decode, encode, load_tokenizer, merge_piano, vocabulary
 
 TOKEN = np.dtype("<u2")
 CRASHED_BY_MEMORY = 77  # exit code of a worker that ran out of memory
@@ -101,18 +101,25 @@ def check_structure(data: bytes, limits: Limits) -> None:
         raise Reject("truncated", f"{found} tracks, the header says {tracks}")
 
 
-def check_notes(score: ScoreTick, limits: Limits) -> float:
-    """The length in seconds of a merged score. Raises ``Reject`` for what is absurd, before costly work on it."""
-    if not len(score.tracks):
-        raise Reject("no piano notes")
-    notes = score.tracks[0].notes.numpy()
-    onsets = notes["time"].astype(np.int64)
+def gather(score: ScoreTick) -> dict[str, npt.NDArray[np.int64]]:
+    """The notes of all tracks, (notes,) each: time, duration, pitch, voice (program, drums 128); sorted by time."""
+    columns = [
+        {**track.notes.numpy(), "voice": np.full(len(track.notes), 128 if track.is_drum else track.program)}
+        for track in score.tracks
+    ]
+    names = ("time", "duration", "pitch", "voice")
+    notes = {name: np.concatenate([[], *(part[name] for part in columns)]).astype(np.int64) for name in names}
+    order = np.argsort(notes["time"], kind="stable")
+    return {name: column[order] for name, column in notes.items()}
+
+
+def check_notes(score: ScoreTick, notes: dict[str, npt.NDArray[np.int64]], limits: Limits) -> float:
+    """The length in seconds of ``notes``. Raises ``Reject`` for what is absurd, before costly work on it."""
+    onsets = notes["time"]
     sounding = np.maximum.accumulate(onsets + notes["duration"])
     division = score.ticks_per_quarter
     if onsets[0] < 0 or notes["duration"].min() < 0 or sounding[-1] >= 2**31:
         raise Reject("absurd times", "ticks overflow 31 bits")
-    if len(onsets) > limits.max_notes:
-        raise Reject("too many notes", f"{len(onsets)}, expected at most {limits.max_notes}")
     quarters = onsets[-1] / division
     if quarters > limits.max_quarters:
         raise Reject("too long", f"{quarters:.0f} quarter notes, expected at most {limits.max_quarters}")
@@ -152,23 +159,22 @@ def seconds_at(
 
 
 def content_hash(score: ScoreTick) -> bytes:
-    """16 bytes that depend on nothing but the onsets, in quarter notes, and pitches of the first track's notes."""
-    notes, division = score.tracks[0].notes.numpy(), score.ticks_per_quarter
-    # twelfths of a quarter, rounded half up in whole numbers: the same for any division that is a multiple of
-    # another
-    onsets = (notes["time"].astype(np.int64) * 24 + division) // (2 * division)
-    keys = np.unique(onsets * 128 + notes["pitch"])
+    """16 bytes that depend on nothing but the onsets, in quarter notes, pitches and programs of the notes."""
+    notes, division = gather(score), score.ticks_per_quarter
+    # twelfths of a quarter, rounded half up in whole numbers: the same for any division that is a multiple of another
+    onsets = (notes["time"] * 24 + division) // (2 * division)
+    keys = np.unique((notes["voice"] << 48) + onsets * 128 + notes["pitch"])
     return hashlib.blake2b(keys.astype("<i8").tobytes(), digest_size=16).digest()
 
 
 class PieceReader:
-    """Reads MIDI files for one tokenizer, within ``limits``."""
+    """Reads MIDI files for one tokenizer, within ``limits``; all tracks where its vocabulary has programs."""
 
     def __init__(self, tokenizer: Any, limits: Limits) -> None:
         self.tokenizer, self.limits = tokenizer, limits
         self.facts = vocabulary(tokenizer)
         self.is_pitch = np.zeros(self.facts.size, dtype=bool)
-        self.is_pitch[list(self.facts.pitch_ids)] = True
+        self.is_pitch[[*self.facts.pitch_ids, *self.facts.drum_ids]] = True
         self.fast = FastRemi(tokenizer) if FastRemi.supports(tokenizer) else None
 
     def read(self, data: bytes) -> Piece:
@@ -178,8 +184,16 @@ class PieceReader:
             score = ScoreTick.from_midi(data)
         except (RuntimeError, ValueError, OverflowError) as error:
             raise Reject("cannot be parsed", str(error).splitlines()[0][:200]) from None
-        score = merge_piano(score, tuple(self.tokenizer.config.pitch_range))
-        seconds = check_notes(score, self.limits)
+        raw = sum(len(track.notes) for track in score.tracks)
+        if raw > self.limits.max_notes:  # before any work in proportion to it
+            raise Reject("too many notes", f"{raw}, expected at most {self.limits.max_notes}")
+        if self.tokenizer.config.use_programs:
+            score = all_tracks(score)
+        else:
+            score = merge_piano(score, tuple(self.tokenizer.config.pitch_range))
+        if not len(score.tracks):
+            raise Reject("no notes" if self.tokenizer.config.use_programs else "no piano notes")
+        seconds = check_notes(score, gather(score), self.limits)
         tokens = self._tokens(score)
         notes, bars = self._check_bars(tokens)
         return Piece(content_hash(score), tokens.astype(TOKEN).tobytes(), notes, bars, seconds)

@@ -45,13 +45,21 @@ class Vocabulary:
     time_signature_ids: tuple[int, ...]
     tempo_ids: tuple[int, ...]
     position_ids: tuple[int, ...]
-    pitch_ids: tuple[int, ...]
+    pitch_ids: tuple[int, ...]  # without drums
+    drum_ids: tuple[int, ...]  # empty in a piano vocabulary
     velocity_ids: tuple[int, ...]
     duration_ids: tuple[int, ...]
 
 
-def build_tokenizer() -> REMI:
-    """The tokenizer of the paper's piano model: 413 tokens, the ids of the authors' published model."""
+def build_tokenizer(instruments: str = "piano") -> REMI:
+    """The tokenizer of the paper's piano model: 413 tokens, the ids of the authors' published model.
+
+    With ``instruments="all"`` the same with a Program token before every note and pitches of drums of their own:
+    the extension to many instruments that the paper leaves to later work.
+    """
+    if instruments not in ("piano", "all"):
+        raise ValueError(f"instruments: expected 'piano' or 'all', got {instruments!r}")
+    everything = instruments == "all"
     return REMI(
         TokenizerConfig(
             pitch_range=(21, 108),
@@ -64,8 +72,10 @@ def build_tokenizer() -> REMI:
             log_tempos=False,
             use_time_signatures=True,
             time_signature_range={8: [3, 5, 6, 7, 9, 10, 11, 12], 4: [2, 3, 4, 5, 6], 2: [2, 3]},
-            use_programs=False,
-            use_pitchdrum_tokens=False,
+            use_programs=everything,
+            one_token_stream_for_programs=everything,
+            use_pitchdrum_tokens=everything,
+            drums_pitch_range=(27, 87),  # the keys of the General MIDI 2 drum sets
             remove_duplicated_notes=True,
         )
     )
@@ -161,10 +171,11 @@ def vocabulary(tokenizer: REMI) -> Vocabulary:
         return vocab[token]
 
     def every(kind: str) -> tuple[int, ...]:
-        found = tuple(sorted(number for token, number in vocab.items() if token.startswith(f"{kind}_")))
-        if not found:
+        return tuple(sorted(number for token, number in vocab.items() if token.startswith(f"{kind}_")))
+
+    for kind in ("TimeSig", "Tempo", "Position", "Pitch", "Velocity", "Duration"):
+        if not every(kind):
             raise ValueError(f"the vocabulary holds no {kind} token")
-        return found
 
     return Vocabulary(
         size=len(vocab),
@@ -177,6 +188,7 @@ def vocabulary(tokenizer: REMI) -> Vocabulary:
         tempo_ids=every("Tempo"),
         position_ids=every("Position"),
         pitch_ids=every("Pitch"),
+        drum_ids=every("PitchDrum"),
         velocity_ids=every("Velocity"),
         duration_ids=every("Duration"),
     )
@@ -213,6 +225,20 @@ def merge_piano(score: ScoreTick, pitch_range: tuple[int, int] = (0, 127)) -> Sc
     merged.tempos = _until(score.tempos, last, TempoTickList)
     merged.time_signatures = _until(score.time_signatures, last, TimeSignatureTickList)
     return merged
+
+
+def all_tracks(score: ScoreTick) -> ScoreTick:
+    """All tracks of ``score`` that have notes, drums included, without what follows the last onset: a copy."""
+    whole = ScoreTick(score.ticks_per_quarter)
+    last = 0
+    for track in score.tracks:
+        if len(track.notes):
+            whole.tracks.append(track.copy())
+            whole.tracks[-1].notes.sort()
+            last = max(last, int(track.notes.numpy()["time"].max()))
+    whole.tempos = _until(score.tempos, last, TempoTickList)
+    whole.time_signatures = _until(score.time_signatures, last, TimeSignatureTickList)
+    return whole
 
 
 def _until(events: Any, last: int, kind: Any) -> Any:

@@ -74,6 +74,7 @@ def test_bare_name_is_found_when_no_such_file_is_here(tmp_path: Path, monkeypatc
         ("prompts.kind=none", "prompts.kind = 'none': expected one of procedural, first_note, bos, dataset"),
         ("run.name=3", "run.name = 3: expected a string"),
         ("reward.weights.CE=high", r"reward.weights = \{'CE': 'high'\}: expected a table of finite numbers"),
+        ("reward.options.weights.CE=1", "expected a table without 'weights'"),
         ("run=3", "expected section.key=value"),
         ("run.name", "expected section.key=value"),
         ("run.name.first=3", "run.name.first=3': name is not a section"),

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -19,7 +20,7 @@ from click.testing import CliRunner
 from symusic.core import NoteTick, ScoreTick, TempoTick, TimeSignatureTick, TrackTick
 
 from smart import UserError, shards
-from smart.corpus import build, find_files, main, split_of
+from smart.corpus import State, build, find_files, main, measure, split_of
 from smart.midi import Limits, PieceReader, Reject, content_hash, seconds_at
 from smart.shards import Corpus, ShardWriter, Split
 from smart.tokens import decode, encode, merge_piano, vocabulary
@@ -37,8 +38,8 @@ def song(seed: int, *, bars: int = 6, division: int = 480, program: int = 0, vel
     track = TrackTick("", program)
     for bar in range(bars):
         for beat in range(beats):
-            pitch, loud = random.integers(40, 90), velocity or random.integers(20, 120)
-            track.notes.append(NoteTick((bar * beats + beat) * division, division // 2, int(pitch), int(loud)))
+            pitch, loud = int(random.integers(40, 90)), int(random.integers(20, 120))
+            track.notes.append(NoteTick((bar * beats + beat) * division, division // 2, pitch, velocity or loud))
     score.tracks.append(track)
     return score
 
@@ -71,6 +72,11 @@ def tempo(microseconds: int) -> bytes:
 
 MELODY = [(240, 60 + step % 12) for step in range(24)]
 GOOD = midi(notes(*MELODY))
+# 100,000 notes in the first bar: at each of 1,000 ticks 100 keys pressed, and lifted at the next
+CLUSTERS = b"\x00\xc0\x00" + b"".join(
+    b"".join(bytes([0, 0x90, key, 64]) for key in range(10, 110)) + b"\x01"
+    + b"\x00".join(bytes([0x80, key, 0]) for key in range(10, 110)) for _ in range(1000)
+) + b"\x00\xff\x2f\x00"  # fmt: skip
 # every kind of file that must be left out, with the reason that it must be given
 MALFORMED: dict[str, tuple[bytes, str]] = {
     "zero-length": (b"", "empty file"),
@@ -103,8 +109,9 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "wrapping-deltas": (midi(notes((0, 60), *[(0x0FFFFFFF, 60)] * 9)), "absurd times"),
     "hour-of-silence": (midi(notes(*MELODY, (3600 * 960, 60), *MELODY)), "long silence"),
     "hour-of-silence-first": (midi(notes((3600 * 960, 60), *MELODY)), "long silence"),
-    "crowded-bar": (midi(notes(*[(0, 30 + step % 60) for step in range(500)], length=1), notes(*MELODY)), "too many notes in a bar"),
-    "half-a-million-in-a-bar": (midi(notes(*[(0, 30 + step % 60) for step in range(500_000)], length=0)), "no piano notes"),
+    "crowded-bar": (midi(notes(*[(0, 30 + step % 60) for step in range(500)], length=1)), "too many notes in a bar"),
+    "100,000-in-a-bar": (midi(notes(*MELODY, *[(0, 60)] * 4), CLUSTERS), "too many notes in a bar"),
+    "half-a-million-in-a-bar": (midi(notes(*MELODY), *[CLUSTERS] * 5), "too many notes"),
     "mostly-empty-bars": (midi(notes(*[(12 * 480, 60)] * 12)), "too many empty bars"),
     "garbage-events": (midi(b"\x00\xf5" + bytes(range(0x80, 0xFF)) * 4), "cannot be parsed"),
 }  # fmt: skip
@@ -128,6 +135,16 @@ def table(path: Path) -> list[dict[str, str]]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of 12 pieces and one reject; copy it before changing it."""
+    folder = tmp_path_factory.mktemp("small")
+    write_songs(folder / "midi", range(12))
+    (folder / "midi" / "bad.mid").write_bytes(b"")
+    build([folder / "midi"], folder / "out")
+    return folder / "out"
 
 
 # --- One file -----------------------------------------------------------------------------------------------------
@@ -170,14 +187,45 @@ def test_oddities_that_are_no_fault_of_the_music(tokenizer: Any, data: bytes) ->
     assert reader(tokenizer).read(data).tokens == reader(tokenizer).read(GOOD).tokens
 
 
+def test_all_instruments(tokenizer: Any, tmp_path: Path) -> None:
+    """With programs in the vocabulary, bass and drums stay what they are, and count in the hash."""
+    band = song(7)
+    for program, is_drum in ((33, False), (0, True)):
+        track = song(8 + program).tracks[0]
+        track.program, track.is_drum = program, is_drum
+        band.tracks.append(track)
+    (tmp_path / "midi").mkdir()
+    band.dump_midi(tmp_path / "midi" / "band.mid")
+    song(7).dump_midi(tmp_path / "midi" / "piano.mid")
+    for track in band.tracks[1:]:
+        track.program += 1
+    band.dump_midi(tmp_path / "midi" / "other band.mid")
+    done = run("build", "--midi", str(tmp_path / "midi"), "--out", str(tmp_path / "out"), "--instruments", "all")
+    assert done.exit_code == 0, done.output
+    corpus = Corpus(tmp_path / "out", verify=True)
+    rows = {row["path"]: row for row in table(tmp_path / "out" / "pieces.csv")}
+    assert rows.keys() == {"midi/band.mid", "midi/piano.mid", "midi/other band.mid"}
+    for name, voices in (("band", [(0, False), (0, True), (33, False)]), ("piano", [(0, False)])):
+        row = rows[f"midi/{name}.mid"]
+        tokens = corpus.split(row["split"])[int(row["index"])]
+        music = decode(corpus.tokenizer, tokens)
+        assert sorted((track.program, track.is_drum) for track in music.tracks) == voices
+        assert encode(corpus.tokenizer, music) == tokens.tolist()
+        assert sum(len(track.notes) for track in music.tracks) == int(row["notes"])
+    assert build([tmp_path / "midi"], tmp_path / "piano").counts == {"duplicate": 2, "kept": 1}
+
+
 def test_thresholds_of_the_paper(tokenizer: Any) -> None:
     """300 notes in a bar pass and 301 do not; 20% of empty bars pass and more do not."""
 
     def crowded(count: int) -> bytes:
-        score = song(0)
-        for number in range(count - len(score.tracks[0].notes) // 6):
-            place = 20 * (number // 40)
-            score.tracks[0].notes.append(NoteTick(place * 10, 100, 30 + number % 40, 64))
+        """``count`` notes in the first of two bars, 40 at each place of a grid of sixteenths, and one in the second."""
+        score = song(0, bars=0)
+        track = TrackTick()
+        for number in range(count):
+            track.notes.append(NoteTick(120 * (number // 40), 60, 30 + number % 40, 64))
+        track.notes.append(NoteTick(1920, 60, 60, 64))
+        score.tracks[0] = track
         return bytes(score.dumps_midi())
 
     def sparse(empty: int) -> bytes:
@@ -354,7 +402,7 @@ def test_killed_and_continued_is_bit_identical(tmp_path: Path, hook: Any) -> Non
     write_songs(tmp_path / "midi", range(40))
     (tmp_path / "midi" / "bad.mid").write_bytes(b"")
     build([tmp_path / "midi"], tmp_path / "whole")
-    folder = hook("time.sleep(0.05)")
+    folder = hook("time.sleep(0.03)")
     command = [sys.executable, "-c", "import smart.corpus as c; c.COMMIT_SECONDS = 0.1; c.main()"]
     command += ["build", "--midi", str(tmp_path / "midi"), "--out", str(tmp_path / "out"), "--workers", "2"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, sys.path)])}
@@ -449,13 +497,13 @@ def test_workers_are_replaced_after_a_while(tmp_path: Path, monkeypatch: Any) ->
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
-    """The build's own peak for 60 pieces and for 1200 differ by little, and so does the reader's."""
+    """The build's own peak for 30 pieces and for 400 differ by little, and so does the reader's."""
     peaks = {}
-    for count in (60, 1200):
+    for count in (30, 400):
         folder = tmp_path / f"midi{count}"
         folder.mkdir()
         for seed in range(count):
-            song(seed, bars=60).dump_midi(folder / f"{seed}.mid")
+            song(seed, bars=20).dump_midi(folder / f"{seed}.mid")
         code = (
             "import resource, sys; from pathlib import Path; from smart.corpus import build\n"
             "build([Path(sys.argv[1])], Path(sys.argv[2]))\n"
@@ -465,8 +513,8 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
         command = [sys.executable, "-c", code, str(folder), str(tmp_path / f"out{count}")]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks[count] = [int(value) / 1024 for value in done.stdout.split()]
-    for few, many in zip(peaks[60], peaks[1200], strict=True):
-        assert many < few + 15, f"MiB at 60 and 1200 pieces: {peaks}"
+    for few, many in zip(peaks[30], peaks[400], strict=True):
+        assert many < few + 15, f"MiB at 30 and 400 pieces: {peaks}"
 
 
 # --- Mistakes -----------------------------------------------------------------------------------------------------
@@ -488,12 +536,8 @@ def test_commands(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_statistics_count_what_is_there(tmp_path: Path, tokenizer: Any) -> None:
-    from smart.corpus import measure
-
-    write_songs(tmp_path / "midi", range(9))
-    build([tmp_path / "midi"], tmp_path / "out")
-    corpus = Corpus(tmp_path / "out")
+def test_statistics_count_what_is_there(small: Path, tokenizer: Any) -> None:
+    corpus = Corpus(small)
     pieces = [corpus.split(name)[index] for name in shards.SPLITS for index in range(len(corpus.split(name)))]
     stats = measure(corpus)
     assert stats.tokens_per_piece.tolist() == [len(piece) for piece in pieces]
@@ -506,27 +550,32 @@ def test_statistics_count_what_is_there(tmp_path: Path, tokenizer: Any) -> None:
     assert {number: count for number, count in enumerate(stats.notes_per_bar.tolist()) if count} == dict(per_bar)
 
 
-def test_limits_include_and_list(tmp_path: Path) -> None:
+def test_include_and_list(tmp_path: Path) -> None:
     folder = tmp_path / "midi"
     write_songs(folder, range(9))
-    listing = tmp_path / "list.txt"
-    listing.write_text("midi/0/song 000.mid\nmidi/1/song 001.mid\nmidi/none.mid\n")
-    for number, (arguments, kept) in enumerate(
-        (
-            (["--include", "midi/0/*", "--include", "*song 004*"], 4),
-            (["--list", str(listing)], 2),
-            (["--list", str(listing), "--include", "midi/1/*"], 1),
-            (["--max-bar-notes", "3"], None),
-        )
-    ):
-        out = tmp_path / f"out{number}"
-        done = run("build", "--midi", str(folder), "--out", str(out), "--workers", "1", *arguments)
-        assert done.exit_code == 0, done.output
-        counts = json.loads((out / "manifest.json").read_text())["counts"]
-        if kept is None:
-            assert counts["too many notes in a bar"] + counts["kept"] == 9
-        else:
-            assert counts == {"kept": kept}
+
+    def found(*include: str, listed: set[str] | None = None) -> list[str]:
+        keys = find_files([folder], include, None if listed is None else frozenset(listed))
+        return sorted(os.fsdecode(key).removeprefix("midi/") for key in keys)
+
+    zeros, two = ["0/song 000.mid", "0/song 003.mid", "0/song 006.mid"], {"midi/0/song 000.mid", "midi/1/song 001.mid"}
+    assert len(found()) == 9
+    assert found("midi/0/*") == zeros
+    assert found("midi/0/*", "*song 004*") == [*zeros, "1/song 004.mid"]
+    assert found(listed={*two, "midi/none.mid"}) == ["0/song 000.mid", "1/song 001.mid"]
+    assert found("midi/1/*", listed=two) == ["1/song 001.mid"]
+
+
+def test_options_reach_the_build(tmp_path: Path) -> None:
+    write_songs(tmp_path / "midi", range(6))
+    (tmp_path / "list.txt").write_text("midi/0/song 000.mid\nmidi/1/song 001.mid\nmidi/2/song 002.mid\n")
+    arguments = ["--midi", str(tmp_path / "midi"), "--out", str(tmp_path / "out"), "--max-bar-notes", "3"]
+    done = run("build", *arguments, "--list", str(tmp_path / "list.txt"), "--include", "*.mid", "--workers", "1")
+    assert done.exit_code == 0, done.output
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    in_three = sum(song(seed).time_signatures[0].numerator == 3 for seed in range(3))
+    assert manifest["counts"] == {"kept": in_three, "too many notes in a bar": 3 - in_three}
+    assert manifest["settings"]["limits"]["max_bar_notes"] == 3
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
@@ -574,8 +623,6 @@ def test_other_settings_do_not_continue_a_build(tmp_path: Path) -> None:
 
 
 def test_two_builds_do_not_share_a_folder(tmp_path: Path) -> None:
-    from smart.corpus import State
-
     write_songs(tmp_path / "midi", range(3))
     state = State(tmp_path / "out" / ".work")
     with pytest.raises(UserError, match="another build is writing it"):
@@ -586,8 +633,6 @@ def test_two_builds_do_not_share_a_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["state.sqlite", "spool.bin"])
 def test_damaged_state_says_so(tmp_path: Path, name: str) -> None:
-    from smart.corpus import State
-
     write_songs(tmp_path / "midi", range(3))
     state = State(tmp_path / "out" / ".work")
     state.spool.write(bytes(1000))
@@ -601,8 +646,6 @@ def test_damaged_state_says_so(tmp_path: Path, name: str) -> None:
 
 def test_files_that_are_gone_are_forgotten(tmp_path: Path, hook: Any) -> None:
     """A build that goes on after files were removed and added is that of the files that are there."""
-    from smart.corpus import State
-
     write_songs(tmp_path / "midi", range(6))
     state = State(tmp_path / "out" / ".work")
     state.list_files(find_files([tmp_path / "midi"]))
@@ -687,9 +730,8 @@ def _flip(data: bytearray) -> bytearray:
         (_spoil("tokenizer/tokenizer.json", _flip), "not the one that wrote the tokens"),
     ],
 )
-def test_damaged_corpora_are_refused(tmp_path: Path, spoil: Any, message: str) -> None:
-    write_songs(tmp_path / "midi", range(12))
-    build([tmp_path / "midi"], tmp_path / "out")
+def test_damaged_corpora_are_refused(small: Path, tmp_path: Path, spoil: Any, message: str) -> None:
+    shutil.copytree(small, tmp_path / "out")
     Corpus(tmp_path / "out", verify=True)
     spoil(tmp_path / "out")
     with pytest.raises(UserError, match=message) as raised:

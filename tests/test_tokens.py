@@ -121,6 +121,7 @@ def test_vocabulary_facts(tokenizer: REMI) -> None:
         "Tempo": facts.tempo_ids,
         "Position": facts.position_ids,
         "Pitch": facts.pitch_ids,
+        "PitchDrum": facts.drum_ids,
         "Velocity": facts.velocity_ids,
         "Duration": facts.duration_ids,
     }
@@ -132,7 +133,7 @@ def test_vocabulary_names_what_is_missing() -> None:
     with pytest.raises(ValueError, match="no Tempo token"):
         vocabulary(REMI(TokenizerConfig(special_tokens=["PAD", "BOS", "EOS"], use_time_signatures=True)))
     with pytest.raises(ValueError, match="no EOS_None"):
-        vocabulary(REMI(TokenizerConfig(special_tokens=["PAD", "BOS"])))
+        vocabulary(REMI(TokenizerConfig(special_tokens=["PAD", "BOS"], use_time_signatures=True, use_tempos=True)))
 
 
 # --- Loading ------------------------------------------------------------------------------------------------------
