@@ -85,9 +85,7 @@ def contestants(
     copy.generation_config = settings
 
     def ours(tokens: int) -> Any:
-        return sampler.sample(
-            prompts, max_new_tokens=tokens, group_size=options.group_size, generator=generator
-        ).tokens
+        return sampler.sample(prompts, max_new_tokens=tokens, group_size=options.group_size, generator=generator).tokens
 
     def theirs(tokens: int) -> Any:
         return copy.generate(rows, attention_mask=torch.ones_like(rows), max_new_tokens=tokens)
@@ -184,9 +182,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     results = [measure(name, options) for name in options.dtypes]
-    print(
-        f"{'dtype':<10}{'smart':>10}{'generate':>10}{'ratio':>8}{'tokens/s':>10}{'limit':>10}{'x limit':>9}"
-    )
+    print(f"{'dtype':<10}{'smart':>10}{'generate':>10}{'ratio':>8}{'tokens/s':>10}{'limit':>10}{'x limit':>9}")
     for r in results:
         print(
             f"{r['dtype']:<10}{r['smart_seconds']:>8.2f} s{r['generate_seconds']:>8.2f} s{r['ratio']:>8.2f}"

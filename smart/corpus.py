@@ -434,18 +434,16 @@ def _read_all(state: State, roots: dict[bytes, bytes], pool: Pool) -> int:
     rejects = state.count("reason IS NOT NULL AND reason != ?", KEPT)
     saved = time.monotonic()
     quiet = {} if sys.stderr.isatty() else {"mininterval": 10.0}  # a log needs fewer lines than an eye
-    try:
-        with tqdm(total=total, initial=total - left, unit=" files", desc="corpus", **quiet) as bar:
-            for key, answer in pool.answers(tasks()):
-                state.record(key, answer)
-                rejects += not isinstance(answer, Piece)
-                bar.set_postfix(rejects=rejects, refresh=False)
-                bar.update()
-                if time.monotonic() - saved > COMMIT_SECONDS:
-                    state.commit()
-                    saved = time.monotonic()
-    finally:
-        state.commit()  # on Ctrl-C too: the next run goes on from here
+    with tqdm(total=total, initial=total - left, unit=" files", desc="corpus", **quiet) as bar:
+        for key, answer in pool.answers(tasks()):
+            state.record(key, answer)
+            rejects += not isinstance(answer, Piece)
+            bar.set_postfix(rejects=rejects, refresh=False)
+            bar.update()
+            if time.monotonic() - saved > COMMIT_SECONDS:
+                state.commit()
+                saved = time.monotonic()
+    state.commit()
     return left
 
 
@@ -661,16 +659,19 @@ def build_command(
             only = frozenset(filter(None, listed.read_text(encoding="utf-8").splitlines()))
         except (OSError, ValueError) as error:
             raise UserError(f"--list {listed}: cannot be read ({error})") from None
-    summary = build(
-        folders,
-        out,
-        workers=workers,
-        tokenizer=load_tokenizer(tokenizer) if tokenizer else build_tokenizer(instruments),
-        limits=Limits(**limits),
-        include=include,
-        listed=only,
-        overwrite=overwrite,
-    )
+    try:
+        summary = build(
+            folders,
+            out,
+            workers=workers,
+            tokenizer=load_tokenizer(tokenizer) if tokenizer else build_tokenizer(instruments),
+            limits=Limits(**limits),
+            include=include,
+            listed=only,
+            overwrite=overwrite,
+        )
+    except KeyboardInterrupt:
+        raise click.ClickException("interrupted; the same command goes on from here") from None
     for reason, number in summary.counts.items():
         click.echo(f"{reason:30}{number:>12,}")
     click.echo(f"{'split':30}{'pieces':>12}{'tokens':>16}")

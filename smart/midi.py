@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-if __name__ != "__main__" and os.environ.get("SMART_MIDI_WORKER") == "1":
+if os.environ.get("SMART_MIDI_WORKER") == "1":
     # MidiTok imports torch, for data loaders that we do not use, wherever it is installed; a worker that
     # hides it starts three times as fast and takes a quarter of the memory
     sys.modules["torch"] = None  # type: ignore[assignment]
@@ -130,8 +130,8 @@ def check_notes(score: ScoreTick, notes: dict[str, npt.NDArray[np.int64]], limit
         raise Reject("too many notes in a bar", f"over {crowd} within a quarter note")
     tempos = score.tempos.numpy()
     if len(tempos["mspq"]):
-        with np.errstate(divide="ignore"):
-            slow, fast = (60e6 / float(value) if value else np.inf for value in _ends(tempos["mspq"]))
+        longest, shortest = float(tempos["mspq"].max()), float(tempos["mspq"].min())  # microseconds a quarter
+        slow, fast = (60e6 / length if length > 0 else np.inf for length in (longest, shortest))
         if slow < limits.min_tempo or fast > limits.max_tempo:
             wanted = f"expected {limits.min_tempo:g} to {limits.max_tempo:g} quarters a minute"
             raise Reject("absurd tempo", f"{slow:.4g} to {fast:.4g}, {wanted}")
@@ -141,10 +141,6 @@ def check_notes(score: ScoreTick, notes: dict[str, npt.NDArray[np.int64]], limit
     if silence > limits.max_silence:
         raise Reject("long silence", f"{silence:.0f} s, expected at most {limits.max_silence:.0f} s")
     return float(stops[-1])
-
-
-def _ends(values: npt.NDArray[Any]) -> tuple[Any, Any]:
-    return values.max(), values.min()
 
 
 def seconds_at(

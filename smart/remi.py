@@ -36,9 +36,7 @@ class FastRemi:
         self.tokenizer.config.remove_duplicated_notes = False  # done in encode, by one sort of arrays
         self.steps = int(tokenizer.config.max_num_pos_per_beat)  # positions in a beat
         size = len(vocab)
-        self.kind = np.array(
-            [token.split("_")[0] for token, _ in sorted(vocab.items(), key=lambda item: item[1])]
-        )
+        self.kind = np.array([token.split("_")[0] for token, _ in sorted(vocab.items(), key=lambda item: item[1])])
         self.value = np.zeros((size, 2))  # of each token: a number, or numerator and denominator
         for token, number in vocab.items():
             kind, value = token.split("_", 1)
@@ -136,9 +134,7 @@ class FastRemi:
         return out
 
     def _signature_ids(self, numerators: Ints, denominators: Any) -> Ints:
-        return np.array(
-            [self.vocab[f"TimeSig_{n}/{d}"] for n, d in zip(numerators, denominators, strict=True)]
-        )
+        return np.array([self.vocab[f"TimeSig_{n}/{d}"] for n, d in zip(numerators, denominators, strict=True)])
 
     def _tempo_ids(self, mspq: Any) -> Ints:
         values, inverse = np.unique(mspq, return_inverse=True)

@@ -250,9 +250,7 @@ def _prefill(
     # padding sees only itself: where a row may attend to nothing some kernels give NaN, and NaN would spread
     itself = torch.eye(length, dtype=torch.bool, device=real.device)
     unseen = (later | ~real[:, None, None]) & ~itself
-    mask = torch.zeros(unseen.shape, dtype=net.cache_dtype, device=real.device).masked_fill_(
-        unseen, -math.inf
-    )
+    mask = torch.zeros(unseen.shape, dtype=net.cache_dtype, device=real.device).masked_fill_(unseen, -math.inf)
     small = _new_cache(net, batch, length)
     logits = _forward(net, prompts, cos[place], sin[place], mask, small, 0)
 
@@ -388,9 +386,7 @@ class Sampler:
                 if step + 1 < max_new_tokens:
                     end = length + step + 1
                     seen = None if padding is None else padding[..., :end]
-                    logits = _forward(
-                        net, drawn[:, None], cos[place, None], sin[place, None], seen, cache, end - 1
-                    )
+                    logits = _forward(net, drawn[:, None], cos[place, None], sin[place, None], seen, cache, end - 1)
                     place = place + 1
 
         if not bool(logprobs.isfinite().all()):
@@ -428,9 +424,7 @@ class Sampler:
     def _check_prompts(self, prompts: Tensor, max_new_tokens: int) -> Tensor:
         """Check prompts (B, P) and return which of their tokens are real, (B, P) bool."""
         if prompts.ndim != 2 or prompts.numel() == 0 or prompts.dtype != torch.int64:
-            raise ValueError(
-                f"prompts: expected (B, P) of torch.int64, got {tuple(prompts.shape)} of {prompts.dtype}"
-            )
+            raise ValueError(f"prompts: expected (B, P) of torch.int64, got {tuple(prompts.shape)} of {prompts.dtype}")
         if prompts.min() < 0 or prompts.max() >= self.vocabulary:
             raise ValueError(
                 f"prompts: expected ids from 0 to {self.vocabulary - 1}, "

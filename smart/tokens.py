@@ -8,9 +8,6 @@ names (an eighth in n/8), counted from the bar line; a duration is counted in th
 from __future__ import annotations
 
 import json
-import re
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +18,7 @@ import numpy.typing as npt
 from miditok import REMI, TokenizerConfig, TokSequence
 from symusic.core import NoteTickList, ScoreTick, TempoTickList, TimeSignatureTickList, TrackTick
 
-from smart import UserError
+from smart import UserError, hub
 
 if TYPE_CHECKING:  # torch is imported where it is used: the corpus's many small workers do without it
     import torch
@@ -29,7 +26,6 @@ if TYPE_CHECKING:  # torch is imported where it is used: the corpus's many small
 FILE_NAME = "tokenizer.json"
 PIANO_PROGRAMS = range(8)  # General MIDI 1-8 (paper section 3.2), zero-based
 SPECIALS = ("PAD", "BOS", "EOS", "PRE", "SUF", *(f"INF{number}" for number in range(1, 17)))
-HUB_SECONDS = 5.0  # how long the hub may take to answer before it counts as out of reach
 
 
 @dataclass(frozen=True)
@@ -93,37 +89,19 @@ def load_tokenizer(path_or_hub_id: str | Path) -> REMI:
     if path.is_file():
         return _read_tokenizer(path)
     name = str(path_or_hub_id)
-    if Path(name).exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+    if Path(name).exists() or not hub.is_hub_id(name):
         raise UserError(
-            f"tokenizer {name!r}: no such tokenizer; expected {FILE_NAME}, a folder that holds it, or a "
-            "hub id such as owner/name"
+            f"tokenizer {name!r}: no such tokenizer; expected {FILE_NAME}, a folder that holds it, or a hub id such as "
+            "owner/name"
         )
-    return _read_tokenizer(_download(name))
-
-
-def _download(hub_id: str) -> Path:
-    """The hub's ``tokenizer.json``, from the local cache where the hub is out of reach."""
-    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-
-    advice = f"download {FILE_NAME} of {hub_id} elsewhere and give the folder that holds it instead"
-    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-    try:  # the hub client alone would retry for half a minute
-        urllib.request.urlopen(request, timeout=HUB_SECONDS).close()
-    except urllib.error.HTTPError as answer:  # an answer, whatever it says
-        answer.close()
-    except OSError as error:
-        cached = try_to_load_from_cache(hub_id, FILE_NAME)
-        if isinstance(cached, str):
-            return Path(cached)
-        raise UserError(
-            f"tokenizer {hub_id!r}: no such path here, and {constants.ENDPOINT} is out of reach "
-            f"({getattr(error, 'reason', error)}); {advice}"
-        ) from None
     try:
-        return Path(hf_hub_download(hub_id, FILE_NAME))
-    except Exception as error:  # the hub client raises dozens of kinds; all mean that it cannot be had
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"tokenizer {hub_id!r}: the hub does not give it ({reason}); {advice}") from None
+        (path,) = hub.fetch(name, [FILE_NAME])
+    except UserError as error:
+        raise UserError(
+            f"tokenizer {name!r}: no such path here, and {error.message}; "
+            f"download {FILE_NAME} elsewhere and give the folder that holds it instead"
+        ) from None
+    return _read_tokenizer(path)
 
 
 def _read_tokenizer(path: Path) -> REMI:

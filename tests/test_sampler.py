@@ -67,9 +67,7 @@ def random_prompts(lengths: list[int], seed: int = 0, width: int | None = None) 
     width = width or max(lengths)
     prompts = torch.full((len(lengths), width), PAD)
     for row, length in enumerate(lengths):
-        prompts[row, width - length :] = torch.randint(
-            3, VOCABULARY, (length,), generator=seeded(seed * 100 + row)
-        )
+        prompts[row, width - length :] = torch.randint(3, VOCABULARY, (length,), generator=seeded(seed * 100 + row))
     return prompts
 
 
@@ -116,8 +114,7 @@ def assert_matches_uncached(
         sequence = rollout.tokens[row, start : length + count]
         logits = uncached_logits(model, sequence, count)
         expected = [
-            reference_logprob(logits[t], int(sequence[len(sequence) - count + t]), **filters)
-            for t in range(count)
+            reference_logprob(logits[t], int(sequence[len(sequence) - count + t]), **filters) for t in range(count)
         ]
         np.testing.assert_allclose(rollout.logprobs[row, :count].numpy(), expected, atol=tol, rtol=0)
 
@@ -215,14 +212,10 @@ def test_an_ended_row_changes_no_other(model: Phi3ForCausalLM) -> None:
         assert (completion[count:] == PAD).all()
         assert not ended.mask[row, count:].any()
         assert (ended.logprobs[row, count:] == 0).all()
-        torch.testing.assert_close(
-            ended.logprobs[row, :count], endless.logprobs[row, :count], atol=1e-5, rtol=0
-        )
+        torch.testing.assert_close(ended.logprobs[row, :count], endless.logprobs[row, :count], atol=1e-5, rtol=0)
 
 
-def test_ended_rows_that_wait_for_the_next_look(
-    model: Phi3ForCausalLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ended_rows_that_wait_for_the_next_look(model: Phi3ForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on an accelerator, where rows that have ended stay in the batch for a while: the same rollout."""
     sampler = Sampler(model, pad_id=PAD, eos_id=EOS)
     options: dict[str, Any] = {"max_new_tokens": 40, "group_size": 8}
@@ -300,10 +293,7 @@ def test_generator_advances_alike_whatever_is_drawn(model: Phi3ForCausalLM) -> N
 def test_without_a_generator_runs_differ(model: Phi3ForCausalLM) -> None:
     sampler = Sampler(model, pad_id=PAD, eos_id=None)
     # uniform enough over 23 tokens x 160 draws that agreement by chance is out of the question
-    runs = [
-        sampler.sample(random_prompts([2]), max_new_tokens=20, group_size=8, temperature=3.0)
-        for _ in range(2)
-    ]
+    runs = [sampler.sample(random_prompts([2]), max_new_tokens=20, group_size=8, temperature=3.0) for _ in range(2)]
     assert runs[0].tokens.tolist() != runs[1].tokens.tolist()
 
 
@@ -373,9 +363,7 @@ def test_model_is_left_as_it_was_and_dropout_is_off() -> None:
 
 
 def test_result_can_be_used_in_autograd(model: Phi3ForCausalLM) -> None:
-    rollout = Sampler(model, pad_id=PAD, eos_id=EOS).sample(
-        random_prompts([3]), max_new_tokens=4, generator=seeded(21)
-    )
+    rollout = Sampler(model, pad_id=PAD, eos_id=EOS).sample(random_prompts([3]), max_new_tokens=4, generator=seeded(21))
     assert not any(part.is_inference() or part.requires_grad for part in rollout)
     scale = torch.ones((), requires_grad=True)
     ((rollout.logprobs * scale).exp() * rollout.mask).sum().backward()
@@ -424,9 +412,9 @@ def test_rows_and_steps_are_drawn_independently() -> None:
 
 
 @given(
-    row=st.lists(
-        st.one_of(st.just(-math.inf), st.floats(-200, 200, width=32)), min_size=1, max_size=40
-    ).filter(lambda row: max(row) > -math.inf),
+    row=st.lists(st.one_of(st.just(-math.inf), st.floats(-200, 200, width=32)), min_size=1, max_size=40).filter(
+        lambda row: max(row) > -math.inf
+    ),
     uniform=st.one_of(st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 1 - 2**-53, 2**-53, 0.5])),
 )
 @settings(max_examples=300, deadline=None)
@@ -473,9 +461,7 @@ def test_a_very_low_temperature_is_finite() -> None:
     seed=st.integers(0, 2**32),
 )
 @settings(max_examples=40, deadline=None)
-def test_any_lengths_and_groups(
-    lengths: list[int], extra: int, group_size: int, limit: int, seed: int
-) -> None:
+def test_any_lengths_and_groups(lengths: list[int], extra: int, group_size: int, limit: int, seed: int) -> None:
     model = MODEL
     prompts = random_prompts(lengths, seed=seed % 1000, width=max(lengths) + extra)
     rollout = Sampler(model, pad_id=PAD, eos_id=EOS).sample(
