@@ -13,7 +13,7 @@ import signal
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import click
 import torch
@@ -26,15 +26,25 @@ MANIFEST = "manifest.json"
 STATE = "state.safetensors"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data`` in one rename, flushed to the disk; a crash leaves the old file or the new one."""
+def write_atomically(path: Path, write: bytes | Callable[[IO[bytes]], object]) -> None:
+    """Replace ``path`` in one rename by bytes, or by what ``write(file)`` writes, flushed to the disk.
+
+    Whenever the machine stops, the file is absent, as before, or whole.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync(path.parent)
+    try:
+        with open(temporary, "wb") as file:
+            if isinstance(write, bytes):
+                file.write(write)
+            else:
+                write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
 
 
 def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int = 0) -> Path:
@@ -50,14 +60,14 @@ def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int = 0)
     try:
         write(temporary)
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        sums = {str(path.relative_to(temporary)): _sha256(path) for path in files}
+        sums = {str(path.relative_to(temporary)): sha256(path) for path in files}
         (temporary / MANIFEST).write_text(json.dumps({"step": step, "sha256": sums}, indent=1), encoding="utf-8")
         for path in [*files, temporary / MANIFEST, temporary]:
-            _sync(path)
+            sync(path)
         if final.exists():  # the same step again, after a resume from an older one
             shutil.rmtree(final)
         os.replace(temporary, final)
-        _sync(root)
+        sync(root)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -85,7 +95,7 @@ def verify(folder: Path) -> None:
             raise UserError(f"checkpoint {folder}: {MANIFEST} names {name!r}, outside the folder")
         if not path.is_file():
             raise UserError(f"checkpoint {folder}: {name} is missing")
-        if _sha256(path) != digest:
+        if sha256(path) != digest:
             raise UserError(f"checkpoint {folder}: {name} is damaged (its SHA-256 is not the recorded one)")
 
 
@@ -171,12 +181,14 @@ class StopRequest:
         self.requested = number
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the disk hold a file's bytes, or a folder's names."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,6 @@
 """From folders of MIDI files, many of them broken, to tokenised pieces in shards: ``python -m smart.corpus build``.
 
-What a file must be to be kept is said in ``smart.midi`` (paper section 3.2). Of files with the same onsets
+What a file must be to be kept is said in ``smart.midi`` (paper section 3.1). Of files with the same onsets
 and pitches one is kept, the first by path. A piece goes into ``train``, ``validation`` or ``test`` by the
 hash of its onsets and pitches alone, so that no piece is in two splits, and each stays where it is when files
 are added.
@@ -40,15 +40,16 @@ from typing import IO, Any
 import click
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from smart import UserError, shards
+from smart.checkpoint import sha256, write_atomically
 from smart.midi import CRASHED_BY_MEMORY, Limits, Piece
 from smart.shards import Corpus
 from smart.tokens import build_tokenizer, load_tokenizer, save_tokenizer, vocabulary
+from smart.track import progress
 
 EXTENSIONS = (".mid", ".midi")
-TEST_SHARE, VALIDATION_SHARE = 0.1, 0.1  # of all pieces; of those that are not test (paper section 3.2)
+TEST_SHARE, VALIDATION_SHARE = 0.1, 0.1  # of all pieces; of those that are not test (paper section 3.1)
 COMMIT_SECONDS = 2.0  # at most so much work is lost when a build is killed
 
 
@@ -383,7 +384,7 @@ def build(
             "list": None if listed is None else hashlib.sha256("\n".join(sorted(listed)).encode()).hexdigest(),
             "limits": asdict(limits),
             "shard_tokens": shard_tokens,
-            "tokenizer": shards.sha256(tokenizer_file),
+            "tokenizer": sha256(tokenizer_file),
         }
         if state.get("settings") not in ("", json.dumps(settings)):
             raise UserError(f"--out {out}: begun with other settings; finish it with those, or give --overwrite")
@@ -433,8 +434,7 @@ def _read_all(state: State, roots: dict[bytes, bytes], pool: Pool) -> int:
     total, left = state.count("1"), state.count("reason IS NULL")
     rejects = state.count("reason IS NOT NULL AND reason != ?", KEPT)
     saved = time.monotonic()
-    quiet = {} if sys.stderr.isatty() else {"mininterval": 10.0}  # a log needs fewer lines than an eye
-    with tqdm(total=total, initial=total - left, unit=" files", desc="corpus", **quiet) as bar:
+    with progress(total=total, initial=total - left, unit=" files", desc="corpus") as bar:
         for key, answer in pool.answers(tasks()):
             state.record(key, answer)
             rejects += not isinstance(answer, Piece)
@@ -455,8 +455,8 @@ def _write(state: State, out: Path, settings: dict[str, Any], summary: Summary) 
         reasons = ", ".join(f"{number} {reason}" for reason, number in summary.counts.items())
         raise UserError(f"--midi: no file can be kept ({reasons}); nothing was built")
     writers = {split: shards.ShardWriter(out, split, shard_tokens=settings["shard_tokens"]) for split in shards.SPLITS}
-    shards.write_atomically(out / "pieces.csv", lambda file: _write_pieces(state, writers, file))
-    shards.write_atomically(out / "rejects.csv", lambda file: _write_rejects(state, file))
+    write_atomically(out / "pieces.csv", lambda file: _write_pieces(state, writers, file))
+    write_atomically(out / "rejects.csv", lambda file: _write_rejects(state, file))
     splits = {split: writer.close() for split, writer in writers.items()}
     summary.pieces = {split: sum(shard["pieces"] for shard in splits[split]) for split in splits}
     summary.tokens = {split: sum(shard["tokens"] for shard in splits[split]) for split in splits}
@@ -469,10 +469,10 @@ def _write(state: State, out: Path, settings: dict[str, Any], summary: Summary) 
         "pieces": summary.pieces,
         "tokens": summary.tokens,
         "splits": {split: {"shards": splits[split]} for split in splits},
-        "files": {name: shards.sha256(out / name) for name in ("pieces.csv", "rejects.csv")},
+        "files": {name: sha256(out / name) for name in ("pieces.csv", "rejects.csv")},
     }
     text = json.dumps(manifest, indent=2) + "\n"
-    shards.write_atomically(out / shards.MANIFEST, lambda file: file.write(text.encode()))
+    write_atomically(out / shards.MANIFEST, lambda file: file.write(text.encode()))
 
 
 def _write_pieces(state: State, writers: dict[str, shards.ShardWriter], file: IO[bytes]) -> None:

@@ -1,7 +1,7 @@
 """From the bytes of one MIDI file to one tokenised piece, or the reason why it is left out.
 
 ``PieceReader.read`` does it; ``serve`` does it in a process of its own, with limits, for files that nobody
-trusts. What is kept (paper section 3.2): the piano tracks (General MIDI 1-8), merged, without duplicate
+trusts. What is kept (paper section 3.1): the piano tracks (General MIDI 1-8), merged, without duplicate
 notes, and of these only pieces without overfull bars, with few empty bars, and long enough for a prompt and a
 bar. Beside the paper's rules, ``Limits`` refuses what is no music: files that are truncated, or whose
 division, tempo, length or silences are absurd.
@@ -40,8 +40,8 @@ CRASHED_BY_MEMORY = 77  # exit code of a worker that ran out of memory
 class Limits:
     """What a file may hold, and what reading it may cost."""
 
-    max_bar_notes: int = 300  # paper section 3.2
-    max_empty_bars: float = 0.2  # share of all bars; paper section 3.2
+    max_bar_notes: int = 300  # paper section 3.1
+    max_empty_bars: float = 0.2  # share of all bars; paper section 3.1
     min_bars: int = 2  # with notes: one for a prompt, one for what follows it
     max_bytes: int = 16 << 20
     max_notes: int = 200_000  # the longest real piece seen has 33,000

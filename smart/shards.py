@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,37 +23,13 @@ import numpy as np
 import numpy.typing as npt
 
 from smart import UserError
+from smart.checkpoint import sha256, write_atomically
 
 SPLITS = ("train", "validation", "test")
 MANIFEST = "manifest.json"
 FORMAT = 1
 DTYPE = np.dtype("<u2")
 SHARD_TOKENS = 1 << 26  # 128 MiB a shard
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write ``path`` so that it is either absent (or as before) or whole, whenever the machine stops."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class ShardWriter:

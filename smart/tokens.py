@@ -1,6 +1,6 @@
 """Facts of the vocabulary, and the way between token ids and notes, through MidiTok's REMI and symusic.
 
-The vocabulary is the paper's (section 3.2): 413 tokens, one stream of piano notes written as ``Bar TimeSig
+The vocabulary is the paper's (section 3.1): 413 tokens, one stream of piano notes written as ``Bar TimeSig
 (Position [Tempo] (Pitch Velocity Duration)*)*``. A position is a twelfth of the beat that the time signature
 names (an eighth in n/8), counted from the bar line; a duration is counted in the same unit.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # torch is imported where it is used: the corpus's many small
     import torch
 
 FILE_NAME = "tokenizer.json"
-PIANO_PROGRAMS = range(8)  # General MIDI 1-8 (paper section 3.2), zero-based
+PIANO_PROGRAMS = range(8)  # General MIDI 1-8 (paper section 3.1), zero-based
 SPECIALS = ("PAD", "BOS", "EOS", "PRE", "SUF", *(f"INF{number}" for number in range(1, 17)))
 
 

@@ -223,9 +223,9 @@ class Stopwatch:
         self._last = now
 
 
-def progress(**options: Any) -> Any:
+def progress(rows: Iterable[Any] | None = None, **options: Any) -> Any:
     """A tqdm bar on stderr, silent where that is not a terminal."""
-    return tqdm(disable=not sys.stderr.isatty(), dynamic_ncols=True, **options)
+    return tqdm(rows, disable=not sys.stderr.isatty(), dynamic_ncols=True, **options)
 
 
 def _cut_back(folder: Path, step: int) -> None:

@@ -19,8 +19,6 @@ import importlib.metadata
 import itertools
 import json
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,9 +27,9 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from smart import UserError
+from smart.checkpoint import write_atomically
 from smart.reward import resample
 from smart.reward.ce_proxy import (
     AXIS,
@@ -46,6 +44,7 @@ from smart.reward.ce_proxy import (
     describe,
     predict,
 )
+from smart.track import progress
 
 __all__ = ["Clip", "cross_validate", "fit", "main", "order_pairs", "read_clip", "read_scores", "spearman"]
 
@@ -259,9 +258,7 @@ def main(
     )
     _check_ratings(clips, scores, folds)
     _check_files(clips, audio)
-    described = [
-        describe(read_clip(audio / clip.name)) for clip in tqdm(clips, desc="describing", unit="clip", disable=None)
-    ]
+    described = [describe(read_clip(audio / clip.name)) for clip in progress(clips, desc="describing", unit="clip")]
     x = torch.stack(described).double()
     y = torch.tensor([clip.score for clip in clips], dtype=torch.float64)
     if float(x.std(dim=0, correction=0).max()) <= CONSTANT:
@@ -450,19 +447,9 @@ def _rounded(value: Any) -> Any:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write the whole file or nothing: a temporary file beside it, flushed to disk, then renamed."""
+    """Write the whole file or nothing."""
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)  # mkstemp makes it private
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_atomically(path, text.encode())
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror})") from error
 
