@@ -100,14 +100,22 @@ def load_base(
         raise UserError(f"base {folder}: model_type is {kind!r}, expected 'phi3'")
     try:
         with _quiet():
-            model: Any = Phi3ForCausalLM.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, attn_implementation="sdpa"
+            loaded: Any = Phi3ForCausalLM.from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                attn_implementation="sdpa",
+                output_loading_info=True,
             )
+        model, info = loaded
     except Exception as error:  # safetensors, OSError, RuntimeError, ...: the file is not what it should be
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"base {folder}: model.safetensors cannot be read ({reason}); fetch or train it again"
         ) from None
+    for what in ("missing", "unexpected"):  # transformers would go on with random weights
+        if names := sorted(info[f"{what}_keys"]):
+            raise UserError(f"base {folder}: model.safetensors has {what} weights for its config.json: {names[0]}, ...")
     if model.config.vocab_size != vocabulary(tokenizer).size:
         raise UserError(
             f"base {folder}: the model has {model.config.vocab_size} tokens and its tokenizer "

@@ -43,6 +43,8 @@ class Crops:
 
     def __init__(self, pieces: Pieces, facts: Vocabulary, data: Data) -> None:
         self.pieces, self.facts, self.data = pieces, facts, data
+        if not len(pieces):
+            raise UserError(f"corpus {data.corpus}: a split that training needs has no pieces; build a larger corpus")
         lengths = np.array([len(pieces[index]) for index in range(len(pieces))])
         self.cumulative = np.cumsum(np.ceil((lengths + 2) / data.crop))
         self.is_pitch = np.zeros(facts.size, dtype=bool)

@@ -51,7 +51,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("benchmarks", "configs", "docs", "tests"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "my-midi").mkdir()
-    for piece in range(20):
+    for piece in range(40):
         draw = random.Random(piece)
         score = Score(480)
         score.tempos.append(Tempo(0, 100))

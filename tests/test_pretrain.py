@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from smart import UserError
 from smart.config import Data, Optimisation
 from smart.pretrain import Crops, evaluate, learning_rate, next_token_loss
 from smart.tokens import vocabulary
@@ -22,6 +23,11 @@ def test_short_pieces_are_whole_and_padded(tokenizer: Any) -> None:
     rows = Crops([piece(5)], facts, Data(crop=16)).batch(4, np.random.default_rng(0))
     expected = [facts.bos_id, *piece(5).tolist(), facts.eos_id] + [facts.pad_id] * 9
     assert rows.tolist() == [expected] * 4
+
+
+def test_a_split_without_pieces_is_a_users_mistake(tokenizer: Any) -> None:
+    with pytest.raises(UserError, match="corpus somewhere: a split that training needs has no pieces"):
+        Crops([], vocabulary(tokenizer), Data(corpus="somewhere"))
 
 
 def test_crops_are_windows_of_the_piece(tokenizer: Any) -> None:

@@ -286,7 +286,8 @@ def test_shipped_config_runs_shortened(name: str, base: Path, tmp_path: Path, co
     """Each tuning config, with the embedded reward and soundfont where it asks for what must be downloaded."""
     config = tmp_path / "c.toml"
     text = (Path(load.__code__.co_filename).parent / "configs" / name).read_text(encoding="utf-8")
-    config.write_text(text.partition("[reward.options]")[0] + "[grpo]\n" + text.partition("[grpo]\n")[2])
+    before, _, after = text.partition("[grpo]\n")
+    config.write_text(before.partition("[reward.options]")[0] + "[grpo]\n" + after)
     short = {
         "grpo.iterations": 1,
         "render.soundfont": "timgm",
@@ -299,14 +300,14 @@ def test_shipped_config_runs_shortened(name: str, base: Path, tmp_path: Path, co
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve short pieces through ``smart.corpus``."""
+    """Forty short pieces through ``smart.corpus``."""
     from symusic import Note, Score, Tempo, TimeSignature, Track
 
     midi = tmp_path_factory.mktemp("midi")
-    for piece in range(12):
+    for piece in range(40):
         draw = random.Random(piece)
         score = Score(480)
-        score.tempos.append(Tempo(0, 90 + 5 * piece))
+        score.tempos.append(Tempo(0, 90 + 3 * piece))
         score.time_signatures.append(TimeSignature(0, 4, 4))
         track = Track(program=0)
         for beat in range(40):
