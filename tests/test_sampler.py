@@ -545,7 +545,6 @@ def test_unsupported_models_are_refused() -> None:
     scaled = make_model(
         rope_scaling={
             "type": "longrope",
-            "rope_type": "longrope",
             "short_factor": [1.0] * 4,
             "long_factor": [2.0] * 4,
         }
