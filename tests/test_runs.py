@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load_file, save_file
 
+from smart.checkpoint import sha256
 from smart.config import load, shipped
 from smart.model import build_model, load_base, save_base
 from smart.tokens import vocabulary
@@ -262,6 +264,29 @@ def test_a_users_mistake_is_one_clear_line(base: Path, tmp_path: Path, change: d
     assert status == 2, output
     assert message in output and "Traceback" not in output
     assert not (tmp_path / "r").exists()
+
+
+def test_numbers_that_are_not_finite_stop_the_run_and_keep_the_checkpoint(base: Path, tmp_path: Path) -> None:
+    args = ("--config", "quickstart.toml", *arguments(base, tmp_path))
+    process = start("grpo", *args)
+    checkpoints = tmp_path / "r" / "checkpoints"
+    while not (checkpoints / "00000002").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    # the damage of a bad step, in a checkpoint that is otherwise whole
+    newest = max(checkpoints.iterdir())
+    weights = load_file(newest / "model.safetensors")
+    weights["lm_head.weight"][0, 0] = torch.nan
+    save_file(weights, newest / "model.safetensors", metadata={"format": "pt"})
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["sha256"]["model.safetensors"] = sha256(newest / "model.safetensors")
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    status, output = run("grpo", *args, "--resume")
+    assert status == 1 and "Traceback" not in output, output
+    assert "stopped before it changed the weights" in output and "not finite" in output
+    assert f"last good checkpoint is {newest}" in output
 
 
 def test_paper_config_lists_all_that_is_missing_in_one_message(tmp_path: Path) -> None:
