@@ -387,6 +387,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
                 raise SystemExit(128 + stop.requested)
 
         # base against tuned: fresh samples for the same prompts and from the same seed
+        bar.set_description("base against tuned")
         seed = config.run.seed + 2**31
         starts = prompts(config.track.final_prompts, torch.Generator().manual_seed(seed))
         heard = range(min(config.track.final_listen, len(starts)))

@@ -66,3 +66,23 @@ socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 import smart.__main__, smart.grpo, smart.pretrain, smart.corpus, smart.reward.audiobox, smart.reward.calibrate
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_every_program_is_a_subcommand_and_is_imported_only_when_asked_for() -> None:
+    from click.testing import CliRunner
+
+    from smart.__main__ import PROGRAMS as SUBCOMMANDS
+    from smart.__main__ import main
+
+    assert set(SUBCOMMANDS) == {name.rpartition(".")[2] for name in PROGRAMS}
+    for name in SUBCOMMANDS:
+        result = CliRunner().invoke(main, [name, "--help"])
+        assert result.exit_code == 0 and "Usage:" in result.output, result.output
+    code = """
+import sys
+from smart.__main__ import main
+main(["--help"], standalone_mode=False)
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert all(name in done.stdout for name in SUBCOMMANDS)
