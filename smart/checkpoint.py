@@ -68,8 +68,10 @@ def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int = 0)
             shutil.rmtree(final)
         os.replace(temporary, final)
         sync(root)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # how that library reports a full disk
+            raise OSError(f"{final}: {error}") from error
         raise
     if keep:
         for old in steps(root)[:-keep]:

@@ -36,7 +36,7 @@ import torch
 
 from smart import UserError, checkpoint, require, track
 from smart.config import Config, Grpo, dumps, load
-from smart.model import find_base, load_base, pick_device, save_base
+from smart.model import find_base, load_base, pick_device, pick_precision, save_base
 from smart.plots import curves
 from smart.prompts import Pieces, draw
 from smart.render import RenderPool
@@ -279,7 +279,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
         return draw(config.prompts.kind, count, tokenizer, generator, pieces=parts.pieces).to(device)
 
     def sample(model: Any, rows: torch.Tensor, group_size: int, generator: torch.Generator) -> Rollout:
-        dtype = _precision(sampling.dtype, device)
+        dtype = pick_precision(sampling.dtype, device)
         return Sampler(model, pad_id=facts.pad_id, eos_id=facts.eos_id, dtype=dtype).sample(
             rows,
             max_new_tokens=sampling.max_new_tokens,
@@ -294,7 +294,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
         run.listen(name, decode(tokenizer, tokens), audio, render.sample_rate)
 
     facts, grammar = vocabulary(tokenizer), build_grammar(tokenizer)
-    precision = _precision(settings.precision, device)
+    precision = pick_precision(settings.precision, device)
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     with (
         track.Tracker(folder, start=done) as run,
@@ -405,26 +405,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     return folder
 
 
-def _precision(name: str, device: torch.device) -> torch.dtype:
-    wants_bf16 = name == "bfloat16" or (name == "auto" and device.type == "cuda")
-    return torch.bfloat16 if wants_bf16 else torch.float32
-
-
-@click.command()
-@click.option(
-    "--config",
-    "path",
-    default="quickstart.toml",
-    show_default=True,
-    help="TOML file, or the bare name of a shipped one.",
-)
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one key.")
-@click.option("--resume", is_flag=True, help="Continue the run from its last checkpoint.")
-@click.option("--overwrite", is_flag=True, help="Replace a run of the same name.")
+@track.run_command(default="quickstart.toml")
 def main(path: str, overrides: tuple[str, ...], resume: bool, overwrite: bool) -> None:
     """Tune a base model by how its music sounds."""
-    if resume and overwrite:
-        raise click.UsageError("--resume and --overwrite contradict each other")
     train(load(path, overrides), resume=resume, overwrite=overwrite)
 
 

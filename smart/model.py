@@ -28,6 +28,12 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """ "auto" is bfloat16 on CUDA and float32 on a CPU."""
+    wants_bf16 = name == "bfloat16" or (name == "auto" and device.type == "cuda")
+    return torch.bfloat16 if wants_bf16 else torch.float32
+
+
 def build_model(
     tokenizer: Any,
     *,

@@ -22,10 +22,10 @@ import torch.nn.functional as F
 
 from smart import UserError, checkpoint, track
 from smart.config import Data, Optimisation, PretrainConfig, dumps, load
-from smart.model import build_model, load_base, pick_device, save_base
+from smart.model import build_model, load_base, pick_device, pick_precision, save_base
 from smart.plots import curves
 from smart.prompts import Pieces, draw
-from smart.render import RenderPool
+from smart.render import RenderError, RenderPool
 from smart.sampler import Sampler
 from smart.shards import Corpus
 from smart.soundfonts import check_soundfont, find_soundfont
@@ -111,6 +111,9 @@ def train(config: PretrainConfig, *, resume: bool = False, overwrite: bool = Fal
     track.check_packages()
     if not data.corpus:
         raise UserError("data.corpus is empty: set it to a folder written by `smart corpus build`")
+    longest = config.architecture.max_positions
+    if data.crop > longest:
+        raise UserError(f"data.crop = {data.crop}: expected at most architecture.max_positions = {longest}")
     corpus = Corpus(Path(data.corpus))
     soundfont = find_soundfont(config.render.soundfont)
     check_soundfont(soundfont)
@@ -129,8 +132,8 @@ def train(config: PretrainConfig, *, resume: bool = False, overwrite: bool = Fal
     validation = Crops(corpus.split("validation"), facts, replace(data, transpose=0)).batch(
         settings.evaluate_rows, np.random.default_rng((seed, 0))
     )
-    wants_bf16 = settings.precision == "bfloat16" or (settings.precision == "auto" and device.type == "cuda")
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=wants_bf16)
+    precision = pick_precision(settings.precision, device)
+    autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
     step, best, waited = 0, math.inf, 0
     last = checkpoint.latest(folder / "checkpoints") if resume else None
@@ -228,22 +231,22 @@ def _write_samples(
     facts = vocabulary(tokenizer)
     prompts = draw("procedural", count, tokenizer, torch.Generator().manual_seed(config.run.seed))
     rollout = Sampler(model, pad_id=facts.pad_id, eos_id=facts.eos_id).sample(
-        prompts, max_new_tokens=256, generator=torch.Generator(model.device).manual_seed(config.run.seed)
+        prompts,
+        max_new_tokens=min(256, config.architecture.max_positions - prompts.shape[1]),
+        generator=torch.Generator(model.device).manual_seed(config.run.seed),
     )
-    scores = [decode(tokenizer, row) for row in rollout.tokens.cpu()]
-    for index, (score, audio) in enumerate(zip(scores, pool.map(scores), strict=True)):
+    for index, row in enumerate(rollout.tokens.cpu()):
+        score = decode(tokenizer, row)
+        try:
+            audio = pool.submit(score).result()
+        except RenderError:
+            audio = None  # the MIDI file is written all the same
         run.listen(f"samples/{step:08d}/{index:02d}", score, audio, config.render.sample_rate)
 
 
-@click.command()
-@click.option("--config", "path", default="base.toml", show_default=True, help="TOML file, or a shipped one's name.")
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one key.")
-@click.option("--resume", is_flag=True, help="Continue the run from its last checkpoint.")
-@click.option("--overwrite", is_flag=True, help="Replace a run of the same name.")
+@track.run_command(default="base.toml")
 def main(path: str, overrides: tuple[str, ...], resume: bool, overwrite: bool) -> None:
     """Train a base model on a tokenised corpus."""
-    if resume and overwrite:
-        raise click.UsageError("--resume and --overwrite contradict each other")
     train(load(path, overrides, schema=PretrainConfig), resume=resume, overwrite=overwrite)
 
 

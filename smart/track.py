@@ -11,12 +11,14 @@ import shutil
 import sys
 import time
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import click
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
@@ -27,6 +29,37 @@ from smart.checkpoint import write_atomically
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
 NEEDED = ("pyarrow", "tensorboard", "matplotlib", "soundfile")
+
+
+def run_command(default: str) -> Callable[[Callable[..., None]], click.Command]:
+    """The command line of a program that makes a run: ``--config``, ``--set``, ``--resume``, ``--overwrite``.
+
+    A disk that is full or may not be written ends it with one line; what was saved before stays.
+    """
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        @click.command()
+        @click.option(
+            "--config", "path", default=default, show_default=True, help="TOML file, or a shipped one's name."
+        )
+        @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one key.")
+        @click.option("--resume", is_flag=True, help="Continue the run from its last checkpoint.")
+        @click.option("--overwrite", is_flag=True, help="Replace a run of the same name.")
+        @wraps(function)
+        def main(path: str, overrides: tuple[str, ...], resume: bool, overwrite: bool) -> None:
+            if resume and overwrite:
+                raise click.UsageError("--resume and --overwrite contradict each other")
+            try:
+                function(path, overrides, resume, overwrite)
+            except OSError as error:
+                raise click.ClickException(
+                    f"the run stopped, since it could not be written ({error}); what was saved is kept: "
+                    "make room, then go on with --resume"
+                ) from error
+
+        return main
+
+    return decorate
 
 
 def check_packages() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -287,6 +288,22 @@ def test_numbers_that_are_not_finite_stop_the_run_and_keep_the_checkpoint(base: 
     assert status == 1 and "Traceback" not in output, output
     assert "stopped before it changed the weights" in output and "not finite" in output
     assert f"last good checkpoint is {newest}" in output
+
+
+def test_a_disk_that_takes_no_more_ends_the_run_in_one_line(base: Path, tmp_path: Path) -> None:
+    """A limit on the size of a file, between that of a checkpoint's weights and that of its optimiser's state."""
+    limit = 3 * (base / "model.safetensors").stat().st_size // 2
+
+    def no_larger_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    settings = arguments(base, tmp_path, **{"render.seconds": 0.25})
+    status, output = run("grpo", "--config", "quickstart.toml", *settings, preexec_fn=no_larger_files)
+    assert status == 1 and "Traceback" not in output, output
+    assert "could not be written" in output and "go on with --resume" in output
+    assert list((tmp_path / "r" / "checkpoints").iterdir()) == []
+    status, output = run("grpo", "--config", "quickstart.toml", *settings, "--resume")
+    assert status == 0, output
 
 
 def test_paper_config_lists_all_that_is_missing_in_one_message(tmp_path: Path) -> None:
