@@ -120,6 +120,10 @@ def train(config: PretrainConfig, *, resume: bool = False, overwrite: bool = Fal
     device = pick_device(config.run.device)
     tokenizer = corpus.tokenizer
     facts = vocabulary(tokenizer)
+    rows = Crops(corpus.split("train"), facts, data)
+    validation = Crops(corpus.split("validation"), facts, replace(data, transpose=0)).batch(
+        settings.evaluate_rows, np.random.default_rng((seed, 0))
+    )
     folder = Path(config.run.folder) / config.run.name
     track.prepare(folder, dumps(config), resume=resume, overwrite=overwrite)
 
@@ -127,10 +131,6 @@ def train(config: PretrainConfig, *, resume: bool = False, overwrite: bool = Fal
     model.to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=device.type == "cuda"
-    )
-    rows = Crops(corpus.split("train"), facts, data)
-    validation = Crops(corpus.split("validation"), facts, replace(data, transpose=0)).batch(
-        settings.evaluate_rows, np.random.default_rng((seed, 0))
     )
     precision = pick_precision(settings.precision, device)
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
