@@ -10,19 +10,8 @@ import pytest
 import smart
 
 PACKAGE = Path(smart.__file__).parent
-GROUND = {
-    "config",
-    "tokens",
-    "model",
-    "checkpoint",
-    "track",
-    "shards",
-    "hub",
-    "soundfonts",
-    "remi",
-    "midi",
-    "distributed",
-}
+GROUND = {"config", "tokens", "model", "checkpoint", "track", "shards", "hub", "soundfonts"}
+GROUND |= {"remi", "midi", "midi_pool", "distributed"}
 ROOMS = {"prompts", "sampler", "render", "scoring", "reward", "reward.audiobox", "reward.ce_proxy", "plots"}
 PROGRAMS = {"grpo", "pretrain", "corpus", "reward.calibrate"}
 
