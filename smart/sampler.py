@@ -17,6 +17,7 @@ How it differs from transformers' ``generate``:
 - One uniform number decides each token (inverse of the cumulative distribution). All N x T of them are drawn
   at the start, so what one row draws does not depend on when another row ends, and the generator advances
   by the same amount whatever is drawn.
+- A grammar may forbid what cannot be played, before all other filters.
 - On a CPU a row that has ended leaves the batch, so that short completions cost less.
 
 Axes: B prompts, N sequences = B x group_size, P prompt length, T completion length, V vocabulary, Q new
@@ -32,6 +33,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from smart.tokens import Grammar, Place
 
 if TYPE_CHECKING:
     from transformers import Phi3ForCausalLM
@@ -325,6 +328,7 @@ class Sampler:
         top_k: int = 0,
         top_p: float = 1.0,
         generator: torch.Generator | None = None,
+        grammar: Grammar | None = None,
     ) -> Rollout:
         """Draw ``group_size`` completions of each prompt; the rows of one prompt are adjacent.
 
@@ -336,15 +340,21 @@ class Sampler:
         top_p: share of the probability to draw from, in (0, 1].
         generator: source of all randomness, on any device; it is advanced by N x max_new_tokens numbers.
             None takes a fresh seed from the operating system: never the global generator, never repeatable.
+        grammar: of the model's vocabulary (``smart.tokens.build_grammar``). With it only tokens are drawn that can
+            be played after their prompt, whatever the prompt is: ``smart.tokens.unplayable`` marks none of them.
+            All others get the logit -inf before the temperature, so that log-probabilities are, here too, those
+            of the distribution drawn from; a learner that takes the full softmax sees others. None: any token.
 
         Returns a Rollout of N = B x group_size rows on the model's device. Raises ValueError for an argument
-        of the wrong shape, type or range, for a prompt that is padding only, and when prompt and completion
-        together exceed the model's positions or its sliding window; FloatingPointError when the model's
-        logits are not finite.
+        of the wrong shape, type or range, for a prompt that is padding only, for a grammar of another number of
+        tokens, and when prompt and completion together exceed the model's positions or its sliding window;
+        FloatingPointError when the model's logits are not finite.
         """
         device = self.model.lm_head.weight.device
         self._check_options(max_new_tokens, group_size, temperature, top_k, top_p)
         real = self._check_prompts(prompts, max_new_tokens)
+        if grammar is not None and len(grammar.position) != self.vocabulary:
+            raise ValueError(f"grammar: expected one of {self.vocabulary} tokens, got {len(grammar.position)}")
         prompts, real = prompts.to(device), real.to(device)
         batch, length = prompts.shape
         n, total = batch * group_size, length + max_new_tokens
@@ -365,15 +375,22 @@ class Sampler:
             alive = torch.ones(n, dtype=torch.bool, device=device)
             place = real.sum(-1).repeat_interleave(group_size)
             padding = _padding_mask(real, group_size, total, net.cache_dtype)
+            if grammar is not None:
+                grammar = grammar.to(device)
+                stand = grammar.read(tokens[:, :length])
             look = STEPS_PER_LOOK.get(device.type, STEPS_PER_LOOK_ELSEWHERE)
 
             for step in range(max_new_tokens):
+                if grammar is not None:
+                    logits = logits.masked_fill(~grammar.playable(stand), -math.inf)
                 filtered = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p)
                 drawn, logprob = draw(filtered, uniforms[step, rows])
                 drawn = drawn.where(alive, self.pad_id)
                 tokens[rows, length + step] = drawn
                 logprobs[rows, step] = logprob.where(alive, 0.0)
                 mask[rows, step] = alive
+                if grammar is not None:
+                    stand = grammar.step(stand, drawn)
                 if self.eos_id is not None:
                     alive = alive & (drawn != self.eos_id)
                     if (step + 1) % look == 0 and not alive.all():
@@ -383,6 +400,8 @@ class Sampler:
                             cache, kept = _leave(cache, alive, length + step)
                             rows, alive, place, drawn = rows[kept], alive[kept], place[kept], drawn[kept]
                             padding = None if padding is None else padding[kept]
+                            if grammar is not None:
+                                stand = Place(*(part[kept] for part in stand))
                 if step + 1 < max_new_tokens:
                     end = length + step + 1
                     seen = None if padding is None else padding[..., :end]
