@@ -34,6 +34,7 @@ from smart.soundfonts import check_soundfont, find_soundfont
 from smart.tokens import Grammar, Vocabulary, build_grammar, decode, unplayable, vocabulary
 
 WINDOW = 512  # tokens that the model sees at once: the crops that bases are trained on (paper section 3.1)
+CONTEXT = WINDOW * 3 // 4  # of these, at most, stand before what is drawn
 ROWS = 64  # pieces, candidates included, that are written together
 SETTINGS, TABLE = "settings.json", "pieces.csv"
 
@@ -108,7 +109,7 @@ class Writer(NamedTuple):
         done = 0
         while going and done < tokens:
             seen = [
-                last_bars([*prompts[row], *written[row]], self.facts, bars=WINDOW, longest=WINDOW // 2) for row in going
+                last_bars([*prompts[row], *written[row]], self.facts, bars=WINDOW, longest=CONTEXT) for row in going
             ]
             width = max(map(len, seen))
             padded = torch.tensor([[self.facts.pad_id] * (width - len(row)) + row for row in seen])
@@ -361,7 +362,7 @@ def generate(
         # the continuation begins with a bar of its own, in the time signature of the last one
         signature = next(token for token in reversed(going_on.tokens) if token in facts.time_signature_ids)
         line = [facts.bar_id, signature]
-        read = last_bars(going_on.tokens, facts, bars=bars, longest=WINDOW // 2 - len(line))
+        read = last_bars(going_on.tokens, facts, bars=bars, longest=CONTEXT - len(line))
         if read.count(facts.bar_id) < min(bars, going_on.tokens.count(facts.bar_id)):
             click.echo(f"{song}: only its last {read.count(facts.bar_id)} bars fit into what the model sees", err=True)
         prompt = read + line
@@ -429,14 +430,14 @@ def generate(
     rows = read_table(out)
     silent = sum(row["notes"] == "0" for row in rows)
     click.echo(
-        f"{len(rows)} pieces in {out}, {silent} of them without notes; tokens that cannot be played: "
+        f"{len(rows)} {'piece' if len(rows) == 1 else 'pieces'} in {out}, {silent} without notes; "
+        "tokens that cannot be played: "
         + _rate([int(row["unplayable"]) for row in rows], [range(int(row["tokens"])) for row in rows])
     )
     if rates is not None:
-        axis = rates.axes[0]
-        click.echo(
-            f"best of {best_of} by {rates.provenance}: mean {axis} {np.mean([float(row[axis]) for row in rows]):.3f}"
-        )
+        axis, hint = rates.axes[0], " (a stand-in, not the aesthetic model)" if rates.is_stand_in else ""
+        mean = np.mean([float(row[axis]) for row in rows])
+        click.echo(f"best of {best_of} by {kind}{hint}: mean {axis} {mean:.3f}")
 
 
 def _rate(bad: Sequence[int], written: Sequence[Sequence[int]]) -> str:
