@@ -9,6 +9,7 @@ import torch
 
 from smart import UserError
 from smart.config import Data, Optimisation
+from smart.distributed import World
 from smart.pretrain import Crops, evaluate, learning_rate, next_token_loss
 from smart.tokens import build_tokenizer, vocabulary
 
@@ -105,7 +106,8 @@ def test_evaluation_does_not_depend_on_the_batch(tiny_model: Any) -> None:
     tokens = torch.randint(3, 413, (5, 12), generator=torch.Generator().manual_seed(0))
     tokens[1, 4:] = 0
     tokens[4, 9:] = 0
-    whole = evaluate(tiny_model, tokens, 0, 5)
-    assert evaluate(tiny_model, tokens, 0, 2) == pytest.approx(whole, rel=1e-5)
+    alone = World(torch.device("cpu"))
+    whole = evaluate(tiny_model, tokens, 0, 5, alone)
+    assert evaluate(tiny_model, tokens, 0, 2, alone) == pytest.approx(whole, rel=1e-5)
     with torch.no_grad():
         assert whole == pytest.approx(next_token_loss(tiny_model, tokens, 0).item(), rel=1e-5)
