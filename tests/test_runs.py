@@ -341,26 +341,33 @@ def test_shipped_config_runs_shortened(name: str, base: Path, tmp_path: Path, co
     assert status == 0, output
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty short pieces through ``smart.corpus``."""
+def build_corpus(folder: Path, voices: list[tuple[int, bool]], *options: str) -> Path:
+    """Forty short pieces through ``smart.corpus``: a note on every beat for each voice (program, whether drums)."""
     from symusic import Note, Score, Tempo, TimeSignature, Track
 
-    midi = tmp_path_factory.mktemp("midi")
+    midi = folder / "midi"
+    midi.mkdir()
     for piece in range(40):
         draw = random.Random(piece)
         score = Score(480)
         score.tempos.append(Tempo(0, 90 + 3 * piece))
         score.time_signatures.append(TimeSignature(0, 4, 4))
-        track = Track(program=0)
-        for beat in range(40):
-            track.notes.append(Note(480 * beat, 480, draw.randint(40, 80), draw.randint(30, 120)))
-        score.tracks.append(track)
+        for program, is_drum in voices:
+            track = Track(program=program, is_drum=is_drum)
+            for beat in range(40):
+                track.notes.append(Note(480 * beat, 480, draw.randint(40, 80), draw.randint(30, 120)))
+            score.tracks.append(track)
         score.dump_midi(midi / f"{piece}.mid")
-    folder = tmp_path_factory.mktemp("corpus") / "out"
-    status, output = run("corpus", "build", "--midi", str(midi), "--out", str(folder), "--workers", "1")
+    status, output = run(
+        "corpus", "build", "--midi", str(midi), "--out", str(folder / "out"), "--workers", "1", *options
+    )
     assert status == 0, output
-    return folder
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_corpus(tmp_path_factory.mktemp("corpus"), [(0, False)])
 
 
 PRETRAIN = {
@@ -491,3 +498,35 @@ def test_compiled_pretraining_learns_the_same(corpus: Path, tmp_path: Path) -> N
     for on, off in zip(curve(tmp_path / "on" / "r"), curve(tmp_path / "off" / "r"), strict=True):
         assert on["loss"] == pytest.approx(off["loss"], rel=1e-4)
         assert on["validation_loss"] == pytest.approx(off["validation_loss"], rel=1e-4)
+
+
+def test_many_instruments_from_midi_files_to_a_tuned_model(tmp_path: Path) -> None:
+    """Strings, bass and drums: a corpus, a base that learns from it for seconds, two iterations, a few pieces."""
+    from symusic import Score
+
+    (tmp_path / "corpus").mkdir()
+    band = [(48, False), (33, False), (0, True)]
+    corpus = build_corpus(tmp_path / "corpus", band, "--instruments", "all")
+    learn = {"steps": 120, "batch": 16, "learning_rate": 1e-2, "warmup": 10, "evaluate_every": 120}
+    more = [part for key, value in learn.items() for part in ("--set", f"optimisation.{key}={value}")]
+    status, output = run("pretrain", *pretrain(corpus, tmp_path / "base"), *more)
+    assert status == 0, output
+    base = tmp_path / "base" / "r" / "base"
+
+    short = {"grpo.iterations": 2, "track.samples_every": 1, "prompts.kind": "dataset", "prompts.corpus": corpus}
+    status, output = run("grpo", "--config", "quickstart.toml", *arguments(base, tmp_path, **short))
+    assert status == 0, output
+    rows = metrics(tmp_path / "r")
+    assert all(row["policy/dlogp_max"] < 1e-4 and row["clips/failed"] == 0 for row in rows)
+    assert rows[-1]["policy/kl"] > 0 and rows[-1]["clips/silent_rate"] < 1
+
+    out = tmp_path / "pieces"
+    status, output = run(
+        "generate", "--model", str(tmp_path / "r"), "--out", str(out), "-n", "2", "--tokens", "80", "--playable"
+    )
+    assert status == 0 and "tokens that cannot be played: 0 of" in output, output
+    for folder in (tmp_path / "r" / "samples", tmp_path / "r" / "final", out):
+        tracks = [track for path in folder.rglob("*.mid") for track in Score(path).tracks]
+        assert {(track.program, track.is_drum) for track in tracks} >= set(band), folder
+        for path in folder.rglob("*.wav"):
+            assert soundfile.read(path)[0].any()
