@@ -27,8 +27,9 @@ SHORT = {
         "render.workers": 1, "render.seconds": 2.0, "track.final_prompts": 2, "track.checkpoint_every": 1,
     },
     "smart.pretrain": {
-        "architecture.hidden": 24, "architecture.layers": 1, "optimisation.steps": 2, "optimisation.batch": 2,
-        "optimisation.evaluate_every": 1, "optimisation.evaluate_rows": 2, "optimisation.samples": 2, "data.crop": 32,
+        "architecture.hidden": 24, "architecture.heads": 2, "architecture.layers": 1, "optimisation.steps": 2,
+        "optimisation.batch": 2, "optimisation.evaluate_every": 1, "optimisation.evaluate_rows": 2,
+        "optimisation.samples": 2, "data.crop": 32,
     },
 }  # fmt: skip
 
