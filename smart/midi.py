@@ -219,7 +219,8 @@ def content_hash(score: ScoreTick) -> bytes:
     notes, division = gather(score), score.ticks_per_quarter
     # twelfths of a quarter, rounded half up in whole numbers: the same for any division that is a multiple of another
     onsets = (notes["time"] * 24 + division) // (2 * division)
-    keys = np.unique((notes["voice"] << 48) + onsets * 128 + notes["pitch"])
+    keys = np.sort((notes["voice"] << 48) + onsets * 128 + notes["pitch"], kind="stable")
+    keys = keys[np.append(True, np.diff(keys) != 0)[: len(keys)]]
     return hashlib.blake2b(keys.astype("<i8").tobytes(), digest_size=16).digest()
 
 
