@@ -18,6 +18,7 @@ How it differs from transformers' ``generate``:
 - One uniform number decides each token (inverse of the cumulative distribution). All N x T of them are drawn
   at the start, so what one row draws does not depend on when another row ends, and the generator advances
   by the same amount whatever is drawn.
+- A grammar may forbid what cannot be played, before all other filters.
 - On a CPU a row that has ended leaves the batch, so that short completions cost less. On CUDA nothing changes
   its shape or its place: a whole step, the draw and the end of rows included, is one CUDA graph, which the host
   replays without waiting for it. Where a graph cannot be captured the steps run one by one, after one line about it.
@@ -37,6 +38,8 @@ import click
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from smart.tokens import Grammar, Place
 
 if TYPE_CHECKING:
     from transformers import Phi3ForCausalLM
@@ -312,13 +315,30 @@ class _Choice(NamedTuple):
     top_p: float
     pad_id: int
     eos_id: int | None
+    grammar: Grammar | None
 
-    def choose(self, logits: Tensor, uniform: Tensor, alive: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Token, its log-probability and whether the row goes on, each (N,); padding and 0 where it had ended."""
+    def to(self, device: torch.device) -> _Choice:
+        return self._replace(grammar=None if self.grammar is None else self.grammar.to(device))
+
+    def stand(self, rows: Tensor) -> Place | None:
+        """Where rows of tokens (N, P) end; None without a grammar."""
+        return None if self.grammar is None else self.grammar.read(rows)
+
+    def choose(
+        self, logits: Tensor, uniform: Tensor, alive: Tensor, stand: Place | None
+    ) -> tuple[Tensor, Tensor, Tensor, Place | None]:
+        """Token, its log-probability, whether the row goes on, and where it stands then, each (N,).
+
+        A row that had ended gets padding, and the log-probability 0.
+        """
+        if self.grammar is not None and stand is not None:
+            logits = logits.masked_fill(~self.grammar.playable(stand), -math.inf)
         filtered = filter_logits(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
         drawn, logprob = draw(filtered, uniform)
         drawn, logprob = drawn.masked_fill(~alive, self.pad_id), logprob.masked_fill(~alive, 0.0)
-        return drawn, logprob, alive if self.eos_id is None else alive & (drawn != self.eos_id)
+        if self.grammar is not None and stand is not None:
+            stand = self.grammar.step(stand, drawn)
+        return drawn, logprob, alive if self.eos_id is None else alive & (drawn != self.eos_id), stand
 
 
 class _Start(NamedTuple):
@@ -336,6 +356,7 @@ def _eager(
     """Step after step from the host: tokens (N, P+T), mask (N, T), logprobs (N, T), as yet uncut."""
     prompts, real, uniforms, group_size = start
     device, length = prompts.device, prompts.shape[1]
+    choice = choice.to(device)
     steps, n = uniforms.shape
     total = length + steps
     cos, sin = table
@@ -350,11 +371,12 @@ def _eager(
     alive = torch.ones(n, dtype=torch.bool, device=device)
     place = real.sum(-1).repeat_interleave(group_size)
     padding = _padding_mask(real, group_size, total, net.cache_dtype)
+    stand = choice.stand(tokens[:, :length])
     look = STEPS_PER_LOOK.get(device.type, STEPS_PER_LOOK_ELSEWHERE)
 
     for step in range(steps):
         mask[rows, step] = alive
-        drawn, logprob, alive = choice.choose(logits, uniforms[step, rows], alive)
+        drawn, logprob, alive, stand = choice.choose(logits, uniforms[step, rows], alive, stand)
         tokens[rows, length + step] = drawn
         logprobs[rows, step] = logprob
         if choice.eos_id is not None and (step + 1) % look == 0 and not alive.all():
@@ -364,6 +386,7 @@ def _eager(
                 cache, kept = _leave(cache, alive, length + step)
                 rows, alive, place, drawn = rows[kept], alive[kept], place[kept], drawn[kept]
                 padding = None if padding is None else padding[kept]
+                stand = None if stand is None else Place(*(part[kept] for part in stand))
         if watch is not None and (step + 1) % STEPS_PER_WATCH == 0:
             ended = torch.ones(n, dtype=torch.bool, device=device)
             ended[rows] = ~alive
@@ -393,12 +416,15 @@ class _Slots(NamedTuple):
     alive: Tensor  # (N,) bool
     place: Tensor  # (N,) int64, rotary position of the next token
     column: Tensor  # (1,) int64, place of the next token in its row
+    stand: Place | None  # (N,) each, where the rows stand in the grammar, if there is one
 
 
-def _new_slots(model: Phi3ForCausalLM, dtype: torch.dtype, n: int, places: int) -> _Slots:
+def _new_slots(model: Phi3ForCausalLM, dtype: torch.dtype, n: int, places: int, choice: _Choice) -> _Slots:
     net = _read(model, dtype)
     device = net.embedding.device
     cos, sin = _rotation_table(model, places)
+    tokens = torch.full((n, places), choice.pad_id, device=device)
+    stand = choice.stand(tokens[:, :1])
     return _Slots(
         net=net,
         cache=_new_cache(net, n, places),
@@ -407,13 +433,14 @@ def _new_slots(model: Phi3ForCausalLM, dtype: torch.dtype, n: int, places: int) 
         places=torch.arange(places, device=device),
         padding=torch.zeros(n, 1, 1, places, dtype=net.cache_dtype, device=device),
         uniforms=torch.zeros(places, n, dtype=torch.float64, device=device),
-        tokens=torch.zeros(n, places, dtype=torch.int64, device=device),
+        tokens=tokens,
         mask=torch.zeros(n, places, dtype=torch.bool, device=device),
         logprobs=torch.zeros(n, places, device=device),
         logits=torch.zeros(n, net.head.shape[0], device=device),
         alive=torch.zeros(n, dtype=torch.bool, device=device),
         place=torch.zeros(n, dtype=torch.int64, device=device),
         column=torch.zeros(1, dtype=torch.int64, device=device),
+        stand=None if stand is None else Place(*(part.clone() for part in stand)),
     )
 
 
@@ -437,14 +464,21 @@ def _fill(slots: _Slots, model: Phi3ForCausalLM, start: _Start, choice: _Choice)
     slots.alive.fill_(True)
     slots.place.copy_(real.sum(-1).repeat_interleave(group_size))
     slots.column.fill_(length)
+    _write(slots.stand, choice.stand(slots.tokens[:, :length]))
     slots.logits.copy_(_prefill(slots.net, prompts, real, slots.cos, slots.sin, group_size, slots.cache))
+
+
+def _write(held: Place | None, now: Place | None) -> None:
+    for there, here in zip(held or (), now or (), strict=True):
+        there.copy_(here)
 
 
 def _step(slots: _Slots, choice: _Choice) -> None:
     """Draw the next token of every row, then run it through the network; all in place, nothing waits for the device."""
     uniform = slots.uniforms.index_select(0, slots.column)[0]
     slots.mask.index_copy_(1, slots.column, slots.alive[:, None])
-    drawn, logprob, alive = choice.choose(slots.logits, uniform, slots.alive)
+    drawn, logprob, alive, stand = choice.choose(slots.logits, uniform, slots.alive, slots.stand)
+    _write(slots.stand, stand)
     slots.tokens.index_copy_(1, slots.column, drawn[:, None])
     slots.logprobs.index_copy_(1, slots.column, logprob[:, None])
     slots.alive.copy_(alive)
@@ -477,8 +511,9 @@ class _Graph:
 
     def __init__(self, model: Phi3ForCausalLM, dtype: torch.dtype, places: int, start: _Start, choice: _Choice) -> None:
         self.model = model
-        self.choice = choice
-        self.slots = _new_slots(model, dtype, start.uniforms.shape[1], places)
+        self.grammar = choice.grammar  # held, so that no other grammar can take its id
+        self.choice = choice = choice.to(start.prompts.device)
+        self.slots = _new_slots(model, dtype, start.uniforms.shape[1], places, choice)
         pinned = self.slots.tokens.is_cuda
         self.seen = [torch.empty_like(part, device="cpu", pin_memory=pinned) for part in self._watched()]
         _fill(self.slots, model, start, choice)  # the warm-up needs sound numbers
@@ -570,6 +605,7 @@ class Sampler:
         top_k: int = 0,
         top_p: float = 1.0,
         generator: torch.Generator | None = None,
+        grammar: Grammar | None = None,
         watch: Watch | None = None,
     ) -> Rollout:
         """Draw ``group_size`` completions of each prompt; the rows of one prompt are adjacent.
@@ -582,22 +618,28 @@ class Sampler:
         top_p: share of the probability to draw from, in (0, 1].
         generator: source of all randomness, on any device; it is advanced by N x max_new_tokens numbers.
             None takes a fresh seed from the operating system: never the global generator, never repeatable.
+        grammar: of the model's vocabulary (``smart.tokens.build_grammar``). With it only tokens are drawn that can
+            be played after their prompt, whatever the prompt is: ``smart.tokens.unplayable`` marks none of them.
+            All others get the logit -inf before the temperature, so that log-probabilities are, here too, those
+            of the distribution drawn from; a learner that takes the full softmax sees others. None: any token.
         watch: called every few steps with the rows so far, (N, P+t) int64, pad_id after a row's end, and (N,) bool,
             which have ended; both lie on the CPU and are overwritten after the call. On CUDA it sees the state of a
             few steps ago. It is not called at the end, nor for a batch that ends before the first look.
 
         Returns a Rollout of N = B x group_size rows on the model's device. Raises ValueError for an argument
-        of the wrong shape, type or range, for a prompt that is padding only, and when prompt and completion
-        together exceed the model's positions or its sliding window; FloatingPointError when the model's
-        logits are not finite.
+        of the wrong shape, type or range, for a prompt that is padding only, for a grammar of another number of
+        tokens, and when prompt and completion together exceed the model's positions or its sliding window;
+        FloatingPointError when the model's logits are not finite.
         """
         device = self.model.lm_head.weight.device
         self._check_options(max_new_tokens, group_size, temperature, top_k, top_p)
         real = self._check_prompts(prompts, max_new_tokens)
+        if grammar is not None and len(grammar.position) != self.vocabulary:
+            raise ValueError(f"grammar: expected one of {self.vocabulary} tokens, got {len(grammar.position)}")
         length = prompts.shape[1]
         uniforms = _uniforms(max_new_tokens, len(prompts) * group_size, generator, device)
         start = _Start(prompts.to(device), real.to(device), uniforms, group_size)
-        choice = _Choice(temperature, top_k, top_p, self.pad_id, self.eos_id)
+        choice = _Choice(temperature, top_k, top_p, self.pad_id, self.eos_id, grammar)
 
         # an ambient autocast would undo the dtypes chosen here
         with torch.autocast(device.type, enabled=False):
@@ -627,7 +669,8 @@ class Sampler:
         places = -(-(start.prompts.shape[1] + steps) // PLACES) * PLACES
         dtype = self._compute_dtype()
         # a graph reads the parameters where they lay when it was captured
-        key = (n, places, dtype, choice, *(parameter.data_ptr() for parameter in self.model.parameters()))
+        weights = (parameter.data_ptr() for parameter in self.model.parameters())
+        key = (n, places, dtype, choice._replace(grammar=None), id(choice.grammar), *weights)
         if key not in self._graphs:
             while len(self._graphs) >= GRAPHS_KEPT:
                 del self._graphs[next(iter(self._graphs))]

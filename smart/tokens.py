@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -280,9 +280,21 @@ def _last_of_each_tick(events: Any, kind: Any) -> Any:
     return kind.from_numpy(*(column[order] for column in columns.values()))
 
 
+class Place(NamedTuple):
+    """Where N rows of tokens stand: all that decides which token may come next. (N,) int64 each."""
+
+    token: torch.Tensor  # the last one
+    position: torch.Tensor  # number of the last Position in this bar, -1 before the first
+    bar_positions: torch.Tensor  # positions in this bar
+
+
 @dataclass(frozen=True)
 class Grammar:
-    """Which tokens may follow which, as tables over the vocabulary (V); made by ``build_grammar``."""
+    """Which tokens may follow which, as tables over the vocabulary (V); made by ``build_grammar``.
+
+    A token may come next if it may follow the last one and, if it is a Position, comes after the last Position in
+    its bar and lies within the bar. At any ``Place``, whatever led to it, at least one token may come next.
+    """
 
     allowed: torch.Tensor  # (V, V) bool: row = token, column = the token after it
     position: torch.Tensor  # (V,) int64: the number of a Position token, -1 for others
@@ -298,13 +310,36 @@ class Grammar:
             bar_positions=self.bar_positions.to(device),
         )
 
+    def read(self, tokens: torch.Tensor) -> Place:
+        """Where rows of tokens (N, L), L >= 1, end. Padding on the left changes nothing."""
+        first = tokens[:, 0]
+        place = Place(first, first.new_full(first.shape, -1), first.new_full(first.shape, self.default_positions))
+        for column in tokens.unbind(1):
+            place = self.step(place, column)
+        return place
+
+    def step(self, place: Place, tokens: torch.Tensor) -> Place:
+        """Where rows stand after one more token each, (N,), allowed or not. Nothing waits for the device."""
+        position, bar_positions = self.position[tokens], self.bar_positions[tokens]
+        return Place(
+            tokens,
+            position.where((position >= 0) | (tokens == self.bar_id), place.position),
+            bar_positions.where(bar_positions > 0, place.bar_positions),
+        )
+
+    def playable(self, place: Place) -> torch.Tensor:
+        """(N, V) bool: which tokens may come next. Nothing waits for the device."""
+        later = self.position > place.position[:, None]
+        within = self.position < place.bar_positions[:, None]
+        return self.allowed[place.token] & ((self.position < 0) | (later & within))
+
 
 def allowed_transitions(tokenizer: REMI) -> torch.Tensor:
     """(V, V) bool: ``[a, b]`` tells whether token ``b`` may follow token ``a`` in a piece.
 
     By token type, from MidiTok's own graph of types, narrowed to what its encoder writes: special tokens stand in no
-    piece; BOS is followed by a bar line; a time signature follows a bar line only, since elsewhere it would change
-    the length of a bar that has begun; the end may come wherever a bar line may.
+    piece, and only a bar line follows them, as after BOS; a time signature follows a bar line only, since elsewhere
+    it would change the length of a bar that has begun; the end may come wherever a bar line may.
     """
     import torch
 
@@ -317,7 +352,7 @@ def allowed_transitions(tokenizer: REMI) -> torch.Tensor:
             followers.discard("TimeSig")
         if "Bar" in followers:
             followers.add("EOS")
-    after["BOS"] = {"Bar"}
+    after |= {kind: {"Bar"} for kind in specials}
     kinds = [""] * len(tokenizer.vocab)
     for token, number in tokenizer.vocab.items():
         kinds[number] = token.split("_")[0]
@@ -348,8 +383,8 @@ def unplayable(tokens: torch.Tensor, prompt_length: int, mask: torch.Tensor, gra
     """Which completion tokens cannot be played: (N, T) bool, for ``tokens`` (N, P+T) and ``mask`` (N, T).
 
     A token is marked where it may not follow the token before it, or is a Position that does not come after
-    the Position before it in the same bar, or lies beyond the end of the bar. Tokens outside ``mask`` are not
-    marked. Raises ``ValueError`` where the shapes do not fit or the prompt is empty.
+    the Position before it in the same bar, or lies beyond the end of the bar: see ``Grammar``. Tokens outside
+    ``mask`` are not marked. Raises ``ValueError`` where the shapes do not fit or the prompt is empty.
     """
     import torch
 
@@ -360,20 +395,9 @@ def unplayable(tokens: torch.Tensor, prompt_length: int, mask: torch.Tensor, gra
             f"P {prompt_length}, mask {tuple(mask.shape)}"
         )
     grammar = (grammar if isinstance(grammar, Grammar) else build_grammar(grammar)).to(tokens.device)
-    position = grammar.position[tokens]  # (N, L), like all that follows
-    bar_positions = grammar.bar_positions[tokens]
-    place = torch.arange(1, tokens.shape[1] + 1, device=tokens.device).expand_as(tokens)  # 0 is for "none yet"
-
-    def latest(which: torch.Tensor) -> torch.Tensor:
-        return torch.where(which, place, 0).cummax(dim=1).values
-
-    last_bar = latest(tokens == grammar.bar_id)
-    last_position = torch.nn.functional.pad(latest(position >= 0), (1, 0))[:, :-1]  # strictly before the token
-    last_signature = latest(bar_positions > 0)
-    before = position.gather(1, (last_position - 1).clamp(min=0))
-    before = torch.where(last_position > last_bar, before, -1)
-    end = bar_positions.gather(1, (last_signature - 1).clamp(min=0))
-    end = torch.where(last_signature > 0, end, grammar.default_positions)
-    bad = (position >= 0) & ((position <= before) | (position >= end))
-    bad[:, 1:] |= ~grammar.allowed[tokens[:, :-1], tokens[:, 1:]]
-    return bad[:, prompt_length:] & mask.bool()
+    place = grammar.read(tokens[:, :prompt_length])
+    bad = torch.zeros_like(mask, dtype=torch.bool)
+    for step, column in enumerate(tokens[:, prompt_length:].unbind(1)):
+        bad[:, step] = ~grammar.playable(place).gather(1, column[:, None])[:, 0]
+        place = grammar.step(place, column)
+    return bad & mask.bool()

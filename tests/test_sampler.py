@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from smart.sampler import Rollout, Sampler, draw, filter_logits
+from smart.tokens import build_grammar, build_tokenizer, unplayable
 
 PAD, BOS, EOS, VOCABULARY = 0, 1, 2, 23
 
@@ -644,6 +646,149 @@ def test_any_lengths_and_groups(lengths: list[int], extra: int, group_size: int,
 MODEL = make_model(seed=4)
 
 
+# ------------------------------------------------------------------------------------------------ a grammar
+
+
+TOKENIZER = build_tokenizer()
+NAMES = sorted(TOKENIZER.vocab, key=TOKENIZER.vocab.__getitem__)
+GRAMMAR = build_grammar(TOKENIZER)
+MUSICIANS = [make_model(seed, vocab_size=len(NAMES), initializer_range=size) for seed, size in ((5, 0.02), (6, 0.3))]
+
+
+def opening(*names: str) -> list[int]:
+    return [TOKENIZER.vocab[name] for name in ("Bar_None", *names)]
+
+
+def naive_playable(tokens: list[int]) -> list[bool]:
+    """Which of all tokens may come next, by a plain loop over names, written from the description."""
+    notes = {"Bar", "Position", "Pitch", "EOS"}
+    after = {"Bar": {"TimeSig"}, "TimeSig": notes, "Position": {"Tempo", "Pitch"}, "Tempo": notes,
+             "Pitch": {"Velocity"}, "Velocity": {"Duration"}, "Duration": notes}  # fmt: skip
+    position, beats = -1, 4
+    for token in tokens:
+        kind, value = NAMES[token].split("_", 1)
+        if kind == "Bar":
+            position = -1
+        elif kind == "TimeSig":
+            beats = int(value.split("/")[0])
+        elif kind == "Position":
+            position = int(value)
+    follow = after.get(NAMES[tokens[-1]].split("_")[0], {"Bar"})
+    answer = []
+    for name in NAMES:
+        kind, value = name.split("_", 1)
+        answer.append(kind in follow and (kind != "Position" or position < int(value) < 12 * beats))
+    return answer
+
+
+@st.composite
+def any_prompts(draw_: Any) -> Tensor:
+    """(B, P), left-padded: openings, and rows of any tokens at all."""
+    row = st.one_of(
+        st.lists(st.integers(0, len(NAMES) - 1), min_size=1, max_size=7).filter(any),
+        st.just([BOS]),
+        st.just(opening("TimeSig_3/4", "Position_0", "Tempo_120.0")),
+        st.just(opening("TimeSig_3/8", "Position_35")),
+        st.just(opening("TimeSig_3/8", "Position_33", "Pitch_60", "Velocity_63", "Duration_1.0.12")),
+    )
+    rows = draw_(st.lists(row, min_size=1, max_size=4))
+    width = max(map(len, rows))
+    return torch.tensor([[PAD] * (width - len(tokens)) + tokens for tokens in rows])
+
+
+@given(prompts=any_prompts(), musician=st.sampled_from(MUSICIANS), ends=st.booleans(), seed=st.integers(0, 2**32))
+@settings(max_examples=30, deadline=None)
+def test_under_a_grammar_all_is_playable(prompts: Tensor, musician: Any, ends: bool, seed: int) -> None:
+    rollout = Sampler(musician, pad_id=PAD, eos_id=EOS if ends else None).sample(
+        prompts, max_new_tokens=50, group_size=4, generator=seeded(seed), grammar=GRAMMAR
+    )
+    assert rollout.mask.any(dim=1).all()
+    assert not unplayable(rollout.tokens, prompts.shape[1], rollout.mask, GRAMMAR).any()
+    completions = rollout.tokens[:, prompts.shape[1] :]
+    for row, tokens in enumerate(completions.tolist()):
+        so_far = prompts[row // 4].tolist()
+        for token in tokens[: int(rollout.mask[row].sum())]:
+            assert naive_playable(so_far)[token]
+            so_far.append(token)
+
+
+@pytest.mark.parametrize(
+    "filters", [{}, {"temperature": 1.6}, {"top_k": 20}, {"temperature": 0.8, "top_k": 60, "top_p": 0.9}], ids=str
+)
+def test_under_a_grammar_logprobs_are_of_the_distribution_drawn_from(filters: dict[str, Any]) -> None:
+    musician = MUSICIANS[1]
+    long = opening("TimeSig_5/8", "Position_3", "Pitch_60", "Velocity_63", "Duration_1.0.12")
+    prompts = torch.tensor([[PAD] * (len(long) - 1) + [BOS], long])
+    rollout = Sampler(musician, pad_id=PAD, eos_id=EOS).sample(
+        prompts, max_new_tokens=30, group_size=3, generator=seeded(31), grammar=GRAMMAR, **filters
+    )
+    assert rollout.mask.sum() > 60
+    for row, tokens in enumerate(rollout.tokens):
+        start = 0 if row >= 3 else len(long) - 1
+        count = int(rollout.mask[row].sum())
+        sequence = tokens[start : len(long) + count]
+        logits = uncached_logits(musician, sequence, count)
+        drawn = sequence[-count:].tolist()
+        for step, token in enumerate(drawn):
+            may = naive_playable(sequence[: len(sequence) - count + step].tolist())
+            masked = torch.tensor([v if m else -math.inf for v, m in zip(logits[step].tolist(), may, strict=True)])
+            assert rollout.logprobs[row, step].item() == pytest.approx(
+                reference_logprob(masked, token, **filters), abs=1e-4
+            )
+
+
+def test_a_grammar_that_forbids_nothing_changes_nothing() -> None:
+    lax = replace(GRAMMAR, allowed=torch.ones_like(GRAMMAR.allowed), position=torch.full_like(GRAMMAR.position, -1))
+    prompts = torch.tensor([[PAD, BOS], opening("TimeSig_3/4")])
+    plain, masked, strict = (
+        Sampler(MUSICIANS[1], pad_id=PAD, eos_id=EOS).sample(
+            prompts, max_new_tokens=40, group_size=4, generator=seeded(32), grammar=grammar
+        )
+        for grammar in (None, lax, GRAMMAR)
+    )
+    for one, other in zip(plain, masked, strict=True):
+        assert torch.equal(one, other)
+    assert unplayable(plain.tokens, 2, plain.mask, GRAMMAR).any()
+    assert plain.tokens.tolist() != strict.tokens.tolist()
+
+
+def test_under_a_grammar_an_ended_row_changes_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that leave the batch, or wait in it as on an accelerator, take their place in the music with them."""
+    prompts = torch.tensor([[PAD, BOS], opening("TimeSig_3/4")])
+    musician = make_model(8, vocab_size=len(NAMES), initializer_range=0.02)
+    with torch.no_grad():
+        musician.lm_head.weight.zero_()  # uniform over what may come: the end is never far
+    options: dict[str, Any] = {"max_new_tokens": 60, "group_size": 8, "grammar": GRAMMAR}
+    endless = Sampler(musician, pad_id=PAD, eos_id=None).sample(prompts, generator=seeded(33), **options)
+    for steps in (1, 7, 100):
+        monkeypatch.setattr("smart.sampler.STEPS_PER_LOOK", {"cpu": steps})
+        ended = Sampler(musician, pad_id=PAD, eos_id=EOS).sample(prompts, generator=seeded(33), **options)
+        counts = ended.mask.sum(1)
+        assert len(counts.unique()) > 2
+        for row, count in enumerate(counts.tolist()):
+            assert torch.equal(ended.tokens[row, : 2 + count], endless.tokens[row, : 2 + count])
+
+
+def test_captured_step_under_grammars(captured: list[int]) -> None:
+    """Two grammars in turn, each with its own graph, and the same graph for rows that stand elsewhere."""
+    lax = replace(GRAMMAR, allowed=torch.ones_like(GRAMMAR.allowed))
+    sampler = Sampler(MUSICIANS[1], pad_id=PAD, eos_id=EOS)
+    for prompts in (
+        torch.tensor([[PAD, BOS], opening("TimeSig_3/4")]),
+        torch.tensor([opening("TimeSig_3/8", "Position_35", "Pitch_60")]).expand(2, -1),
+    ):
+        for grammar in (GRAMMAR, lax, None):
+            options: dict[str, Any] = {"max_new_tokens": 40, "group_size": 4, "grammar": grammar}
+            rollout = sampler.sample(prompts, generator=seeded(32), **options)
+            assert_same(rollout, stepwise(MUSICIANS[1], prompts, generator=seeded(32), **options))
+    assert len(captured) == 3
+
+
+def test_a_grammar_of_another_vocabulary_is_refused(model: Phi3ForCausalLM) -> None:
+    with pytest.raises(ValueError, match="grammar: expected one of 23 tokens, got 413"):
+        Sampler(model, pad_id=PAD, eos_id=EOS).sample(random_prompts([4]), max_new_tokens=3, grammar=GRAMMAR)
+
+
 # ------------------------------------------------------------------------------------------------- mistakes
 
 
@@ -789,3 +934,21 @@ def test_cuda(dtype: torch.dtype, lengths: list[int]) -> None:
             prompts, max_new_tokens=40, group_size=8, generator=seeded(30)
         )
         assert_matches_uncached(model.cpu(), Rollout(*(part.cpu() for part in full)), prompts, 8, tol=tol)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_under_a_grammar() -> None:
+    prompts = torch.tensor([[PAD, PAD, BOS], [PAD, *opening("TimeSig_3/4")], opening("TimeSig_3/8", "Position_35")])
+    musician = make_model(6, vocab_size=len(NAMES)).cuda()
+    sampler = Sampler(musician, pad_id=PAD, eos_id=EOS)
+    options: dict[str, Any] = {"max_new_tokens": 50, "group_size": 8, "generator": seeded(34), "grammar": GRAMMAR}
+    rollout = sampler.sample(prompts, **options)
+    assert not unplayable(rollout.tokens, 3, rollout.mask, GRAMMAR).any()
+    grammar = GRAMMAR.to("cuda")
+    stand = grammar.read(rollout.tokens[:, :3])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        grammar.playable(grammar.step(stand, rollout.tokens[:, 3]))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

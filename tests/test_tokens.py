@@ -20,6 +20,7 @@ from symusic.core import NoteTick, ScoreTick, TempoTick, TimeSignatureTick, Trac
 from smart import UserError
 from smart.remi import FastRemi
 from smart.tokens import (
+    Place,
     allowed_transitions,
     build_grammar,
     build_tokenizer,
@@ -496,7 +497,6 @@ def test_fast_remi_knows_what_it_does_not_know(changed: str) -> None:
 def reference(tokens: list[int], prompt_length: int) -> list[bool]:
     """The grammar once more, token by token, written from its description."""
     after = {
-        "BOS": {"Bar"},
         "Bar": {"TimeSig"},
         "TimeSig": {"Bar", "Position", "Pitch", "EOS"},
         "Position": {"Tempo", "Pitch"},
@@ -508,7 +508,7 @@ def reference(tokens: list[int], prompt_length: int) -> list[bool]:
     bad, position, length = [], -1, 48
     for place, token in enumerate(tokens):
         kind, value = NAMES[token].split("_", 1)
-        wrong = place > 0 and kind not in after.get(NAMES[tokens[place - 1]].split("_")[0], set())
+        wrong = place > 0 and kind not in after.get(NAMES[tokens[place - 1]].split("_")[0], {"Bar"})  # specials
         if kind == "Bar":
             position = -1
         if kind == "TimeSig":
@@ -577,6 +577,36 @@ def test_unplayable_counts_only_the_mask(tokenizer: REMI) -> None:
     mask = torch.tensor([[True, False, False, False]])
     assert not unplayable(rows, 4, mask, tokenizer).any()
     assert unplayable(rows, 4, torch.ones_like(mask), tokenizer).tolist() == [[False, True, True, True]]
+
+
+@pytest.mark.parametrize("instruments", ["piano", "all"])
+def test_there_is_always_a_token_that_may_come_next(instruments: str) -> None:
+    """After any token at any position of any bar, the last one and beyond it included."""
+    grammar = build_grammar(build_tokenizer(instruments))
+    tokens = torch.arange(len(grammar.position))
+    for bar_positions in {grammar.default_positions, *grammar.bar_positions.tolist()} - {0}:
+        for position in range(-1, 144):
+            place = Place(tokens, torch.full_like(tokens, position), torch.full_like(tokens, bar_positions))
+            assert grammar.playable(place).any(dim=1).all()
+
+
+def test_playable_by_hand(tokenizer: REMI) -> None:
+    grammar = build_grammar(tokenizer)
+
+    def after(tokens: list[int]) -> set[str]:
+        (row,) = grammar.playable(grammar.read(torch.tensor([tokens])))
+        names = [NAMES[token] for token in row.nonzero()[:, 0]]
+        return {name if name.startswith("Position") else name.split("_")[0] for name in names}
+
+    note = ("Pitch_60", "Velocity_63", "Duration_1.0.12")
+    rest = {"Bar", "Pitch", "EOS"}
+    assert after(ids("BOS_None")) == after(ids("EOS_None")) == after(ids("PAD_None")) == {"Bar"}
+    assert after(bar("3/4", "Position_35")) == {"Tempo", "Pitch"}
+    assert after(bar("3/4", "Position_33", *note)) == {"Position_34", "Position_35", *rest}
+    assert after(bar("3/4", "Position_35", *note)) == after(bar("3/4", "Position_99", *note)) == rest
+    assert after([0, 0, *bar("4/4", "Position_46", *note)]) == {"Position_47", *rest}
+    assert after(bar("4/4", "Position_46", *note) + bar("3/8")) == {f"Position_{number}" for number in range(36)} | rest
+    assert after(ids("Position_46", *note)) == {"Position_47", *rest}  # before any TimeSig a bar is one of 4/4
 
 
 def test_unplayable_refuses_shapes(tokenizer: REMI) -> None:
