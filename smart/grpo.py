@@ -87,10 +87,23 @@ def completion_logits(
     return logits if temperature == 1.0 else logits / temperature
 
 
-def token_logprobs(model: Any, tokens: torch.Tensor, prompt_length: int, *, temperature: float = 1.0) -> torch.Tensor:
-    """Log-probability (N, T) of every token after the prompt in ``tokens`` (N, P+T), under the full softmax."""
-    logits = completion_logits(model, tokens, prompt_length, temperature=temperature)
-    return _gather(logits.log_softmax(dim=-1), tokens[:, prompt_length:])
+def token_logprobs(
+    model: Any,
+    tokens: torch.Tensor,
+    prompt_length: int,
+    *,
+    temperature: float = 1.0,
+    micro_batch: int | None = None,
+) -> torch.Tensor:
+    """Log-probability (N, T) of every token after the prompt in ``tokens`` (N, P+T), under the full softmax.
+
+    ``micro_batch`` rows at a time (None: all), so that N x T x V numbers never exist at once.
+    """
+    parts = []
+    for rows in tokens.split(micro_batch or len(tokens)):
+        logits = completion_logits(model, rows, prompt_length, temperature=temperature)
+        parts.append(_gather(logits.log_softmax(dim=-1), rows[:, prompt_length:]))
+    return torch.cat(parts)
 
 
 def _gather(logp: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
@@ -287,17 +300,6 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     def prompts(count: int, generator: torch.Generator) -> torch.Tensor:
         return draw(config.prompts.kind, count, tokenizer, generator, pieces=parts.pieces).to(device)
 
-    def sample(sampler: Sampler, rows: torch.Tensor, generator: torch.Generator, **options: Any) -> Rollout:
-        return sampler.sample(
-            rows,
-            max_new_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            generator=generator,
-            **options,
-        )
-
     def listen(name: str, tokens: torch.Tensor, audio: Any) -> None:
         run.listen(name, decode(tokenizer, tokens), audio, render.sample_rate)
 
@@ -306,6 +308,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     samplers = {
         name: Sampler(model, pad_id=facts.pad_id, eos_id=facts.eos_id, dtype=drawn_in)
         for name, model in (("base", reference), ("tuned", policy))
+    }
+    drawing: dict[str, Any] = {
+        name: getattr(sampling, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")
     }
     precision = pick_precision(settings.precision, device)
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
@@ -331,32 +336,28 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
             watch = track.Stopwatch()
             try:
                 starts = prompts(settings.prompts, generators["prompts"])
-                clips = scorer.listen(watch)  # which renders a completion as soon as it has settled
-                rollout = sample(
-                    samplers["tuned"],
+                clips = scorer.listen(watch)  # which has a completion rendered as soon as it has settled
+                rollout = samplers["tuned"].sample(
                     starts,
-                    generators["sampler"],
                     group_size=settings.group_size,
+                    generator=generators["sampler"],
                     watch=clips.look,
+                    **drawing,
                 )
-                waiting = clips.finish(rollout)
+                clips.finish(rollout)
                 watch.lap("generate")
                 with torch.no_grad(), autocast:  # while the workers render
-                    pieces = rollout.tokens.split(settings.micro_batch)
-                    logps = [
-                        token_logprobs(reference, rows, starts.shape[1], temperature=sampling.temperature)
-                        for rows in pieces
-                    ]
-                ref_logp = torch.cat(logps)
+                    ref_logp = token_logprobs(
+                        reference,
+                        rollout.tokens,
+                        starts.shape[1],
+                        temperature=sampling.temperature,
+                        micro_batch=settings.micro_batch,
+                    )
                 watch.lap("reference")
                 heard = range(config.track.samples) if step % config.track.samples_every == 0 else range(0)
-                rated = scorer.collect(waiting, keep=heard, stopwatch=watch)
+                rated = clips.rate(keep=heard)
                 watch.lap("score")
-                if not rated.rewards.isfinite().any():
-                    raise FloatingPointError(
-                        f"none of {len(waiting)} clips could be rated; {rated.failed} of them could not be rendered "
-                        f"with {parts.soundfont}"
-                    )
                 advantages = group_advantages(rated.rewards, settings.group_size, scale=settings.scale)
                 stats = update(
                     policy,
@@ -413,7 +414,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
         heard = range(min(config.track.final_listen, len(starts)))
         rewards = {}
         for name, sampler in samplers.items():
-            rollout = sample(sampler, starts, torch.Generator(device).manual_seed(seed))
+            rollout = sampler.sample(starts, generator=torch.Generator(device).manual_seed(seed), **drawing)
             rated = scorer.collect(scorer.submit(rollout), keep=heard)
             rewards[name] = rated.rewards[rated.rewards.isfinite()].numpy()
             for row in heard:

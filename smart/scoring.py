@@ -146,31 +146,27 @@ class Horizon:
         def first(which: torch.Tensor) -> torch.Tensor:  # (N, 1), from 1
             return torch.where(which, places, NEVER).amin(dim=1, keepdim=True)
 
-        def before(values: torch.Tensor, start: torch.Tensor) -> torch.Tensor:  # as they were before each token
-            return torch.cat([start, values[:, :-1]], dim=1)
-
         # the first time signature holds from the beginning if it stands before the first note (as MidiTok decodes)
         is_signature = self.bar_ticks[tokens] > 0
         at, note_at = first(is_signature), first(self.of_note[tokens])
         known = torch.minimum(at, note_at)[:, 0] < NEVER
         last = latest(is_signature)
 
-        def in_force(values: torch.Tensor, default: int) -> tuple[torch.Tensor, torch.Tensor]:
+        def in_force(values: torch.Tensor, default: int) -> torch.Tensor:
             found = tokens.gather(1, (at - 1).clamp(max=tokens.shape[1] - 1))
             start = torch.where(at < note_at, values[found], default)
-            return torch.where(last > 0, values[tokens.gather(1, (last - 1).clamp(min=0))], start), start
+            return torch.where(last > 0, values[tokens.gather(1, (last - 1).clamp(min=0))], start)
 
-        bar_ticks, start_ticks = in_force(self.bar_ticks, self.opening[0])
-        step_ticks, _ = in_force(self.step_ticks, self.opening[1])
         is_bar, is_position = tokens == self.bar_id, self.position[tokens] >= 0
-        nothing = torch.zeros_like(tokens[:, :1])
-        begun = before((is_bar | is_position).cumsum(dim=1), nothing) > 0  # the first bar line is at 0
-        bar = torch.where(is_bar & begun, before(bar_ticks, start_ticks), 0).cumsum(dim=1)  # tick of the bar's line
+        moves = is_bar & ((is_bar | is_position).cumsum(dim=1) > 1)  # the first bar line is at 0
+        bar = torch.where(moves, in_force(self.bar_ticks, self.opening[0]), 0).cumsum(dim=1)  # tick of the bar's line
         last_position = latest(is_position)
-        offset = (self.position[tokens] * step_ticks).gather(1, (last_position - 1).clamp(min=0))
+        offset = self.position[tokens] * in_force(self.step_ticks, self.opening[1])
+        offset = offset.gather(1, (last_position - 1).clamp(min=0))
         tick = bar + torch.where(last_position > latest(is_bar), offset, 0)
 
-        # tempos by tick; of those at one tick the last holds, since the others last for no time
+        # tempos by tick, behind MidiTok's own; of those at one tick the last holds, since the others last for no time
+        nothing = torch.zeros_like(tokens[:, :1])
         pace = self.pace[tokens]
         many = int((pace > 0).sum(dim=1).amax())
         at_tick, order = torch.where(pace > 0, tick, NEVER).sort(dim=1, stable=True)
@@ -219,7 +215,19 @@ class Clips:
         tokens = rollout.tokens.cpu()
         for row in range(len(tokens)):
             self._submit(row, tokens[row])
-        return [self.futures[row] for row in range(len(tokens))]
+        return self._in_order()
+
+    def rate(self, *, keep: Iterable[int] = ()) -> Rated:
+        """``Scorer.collect`` of all clips. Raises ``FloatingPointError`` where not one of them has a reward."""
+        rated = self.scorer.collect(self._in_order(), keep=keep, stopwatch=self.stopwatch)
+        if not rated.rewards.isfinite().any():
+            raise FloatingPointError(
+                f"none of {len(rated.rewards)} clips could be rated; {rated.failed} of them could not be rendered"
+            )
+        return rated
+
+    def _in_order(self) -> list[Future[Audio]]:
+        return [self.futures[row] for row in range(len(self.futures))]
 
     def _submit(self, row: int, tokens: torch.Tensor) -> None:
         if row in self.futures:
