@@ -7,6 +7,7 @@ import click
 PROGRAMS = {
     "grpo": "Tune a base model by how its music sounds.",
     "pretrain": "Train a base model on a tokenised corpus.",
+    "generate": "Write music with a base or a tuned run.",
     "corpus": "Turn a folder of MIDI files into a tokenised corpus.",
     "calibrate": "Fit the ce_proxy reward to clips that were rated.",
 }

@@ -42,7 +42,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Model:
-    """The base model: a shipped name, a local folder, or a hub id (the only case that uses the network)."""
+    """The base to start from: a shipped name, a local folder, or a hub id (the only case that uses the network)."""
 
     base: str = "piano-small"
 
@@ -165,19 +165,22 @@ class Optimisation:
     warmup: int = _number(500, low=0)
     weight_decay: float = _number(0.01, low=0.0)
     max_grad_norm: float = _number(1.0, above=0.0)
-    precision: str = _choice("auto", "auto", "float32", "bfloat16")
+    precision: str = _choice("auto", "auto", "float32", "bfloat16")  # auto: bf16 autocast on CUDA only
+    compile: str = _choice("auto", "auto", "on", "off")  # torch.compile; auto: on CUDA where a C compiler is
     evaluate_every: int = _number(500, low=1)
     evaluate_rows: int = _number(256, low=1)  # validation rows, the same ones each time
     patience: int = _number(10, low=1)  # evaluations without a better validation loss before stopping
     keep_checkpoints: int = _number(2, low=1)  # one is made at each evaluation
-    samples: int = _number(4, low=0)  # pieces written as MIDI and WAV at each evaluation
+    samples: int = _number(16, low=0)  # pieces drawn at each evaluation, to say how many can be played
+    listen: int = _number(4, low=0)  # of them, how many are written as MIDI and WAV
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """A base model's run (``smart.pretrain``)."""
+    """A base model's run (``smart.pretrain``). ``model.base`` empty: random weights of ``architecture``."""
 
     run: Run = field(default_factory=Run)
+    model: Model = field(default_factory=lambda: Model(base=""))
     architecture: Architecture = field(default_factory=Architecture)
     data: Data = field(default_factory=Data)
     optimisation: Optimisation = field(default_factory=Optimisation)

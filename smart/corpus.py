@@ -6,8 +6,8 @@ hash of its onsets and pitches alone, so that no piece is in two splits, and eac
 are added.
 
 Scraped files crash, hang or swell native parsers. Every file is therefore read by a worker process with a
-limit on time and memory; a worker that dies is replaced, and costs the file that it was working on, which
-goes into ``rejects.csv`` with the reason.
+limit on time and memory (``smart.midi_pool``); one that kills its worker goes into ``rejects.csv`` with the
+reason, like every other that is left out.
 
 A build keeps its state in ``OUT/.work`` (an SQLite table with a row for each file, and the tokens so far) and
 continues from there after it was killed. The result depends on the files and the settings alone: not on the
@@ -23,17 +23,12 @@ import hashlib
 import json
 import os
 import shutil
-import signal
-import socket
 import sqlite3
-import subprocess
-import sys
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import IO, Any
 
@@ -43,7 +38,8 @@ import numpy.typing as npt
 
 from smart import UserError, shards
 from smart.checkpoint import sha256, write_atomically
-from smart.midi import CRASHED_BY_MEMORY, Limits, Piece
+from smart.midi import Limits, Piece
+from smart.midi_pool import Pool
 from smart.shards import Corpus
 from smart.tokens import build_tokenizer, load_tokenizer, save_tokenizer, vocabulary
 from smart.track import progress
@@ -59,152 +55,6 @@ def split_of(digest: bytes) -> str:
     if share < TEST_SHARE:
         return "test"
     return "validation" if share < TEST_SHARE + VALIDATION_SHARE * (1 - TEST_SHARE) else "train"
-
-
-# --- Worker processes ---------------------------------------------------------------------------------------------
-
-
-class Worker:
-    """A process that reads files one after another; ``pending`` are those that it has not answered yet."""
-
-    GRACE = 10.0  # seconds past the limit on a file after which a worker that did not end itself is killed
-    SERVES = 2000  # files, after which a worker is replaced: parsers leak, and memory is limited
-
-    def __init__(self, tokenizer_file: Path, limits: Limits) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", f"from smart.midi import serve; serve({theirs.fileno()})"],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-                    "OMP_NUM_THREADS": "1",
-                    "SMART_MIDI_WORKER": "1",
-                },
-                start_new_session=True,  # Ctrl-C is for the build, which then ends its workers
-            )
-        self.connection = Connection(ours.detach())
-        self.limits = limits
-        self.pending: deque[tuple[bytes, bytes]] = deque()  # (key, path)
-        self.ready = False
-        self.since = time.monotonic()  # when the first of ``pending`` was begun
-        self.served = 0
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # noticed as its end when it is read
-            self.connection.send((str(tokenizer_file), asdict(limits)))
-
-    def give(self, key: bytes, path: bytes) -> None:
-        if not self.pending:
-            self.since = time.monotonic()
-        self.pending.append((key, path))
-        self.served += 1
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.connection.send(path)
-
-    @property
-    def overdue(self) -> bool:
-        since = time.monotonic() - self.since
-        return self.ready and bool(self.pending) and since > self.limits.seconds + self.GRACE
-
-    def close(self) -> int:
-        """End the process, if it has not; its exit code, negative for a signal."""
-        self.connection.close()
-        if self.process.poll() is None and not self.pending:
-            with contextlib.suppress(subprocess.TimeoutExpired):  # it ends by itself when the connection does
-                return self.process.wait(timeout=1)
-        self.process.kill()
-        return self.process.wait()
-
-
-class Pool:
-    """``count`` workers; ``answers`` runs tasks through them and replaces those that die.
-
-    A worker that ran out of time rejects the file it was reading. One that died otherwise is given the file
-    once more, in a fresh process, in case it was killed for no fault of the file; dying twice rejects the
-    file.
-    """
-
-    AHEAD = 8  # tasks a worker is given before it has answered: it never waits for the next
-    STARTS = 3  # how many workers may die in a row before they are ready
-
-    def __init__(self, tokenizer_file: Path, limits: Limits, count: int) -> None:
-        self.tokenizer_file, self.limits = tokenizer_file, limits
-        self.again: deque[tuple[bytes, bytes]] = deque()
-        self.died_on: set[bytes] = set()
-        self.failed_starts = 0
-        self.workers = [self._start() for _ in range(count)]
-
-    def __enter__(self) -> "Pool":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for worker in self.workers:
-            worker.process.kill()
-        for worker in self.workers:
-            worker.close()
-
-    def answers(self, tasks: Iterator[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, Piece | tuple[str, str]]]:
-        """(key, answer) for every (key, path) of ``tasks``, in the order in which they are done."""
-        while True:
-            for place, worker in enumerate(self.workers):
-                if worker.served >= worker.SERVES and not worker.pending:
-                    worker.close()
-                    self.workers[place] = worker = self._start()
-                while len(worker.pending) < self.AHEAD and worker.served < worker.SERVES:
-                    task = self.again.popleft() if self.again else next(tasks, None)
-                    if task is None:
-                        break
-                    worker.give(*task)
-                if worker.overdue:
-                    worker.process.kill()
-            if not any(worker.pending for worker in self.workers):
-                return
-            by_connection = {worker.connection: worker for worker in self.workers}
-            for connection in wait(by_connection, timeout=1.0):
-                yield from self._read(by_connection[connection])  # type: ignore[index]  # one of those given
-
-    def _start(self) -> Worker:
-        return Worker(self.tokenizer_file, self.limits)
-
-    def _read(self, worker: Worker) -> Iterator[tuple[bytes, Piece | tuple[str, str]]]:
-        try:
-            answer = worker.connection.recv()
-        except (EOFError, ConnectionResetError):
-            yield from self._bury(worker)
-            return
-        worker.since = time.monotonic()
-        if answer == "ready":
-            worker.ready, self.failed_starts = True, 0
-        else:
-            yield worker.pending.popleft()[0], answer
-
-    def _bury(self, worker: Worker) -> Iterator[tuple[bytes, tuple[str, str]]]:
-        """Account for a worker that died, and put another in its place."""
-        overdue = worker.overdue
-        worker.connection.close()
-        code = worker.process.wait()
-        if not worker.ready:
-            self.failed_starts += 1
-            if self.failed_starts >= self.STARTS:
-                raise RuntimeError(f"worker processes end with exit code {code} before they are ready")
-        elif worker.pending:
-            key, path = worker.pending.popleft()
-            if overdue or code == -signal.SIGALRM:
-                yield key, ("time limit", f"over {self.limits.seconds:g} s")
-            elif key not in self.died_on:
-                self.died_on.add(key)
-                self.again.append((key, path))
-            else:
-                self.died_on.remove(key)
-                if code == CRASHED_BY_MEMORY:
-                    yield key, ("memory limit", f"over {self.limits.megabytes} MB")
-                else:
-                    what = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-                    yield key, ("crash", f"its worker died twice, by {what}")
-        self.again.extend(worker.pending)
-        worker.pending.clear()
-        self.workers[self.workers.index(worker)] = self._start()
 
 
 # --- The state of a build -----------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """What completions start from (paper sections 3.5 and 5.3): short token rows, drawn with a seeded generator.
 
 - ``procedural``: ``Bar_None, TimeSig_*, Position_0, Tempo_*``, time signature and tempo uniform over the vocabulary.
-- ``first_note``: the same, then ``Pitch_*, Velocity_*, Duration_*``, each uniform.
+- ``first_note``: the same, then ``Pitch_*, Velocity_*, Duration_*``, each uniform; before them ``Program_*``, uniform,
+  where the vocabulary has programs, and ``PitchDrum_*`` in place of the pitch where that program is the drums.
 - ``bos``: the beginning-of-sequence token alone.
 - ``dataset``: the first time signature and first tempo of a piece drawn from a corpus, in the four-token form.
 """
@@ -49,7 +50,12 @@ def draw(
     elif kind in ("procedural", "first_note"):
         columns = opening(pick(facts.time_signature_ids), pick(facts.tempo_ids))
         if kind == "first_note":
-            columns += [pick(ids) for ids in (facts.pitch_ids, facts.velocity_ids, facts.duration_ids)]
+            pitches = pick(facts.pitch_ids)
+            if facts.program_ids:
+                columns.append(programs := pick(facts.program_ids))
+                if facts.drum_ids:
+                    pitches = torch.where(programs == facts.drum_program_id, pick(facts.drum_ids), pitches)
+            columns += [pitches, pick(facts.velocity_ids), pick(facts.duration_ids)]
     elif kind == "dataset":
         if pieces is None or not len(pieces):
             raise UserError("prompts of kind 'dataset' need pieces: set prompts.corpus to a folder with some")

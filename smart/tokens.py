@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # torch is imported where it is used: the corpus's many small
 
 FILE_NAME = "tokenizer.json"
 PIANO_PROGRAMS = range(8)  # General MIDI 1-8 (paper section 3.1), zero-based
+DRUM_PROGRAM = "Program_-1"
 SPECIALS = ("PAD", "BOS", "EOS", "PRE", "SUF", *(f"INF{number}" for number in range(1, 17)))
 
 
@@ -42,7 +43,9 @@ class Vocabulary:
     tempo_ids: tuple[int, ...]
     position_ids: tuple[int, ...]
     pitch_ids: tuple[int, ...]  # without drums
-    drum_ids: tuple[int, ...]  # empty in a piano vocabulary
+    drum_ids: tuple[int, ...]  # keys of drum kits; empty in a piano vocabulary
+    program_ids: tuple[int, ...]  # empty in a piano vocabulary
+    drum_program_id: int  # the one of program_ids that plays drums; -1: none does
     velocity_ids: tuple[int, ...]
     duration_ids: tuple[int, ...]
 
@@ -167,6 +170,8 @@ def vocabulary(tokenizer: REMI) -> Vocabulary:
         position_ids=every("Position"),
         pitch_ids=every("Pitch"),
         drum_ids=every("PitchDrum"),
+        program_ids=every("Program"),
+        drum_program_id=vocab.get(DRUM_PROGRAM, -1),
         velocity_ids=every("Velocity"),
         duration_ids=every("Duration"),
     )
@@ -339,7 +344,10 @@ def allowed_transitions(tokenizer: REMI) -> torch.Tensor:
 
     By token type, from MidiTok's own graph of types, narrowed to what its encoder writes: special tokens stand in no
     piece, and only a bar line follows them, as after BOS; a time signature follows a bar line only, since elsewhere
-    it would change the length of a bar that has begun; the end may come wherever a bar line may.
+    it would change the length of a bar that has begun; the end may come wherever a bar line may. Where drums have
+    pitches of their own they follow the program of drums, and it alone. (The decoder would play the others, too: a
+    Pitch of drums as the drum of that number, a PitchDrum of another program as the pitch of that number, and a note
+    without a program in that of the note before it.)
     """
     import torch
 
@@ -359,7 +367,12 @@ def allowed_transitions(tokenizer: REMI) -> torch.Tensor:
     names = sorted(set(kinds))
     table = torch.tensor([[b in after.get(a, ()) for b in names] for a in names])
     index = torch.tensor([names.index(kind) for kind in kinds])
-    return table[index[:, None], index]
+    allowed = table[index[:, None], index]
+    facts = vocabulary(tokenizer)
+    if facts.drum_ids:
+        for program in facts.program_ids:
+            allowed[program, list(facts.pitch_ids if program == facts.drum_program_id else facts.drum_ids)] = False
+    return allowed
 
 
 def build_grammar(tokenizer: REMI) -> Grammar:

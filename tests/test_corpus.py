@@ -494,7 +494,7 @@ def test_workers_that_cannot_start_stop_the_build(tmp_path: Path, monkeypatch: A
 
 def test_workers_are_replaced_after_a_while(tmp_path: Path, monkeypatch: Any) -> None:
     write_songs(tmp_path / "midi", range(10))
-    monkeypatch.setattr("smart.corpus.Worker.SERVES", 4)
+    monkeypatch.setattr("smart.midi_pool.Worker.SERVES", 4)
     assert build([tmp_path / "midi"], tmp_path / "out", workers=2).counts == {"kept": 10}
 
 

@@ -27,8 +27,9 @@ SHORT = {
         "render.workers": 1, "render.seconds": 2.0, "track.final_prompts": 2, "track.checkpoint_every": 1,
     },
     "smart.pretrain": {
-        "architecture.hidden": 24, "architecture.layers": 1, "optimisation.steps": 2, "optimisation.batch": 2,
-        "optimisation.evaluate_every": 1, "optimisation.evaluate_rows": 2, "data.crop": 32,
+        "architecture.hidden": 24, "architecture.heads": 2, "architecture.layers": 1, "optimisation.steps": 2,
+        "optimisation.batch": 2, "optimisation.evaluate_every": 1, "optimisation.evaluate_rows": 2,
+        "optimisation.samples": 2, "data.crop": 32,
     },
 }  # fmt: skip
 
@@ -83,11 +84,13 @@ def test_every_command_works_in_the_order_of_the_pages(place: Path) -> None:
         words = shlex.split(command[installs.end() :] if installs else command)
         assert words[0] in (".venv/bin/python",), f"{command}: a command that this test does not know"
         words[0] = sys.executable
-        program = words[2] if words[1] == "-m" else words[1]
+        program = words[-words[::-1].index("-m")] if "-m" in words else words[1]  # what torchrun runs, where it does
         if program == "pytest":
             words += ["--collect-only", "tests/test_config.py"]
         for key, value in SHORT.get(program, {}).items():
             words += ["--set", f"{key}={value}"]
+        if program == "smart.generate":
+            words += ["--tokens", "24", "--soundfont", "timgm"]
         if "--resume" in words:  # its own configuration is the short one already
             words = words[: words.index("--resume") + 1]
         done = subprocess.run(words, cwd=place, env=env, capture_output=True, text=True, timeout=300)
@@ -125,9 +128,10 @@ def test_every_logged_metric_is_defined() -> None:
     """docs/metrics.md names each metric that the code logs."""
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     logged = set()
-    for name in ("grpo.py", "scoring.py"):
+    for name in ("grpo.py", "scoring.py", "pretrain.py"):
         code = (ROOT / "smart" / name).read_text(encoding="utf-8")
-        logged |= set(re.findall(r'"((?:reward|completions|clips|seconds|policy)/[a-z_]+)"', code))
+        logged |= set(re.findall(r'"((?:reward|completions|clips|seconds|policy|samples)/[a-z_]+)"', code))
+    logged |= {"loss", "validation_loss", "validation_perplexity", "gradient_norm", "tokens", "tokens_per_second"}
     logged |= {f"policy/{key}" for key in ("kl", "ratio", "clip_fraction", "dlogp_max", "loss", "entropy", "grad_norm")}
     assert len(logged) > 15
     assert not {metric for metric in logged if f"`{metric}`" not in page}

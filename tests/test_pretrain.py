@@ -9,8 +9,9 @@ import torch
 
 from smart import UserError
 from smart.config import Data, Optimisation
+from smart.distributed import World
 from smart.pretrain import Crops, evaluate, learning_rate, next_token_loss
-from smart.tokens import vocabulary
+from smart.tokens import build_tokenizer, vocabulary
 
 
 def piece(length: int, first: int = 21) -> np.ndarray[Any, Any]:
@@ -65,6 +66,23 @@ def test_transposition_moves_every_pitch_alike_and_nothing_else(tokenizer: Any) 
     assert (rows[:, [1, 3, 5]] == torch.tensor([facts.bar_id, others[3], others[7]])).all()
 
 
+def test_transposition_leaves_drums_and_programs_alone() -> None:
+    tokenizer = build_tokenizer("all")
+    names = ["Program_48", "Pitch_60", "Velocity_63", "Duration_1.0.12"]
+    names += ["Program_-1", "PitchDrum_27", "Velocity_63", "Duration_1.0.12"]
+    names += ["Program_33", "Pitch_40", "Velocity_63", "Duration_1.0.12", "Program_-1", "PitchDrum_87"]
+    music = np.array([tokenizer.vocab[name] for name in names], dtype=np.uint16)
+    rows = Crops([music], vocabulary(tokenizer), Data(crop=16, transpose=5)).batch(300, np.random.default_rng(2))
+    seen = set()
+    for row in rows.tolist():
+        heard = [tokenizer[token] for token in row[1:15]]
+        shift = int(heard[1].removeprefix("Pitch_")) - 60
+        seen.add(shift)
+        expected = [f"Pitch_{60 + shift}" if name == "Pitch_60" else name for name in names]
+        assert heard == [f"Pitch_{40 + shift}" if name == "Pitch_40" else name for name in expected]
+    assert seen == set(range(-5, 6))
+
+
 def test_learning_rate_by_hand() -> None:
     settings = Optimisation(steps=1100, warmup=100, learning_rate=1e-3, final_learning_rate=1e-5)
     assert learning_rate(0, settings) == pytest.approx(1e-5)
@@ -88,7 +106,8 @@ def test_evaluation_does_not_depend_on_the_batch(tiny_model: Any) -> None:
     tokens = torch.randint(3, 413, (5, 12), generator=torch.Generator().manual_seed(0))
     tokens[1, 4:] = 0
     tokens[4, 9:] = 0
-    whole = evaluate(tiny_model, tokens, 0, 5)
-    assert evaluate(tiny_model, tokens, 0, 2) == pytest.approx(whole, rel=1e-5)
+    alone = World(torch.device("cpu"))
+    whole = evaluate(tiny_model, tokens, 0, 5, alone)
+    assert evaluate(tiny_model, tokens, 0, 2, alone) == pytest.approx(whole, rel=1e-5)
     with torch.no_grad():
         assert whole == pytest.approx(next_token_loss(tiny_model, tokens, 0).item(), rel=1e-5)

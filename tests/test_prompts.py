@@ -8,6 +8,7 @@ import torch
 
 from smart import UserError
 from smart.prompts import KINDS, draw
+from smart.tokens import build_tokenizer, unplayable, vocabulary
 
 FORM = {
     "procedural": ["Bar", "TimeSig", "Position", "Tempo"],
@@ -72,6 +73,31 @@ def test_dataset_prompts_are_the_pieces_first_signs(tokenizer: Any) -> None:
     three = [vocab[token] for token in ("Bar_None", "TimeSig_3/4", "Position_0", "Tempo_40.0")]
     six = [vocab[token] for token in ("Bar_None", "TimeSig_6/8", "Position_0", "Tempo_250.0")]
     assert {tuple(row) for row in prompts.tolist()} == {tuple(three), tuple(six)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_form_with_many_instruments(kind: str) -> None:
+    tokenizer = build_tokenizer("all")
+    names = {number: token.split("_")[0] for token, number in tokenizer.vocab.items()}
+    prompts = draw(kind, 3000, tokenizer, torch.Generator().manual_seed(1), pieces=pieces(tokenizer))
+    forms = [FORM[kind]]
+    if kind == "first_note":
+        forms = [[*FORM[kind][:4], "Program", pitch, "Velocity", "Duration"] for pitch in ("Pitch", "PitchDrum")]
+    assert all([names[token] for token in row] in forms for row in prompts.tolist())
+    mask = torch.ones(len(prompts), prompts.shape[1] - 1, dtype=torch.bool)
+    assert not unplayable(prompts, 1, mask, tokenizer).any()
+
+
+def test_first_notes_are_uniform_over_programs_and_drums() -> None:
+    tokenizer = build_tokenizer("all")
+    facts = vocabulary(tokenizer)
+    prompts = draw("first_note", 129 * 400, tokenizer, torch.Generator().manual_seed(5))
+    _, counts = prompts[:, 4].unique(return_counts=True)
+    assert len(counts) == 129
+    assert float(((counts - 400) ** 2 / 400).sum()) < 128 + 4 * (2 * 128) ** 0.5  # four standard deviations
+    drums = prompts[:, 4] == facts.drum_program_id
+    for rows, ids in ((prompts[drums], facts.drum_ids), (prompts[~drums], facts.pitch_ids)):
+        assert set(rows[:, 5].tolist()) == set(ids)
 
 
 def test_mistakes(tokenizer: Any) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -352,26 +353,33 @@ def test_shipped_config_runs_shortened(name: str, base: Path, tmp_path: Path, co
     assert status == 0, output
 
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty short pieces through ``smart.corpus``."""
+def build_corpus(folder: Path, voices: list[tuple[int, bool]], *options: str) -> Path:
+    """Forty short pieces through ``smart.corpus``: a note on every beat for each voice (program, whether drums)."""
     from symusic import Note, Score, Tempo, TimeSignature, Track
 
-    midi = tmp_path_factory.mktemp("midi")
+    midi = folder / "midi"
+    midi.mkdir()
     for piece in range(40):
         draw = random.Random(piece)
         score = Score(480)
         score.tempos.append(Tempo(0, 90 + 3 * piece))
         score.time_signatures.append(TimeSignature(0, 4, 4))
-        track = Track(program=0)
-        for beat in range(40):
-            track.notes.append(Note(480 * beat, 480, draw.randint(40, 80), draw.randint(30, 120)))
-        score.tracks.append(track)
+        for program, is_drum in voices:
+            track = Track(program=program, is_drum=is_drum)
+            for beat in range(40):
+                track.notes.append(Note(480 * beat, 480, draw.randint(40, 80), draw.randint(30, 120)))
+            score.tracks.append(track)
         score.dump_midi(midi / f"{piece}.mid")
-    folder = tmp_path_factory.mktemp("corpus") / "out"
-    status, output = run("corpus", "build", "--midi", str(midi), "--out", str(folder), "--workers", "1")
+    status, output = run(
+        "corpus", "build", "--midi", str(midi), "--out", str(folder / "out"), "--workers", "1", *options
+    )
     assert status == 0, output
-    return folder
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_corpus(tmp_path_factory.mktemp("corpus"), [(0, False)])
 
 
 PRETRAIN = {
@@ -392,6 +400,11 @@ def pretrain(corpus: Path, folder: Path, config: str = "base-small.toml") -> lis
     return ["--config", config] + [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
 
 
+def curve(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of a pretraining without what the clock says."""
+    return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in metrics(folder)]
+
+
 @pytest.mark.parametrize("config", ["base-small.toml", "base.toml"])
 def test_pretraining_killed_and_resumed_gives_the_same_curve(config: str, corpus: Path, tmp_path: Path) -> None:
     status, output = run("pretrain", *pretrain(corpus, tmp_path / "a", config))
@@ -407,12 +420,125 @@ def test_pretraining_killed_and_resumed_gives_the_same_curve(config: str, corpus
     status, output = run("pretrain", *pretrain(corpus, tmp_path / "b", config), "--resume")
     assert status == 0, output
 
-    def curve(folder: Path) -> list[dict[str, Any]]:
-        return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in metrics(folder)]
-
     assert curve(tmp_path / "b" / "r") == curve(whole)
     assert [row["step"] for row in curve(whole)] == [3, 6, 9, 12]
     assert curve(whole)[-1]["validation_loss"] < curve(whole)[0]["validation_loss"]
     for name in ("base/model.safetensors", "samples/00000012/00.mid"):
         assert (tmp_path / "b" / "r" / name).read_bytes() == (whole / name).read_bytes()
     load_base(whole / "base")
+
+
+def test_pretraining_asked_to_stop_saves_and_goes_on_with_the_same_curve(corpus: Path, tmp_path: Path) -> None:
+    long = ["--set", "optimisation.steps=400", "--set", "optimisation.evaluate_every=100"]
+    status, output = run("pretrain", *pretrain(corpus, tmp_path / "a"), *long)
+    assert status == 0, output
+    process = start("pretrain", *pretrain(corpus, tmp_path / "b"), *long)
+    folder = tmp_path / "b" / "r"
+    while not (folder / "checkpoints" / "00000100").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "to go on: python -m smart.pretrain" in output
+    (last,) = sorted((folder / "checkpoints").iterdir())[-1:]
+    assert 100 < int(last.name) < 400 and int(last.name) % 100  # within a stretch between two evaluations
+    status, output = run("pretrain", "--config", str(folder / "config.toml"), "--resume")
+    assert status == 0, output
+    assert curve(folder) == curve(tmp_path / "a" / "r")
+    weights = "base/model.safetensors"
+    assert (folder / weights).read_bytes() == (tmp_path / "a" / "r" / weights).read_bytes()
+
+
+def test_two_processes_learn_what_one_does(corpus: Path, tmp_path: Path) -> None:
+    """Rows of different lengths, an odd number of them: the mean over the batch's tokens is not one of means."""
+    uneven: dict[str, Any] = {
+        "data.crop": 1024,
+        "optimisation.batch": 5,
+        "optimisation.steps": 3,
+        "optimisation.evaluate_every": 1,
+    }
+    uneven["optimisation.precision"] = "float32"
+    extra = [part for key, value in uneven.items() for part in ("--set", f"{key}={value}")]
+    status, output = run("pretrain", *pretrain(corpus, tmp_path / "one"), *extra)
+    assert status == 0, output
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "smart.pretrain", *pretrain(corpus, tmp_path / "two"), *extra],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "and 1 more" in done.stderr
+    one, two = curve(tmp_path / "one" / "r"), curve(tmp_path / "two" / "r")
+    assert [row["step"] for row in two] == [1, 2, 3]  # one metrics file
+    for key in ("loss", "gradient_norm"):
+        assert two[0][key] == pytest.approx(one[0][key], rel=1e-6)  # before rounding is amplified by AdamW
+        assert two[2][key] == pytest.approx(one[2][key], rel=1e-4)
+    assert two[2]["validation_loss"] == pytest.approx(one[2]["validation_loss"], rel=1e-5)
+
+
+def test_pretraining_goes_on_from_a_base(corpus: Path, base: Path, tmp_path: Path) -> None:
+    status, output = run(
+        "pretrain", *pretrain(corpus, tmp_path), "--set", f"model.base={base}", "--set", "optimisation.steps=3"
+    )
+    assert status == 0, output
+    before, after = load_base(base)[0], load_base(tmp_path / "r" / "base")[0]
+    assert after.config.num_hidden_layers == before.config.num_hidden_layers == 2  # the base's own architecture
+    change = max((p - q).abs().max().item() for p, q in zip(before.parameters(), after.parameters(), strict=True))
+    assert 0 < change < 0.01
+
+
+def test_a_base_with_another_vocabulary_is_refused(corpus: Path, tmp_path: Path) -> None:
+    from smart.tokens import build_tokenizer
+
+    other = build_tokenizer("all")
+    save_base(build_model(other, layers=1, hidden=16, heads=2, intermediate=16), other, tmp_path / "other")
+    status, output = run("pretrain", *pretrain(corpus, tmp_path), "--set", f"model.base={tmp_path / 'other'}")
+    assert status == 2 and "its vocabulary is not that of corpus" in output
+    assert "Traceback" not in output and not (tmp_path / "r").exists()
+
+
+@pytest.mark.slow
+def test_compiled_pretraining_learns_the_same(corpus: Path, tmp_path: Path) -> None:
+    if not any(map(shutil.which, ("g++", "clang++"))):
+        pytest.skip("torch.compile needs a C++ compiler")
+    for name in ("on", "off"):
+        status, output = run("pretrain", *pretrain(corpus, tmp_path / name), "--set", f"optimisation.compile={name}")
+        assert status == 0, output
+    for on, off in zip(curve(tmp_path / "on" / "r"), curve(tmp_path / "off" / "r"), strict=True):
+        assert on["loss"] == pytest.approx(off["loss"], rel=1e-4)
+        assert on["validation_loss"] == pytest.approx(off["validation_loss"], rel=1e-4)
+
+
+def test_many_instruments_from_midi_files_to_a_tuned_model(tmp_path: Path) -> None:
+    """Strings, bass and drums: a corpus, a base that learns from it for seconds, two iterations, a few pieces."""
+    from symusic import Score
+
+    (tmp_path / "corpus").mkdir()
+    band = [(48, False), (33, False), (0, True)]
+    corpus = build_corpus(tmp_path / "corpus", band, "--instruments", "all")
+    learn = {"steps": 120, "batch": 16, "learning_rate": 1e-2, "warmup": 10, "evaluate_every": 120}
+    more = [part for key, value in learn.items() for part in ("--set", f"optimisation.{key}={value}")]
+    status, output = run("pretrain", *pretrain(corpus, tmp_path / "base"), *more)
+    assert status == 0, output
+    base = tmp_path / "base" / "r" / "base"
+
+    short = {"grpo.iterations": 2, "track.samples_every": 1, "prompts.kind": "dataset", "prompts.corpus": corpus}
+    status, output = run("grpo", "--config", "quickstart.toml", *arguments(base, tmp_path, **short))
+    assert status == 0, output
+    rows = metrics(tmp_path / "r")
+    assert all(row["policy/dlogp_max"] < 1e-4 and row["clips/failed"] == 0 for row in rows)
+    assert rows[-1]["policy/kl"] > 0 and rows[-1]["clips/silent_rate"] < 1
+
+    out = tmp_path / "pieces"
+    status, output = run(
+        "generate", "--model", str(tmp_path / "r"), "--out", str(out), "-n", "2", "--tokens", "80", "--playable"
+    )
+    assert status == 0 and "tokens that cannot be played: 0 of" in output, output
+    for folder in (tmp_path / "r" / "samples", tmp_path / "r" / "final", out):
+        tracks = [track for path in folder.rglob("*.mid") for track in Score(path).tracks]
+        assert {(track.program, track.is_drum) for track in tracks} >= set(band), folder
+        for path in folder.rglob("*.wav"):
+            assert soundfile.read(path)[0].any()

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from smart.model import build_model
+from smart.prompts import draw
 from smart.render import RenderError, RenderPool, _played, load_soundfont, render_notes, score_notes
 from smart.reward import Reward, load_reward, resample
-from smart.sampler import Rollout
+from smart.sampler import Rollout, Sampler
 from smart.scoring import Horizon, Rated, Scorer, completion_metrics
 from smart.tokens import build_grammar, build_tokenizer, decode, vocabulary
 from smart.track import Stopwatch
@@ -53,6 +55,39 @@ def test_each_clip_is_rated_as_if_it_were_alone(tokenizer: Any, pool: RenderPool
         assert rated.scores["CE"][row].item() == pytest.approx(reward.score(clip)["CE"].item(), abs=1e-5)
     assert torch.equal(rated.rewards, rated.scores["CE"])
     np.testing.assert_array_equal(rated.audio[0], pool.submit(decode(tokenizer, rollout.tokens[0])).result())
+
+
+def test_drums_and_strings_are_heard_as_what_they_are(pool: RenderPool) -> None:
+    """The same key on three instruments: each as if its note had been given to the renderer."""
+    tokenizer = build_tokenizer("all")
+    clips = []
+    for names, program, drum in (
+        (["Program_0", "Pitch_60"], 0, 0),
+        (["Program_48", "Pitch_60"], 48, 0),
+        (["Program_-1", "PitchDrum_60"], 0, 1),
+    ):
+        rollout = rollout_of(tokenizer, [*names, *NOTE[1:]])
+        audio = pool.submit(decode(tokenizer, rollout.tokens[0])).result()
+        np.testing.assert_array_equal(audio, pool.submit(np.array([(0, 0.5, 60, 127, program, drum)])).result())
+        assert np.abs(audio).max() > 0.99
+        clips.append(audio.ravel())
+    similarity = np.abs(np.corrcoef(clips))
+    assert similarity[np.triu_indices(3, 1)].max() < 0.5
+
+
+def test_what_a_model_of_many_instruments_writes_is_heard(pool: RenderPool) -> None:
+    tokenizer = build_tokenizer("all")
+    facts, grammar = vocabulary(tokenizer), build_grammar(tokenizer)
+    model = build_model(tokenizer, layers=1, hidden=32, heads=2, intermediate=32, seed=3)
+    prompts = draw("procedural", 4, tokenizer, torch.Generator().manual_seed(1))
+    rollout = Sampler(model, pad_id=facts.pad_id, eos_id=None).sample(
+        prompts, max_new_tokens=100, group_size=2, generator=torch.Generator().manual_seed(2), grammar=grammar
+    )
+    assert completion_metrics(rollout, facts.eos_id, grammar)["completions/unplayable_rate"] == 0
+    assert np.isin(rollout.tokens, facts.drum_ids).any()
+    scorer = Scorer(tokenizer, pool, load_reward("ce_proxy"), sample_rate=RATE)
+    rated = scorer.collect(scorer.submit(rollout))
+    assert rated.failed == rated.silent == 0 and rated.rewards.isfinite().all()
 
 
 def test_a_clip_that_failed_is_nan_and_counted(tokenizer: Any, pool: RenderPool) -> None:

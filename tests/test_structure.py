@@ -10,9 +10,10 @@ import pytest
 import smart
 
 PACKAGE = Path(smart.__file__).parent
-GROUND = {"config", "tokens", "model", "checkpoint", "track", "shards", "hub", "soundfonts", "remi", "midi"}
+GROUND = {"config", "tokens", "model", "checkpoint", "track", "shards", "hub", "soundfonts"}
+GROUND |= {"remi", "midi", "midi_pool", "distributed"}
 ROOMS = {"prompts", "sampler", "render", "scoring", "reward", "reward.audiobox", "reward.ce_proxy", "plots"}
-PROGRAMS = {"grpo", "pretrain", "corpus", "reward.calibrate"}
+PROGRAMS = {"grpo", "pretrain", "generate", "corpus", "reward.calibrate"}
 
 
 def modules() -> dict[str, Path]:
@@ -63,7 +64,8 @@ def test_importing_the_programs_opens_no_connection() -> None:
 import socket, sys
 def refuse(*args, **kwargs): raise AssertionError(f"network at import: {args}")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-import smart.__main__, smart.grpo, smart.pretrain, smart.corpus, smart.reward.audiobox, smart.reward.calibrate
+import smart.__main__, smart.grpo, smart.pretrain, smart.generate, smart.corpus
+import smart.reward.audiobox, smart.reward.calibrate
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

@@ -1,0 +1,461 @@
+"""Music from a base or a tuned run, as MIDI and WAV: ``python -m smart.generate --model runs/quickstart``.
+
+New pieces for a chosen tempo and time signature, or the continuation of a MIDI file, whose last bars the model reads.
+The best of several by any reward (``--best-of``); a grammar that forbids what cannot be played (``--playable``).
+
+A piece may be longer than what the model can see: it is written a window at a time, and each window opens with the
+bars that stand before it.
+
+Axes: N pieces that are written together, P prompt length, T completion length.
+"""
+
+import csv
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import numpy as np
+import torch
+from symusic.core import NoteTick, ScoreTick, TempoTick, TimeSignatureTick, TrackTick
+
+from smart import UserError, checkpoint, require, track
+from smart.midi import Limits
+from smart.midi_pool import Pool
+from smart.model import find_base, load_base, pick_device
+from smart.render import RenderError, RenderPool, score_notes
+from smart.reward import Reward, load_reward
+from smart.sampler import Sampler
+from smart.scoring import Scorer
+from smart.soundfonts import check_soundfont, find_soundfont
+from smart.tokens import Grammar, Vocabulary, build_grammar, decode, unplayable, vocabulary
+
+WINDOW = 512  # tokens that the model sees at once: the crops that bases are trained on (paper section 3.1)
+CONTEXT = WINDOW * 3 // 4  # of these, at most, stand before what is drawn
+ROWS = 64  # pieces, candidates included, that are written together
+SETTINGS, TABLE = "settings.json", "pieces.csv"
+
+
+def find_model(name: str) -> Path:
+    """The folder of a model: of a run (its tuned model, its base, or its newest checkpoint), or as ``find_base``."""
+    run = Path(name)
+    if not (run / track.CONFIG).is_file():
+        return find_base(name)
+    for made in ("tuned", "base"):
+        if (run / made).is_dir():
+            return find_base(str(run / made))
+    newest = checkpoint.latest(run / "checkpoints")
+    if newest is None:
+        raise UserError(f"--model {run}: this run has made no model yet")
+    click.echo(f"{run} is not finished: its checkpoint {newest.name} is used", err=True)
+    return newest
+
+
+# --- Tokens -------------------------------------------------------------------------------------------------------
+
+
+def opening(tokenizer: Any, time_signature: str, tempo: float) -> list[int]:
+    """The four tokens that a new piece starts from: Bar, TimeSig, Position_0, and the nearest Tempo.
+
+    Raises ``UserError`` for a time signature or tempo that the vocabulary does not hold.
+    """
+    vocab, facts = tokenizer.vocab, vocabulary(tokenizer)
+    signatures = {name.removeprefix("TimeSig_") for name in vocab if name.startswith("TimeSig_")}
+    tempos = {float(name.removeprefix("Tempo_")): name for name in vocab if name.startswith("Tempo_")}
+    if time_signature not in signatures:
+        known = ", ".join(sorted(signatures, key=lambda name: [int(part) for part in name.split("/")][::-1]))
+        raise UserError(f"--time-signature {time_signature}: expected one of {known}")
+    if not min(tempos) <= tempo <= max(tempos):
+        raise UserError(f"--tempo {tempo:g}: expected {min(tempos):g} to {max(tempos):g} quarter notes a minute")
+    nearest = min(tempos, key=lambda value: abs(value - tempo))
+    return [facts.bar_id, vocab[f"TimeSig_{time_signature}"], facts.position0_id, vocab[tempos[nearest]]]
+
+
+def last_bars(tokens: Sequence[int], facts: Vocabulary, *, bars: int, longest: int) -> list[int]:
+    """The end of a piece, from a bar line on: at most ``bars`` bars and ``longest`` tokens, the tempo in force put in.
+
+    A single bar that is longer than that loses its beginning.
+    """
+    lines = [place for place, token in enumerate(tokens) if token == facts.bar_id][-bars:]
+    fitting = [place for place in lines if len(tokens) - place < longest]  # one place is for the tempo
+    start = fitting[0] if fitting else max(len(tokens) - longest + 1, 0)
+    end = list(tokens[start:])
+    tempos, positions = set(facts.tempo_ids), set(facts.position_ids)
+    in_force = next((token for token in reversed(tokens[:start]) if token in tempos), None)
+    first = next((place for place, token in enumerate(end) if token in positions), None)
+    if in_force is not None and first is not None and not tempos.intersection(end[first + 1 : first + 2]):
+        end.insert(first + 1, in_force)
+    return end
+
+
+class Writer(NamedTuple):
+    """How music is drawn: the sampler and its options."""
+
+    sampler: Sampler
+    facts: Vocabulary
+    temperature: float
+    top_k: int
+    top_p: float
+
+    def write(
+        self, prompts: Sequence[Sequence[int]], tokens: int, generator: torch.Generator, grammar: Grammar | None
+    ) -> list[list[int]]:
+        """Up to ``tokens`` new tokens after each of N prompts, a window at a time; the end token is left out."""
+        written: list[list[int]] = [[] for _ in prompts]
+        going = list(range(len(prompts)))
+        done = 0
+        while going and done < tokens:
+            seen = [
+                last_bars([*prompts[row], *written[row]], self.facts, bars=WINDOW, longest=CONTEXT) for row in going
+            ]
+            width = max(map(len, seen))
+            padded = torch.tensor([[self.facts.pad_id] * (width - len(row)) + row for row in seen])
+            rollout = self.sampler.sample(
+                padded,
+                max_new_tokens=min(tokens - done, WINDOW - width),
+                temperature=self.temperature,
+                top_k=self.top_k,
+                top_p=self.top_p,
+                generator=generator,
+                grammar=grammar,
+            )
+            lengths = rollout.mask.sum(1).tolist()
+            for row, drawn, length in zip(going, rollout.tokens[:, width:].tolist(), lengths, strict=True):
+                written[row] += drawn[:length]
+            going = [row for row in going if written[row][-1] != self.facts.eos_id]
+            done += max(lengths)
+        return [row[:-1] if row and row[-1] == self.facts.eos_id else row for row in written]
+
+
+def unplayable_tokens(
+    prompts: Sequence[Sequence[int]], written: Sequence[Sequence[int]], grammar: Grammar
+) -> list[int]:
+    """How many of each piece's new tokens cannot be played after its prompt."""
+    counts = []
+    for prompt, new in zip(prompts, written, strict=True):
+        row = torch.tensor([[*prompt, *new]])
+        counts.append(int(unplayable(row, len(prompt), torch.ones(1, len(new), dtype=torch.bool), grammar).sum()))
+    return counts
+
+
+# --- The song that is continued -----------------------------------------------------------------------------------
+
+
+class Song(NamedTuple):
+    """A MIDI file that is to go on: as it is, as tokens, and where its last bar ends, in quarter notes."""
+
+    score: ScoreTick
+    tokens: list[int]
+    end: float
+
+
+def read_song(path: Path, tokenizer: Any, tokenizer_file: Path) -> Song:
+    """Read a MIDI file in a process of its own first: one that crashes or hangs a parser costs that process only.
+
+    Raises ``UserError`` with the reason where it cannot be read, or holds nothing that the model knows.
+    """
+    limits = Limits(max_empty_bars=1.0, min_bars=1)
+    with Pool(tokenizer_file, limits, 1) as pool:
+        ((_, answer),) = pool.answers(iter([(b"song", os.fsencode(path))]))
+    if isinstance(answer, tuple):
+        raise UserError(f"--continue {path}: {': '.join(filter(None, answer))}")
+    tokens = np.frombuffer(answer.tokens, "<u2").tolist()
+    names = {number: token for token, number in tokenizer.vocab.items()}
+    signatures = [names[token].removeprefix("TimeSig_") for token in tokens if names[token].startswith("TimeSig_")]
+    end = sum(4 * int(beats) / int(unit) for beats, unit in (name.split("/") for name in signatures))
+    return Song(ScoreTick(path), tokens, end)
+
+
+def continuation(song: Song, tokens: Sequence[int], tokenizer: Any, *, joined: bool) -> ScoreTick:
+    """The music of ``tokens``, which go on after ``song``: alone, or ``joined`` to the end of the song as it is.
+
+    The song keeps its own notes and times; what goes on stands in tracks of its own.
+    """
+    whole = decode(tokenizer, [*song.tokens, *tokens])
+    line = round(song.end * whole.ticks_per_quarter)
+    score = song.score.copy() if joined else ScoreTick(whole.ticks_per_quarter)
+    start = round(song.end * score.ticks_per_quarter) if joined else 0
+
+    def moved(tick: int) -> int:
+        return start + round((tick - line) * score.ticks_per_quarter / whole.ticks_per_quarter)
+
+    for name, at in (("tempos", _tempo_at), ("time_signatures", _signature_at)):
+        events = list(getattr(whole, name))
+        later = [at(event, moved(event.time)) for event in events if event.time >= line]
+        if joined:
+            before = [event for event in getattr(score, name) if event.time < start]
+        else:  # what was in force when the song ended
+            before = [at(event, 0) for event in events if event.time < line][-1:]
+            before = [] if later and later[0].time == 0 else before
+        setattr(score, name, type(getattr(score, name))([*before, *later]))
+    for part in whole.tracks:
+        notes = [note for note in part.notes if note.time >= line]
+        if not notes:
+            continue
+        new = TrackTick("continuation", part.program, part.is_drum)
+        for note in notes:
+            new.notes.append(NoteTick(moved(note.time), moved(note.end) - moved(note.time), note.pitch, note.velocity))
+        score.tracks.append(new)
+    return score
+
+
+def _tempo_at(event: Any, tick: int) -> TempoTick:
+    return TempoTick(tick, mspq=event.mspq)
+
+
+def _signature_at(event: Any, tick: int) -> TimeSignatureTick:
+    return TimeSignatureTick(tick, event.numerator, event.denominator)
+
+
+# --- Pieces -------------------------------------------------------------------------------------------------------
+
+
+def choose(clips: Sequence[Any], scorer: Scorer | None) -> tuple[int, Any, dict[str, float]]:
+    """Which of the candidates being rendered is the best, its audio (2, S), and its rating on each axis.
+
+    Without a scorer it is the first. Raises ``RenderError`` where none can be rendered.
+    """
+    if scorer is None:
+        return 0, clips[0].result(), {}
+    rated = scorer.collect(list(clips), keep=range(len(clips)))
+    best = int(rated.rewards.nan_to_num(-math.inf).argmax())  # one that could not be rated comes last
+    if rated.audio[best] is None:
+        raise RenderError("none of the candidates could be rendered")
+    return best, rated.audio[best], {axis: values[best].item() for axis, values in rated.scores.items()}
+
+
+def read_table(folder: Path) -> list[dict[str, str]]:
+    """The pieces that were finished before, in order; a line that a crash cut short is left out."""
+    path = folder / TABLE
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [row for row in csv.DictReader(line for line in lines if line.endswith("\n")) if None not in row.values()]
+
+
+def prepare(out: Path, settings: dict[str, Any]) -> int:
+    """Make the folder ``out``, or go on with one of the same settings; how many pieces it holds already."""
+    text = json.dumps(settings, indent=1) + "\n"
+    try:
+        if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / SETTINGS).is_file())):
+            raise UserError(f"--out {out}: holds something else; give a new folder")
+        if (out / SETTINGS).is_file():
+            if (out / SETTINGS).read_text(encoding="utf-8") != text:
+                raise UserError(f"--out {out}: holds pieces made with other settings; give a new folder")
+        else:
+            out.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_atomically(out / SETTINGS, text.encode())
+        rows = read_table(out)
+        if rows:
+            head = ",".join(rows[0]) + "\n"
+            body = "".join(",".join(row.values()) + "\n" for row in rows)
+            checkpoint.write_atomically(out / TABLE, (head + body).encode())
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+    return len(rows)
+
+
+COLUMNS = ("piece", "file", "notes", "seconds", "tokens", "unplayable", "candidate")
+
+
+@click.command()
+@click.option(
+    "--model", default="piano-small", show_default=True, help="A base (shipped name, folder, hub id) or a run."
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the pieces, new or unfinished.")
+@click.option("-n", "--count", default=4, show_default=True, type=click.IntRange(min=1), help="Pieces.")
+@click.option(
+    "--tokens", default=512, show_default=True, type=click.IntRange(min=1), help="New tokens of each, at most."
+)
+@click.option("--tempo", default=120.0, show_default=True, help="Quarter notes a minute.")
+@click.option("--time-signature", default="4/4", show_default=True)
+@click.option("--continue", "song", type=click.Path(path_type=Path), help="MIDI file to go on from.")
+@click.option("--bars", default=8, show_default=True, type=click.IntRange(min=1), help="Its last bars that are read.")
+@click.option("--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1))
+@click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(0, 100, min_open=True))
+@click.option("--top-k", default=0, show_default=True, type=click.IntRange(min=0), help="0: all tokens.")
+@click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True))
+@click.option("--playable", is_flag=True, help="Never draw a token that cannot be played.")
+@click.option("--best-of", default=1, show_default=True, type=click.IntRange(1, ROWS), help="Candidates of each piece.")
+@click.option("--reward", "kind", default="ce_proxy", show_default=True, help="What chooses among candidates.")
+@click.option(
+    "--reward-option", "options", multiple=True, metavar="KEY=VALUE", help="Handed to the reward; repeatable."
+)
+@click.option("--soundfont", default="timgm", show_default=True, help="Short name or path.")
+@click.option("--sample-rate", default=44100, show_default=True, type=click.IntRange(8000, 192_000))
+@click.option(
+    "--seconds", default=600.0, show_default=True, type=click.FloatRange(0, 3600, min_open=True), help="Longest WAV."
+)
+@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@click.pass_context
+def main(context: click.Context, **given: Any) -> None:
+    """Write music with a base or a tuned run, as MIDI and WAV; the same command goes on after an interruption."""
+    if given["song"] is not None:
+        for name in ("tempo", "time_signature"):
+            if context.get_parameter_source(name) != click.core.ParameterSource.DEFAULT:
+                raise UserError(f"--{name.replace('_', '-')} and --continue: a continuation keeps its song's own")
+    try:
+        generate(**given)
+    except KeyboardInterrupt:
+        raise click.ClickException("interrupted; the same command goes on from here") from None
+    except RenderError as error:
+        raise click.ClickException(f"{error}; the same command goes on from here") from None
+    except OSError as error:
+        raise click.ClickException(f"a piece could not be written ({error}); the same command goes on") from None
+
+
+def generate(
+    *,
+    model: str,
+    out: Path,
+    count: int,
+    tokens: int,
+    tempo: float,
+    time_signature: str,
+    song: Path | None,
+    bars: int,
+    seed: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    playable: bool,
+    best_of: int,
+    kind: str,
+    options: Sequence[str],
+    soundfont: str,
+    sample_rate: int,
+    seconds: float,
+    device: str,
+) -> None:
+    """Write ``count`` pieces into ``out``: see the command's help. Raises ``UserError`` for what the user can mend."""
+    settings = {
+        key: str(value) if isinstance(value, Path) else value for key, value in locals().items() if key != "out"
+    }
+
+    def reward() -> Reward | None:
+        if best_of == 1:
+            return None
+        where = "cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda"
+        return load_reward(kind, device=where, **dict(_option(text) for text in options))
+
+    def sound() -> Path:
+        path = find_soundfont(soundfont)
+        check_soundfont(path)
+        return path
+
+    def song_file() -> None:
+        if song is not None and not song.is_file():
+            raise UserError(f"--continue {song}: no such file; expected a MIDI file")
+
+    where, folder, soundfont_file, rates, *_ = require(
+        lambda: pick_device(device), lambda: find_model(model), sound, reward, song_file, track.check_packages
+    )
+    network, tokenizer = load_base(folder, device=where)
+    facts, grammar = vocabulary(tokenizer), build_grammar(tokenizer)
+    going_on = None if song is None else read_song(song, tokenizer, folder / "tokenizer.json")
+    if going_on is None:
+        prompt = opening(tokenizer, time_signature, tempo)
+    else:
+        # the continuation begins with a bar of its own, in the time signature of the last one
+        signature = next(token for token in reversed(going_on.tokens) if token in facts.time_signature_ids)
+        line = [facts.bar_id, signature]
+        read = last_bars(going_on.tokens, facts, bars=bars, longest=CONTEXT - len(line))
+        if read.count(facts.bar_id) < min(bars, going_on.tokens.count(facts.bar_id)):
+            click.echo(f"{song}: only its last {read.count(facts.bar_id)} bars fit into what the model sees", err=True)
+        prompt = read + line
+    for name, path in (("model", folder / "model.safetensors"), ("soundfont", soundfont_file), ("song", song)):
+        settings[f"{name}_sha256"] = None if path is None else checkpoint.sha256(path)
+    done = prepare(out, settings)
+    writer = Writer(Sampler(network, pad_id=facts.pad_id, eos_id=facts.eos_id), facts, temperature, top_k, top_p)
+
+    def music(new: Sequence[int]) -> ScoreTick:
+        if going_on is None:
+            return decode(tokenizer, [*prompt, *new])
+        return continuation(going_on, [*line, *new], tokenizer, joined=False)
+
+    def draw(batch: int, rows: Sequence[Sequence[int]], mask: Grammar | None) -> list[list[int]]:
+        return writer.write(rows, tokens, torch.Generator().manual_seed(seed * 2**31 + batch), mask)
+
+    with (
+        RenderPool(soundfont_file, sample_rate=sample_rate, seconds=seconds) as pool,
+        track.progress(total=count, initial=done, unit="piece") as bar,
+        open(out / TABLE, "a", encoding="utf-8", newline="") as file,
+    ):
+        scorer = None if rates is None else Scorer(tokenizer, pool, rates, sample_rate=sample_rate)
+        table = csv.writer(file, lineterminator="\n")
+        if not done:
+            table.writerow([*COLUMNS, *(rates.axes if rates else ())])
+        together = max(ROWS // best_of, 1)
+        for batch in range(done // together, -(-count // together)):
+            pieces = range(batch * together, min((batch + 1) * together, count))
+            prompts = [prompt] * (len(pieces) * best_of)
+            drawn = draw(batch, prompts, grammar if playable else None)
+            bad = unplayable_tokens(prompts, drawn, grammar)
+            if playable and batch == 0:
+                free = draw(batch, prompts, None)
+                click.echo(f"without --playable: {_rate(unplayable_tokens(prompts, free, grammar), free)}")
+                click.echo(f"with --playable:    {_rate(bad, drawn)}")
+            for place, piece in enumerate(pieces):
+                if piece < done:
+                    continue
+                mine = slice(place * best_of, (place + 1) * best_of)
+                scores = [music(new) for new in drawn[mine]]
+                clips = [pool.submit(score_notes(score, max_beats=math.inf)) for score in scores]
+                best, audio, ratings = choose(clips, scorer)
+                stem = out / f"{piece:04d}"
+                scores[best].dump_midi(stem.with_suffix(".mid"))
+                track.write_wav(stem.with_suffix(".wav"), audio, sample_rate)
+                if going_on is not None:
+                    joined = continuation(going_on, [*line, *drawn[mine][best]], tokenizer, joined=True)
+                    joined.dump_midi(out / f"{piece:04d}-joined.mid")
+                    sound_of_both = pool.submit(score_notes(joined, max_beats=math.inf)).result()
+                    track.write_wav(out / f"{piece:04d}-joined.wav", sound_of_both, sample_rate)
+                table.writerow(
+                    [
+                        piece,
+                        f"{piece:04d}.wav",
+                        scores[best].note_num(),
+                        f"{audio.shape[1] / sample_rate:.2f}",
+                        len(drawn[mine][best]),
+                        bad[mine][best],
+                        best,
+                        *(f"{value:.4f}" for value in ratings.values()),
+                    ]
+                )
+                file.flush()
+                bar.update()
+    rows = read_table(out)
+    silent = sum(row["notes"] == "0" for row in rows)
+    click.echo(
+        f"{len(rows)} {'piece' if len(rows) == 1 else 'pieces'} in {out}, {silent} without notes; "
+        "tokens that cannot be played: "
+        + _rate([int(row["unplayable"]) for row in rows], [range(int(row["tokens"])) for row in rows])
+    )
+    if rates is not None:
+        axis, hint = rates.axes[0], " (a stand-in, not the aesthetic model)" if rates.is_stand_in else ""
+        mean = np.mean([float(row[axis]) for row in rows])
+        click.echo(f"best of {best_of} by {kind}{hint}: mean {axis} {mean:.3f}")
+
+
+def _rate(bad: Sequence[int], written: Sequence[Sequence[int]]) -> str:
+    total = sum(map(len, written))
+    share = sum(bad) / max(total, 1)
+    return f"{sum(bad)} of {total} ({share:.2%}), in {sum(map(bool, bad))} of {len(bad)} pieces"
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """KEY=VALUE as a keyword; a value that reads as JSON (a number, true) is that, any other is text."""
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise UserError(f"--reward-option {text!r}: expected KEY=VALUE, for example model=weights/audiobox")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""smart.generate: openings, windows, continuations, the best of several, and the command as a musician types it."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
+from symusic import Note, Score, Tempo, TimeSignature, Track
+
+from smart import UserError
+from smart.generate import WINDOW, Writer, last_bars, main, opening, unplayable_tokens
+from smart.reward import load_reward
+from smart.sampler import Sampler
+from smart.tokens import build_grammar, build_tokenizer, decode, encode, vocabulary
+
+TOKENIZER = build_tokenizer()
+FACTS = vocabulary(TOKENIZER)
+
+
+def song(bars: int, seed: int = 0, **changes: Any) -> Score:
+    """Quarters in 3/4 on two piano tracks, at two tempos, with a violin beside them."""
+    draw = random.Random(seed)
+    score = Score(480)
+    score.tempos.append(Tempo(0, 100))
+    score.tempos.append(Tempo(1440 * (bars // 2), 60))
+    score.time_signatures.append(TimeSignature(0, 3, 4))
+    for program in (0, 2, 40):
+        track = Track(program=program)
+        for beat in range(3 * bars):
+            track.notes.append(Note(480 * beat, 470, draw.randint(40, 80), draw.randint(40, 100)))
+        score.tracks.append(track)
+    return score
+
+
+def piano_tokens(score: Score) -> list[int]:
+    from smart.tokens import merge_piano
+
+    return encode(TOKENIZER, merge_piano(score, (21, 108)))
+
+
+def test_an_opening_is_the_prompt_of_training() -> None:
+    names = {number: name for name, number in TOKENIZER.vocab.items()}
+    found = [names[token] for token in opening(TOKENIZER, "7/8", 121.0)]
+    assert found == ["Bar_None", "TimeSig_7/8", "Position_0", "Tempo_120.0"]
+
+
+@pytest.mark.parametrize(
+    ("signature", "tempo", "text"),
+    [
+        ("7/16", 120.0, r"--time-signature 7/16: expected one of 2/2, "),
+        ("4/4", 300.0, "--tempo 300: expected 40 to 250"),
+    ],
+)
+def test_what_the_vocabulary_lacks_is_refused(signature: str, tempo: float, text: str) -> None:
+    with pytest.raises(UserError, match=text):
+        opening(TOKENIZER, signature, tempo)
+
+
+@given(st.integers(1, 12), st.integers(1, 14), st.integers(60, 500), st.integers(0, 5))
+def test_last_bars_sound_like_the_end_of_the_piece(bars: int, wanted: int, longest: int, seed: int) -> None:
+    whole = piano_tokens(song(bars, seed))
+    end = last_bars(whole, FACTS, bars=wanted, longest=longest)
+    kept = end.count(FACTS.bar_id)
+    assert end[0] == FACTS.bar_id and len(end) <= longest and 1 <= kept <= min(wanted, bars)
+    if kept < min(wanted, bars):  # one bar more does not fit
+        place = [i for i, token in enumerate(whole) if token == FACTS.bar_id][-kept - 1]
+        assert len(whole) - place >= longest
+    all_of_it, its_end = decode(TOKENIZER, whole), decode(TOKENIZER, end)
+    shift = 3 * all_of_it.ticks_per_quarter * (bars - kept)
+    expected = [(n.time - shift, n.end - shift, n.pitch, n.velocity) for n in all_of_it.tracks[0].notes]
+    heard = [(n.time, n.end, n.pitch, n.velocity) for n in its_end.tracks[0].notes]
+    assert heard == [note for note in expected if note[0] >= 0]
+
+    def tempo(score: Any, tick: int) -> float:
+        return float([t.qpm for t in score.tempos if t.time <= tick][-1])
+
+    for tick in range(0, its_end.end(), its_end.ticks_per_quarter):
+        assert tempo(its_end, tick) == tempo(all_of_it, tick + shift)
+
+
+def test_a_bar_too_long_for_the_window_loses_its_beginning() -> None:
+    whole = piano_tokens(song(1))
+    end = last_bars(whole, FACTS, bars=4, longest=12)
+    assert len(end) <= 12 and end[-3:] == whole[-3:]
+
+
+def make_writer(model: Any) -> Writer:
+    return Writer(Sampler(model, pad_id=FACTS.pad_id, eos_id=FACTS.eos_id), FACTS, 1.0, 0, 1.0)
+
+
+def test_a_short_piece_is_what_the_sampler_draws(tiny_model: Any) -> None:
+    prompts = [opening(TOKENIZER, "4/4", 120.0), opening(TOKENIZER, "3/4", 90.0)] * 2
+    written = make_writer(tiny_model).write(prompts, 40, torch.Generator().manual_seed(5), None)
+    sampler = Sampler(tiny_model, pad_id=FACTS.pad_id, eos_id=FACTS.eos_id)
+    rollout = sampler.sample(torch.tensor(prompts), max_new_tokens=40, generator=torch.Generator().manual_seed(5))
+    for row, tokens, mask in zip(written, rollout.tokens[:, 4:], rollout.mask, strict=True):
+        assert row == [token for token in tokens[mask].tolist() if token != FACTS.eos_id]
+
+
+def test_a_long_piece_is_written_in_windows(tiny_model: Any) -> None:
+    """Where no end may come, every piece has exactly the length asked for, and obeys the grammar across windows."""
+    grammar = build_grammar(TOKENIZER)
+    endless = replace(grammar, allowed=grammar.allowed.clone())
+    endless.allowed[:, FACTS.eos_id] = False
+    prompts = [opening(TOKENIZER, "4/4", 120.0), opening(TOKENIZER, "6/8", 60.0)]
+    length = 2 * WINDOW + 30
+    writer = make_writer(tiny_model)
+    written = writer.write(prompts, length, torch.Generator().manual_seed(1), endless)
+    assert [len(row) for row in written] == [length, length]
+    assert unplayable_tokens(prompts, written, grammar) == [0, 0]
+    assert writer.write(prompts, length, torch.Generator().manual_seed(1), endless) == written
+    free = writer.write(prompts, length, torch.Generator().manual_seed(1), None)
+    assert sum(unplayable_tokens(prompts, free, grammar)) > 0  # a random model is no pianist
+
+
+# --- The command --------------------------------------------------------------------------------------------------
+
+
+def generate(*arguments: Any) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "pieces.csv").read_text().splitlines()))
+
+
+@pytest.fixture(scope="module")
+def midi(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("song") / "song.mid"
+    song(12).dump_midi(path)
+    return path
+
+
+def test_pieces_come_as_midi_and_wav(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = generate("--out", out, "-n", 2, "--tokens", 96, "--tempo", 90, "--time-signature", "3/4", "--playable")
+    assert result.exit_code == 0, result.output
+    assert "without --playable:" in result.output and "with --playable:    0 of" in result.output
+    assert [row["piece"] for row in table(out)] == ["0", "1"]
+    for row in table(out):
+        score = Score(out / row["file"].replace(".wav", ".mid"))
+        assert score.tempos[0].qpm == pytest.approx(90, abs=0.1)
+        assert (score.time_signatures[0].numerator, score.time_signatures[0].denominator) == (3, 4)
+        assert score.note_num() == int(row["notes"]) > 5 and int(row["tokens"]) <= 96 and row["unplayable"] == "0"
+        audio, rate = soundfile.read(out / row["file"])
+        assert rate == 44100 and len(audio) / rate == pytest.approx(float(row["seconds"]), abs=0.01)
+        assert abs(audio).max() == pytest.approx(1, abs=1e-3)
+    assert json.loads((out / "settings.json").read_text())["seed"] == 1
+    other = generate("--out", tmp_path / "b", "-n", 2, "--tokens", 96, "--tempo", 90, "--time-signature", "3/4",
+                     "--playable", "--seed", 2)  # fmt: skip
+    assert other.exit_code == 0
+    assert (tmp_path / "b" / "0000.mid").read_bytes() != (out / "0000.mid").read_bytes()
+
+
+def test_a_continuation_leaves_the_song_as_it_was(midi: Path, tmp_path: Path) -> None:
+    result = generate("--out", tmp_path / "out", "-n", 1, "--continue", midi, "--bars", 4, "--tokens", 90)
+    assert result.exit_code == 0, result.output
+    before, alone, joined = (
+        Score(midi),
+        Score(tmp_path / "out" / "0000.mid"),
+        Score(tmp_path / "out" / "0000-joined.mid"),
+    )
+    assert [list(track.notes) for track in joined.tracks[:3]] == [list(track.notes) for track in before.tracks]
+    assert [track.program for track in joined.tracks[:3]] == [0, 2, 40]
+    (new,) = joined.tracks[3:]
+    assert len(new.notes) > 3
+    line = 12 * 3 * 480
+    scale = 480 / alone.ticks_per_quarter
+    assert [(n.time - line, n.pitch, n.velocity) for n in new.notes] == [
+        (round(n.time * scale), n.pitch, n.velocity) for n in alone.tracks[0].notes
+    ]
+    assert alone.tempos[0].time == 0 and alone.tempos[0].qpm == pytest.approx(60, abs=0.1)  # as the song ended
+    assert (alone.time_signatures[0].numerator, alone.time_signatures[0].denominator) == (3, 4)
+    seconds = soundfile.info(tmp_path / "out" / "0000-joined.wav").duration
+    assert seconds == pytest.approx(6 * 3 * 0.6 + 6 * 3 * 1.0 + float(table(tmp_path / "out")[0]["seconds"]), abs=0.02)
+
+
+def test_the_best_of_several_is_the_one_that_rates_best(tmp_path: Path) -> None:
+    """The candidates of one piece are the pieces of a run of as many without a choice."""
+    length = ("--tokens", 64, "--seconds", 8)
+    assert generate("--out", tmp_path / "all", "-n", 4, *length).exit_code == 0
+    result = generate("--out", tmp_path / "best", "-n", 1, "--best-of", 4, "--reward", "ce_proxy", *length)
+    assert result.exit_code == 0 and "best of 4 by ce_proxy (a stand-in" in result.output, result.output
+    reward = load_reward("ce_proxy")
+    ratings = []
+    for row in table(tmp_path / "all"):
+        audio, rate = soundfile.read(tmp_path / "all" / row["file"], dtype="float32")
+        assert rate == reward.sample_rate
+        ratings.append(reward.score(torch.from_numpy(audio.mean(1))[None])["CE"].item())
+    (chosen,) = table(tmp_path / "best")
+    assert int(chosen["candidate"]) == int(np.argmax(ratings)) and max(ratings) > min(ratings) + 0.01
+    assert float(chosen["CE"]) == pytest.approx(max(ratings), abs=0.01)
+    name = f"{int(np.argmax(ratings)):04d}.mid"
+    assert (tmp_path / "best" / "0000.mid").read_bytes() == (tmp_path / "all" / name).read_bytes()
+
+
+def test_a_killed_command_goes_on(tmp_path: Path) -> None:
+    arguments = ["-n", "70", "--tokens", "16", "--seconds", "2"]  # two batches
+    assert generate("--out", tmp_path / "whole", *arguments).exit_code == 0
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "smart.generate", "--out", str(out), *arguments],
+        stdout=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    while not (out / "pieces.csv").is_file() or len((out / "pieces.csv").read_text().splitlines()) < 4:
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(table(out)) < 70
+    with open(out / "pieces.csv", "a") as file:
+        file.write("3,00")  # as a crash in the middle of a line leaves it
+    result = generate("--out", out, *arguments)
+    assert result.exit_code == 0, result.output
+    for path in (tmp_path / "whole").iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+    assert generate("--out", out, *arguments).exit_code == 0  # nothing left to do
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--model", "nothing/here/at-all"], "no such folder"),
+        (["--tempo", "1000"], "--tempo 1000: expected 40 to 250"),
+        (["--continue", "absent.mid"], "--continue absent.mid: no such file"),
+        (["--continue", "text.mid"], "--continue text.mid: not a MIDI file"),
+        (["--continue", "violin.mid"], "--continue violin.mid: no piano notes"),
+        (["--continue", "song.mid", "--tempo", "90"], "a continuation keeps its song's own"),
+        (["--soundfont", "absent.sf2"], "does not exist"),
+        (["--best-of", "2", "--reward", "applause"], 'there is no reward "applause"'),
+        (["--best-of", "2", "--reward-option", "loud"], "expected KEY=VALUE"),
+        (["--out", "full"], "holds something else"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], text: str, midi: Path, tmp_path: Path) -> None:
+    (tmp_path / "song.mid").write_bytes(midi.read_bytes())
+    (tmp_path / "text.mid").write_text("a letter, not a song")
+    violin = song(4)
+    violin.tracks = violin.tracks[2:]
+    violin.dump_midi(tmp_path / "violin.mid")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letters.txt").write_text("mine")
+    before = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        result = generate(*([] if "--out" in arguments else ["--out", "out"]), "-n", 1, "--tokens", 8, *arguments)
+    finally:
+        os.chdir(before)
+    assert result.exit_code == 2, result.output
+    assert text in result.output and "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_settings_do_not_mix_with_what_is_there(tmp_path: Path) -> None:
+    assert generate("--out", tmp_path / "out", "-n", 1, "--tokens", 8).exit_code == 0
+    result = generate("--out", tmp_path / "out", "-n", 1, "--tokens", 9)
+    assert result.exit_code == 2 and "other settings" in result.output
+
+
+def test_a_run_is_a_model(tmp_path: Path) -> None:
+    """A finished run gives its tuned model, an unfinished one its newest checkpoint, one without either is refused."""
+    from smart.checkpoint import save
+    from smart.generate import find_model
+    from smart.model import find_base, load_base, save_base
+
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.toml").write_text("")
+    with pytest.raises(UserError, match="has made no model yet"):
+        find_model(str(run))
+    model, tokenizer = load_base("piano-small")
+    newest = save(run / "checkpoints", 7, lambda folder: save_base(model, tokenizer, folder))
+    assert find_model(str(run)) == newest
+    save_base(model, tokenizer, run / "tuned")
+    assert find_model(str(run)) == run / "tuned"
+    assert find_model("piano-small") == find_base("piano-small")
