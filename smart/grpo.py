@@ -37,7 +37,7 @@ import torch
 from smart import UserError, checkpoint, require, track
 from smart.config import Config, Grpo, dumps, load
 from smart.model import find_base, load_base, pick_device, pick_precision, save_base
-from smart.plots import curves
+from smart.plots import curves, timeline
 from smart.prompts import Pieces, draw
 from smart.render import RenderPool
 from smart.reward import Reward, load_reward
@@ -385,7 +385,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
             }
             run.metrics(step, metrics)
             if config.track.trace_every and step % config.track.trace_every == 0:
-                watch.write(folder / "traces" / f"{step:08d}.json")
+                timeline(watch.write(folder / "traces" / f"{step:08d}.json"))
             rows = rated.rows(rollout, settings.group_size)
             run.completions(
                 row | {"step": step, "advantage": advantage}

@@ -291,8 +291,8 @@ class Stopwatch:
                 beside[f"seconds/{stage}"] = beside.get(f"seconds/{stage}", 0.0) + end - start
         return self.laps | {"seconds/iteration": sum(self.laps.values())} | beside
 
-    def write(self, path: Path) -> None:
-        """All spans as a trace for Chrome's and Perfetto's viewers, a track for each lane."""
+    def write(self, path: Path) -> Path:
+        """All spans as a trace for Chrome's and Perfetto's viewers, a track for each lane; returns the path."""
         spans = sorted(self.spans, key=lambda span: span.start)
         lanes = sorted({span.lane for span in spans}, key=lambda lane: (lane != "main", lane != "within", lane))
         zero = spans[0].start if spans else 0.0
@@ -307,6 +307,7 @@ class Stopwatch:
         ]  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps({"traceEvents": events}).encode())
+        return path
 
 
 def progress(rows: Iterable[Any] | None = None, **options: Any) -> Any:

@@ -136,7 +136,7 @@ def test_what_a_run_leaves(finished: Path, base: Path) -> None:
         assert seconds["iteration"] == pytest.approx(sum(seconds[stage] for stage in stages[:4]))
         assert seconds["wait"] + seconds["rate"] <= seconds["score"]
     traces = sorted((finished / "traces").iterdir())
-    assert [path.name for path in traces] == ["00000004.json"]
+    assert [path.name for path in traces] == ["00000004.json", "00000004.png"]
     spans = [event for event in json.loads(traces[0].read_text())["traceEvents"] if event["ph"] == "X"]
     assert [span["name"] for span in spans].count("render") == 6
     assert rows[0]["policy/kl"] < 1e-6 < rows[-1]["policy/kl"]

@@ -10,7 +10,7 @@ import soundfile
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from smart import UserError
-from smart.plots import curves
+from smart.plots import curves, timeline
 from smart.track import Stopwatch, Tracker, prepare, read_metrics, summarise, write_wav
 
 CONFIG = '[run]\nname = "a"\n\n[grpo]\nbeta = 0.04\n\n[render]\nworkers = 2\n'
@@ -127,4 +127,6 @@ def test_a_trace_holds_every_span_in_its_lane(tmp_path: Path) -> None:
     spans = {event["name"]: event for event in events if event["ph"] == "X"}
     assert lanes == {0: "main", 1: "worker-1"}
     assert (spans["generate"]["ts"], spans["generate"]["tid"], spans["render"]["tid"]) == (0, 0, 1)
+    figure = timeline(tmp_path / "traces" / "1.json")
+    assert figure == tmp_path / "traces" / "1.png" and figure.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert spans["render"]["ts"] == pytest.approx(1e6) and spans["render"]["dur"] == pytest.approx(2e6)
