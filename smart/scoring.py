@@ -298,20 +298,20 @@ class Scorer:
         for _ in rows_of:
             with stopwatch.timed("wait"):
                 clip = next(arrivals)
-            for row in rows_of[clip]:
-                try:
-                    stereo = clip.result()
-                except RenderError:
-                    failed += 1
-                else:
-                    audio[row] = stereo if row in kept else None
-                    wave = resample(torch.from_numpy(stereo).mean(0), self.sample_rate, self.reward.sample_rate)
-                    silent += bool(wave.abs().amax() < SILENT)
-                    mono[row] = wave
-                number = row // self.batch
-                awaited[number] -= 1
-                if not awaited[number]:
-                    with stopwatch.timed("rate"):
+            with stopwatch.timed("rate"):
+                for row in rows_of[clip]:
+                    try:
+                        stereo = clip.result()
+                    except RenderError:
+                        failed += 1
+                    else:
+                        audio[row] = stereo if row in kept else None
+                        wave = resample(torch.from_numpy(stereo).mean(0), self.sample_rate, self.reward.sample_rate)
+                        silent += bool(wave.abs().amax() < SILENT)
+                        mono[row] = wave
+                    number = row // self.batch
+                    awaited[number] -= 1
+                    if not awaited[number]:
                         self._rate(mono, range(number * self.batch, min((number + 1) * self.batch, len(clips))), scores)
         return Rated(
             rewards=self.reward.combine(scores),
