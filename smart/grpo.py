@@ -37,7 +37,7 @@ import torch
 from smart import UserError, checkpoint, require, track
 from smart.config import Config, Grpo, dumps, load
 from smart.model import find_base, load_base, pick_device, pick_precision, save_base
-from smart.plots import curves
+from smart.plots import curves, timeline
 from smart.prompts import Pieces, draw
 from smart.render import RenderPool
 from smart.reward import Reward, load_reward
@@ -83,17 +83,39 @@ def completion_logits(
         positions = (real.cumsum(dim=1) - 1).clamp(min=0)
         padding = {"attention_mask": real.long(), "position_ids": positions}
     logits = model(input_ids=tokens, use_cache=False, **padding).logits[:, prompt_length - 1 : -1]
-    return logits.float() / temperature
+    logits = logits.float()
+    return logits if temperature == 1.0 else logits / temperature
 
 
-def token_logprobs(model: Any, tokens: torch.Tensor, prompt_length: int, *, temperature: float = 1.0) -> torch.Tensor:
-    """Log-probability (N, T) of every token after the prompt in ``tokens`` (N, P+T), under the full softmax."""
-    logits = completion_logits(model, tokens, prompt_length, temperature=temperature)
-    return _gather(logits.log_softmax(dim=-1), tokens[:, prompt_length:])
+def token_logprobs(
+    model: Any,
+    tokens: torch.Tensor,
+    prompt_length: int,
+    *,
+    temperature: float = 1.0,
+    micro_batch: int | None = None,
+) -> torch.Tensor:
+    """Log-probability (N, T) of every token after the prompt in ``tokens`` (N, P+T), under the full softmax.
+
+    ``micro_batch`` rows at a time (None: all), so that N x T x V numbers never exist at once.
+    """
+    parts = []
+    for rows in tokens.split(micro_batch or len(tokens)):
+        logits = completion_logits(model, rows, prompt_length, temperature=temperature)
+        parts.append(_gather(logits.log_softmax(dim=-1), rows[:, prompt_length:]))
+    return torch.cat(parts)
 
 
 def _gather(logp: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
     return logp.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+
+
+def _logp_and_entropy(logits: torch.Tensor, drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of the drawn tokens, and entropy, (N, T) each; one (N, T, V) stays, which the gradient needs."""
+    logp = logits.log_softmax(dim=-1)
+    with torch.no_grad():
+        entropy = -logp.exp().mul_(logp).sum(dim=-1)
+    return _gather(logp, drawn), entropy
 
 
 def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
@@ -118,7 +140,7 @@ def grpo_loss(
     ``logp``, ``old_logp``, ``ref_logp`` are (N, T), of the policy, of the policy that sampled, and of the reference;
     ``advantages`` (N,); ``mask`` (N, T) bool is True on completion tokens. ``average``: "token" over all completion
     tokens of the batch, "sequence" the mean of each sequence's mean, "constant" the sum divided by N x T (Dr. GRPO).
-    Stats, each a mean over completion tokens: kl, ratio, clip_fraction; and dlogp_max = max |logp - old_logp|.
+    Stats, each a mean over completion tokens: kl, ratio, clip_fraction, dlogp_mean = |logp - old_logp|; and dlogp_max.
     """
     if not logp.shape == old_logp.shape == ref_logp.shape == mask.shape or advantages.shape != logp.shape[:1]:
         shapes = [tuple(part.shape) for part in (logp, old_logp, ref_logp, advantages, mask)]
@@ -134,6 +156,7 @@ def grpo_loss(
         "kl": (kl.detach().sum() / tokens).item(),
         "ratio": (ratio.detach().masked_fill(~mask, 0).sum() / tokens).item(),
         "clip_fraction": ((clipped < gain) & mask).sum().item() / tokens.item(),
+        "dlogp_mean": (log_ratio.detach().abs().sum() / tokens).item(),
         "dlogp_max": log_ratio.detach().abs().max().item() if log_ratio.numel() else 0.0,
     }
     if average == "token":
@@ -171,9 +194,10 @@ def update(
         for rows in torch.arange(len(tokens), device=tokens.device).split(settings.micro_batch):
             with autocast:
                 logits = completion_logits(policy, tokens[rows], tokens.shape[1] - length, temperature=temperature)
-            logp = logits.log_softmax(dim=-1)  # (n, T, V)
+            logp, entropy = _logp_and_entropy(logits, tokens[rows, -length:])
+            del logits  # (n, T, V), before the gradient takes as much again
             loss, parts = grpo_loss(
-                _gather(logp, tokens[rows, -length:]),
+                logp,
                 old_logp[rows],
                 ref_logp[rows],
                 advantages[rows],
@@ -185,9 +209,7 @@ def update(
             token_share = (mask[rows].sum() / mask.sum()).item()
             share = token_share if settings.average == "token" else len(rows) / len(tokens)
             (loss * share).backward()
-            with torch.no_grad():
-                entropy = -(logp.exp() * logp).sum(dim=-1)[mask[rows]].mean().item()
-            parts |= {"loss": loss.item() * share / token_share, "entropy": entropy}
+            parts |= {"loss": loss.item() * share / token_share, "entropy": entropy[mask[rows]].mean().item()}
             dlogp = max(parts.pop("dlogp_max"), stats.get("dlogp_max", 0.0))
             stats = {key: stats.get(key, 0.0) + value * token_share for key, value in parts.items()}
             stats["dlogp_max"] = dlogp
@@ -278,22 +300,18 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     def prompts(count: int, generator: torch.Generator) -> torch.Tensor:
         return draw(config.prompts.kind, count, tokenizer, generator, pieces=parts.pieces).to(device)
 
-    def sample(model: Any, rows: torch.Tensor, group_size: int, generator: torch.Generator) -> Rollout:
-        dtype = pick_precision(sampling.dtype, device)
-        return Sampler(model, pad_id=facts.pad_id, eos_id=facts.eos_id, dtype=dtype).sample(
-            rows,
-            max_new_tokens=sampling.max_new_tokens,
-            group_size=group_size,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            generator=generator,
-        )
-
     def listen(name: str, tokens: torch.Tensor, audio: Any) -> None:
         run.listen(name, decode(tokenizer, tokens), audio, render.sample_rate)
 
     facts, grammar = vocabulary(tokenizer), build_grammar(tokenizer)
+    drawn_in = pick_precision(sampling.dtype, device)
+    samplers = {
+        name: Sampler(model, pad_id=facts.pad_id, eos_id=facts.eos_id, dtype=drawn_in)
+        for name, model in (("base", reference), ("tuned", policy))
+    }
+    drawing: dict[str, Any] = {
+        name: getattr(sampling, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")
+    }
     precision = pick_precision(settings.precision, device)
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     with (
@@ -308,7 +326,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
         track.progress(total=settings.iterations, initial=done, unit="iteration") as bar,
         checkpoint.StopRequest() as stop,
     ):
-        scorer = Scorer(tokenizer, pool, parts.reward, sample_rate=render.sample_rate)
+        scorer = Scorer(tokenizer, pool, parts.reward, sample_rate=render.sample_rate, seconds=render.seconds)
         run.say(f"run {folder}: base {parts.base} on {device}, {done} of {settings.iterations} iterations done")
         run.say(f"reward: {parts.reward.provenance}")
         for step in range(done + 1, settings.iterations + 1):
@@ -318,26 +336,28 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
             watch = track.Stopwatch()
             try:
                 starts = prompts(settings.prompts, generators["prompts"])
-                rollout = sample(policy, starts, settings.group_size, generators["sampler"])
+                clips = scorer.listen(watch)  # which has a completion rendered as soon as it has settled
+                rollout = samplers["tuned"].sample(
+                    starts,
+                    group_size=settings.group_size,
+                    generator=generators["sampler"],
+                    watch=clips.look,
+                    **drawing,
+                )
+                clips.finish(rollout)
                 watch.lap("generate")
-                clips = scorer.submit(rollout)
-                watch.lap("decode")
                 with torch.no_grad(), autocast:  # while the workers render
-                    ref_logp = torch.cat(
-                        [
-                            token_logprobs(reference, rows, starts.shape[1], temperature=sampling.temperature)
-                            for rows in rollout.tokens.split(settings.micro_batch)
-                        ]
+                    ref_logp = token_logprobs(
+                        reference,
+                        rollout.tokens,
+                        starts.shape[1],
+                        temperature=sampling.temperature,
+                        micro_batch=settings.micro_batch,
                     )
                 watch.lap("reference")
                 heard = range(config.track.samples) if step % config.track.samples_every == 0 else range(0)
-                rated = scorer.collect(clips, keep=heard)
-                watch.lap("render_and_score")
-                if not rated.rewards.isfinite().any():
-                    raise FloatingPointError(
-                        f"none of {len(clips)} clips could be rated; {rated.failed} of them could not be rendered "
-                        f"with {parts.soundfont}"
-                    )
+                rated = clips.rate(keep=heard)
+                watch.lap("score")
                 advantages = group_advantages(rated.rewards, settings.group_size, scale=settings.scale)
                 stats = update(
                     policy,
@@ -361,10 +381,11 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
                 **{f"policy/{key}": value for key, value in stats.items()},
                 "policy/learning_rate": rate,
                 **completion_metrics(rollout, facts.eos_id, grammar),
-                **watch.laps,
-                "seconds/iteration": sum(watch.laps.values()),
+                **watch.metrics(),
             }
             run.metrics(step, metrics)
+            if config.track.trace_every and step % config.track.trace_every == 0:
+                timeline(watch.write(folder / "traces" / f"{step:08d}.json"))
             rows = rated.rows(rollout, settings.group_size)
             run.completions(
                 row | {"step": step, "advantage": advantage}
@@ -392,8 +413,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
         starts = prompts(config.track.final_prompts, torch.Generator().manual_seed(seed))
         heard = range(min(config.track.final_listen, len(starts)))
         rewards = {}
-        for name, model in (("base", reference), ("tuned", policy)):
-            rollout = sample(model, starts, 1, torch.Generator(device).manual_seed(seed))
+        for name, sampler in samplers.items():
+            rollout = sampler.sample(starts, generator=torch.Generator(device).manual_seed(seed), **drawing)
             rated = scorer.collect(scorer.submit(rollout), keep=heard)
             rewards[name] = rated.rewards[rated.rewards.isfinite()].numpy()
             for row in heard:
