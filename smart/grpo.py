@@ -28,21 +28,23 @@ Axes: B prompts, G completions a prompt, N = B x G sequences, P prompt length, T
 
 import copy
 import math
+import signal
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 import torch
 
-from smart import UserError, checkpoint, require, track
+from smart import UserError, checkpoint, distributed, require, track
 from smart.config import Config, Grpo, dumps, load
+from smart.distributed import World
 from smart.model import find_base, load_base, pick_device, pick_precision, save_base
 from smart.plots import curves, timeline
 from smart.prompts import Pieces, draw
-from smart.render import RenderPool
+from smart.render import RenderPool, usable_cores
 from smart.reward import Reward, load_reward
 from smart.sampler import Rollout, Sampler
-from smart.scoring import Scorer, completion_metrics
+from smart.scoring import Scorer, completion_metrics, together
 from smart.shards import Corpus
 from smart.soundfonts import check_soundfont, find_soundfont
 from smart.tokens import build_grammar, decode, vocabulary
@@ -178,20 +180,23 @@ def update(
     *,
     temperature: float = 1.0,
     autocast: torch.autocast,
+    world: World | None = None,
 ) -> dict[str, float]:
     """``inner_epochs`` optimiser steps on one batch, in micro-batches whose size does not change the gradient.
 
-    Returns the stats of the first epoch (the policy that sampled) and the last ``grad_norm`` before clipping.
-    Raises ``FloatingPointError`` before a step when the loss or the gradient is not finite.
+    Each process of ``world`` (None: this one alone) has the whole batch, learns from its share of the rows, and steps on the sum of all
+    gradients. Returns the stats of the first epoch (the policy that sampled) and the last ``grad_norm`` before
+    clipping. Raises ``FloatingPointError`` before a step when the loss or the gradient is not finite.
     """
     tokens, mask, old_logp = rollout
+    world = world or World(tokens.device)
     length = mask.shape[1]
     first: dict[str, float] = {}
     norm = math.nan
     for epoch in range(settings.inner_epochs):
         optimizer.zero_grad(set_to_none=True)
         stats: dict[str, float] = {}
-        for rows in torch.arange(len(tokens), device=tokens.device).split(settings.micro_batch):
+        for rows in torch.tensor(world.share(len(tokens)), device=tokens.device).split(settings.micro_batch):
             with autocast:
                 logits = completion_logits(policy, tokens[rows], tokens.shape[1] - length, temperature=temperature)
             logp, entropy = _logp_and_entropy(logits, tokens[rows, -length:])
@@ -213,6 +218,9 @@ def update(
             dlogp = max(parts.pop("dlogp_max"), stats.get("dlogp_max", 0.0))
             stats = {key: stats.get(key, 0.0) + value * token_share for key, value in parts.items()}
             stats["dlogp_max"] = dlogp
+        world.sum_gradients(policy.parameters())
+        dlogp = max(world.gather(stats.pop("dlogp_max")))
+        stats = dict(zip(stats, world.sum(*stats.values()), strict=True)) | {"dlogp_max": dlogp}
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm).item()
         if not math.isfinite(stats["loss"]) or not math.isfinite(norm):
             found = ", ".join(f"{key} {value:g}" for key, value in stats.items())
@@ -227,20 +235,18 @@ def update(
 class Parts(NamedTuple):
     """What a run needs from outside, found before any work starts."""
 
-    device: torch.device
     base: Path
     soundfont: Path
     reward: Reward
     pieces: Pieces | None  # for prompts of kind "dataset"
 
 
-def preflight(config: Config) -> Parts:
+def preflight(config: Config, world: World) -> Parts:
     """Find everything that a run needs. Raises one ``UserError`` that lists all that is missing."""
 
     def reward() -> Reward:
         wanted = config.reward
-        device = "cpu" if config.run.device == "cpu" or not torch.cuda.is_available() else "cuda"
-        return load_reward(wanted.kind, weights=wanted.weights or None, device=device, **wanted.options)
+        return load_reward(wanted.kind, weights=wanted.weights or None, device=world.device, **wanted.options)
 
     def soundfont() -> Path:
         path = find_soundfont(config.render.soundfont)
@@ -254,31 +260,34 @@ def preflight(config: Config) -> Parts:
             raise UserError("prompts.corpus is empty: set it to a folder written by `smart corpus build`")
         return Corpus(Path(config.prompts.corpus)).split(config.prompts.split)
 
-    found = require(
-        lambda: pick_device(config.run.device),
-        lambda: find_base(config.model.base),
-        soundfont,
-        reward,
-        pieces,
-        track.check_packages,
-    )
-    return Parts(*found[:5])
+    found = require(lambda: find_base(config.model.base), soundfont, reward, pieces, track.check_packages)
+    return Parts(*found[:4])
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Tune a base by ``config``; returns the folder of the run, whose ``tuned/`` holds the model in the form of a base.
 
-    With ``resume`` it goes on from the last checkpoint, exactly. Raises ``UserError`` for what the user can mend and
+    With ``resume`` it goes on from the last checkpoint, exactly. Started by ``torchrun``, each process draws, renders
+    and rates whole groups of its own, and learns from them. Raises ``UserError`` for what the user can mend and
     ``click.ClickException`` where training cannot go on.
     """
-    parts = preflight(config)
-    settings, sampling, render, device = config.grpo, config.sampling, config.render, parts.device
+    with distributed.join(pick_device(config.run.device)) as world:
+        return _train(config, world, resume=resume, overwrite=overwrite)
+
+
+def _train(config: Config, world: World, *, resume: bool, overwrite: bool) -> Path:
+    parts = preflight(config, world)
+    settings, sampling, render, device = config.grpo, config.sampling, config.render, world.device
+    if settings.prompts < world.size:
+        raise UserError(f"grpo.prompts = {settings.prompts}: expected at least one for each of {world.size} processes")
     policy, tokenizer = load_base(parts.base, device=device)
     longest = policy.config.max_position_embeddings - 8  # the longest prompt has seven tokens
     if sampling.max_new_tokens > longest:
         raise UserError(f"sampling.max_new_tokens = {sampling.max_new_tokens}: this base has room for {longest}")
     folder = Path(config.run.folder) / config.run.name
-    track.prepare(folder, dumps(config), resume=resume, overwrite=overwrite)
+    if world.lead:
+        track.prepare(folder, dumps(config), resume=resume, overwrite=overwrite)
+    world.sum(0)  # the others wait until the folder is there
 
     reference = copy.deepcopy(policy).requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=device.type == "cuda")
@@ -315,15 +324,15 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     precision = pick_precision(settings.precision, device)
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     with (
-        track.Tracker(folder, start=done) as run,
+        track.Tracker(folder, start=done) if world.lead else track.Onlooker(folder) as run,
         RenderPool(
             parts.soundfont,
             sample_rate=render.sample_rate,
             seconds=render.seconds,
-            workers=render.workers or None,
+            workers=render.workers or max(usable_cores() // world.neighbours, 1),
             deadline=render.deadline,
         ) as pool,
-        track.progress(total=settings.iterations, initial=done, unit="iteration") as bar,
+        track.progress(total=settings.iterations, initial=done, unit="iteration", show=world.lead) as bar,
         checkpoint.StopRequest() as stop,
     ):
         scorer = Scorer(tokenizer, pool, parts.reward, sample_rate=render.sample_rate, seconds=render.seconds)
@@ -336,11 +345,14 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
             watch = track.Stopwatch()
             try:
                 starts = prompts(settings.prompts, generators["prompts"])
+                mine = world.share(settings.prompts)  # whole groups
+                first, whole = mine.start * settings.group_size, settings.prompts * settings.group_size
                 clips = scorer.listen(watch)  # which has a completion rendered as soon as it has settled
                 rollout = samplers["tuned"].sample(
-                    starts,
+                    starts[mine.start : mine.stop],
                     group_size=settings.group_size,
                     generator=generators["sampler"],
+                    share=(first, whole),
                     watch=clips.look,
                     **drawing,
                 )
@@ -356,7 +368,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
                     )
                 watch.lap("reference")
                 heard = range(config.track.samples) if step % config.track.samples_every == 0 else range(0)
-                rated = clips.rate(keep=heard)
+                rated = clips.rate(keep=[row - first for row in heard])
+                rollout, rated, ref_logp = together(world, rollout, rated, ref_logp, pad_id=facts.pad_id)
+                rated.check()
                 watch.lap("score")
                 advantages = group_advantages(rated.rewards, settings.group_size, scale=settings.scale)
                 stats = update(
@@ -368,6 +382,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
                     settings,
                     temperature=sampling.temperature,
                     autocast=autocast,
+                    world=world,
                 )
                 watch.lap("learn")
             except FloatingPointError as error:
@@ -384,7 +399,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
                 **watch.metrics(),
             }
             run.metrics(step, metrics)
-            if config.track.trace_every and step % config.track.trace_every == 0:
+            if world.lead and config.track.trace_every and step % config.track.trace_every == 0:
                 timeline(watch.write(folder / "traces" / f"{step:08d}.json"))
             rows = rated.rows(rollout, settings.group_size)
             run.completions(
@@ -395,7 +410,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
                 listen(f"samples/{step:08d}/{row:02d}", rollout.tokens[row], rated.audio[row])
             bar.update()
             bar.set_postfix(reward=f"{metrics['reward/mean']:.3f}", kl=f"{stats['kl']:.4f}")
-            if step % config.track.checkpoint_every == 0 or step == settings.iterations or stop.requested:
+            stopping = world.any(bool(stop.requested))
+            if world.lead and (step % config.track.checkpoint_every == 0 or step == settings.iterations or stopping):
                 run.flush(step)
                 checkpoint.save(folder / "checkpoints", step, save, keep=config.track.keep_checkpoints)
                 curves(folder, ("reward/mean",), "reward")
@@ -403,24 +419,31 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
                     f"iteration {step}: reward {metrics['reward/mean']:.3f}, KL {stats['kl']:.4f}, "
                     f"{metrics['seconds/iteration']:.1f} s"
                 )
-            if stop.requested and step < settings.iterations:
+            if stopping and step < settings.iterations:
                 run.say(f"stopped; to go on: python -m smart.grpo --config {folder / track.CONFIG} --resume")
-                raise SystemExit(128 + stop.requested)
+                raise SystemExit(128 + (stop.requested or signal.SIGTERM))
 
         # base against tuned: fresh samples for the same prompts and from the same seed
         bar.set_description("base against tuned")
         seed = config.run.seed + 2**31
         starts = prompts(config.track.final_prompts, torch.Generator().manual_seed(seed))
-        heard = range(min(config.track.final_listen, len(starts)))
+        heard, mine = range(min(config.track.final_listen, len(starts))), world.share(len(starts))
         rewards = {}
         for name, sampler in samplers.items():
-            rollout = sampler.sample(starts, generator=torch.Generator(device).manual_seed(seed), **drawing)
-            rated = scorer.collect(scorer.submit(rollout), keep=heard)
+            rollout = sampler.sample(
+                starts[mine.start : mine.stop],
+                generator=torch.Generator(device).manual_seed(seed),
+                share=(mine.start, len(starts)),
+                **drawing,
+            )
+            rated = scorer.collect(scorer.submit(rollout), keep=[row - mine.start for row in heard])
+            rollout, rated, _ = together(world, rollout, rated, rollout.logprobs, pad_id=facts.pad_id)
             rewards[name] = rated.rewards[rated.rewards.isfinite()].numpy()
             for row in heard:
                 listen(f"final/{row:02d}-{name}", rollout.tokens[row], rated.audio[row])
-        save_base(policy, tokenizer, folder / "tuned")
-        run.say(track.summarise(folder, rewards))
+        if world.lead:
+            save_base(policy, tokenizer, folder / "tuned")
+            run.say(track.summarise(folder, rewards))
         if parts.reward.is_stand_in:
             run.say(f"{config.reward.kind} is a stand-in, not the aesthetic model: see docs/rewards.md")
     return folder

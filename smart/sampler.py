@@ -607,6 +607,7 @@ class Sampler:
         generator: torch.Generator | None = None,
         grammar: Grammar | None = None,
         watch: Watch | None = None,
+        share: tuple[int, int] | None = None,
     ) -> Rollout:
         """Draw ``group_size`` completions of each prompt; the rows of one prompt are adjacent.
 
@@ -622,6 +623,9 @@ class Sampler:
             be played after their prompt, whatever the prompt is: ``smart.tokens.unplayable`` marks none of them.
             All others get the logit -inf before the temperature, so that log-probabilities are, here too, those
             of the distribution drawn from; a learner that takes the full softmax sees others. None: any token.
+        share: (first, whole) where these N sequences are those from ``first`` on of a batch of ``whole``, the rest of
+            which other processes draw: each sequence is what it would be in the whole batch, and the generator is
+            advanced as for all of it.
         watch: called every few steps with the rows so far, (N, P+t) int64, pad_id after a row's end, and (N,) bool,
             which have ended; both lie on the CPU and are overwritten after the call. On CUDA it sees the state of a
             few steps ago. It is not called at the end, nor for a batch that ends before the first look.
@@ -637,7 +641,11 @@ class Sampler:
         if grammar is not None and len(grammar.position) != self.vocabulary:
             raise ValueError(f"grammar: expected one of {self.vocabulary} tokens, got {len(grammar.position)}")
         length = prompts.shape[1]
-        uniforms = _uniforms(max_new_tokens, len(prompts) * group_size, generator, device)
+        n = len(prompts) * group_size
+        first, whole = share or (0, n)
+        if not 0 <= first <= first + n <= whole:
+            raise ValueError(f"share: expected {n} rows within the whole batch, got rows from {first} of {whole}")
+        uniforms = _uniforms(max_new_tokens, whole, generator, device)[:, first : first + n]
         start = _Start(prompts.to(device), real.to(device), uniforms, group_size)
         choice = _Choice(temperature, top_k, top_p, self.pad_id, self.eos_id, grammar)
 

@@ -23,6 +23,7 @@ import torch
 from miditok.constants import TIME_SIGNATURE
 from symusic.core import TempoTick
 
+from smart.distributed import World
 from smart.render import RenderError
 from smart.reward import Reward, resample
 from smart.sampler import Rollout
@@ -45,6 +46,13 @@ class Rated(NamedTuple):
     audio: list[npt.NDArray[np.float32] | None]  # (2, S) of the rows asked for, else None
     failed: int  # clips that could not be rendered
     silent: int  # clips without a sound
+
+    def check(self) -> None:
+        """Raise ``FloatingPointError`` where not one clip has a reward: there is nothing to learn from."""
+        if not self.rewards.isfinite().any():
+            raise FloatingPointError(
+                f"none of {len(self.rewards)} clips could be rated; {self.failed} of them could not be rendered"
+            )
 
     def metrics(self, group_size: int) -> dict[str, float]:
         """Health of a batch of groups: see docs/metrics.md."""
@@ -78,6 +86,33 @@ class Rated(NamedTuple):
                 zip(rollout.tokens.cpu(), rollout.mask.sum(dim=1).tolist(), strict=True)
             )
         ]
+
+
+def together(
+    world: World, rollout: Rollout, rated: Rated, ref_logp: torch.Tensor, *, pad_id: int
+) -> tuple[Rollout, Rated, torch.Tensor]:
+    """The whole batch, of which each process has a part; ``ref_logp`` is (N, T) like the rollout's log-probabilities.
+
+    Every process gets the same, in the order of the ranks, padded to the longest completion, on its own device.
+    """
+    if world.size == 1:
+        return rollout, rated, ref_logp
+    parts = world.gather([part.cpu() for part in (*rollout, ref_logp)])
+    ratings = world.gather(rated)
+    length = max(mask.shape[1] for _, mask, *_ in parts)
+
+    def joined(place: int, filler: float) -> torch.Tensor:
+        padded = [torch.nn.functional.pad(p[place], (0, length - p[1].shape[1]), value=filler) for p in parts]
+        return torch.cat(padded).to(world.device)
+
+    whole = Rated(
+        rewards=torch.cat([part.rewards for part in ratings]),
+        scores={axis: torch.cat([part.scores[axis] for part in ratings]) for axis in rated.scores},
+        audio=[clip for part in ratings for clip in part.audio],
+        failed=sum(part.failed for part in ratings),
+        silent=sum(part.silent for part in ratings),
+    )
+    return Rollout(joined(0, pad_id), joined(1, False), joined(2, 0.0)), whole, joined(3, 0.0)
 
 
 def completion_metrics(rollout: Rollout, eos_id: int, grammar: Grammar) -> dict[str, float]:
@@ -218,13 +253,8 @@ class Clips:
         return self._in_order()
 
     def rate(self, *, keep: Iterable[int] = ()) -> Rated:
-        """``Scorer.collect`` of all clips. Raises ``FloatingPointError`` where not one of them has a reward."""
-        rated = self.scorer.collect(self._in_order(), keep=keep, stopwatch=self.stopwatch)
-        if not rated.rewards.isfinite().any():
-            raise FloatingPointError(
-                f"none of {len(rated.rewards)} clips could be rated; {rated.failed} of them could not be rendered"
-            )
-        return rated
+        """``Scorer.collect`` of all clips."""
+        return self.scorer.collect(self._in_order(), keep=keep, stopwatch=self.stopwatch)
 
     def _in_order(self) -> list[Future[Audio]]:
         return [self.futures[row] for row in range(len(self.futures))]

@@ -198,6 +198,31 @@ class Tracker:
         return wav
 
 
+class Onlooker(Tracker):
+    """A tracker that writes nothing: for processes beside the one that does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def completions(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        pass
+
+    def flush(self, step: int) -> None:
+        pass
+
+    def listen(self, name: str, score: Any, audio: npt.NDArray[np.float32] | None, sample_rate: int) -> Path:
+        return self.folder / name
+
+
 def write_wav(path: Path, audio: npt.NDArray[np.float32], sample_rate: int) -> None:
     """(C, S) float32 in [-1, 1] as 16-bit PCM."""
     import soundfile
@@ -310,9 +335,9 @@ class Stopwatch:
         return path
 
 
-def progress(rows: Iterable[Any] | None = None, **options: Any) -> Any:
-    """A tqdm bar on stderr, silent where that is not a terminal."""
-    return tqdm(rows, disable=not sys.stderr.isatty(), dynamic_ncols=True, **options)
+def progress(rows: Iterable[Any] | None = None, *, show: bool = True, **options: Any) -> Any:
+    """A tqdm bar on stderr, silent where that is not a terminal, or not to ``show``."""
+    return tqdm(rows, disable=not (show and sys.stderr.isatty()), dynamic_ncols=True, **options)
 
 
 def _cut_back(folder: Path, step: int) -> None:

@@ -155,7 +155,7 @@ def make_rollout(model: Any, n: int = 8, prompt: int = 4, t: int = 9) -> Rollout
     return Rollout(tokens, mask, old + 0.3 * torch.randn(n, t, generator=generator))
 
 
-def gradients(model: Any, **settings_: Any) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def gradients(model: Any, world: Any = None, **settings_: Any) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Gradient and stats of one ``update`` that does not move the weights."""
     rollout = make_rollout(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -167,6 +167,7 @@ def gradients(model: Any, **settings_: Any) -> tuple[dict[str, torch.Tensor], di
         torch.linspace(-1, 1, 8),
         Grpo(max_grad_norm=1e9, **settings_),
         autocast=torch.autocast("cpu", torch.bfloat16, enabled=False),
+        world=world,
     )
     return {name: weights.grad.clone() for name, weights in model.named_parameters()}, stats
 

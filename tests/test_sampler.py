@@ -952,3 +952,25 @@ def test_cuda_under_a_grammar() -> None:
         grammar.playable(grammar.step(stand, rollout.tokens[:, 3]))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_share_of_a_batch_is_drawn_as_in_the_whole(tiny_model: Any) -> None:
+    """Shares of unequal size, whose rows end at other times, put together give the batch that one process draws."""
+    sampler = Sampler(tiny_model, pad_id=0, eos_id=2)
+    prompts = torch.randint(3, 413, (5, 4), generator=torch.Generator().manual_seed(1))
+    whole = sampler.sample(prompts, max_new_tokens=24, group_size=3, generator=torch.Generator().manual_seed(2))
+    for first, last in ((0, 2), (2, 5)):
+        generator = torch.Generator().manual_seed(2)
+        part = sampler.sample(
+            prompts[first:last], max_new_tokens=24, group_size=3, generator=generator, share=(3 * first, 15)
+        )
+        rows = slice(3 * first, 3 * last)
+        length = part.mask.shape[1]
+        assert torch.equal(part.tokens, whole.tokens[rows, : 4 + length])
+        assert torch.equal(part.mask, whole.mask[rows, :length]) and not whole.mask[rows, length:].any()
+        torch.testing.assert_close(part.logprobs, whole.logprobs[rows, :length], atol=1e-5, rtol=1e-5)
+        after = torch.Generator().manual_seed(2)
+        sampler.sample(prompts, max_new_tokens=24, group_size=3, generator=after)
+        assert torch.equal(generator.get_state(), after.get_state())
+    with pytest.raises(ValueError, match="share: expected 15 rows within the whole batch, got rows from 3 of 15"):
+        sampler.sample(prompts, max_new_tokens=2, group_size=3, share=(3, 15))
