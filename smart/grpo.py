@@ -184,9 +184,10 @@ def update(
 ) -> dict[str, float]:
     """``inner_epochs`` optimiser steps on one batch, in micro-batches whose size does not change the gradient.
 
-    Each process of ``world`` (None: this one alone) has the whole batch, learns from its share of the rows, and steps on the sum of all
-    gradients. Returns the stats of the first epoch (the policy that sampled) and the last ``grad_norm`` before
-    clipping. Raises ``FloatingPointError`` before a step when the loss or the gradient is not finite.
+    Each process of ``world`` (None: this one alone) has the whole batch, learns from its share of the rows, and steps
+    on the sum of all gradients. Returns the stats of the first epoch (the policy that sampled) and the last
+    ``grad_norm`` before clipping. Raises ``FloatingPointError`` before a step when the loss or the gradient is not
+    finite.
     """
     tokens, mask, old_logp = rollout
     world = world or World(tokens.device)

@@ -63,7 +63,8 @@ model = make_tiny_model(build_tokenizer())
 with join(torch.device("cpu")) as world:
     for average in ("token", "sequence", "constant"):
         found, stats = gradients(model, world=world, average=average, micro_batch=3)
-        save_file(found | {f"stats.{k}": torch.tensor(v) for k, v in stats.items()}, f"{average}-{world.rank}.safetensors")
+        found |= {f"stats.{key}": torch.tensor(value) for key, value in stats.items()}
+        save_file(found, f"{average}-{world.rank}.safetensors")
 """
 
 
