@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from smart.sampler import Rollout, Sampler, draw, filter_logits
@@ -488,6 +489,56 @@ def test_a_graph_sees_new_weights_and_new_storage(captured: list[int]) -> None:
                 for parameter in model.parameters():
                     parameter.data = parameter.detach() * 1.1
         assert len(captured) == before + 2
+
+
+class Operations(TorchDispatchMode):
+    """Notes the name of every operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(function))
+        kinds = [part.dtype for part in args[1] if part is not None] if "index.Tensor" in str(function) else []
+        assert torch.bool not in kinds, "as many elements as are True: the host would have to wait for the number"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("filters", [{}, {"temperature": 0.8, "top_k": 9, "top_p": 0.9}], ids=str)
+def test_a_step_could_be_captured(
+    captured: list[int], filters: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads no number from the device, brings none there, and leaves everything where it was."""
+    from smart.sampler import _weights
+
+    sampler = Sampler(MUSICIANS[1], pad_id=PAD, eos_id=EOS, dtype=torch.bfloat16)
+    watched: list[Any] = []
+
+    def capture(step: Any) -> Any:
+        def watched_step() -> None:
+            with Operations() as operations:
+                step()
+            watched.append(operations.names)
+
+        return watched_step
+
+    monkeypatch.setattr("smart.sampler._capture", capture)
+    sampler.sample(torch.tensor([[PAD, BOS], [21, 30]]), max_new_tokens=3, grammar=GRAMMAR, **filters)
+    assert len(watched) == 3 and watched[0] == watched[1] == watched[2]
+    for name in ("_local_scalar_dense", "nonzero", "masked_select", "scalar_tensor", "where.Scalar", "lift_fresh",
+                 "is_nonzero", "equal.default"):  # fmt: skip
+        assert not [operation for operation in watched[0] if name in operation], name
+    (graph,) = sampler._graphs.values()
+
+    def addresses() -> list[int]:
+        slots = graph.slots
+        parts = [*_weights(slots.net), *(part for pair in slots.cache for part in pair), *(slots.stand or ())]
+        return [part.data_ptr() for part in (*parts, *(part for part in slots if isinstance(part, Tensor)))]
+
+    before = addresses()
+    sampler.sample(torch.tensor([[PAD, BOS], [21, 30]]), max_new_tokens=3, grammar=GRAMMAR, **filters)
+    assert addresses() == before
 
 
 def test_only_the_newest_graphs_are_kept(captured: list[int], model: Phi3ForCausalLM) -> None:
