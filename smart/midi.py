@@ -108,8 +108,8 @@ def check_structure(data: bytes, limits: Limits) -> int:
             silence = max(silence, _check_track(data, place - length, place, f"track {found}"))
     if found < tracks:
         raise Reject("truncated", f"{found} tracks, the header says {tracks}")
-    if found > tracks or (kind == 0 and tracks != 1):
-        raise Reject("wrong header", f"it says format {kind}, {tracks} tracks; there are {found}")
+    if found > tracks:  # format 0 with several tracks is heard of, and read as what it is
+        raise Reject("wrong header", f"it says {tracks} tracks, there are {found}")
     return silence
 
 
