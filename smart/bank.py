@@ -7,18 +7,19 @@ A soundfont synthesiser is linear in its notes. TinySoundFont plays a note as on
 with x the region's sample at the pitch of the note, interpolated and filtered; g the gain of region, velocity and pan;
 e the amplitude envelope; and b(t) the start of the block that t lies in: the synthesiser takes a step of its envelopes
 every 64 samples, counted from the last event of the clip, whichever note that belonged to. x is rendered once, by
-TinySoundFont itself, from a variant of the soundfont that has this region alone and no envelope (``smart.regions``). The
-rest is arithmetic, done here by the synthesiser's own law: linear attack, hold, exponential decay to the sustained level,
-exponential release from the level at note-off, each changing over at the first block at or after its time. So a batch of
-clips is one weighted sum of rows of 64 samples, a row for each block of each voice, and agrees with ``render_notes`` to
-rounding, retriggers and overlaps included.
+TinySoundFont itself, from a variant of the soundfont that has this region alone and without an envelope
+(``smart.regions``). The rest is arithmetic, done here by the synthesiser's own law: linear attack, hold, exponential
+decay to the sustained level, exponential release from the level at note-off, each taking over at the first block at or
+after its time. So a batch of clips is one weighted sum of rows of 64 samples, a row for each block of each voice, and
+agrees with ``render_notes`` to rounding, retriggers and overlaps included.
 
-One thing is not of this form: a filter that follows the modulation envelope (``mod_env_to_filter``), since its cutoff
-turns when the note ends. Such a region is stored twice, with the filter as it moves while the key is held, and with the
-envelope's part in it lowered; after note-off the two are mixed so that the cutoff agrees. That is an approximation. Each
-stored note is compared once with the synthesiser's own, released, and one that disagrees is not used.
+One thing is not of this form: a filter that follows the modulation envelope, whose cutoff turns when the note ends.
+Such a region is stored several times: with the filter as it moves while the key is held, and with the envelope's part
+in it lowered in steps. After note-off the two nearest are mixed so that the cutoff agrees. That is an approximation,
+good where the filter moves slowly. Each stored sound is compared once with the synthesiser's own, released; a clip whose
+sounds, by the gains that they have in it, agree to less than 55 dB goes to the pool.
 
-What is not linear at all goes to the pool of ``smart.render``, which stays the reference: see ``NoteBank.supports``.
+What is not linear at all goes to the pool of ``smart.render``, too, which stays the reference: ``NoteBank.supports``.
 """
 
 import hashlib
@@ -44,29 +45,33 @@ import torch
 from safetensors.torch import save
 from tinysoundfont import _tinysoundfont as tsf
 
+from smart import UserError
 from smart.checkpoint import write_atomically
 from smart.regions import Region, Values, read_regions, write_variant
 from smart.render import (
-    _DRUM,
-    _DRUM_BANK,
-    _OFF,
-    _ON,
-    _PEAK_EPS,
-    _PITCH,
-    _PROGRAM,
-    _VELOCITY,
+    DRUM,
+    DRUM_BANK,
     MAX_VOICES,
+    OFF,
+    ON,
+    PEAK_EPS,
+    PITCH,
+    PROGRAM,
+    VELOCITY,
+    Audio,
     Notes,
     RenderError,
-    _fresh_synth,
-    _limit,
-    _played,
+    RenderPool,
     check_notes,
-)  # fmt: skip
+    fresh_synth,
+    most_samples,
+    played_notes,
+    to_notes,
+)
 from smart.soundfonts import check_soundfont, find_soundfont
 
 BLOCK = 64  # samples between two steps of the synthesiser's envelopes
-LEAST_SNR = 55.0  # dB: a stored note that agrees less with the synthesiser's own is not used
+LEAST_SNR = 55.0  # dB, of a clip, by what its stored sounds differ from the synthesiser's own
 _FORMAT = 1  # of the files in the cache
 _STEEPNESS = 9.226  # an exponential segment falls by exp(-9.226) in its time
 _FAST_RELEASE = 0.01  # seconds, where a region gives none
@@ -121,10 +126,10 @@ class NoteBank:
 
     ``soundfont`` is a path or a short name (``find_soundfont``); ``seconds`` bounds clips and stored notes alike.
     A note is rendered when a clip needs it first: the soundfont is loaded then, once for each program. Stored are
-    ``max_bytes`` at most, in 32-bit floats, the least recently used go first; while the store grows, the old and the new
-    one exist together. With a ``cache`` folder stored notes are kept there as well, for ever, under the SHA-256 of the
-    soundfont, and read from there; a damaged file is rendered anew. Where all is in the cache the soundfont is not
-    loaded at all.
+    ``max_bytes`` at most, in 32-bit floats, the least recently used go first; while the store grows, the old and the
+    new one exist together. With a ``cache`` folder stored notes are kept there as well, for ever, under the SHA-256 of
+    the soundfont, and read from there; a damaged file is rendered anew. Where all is in the cache the soundfont is not
+    loaded at all. A cache that cannot be written is a ``UserError``.
 
     The audio of a clip depends on that clip alone, not on its batch nor on what was stored before, and on one machine
     is the same every time, also on CUDA: rows are added in a fixed order, without atomic operations.
@@ -142,7 +147,7 @@ class NoteBank:
         max_bytes: int = 2 << 30,
         cache: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.limit = _limit(sample_rate, seconds)
+        self.limit = most_samples(sample_rate, seconds)
         self.sample_rate = int(sample_rate)
         self.device = torch.device(device)
         self.max_bytes = int(max_bytes)
@@ -165,10 +170,10 @@ class NoteBank:
     def supports(self, notes: npt.ArrayLike) -> str | None:
         """None if ``render`` can play the clip, else why not.
 
-        Not supported are: a region with an exclusive class (it cuts off others), with a vibrato or tremolo, with a pitch
-        that follows the modulation envelope or a filter that follows its attack, or with a loop that ends with the key;
-        a note that was stored and disagreed with the synthesiser; a clip that may use more than ``MAX_VOICES`` voices,
-        or needs more stored notes than ``max_bytes`` hold. Stores what the clip needs. ``ValueError`` as ``check_notes``.
+        Not supported is a clip with a region that has an exclusive class (it cuts off others), a vibrato or tremolo, a
+        pitch that follows the modulation envelope, a filter that follows its attack, or a loop that ends with the key;
+        a clip whose stored sounds disagree with the synthesiser; one that may use more than ``MAX_VOICES`` voices, or
+        needs more than ``max_bytes``. Stores what the clip needs. ``ValueError`` as ``check_notes``.
         """
         answer = self.try_render([notes])[0]
         return answer if isinstance(answer, str) else None
@@ -188,7 +193,7 @@ class NoteBank:
         """As ``render``; in place of the audio of a clip that is not supported the reason why."""
         parts = [check_notes(notes) for notes in clips]
         table = self._table(parts)
-        clip, note = table[:, _PROGRAM] // 256, _pack(table)
+        clip, note = table[:, PROGRAM] // 256, _pack(table)
         numbers, place = np.unique(note, return_inverse=True)
         voices = [self._voices_of(number) for number in numbers.tolist()]
         # which voices each note of the table has, one after the other
@@ -204,7 +209,7 @@ class NoteBank:
             )
         laws = np.array([own.law for own in self._voices], np.float64).reshape(-1, len(_Law._fields))
         release = laws[voice, _Law._fields.index("release")].astype(np.int64)
-        crowded = _most_at_once(clip[row], table[row, _ON], table[row, _OFF] + release + 2 * BLOCK, len(parts))
+        crowded = _most_at_once(clip[row], table[row, ON], table[row, OFF] + release + 2 * BLOCK, len(parts))
         group: list[int] = []
         wanted: dict[_SoundKey, _Voice] = {}
         for index in range(len(parts)):
@@ -227,11 +232,11 @@ class NoteBank:
         return answers
 
     def _table(self, clips: Sequence[Notes]) -> npt.NDArray[np.int64]:
-        """What ``_played`` says of all clips at once; the program of a note of clip c is 256 c + its program."""
+        """What ``played_notes`` says of all clips at once; the program of a note of clip c is 256 c + its program."""
         parts = [notes[notes[:, 3] > 0] for notes in clips]
         together = np.concatenate([*parts, np.empty((0, 6))])
         together[:, 4] += 256.0 * np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-        return _played(together, self.sample_rate)
+        return played_notes(together, self.sample_rate)
 
     # Which voices a note has ----------------------------------------------------------------------------------
 
@@ -259,7 +264,7 @@ class NoteBank:
 
     def _preset(self, program: int, drum: int) -> tuple[int, int] | None:
         """What plays this program: the same stand-ins as in ``render_notes``."""
-        for preset in ((_DRUM_BANK * drum, program), (_DRUM_BANK * drum, 0)):
+        for preset in ((DRUM_BANK * drum, program), (DRUM_BANK * drum, 0)):
             if preset in self._presets:
                 return preset
         return None if drum else min(self._presets)
@@ -315,8 +320,11 @@ class NoteBank:
         if self._folder is not None:
             crc32 = zlib.crc32(audio.numpy().tobytes())
             metadata = {"signal": repr(signal), "noise": repr(noise), "crc32": str(crc32)}
-            self._folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._file(voice.key), save({"audio": audio}, metadata))
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(self._file(voice.key), save({"audio": audio}, metadata))
+            except OSError as error:
+                raise UserError(f"the cache of notes in {self._folder} cannot be written: {error}") from None
         return audio, signal, noise
 
     def _compare(self, voice: _Voice, audio: torch.Tensor) -> tuple[float, float]:
@@ -332,7 +340,7 @@ class NoteBank:
 
     def _play(self, values: Values, pitch: int, *, off: int | None = None) -> npt.NDArray[np.float32]:
         """What the synthesiser makes of a loaded region, on the left, and a block of silence."""
-        synth = _fresh_synth(self._synth, self.sample_rate)
+        synth = fresh_synth(self._synth, self.sample_rate)
         synth.channel_set_preset_index(0, synth.get_preset_index(0, self._programs[_frozen(values)]))
         audio = np.zeros((self.limit + BLOCK, 2), np.float32)
         frames = audio.reshape(-1).view(np.uint8)[: 8 * self.limit]
@@ -411,7 +419,7 @@ class NoteBank:
     ) -> None:
         """Answer the clips of ``group``, which together need the sounds ``wanted``."""
         self._fetch(wanted)
-        clip = table[:, _PROGRAM] // 256
+        clip = table[:, PROGRAM] // 256
         sounds = np.zeros((len(self._voices), len(_Sound._fields)))
         for number in set(voice[np.isin(clip[row], group)].tolist()):
             sounds[number] = self._sounds[self._voices[number].key]
@@ -424,13 +432,13 @@ class NoteBank:
         group = [index for index in group if not answers[index]]
         # one clip after the other on one line of time
         played = {index: table[clip == index] for index in group}
-        samples = {index: min(self.limit, int(part[:, _OFF].max())) for index, part in played.items() if len(part)}
+        samples = {index: min(self.limit, int(part[:, OFF].max())) for index, part in played.items() if len(part)}
         origin = np.zeros(len(answers), np.int64)
         total = 0
         events, ends = [], []
         for index, length in samples.items():
             origin[index] = total
-            times = played[index][:, [_ON, _OFF]]
+            times = played[index][:, [ON, OFF]]
             events.append(total + np.unique(np.append(times[times < length], 0)))
             ends.append(np.append(events[-1][1:], total + length))
             total += length
@@ -439,10 +447,10 @@ class NoteBank:
             sounding = np.isin(clip, list(samples))
             stop = np.zeros(len(answers), np.int64)
             stop[list(samples)] = list(samples.values())
-            use = sounding[row] & (table[row, _ON] < stop[clip[row]])
+            use = sounding[row] & (table[row, ON] < stop[clip[row]])
             row, voice = row[use], voice[use]
             at = origin[clip[row]]
-            on, off, last = table[row, _ON] + at, table[row, _OFF] + at, stop[clip[row]] + at
+            on, off, last = table[row, ON] + at, table[row, OFF] + at, stop[clip[row]] + at
             off = np.where(off < last, off, _FOREVER)
             voices = np.column_stack([on, off, last, sounds[voice, :2], laws[voice]])
             lines = [torch.from_numpy(np.concatenate(line)).to(self.device) for line in (events, ends)]
@@ -455,7 +463,7 @@ class NoteBank:
                 answers[index] = torch.zeros((2, min(self.sample_rate, self.limit)), device=self.device)
                 continue
             own = audio[:, origin[index] : origin[index] + samples[index]]
-            answers[index] = own / (own.abs().amax() + _PEAK_EPS)
+            answers[index] = own / (own.abs().amax() + PEAK_EPS)
 
 
 # The law of the synthesiser ---------------------------------------------------------------------------------
@@ -623,8 +631,8 @@ def _pieces(voices: torch.Tensor, side: int, blocks: torch.Tensor) -> _Pieces:
         (fading, torch.minimum(settled, held_until), fading, one, zero, fade, zero),
         (settled, held_until, settled, sustain, zero, zero, zero),
     ]
-    # After note-off the modulation falls in a straight line to 0; that of the first row holds, falls, stays. Their ratio
-    # says where between the stored rows we are, taken to be a straight line from each turn of the two to the next.
+    # After note-off the modulation falls in a straight line to 0; that of the first row holds, falls and stays. Their
+    # ratio says where between the rows we are: taken to be a straight line from each turn of the two to the next.
     turns = [mod_hold + on, mod_hold + on + mod_until, off + mod_release]
     turns = [torch.minimum(torch.maximum(turn, off), torch.minimum(off + mod_release, end)) for turn in turns]
     moves = many > 1
@@ -675,8 +683,10 @@ def _pieces(voices: torch.Tensor, side: int, blocks: torch.Tensor) -> _Pieces:
 
 def _mix(store: torch.Tensor, voices: torch.Tensor, side: int, blocks: torch.Tensor, total: int) -> torch.Tensor:
     """The sum of ``voices`` on one side, (total,): for every block the weighted sum of a row of each of its voices."""
-    pieces = _pieces(voices, side, blocks)
     device = store.device
+    if not len(voices):
+        return torch.zeros(total, device=device)
+    pieces = _pieces(voices, side, blocks)
     # blocks between two bounds have the same pieces: ``members`` lists them, bounds after bounds
     bounds = torch.unique(torch.cat([pieces.first, pieces.last, torch.tensor([0, len(blocks)], device=device)]))
     low, high = torch.searchsorted(bounds, pieces.first), torch.searchsorted(bounds, pieces.last)
@@ -717,7 +727,7 @@ def _mix(store: torch.Tensor, voices: torch.Tensor, side: int, blocks: torch.Ten
 
 def _pack(table: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Program, drum, pitch and velocity of each note as one number; ``_unpack`` takes it apart."""
-    program, drum, pitch, velocity = table[:, [_PROGRAM, _DRUM, _PITCH, _VELOCITY]].T
+    program, drum, pitch, velocity = table[:, [PROGRAM, DRUM, PITCH, VELOCITY]].T
     return ((program % 256 * 2 + drum) * 128 + pitch) * 128 + velocity
 
 
@@ -807,7 +817,7 @@ class BankPool:
 
     def submit(self, score: Any) -> Future[Audio]:
         """As ``RenderPool.submit``."""
-        notes = _to_notes(score)
+        notes = to_notes(score)
         future: Future[Audio] = Future()
         with self._lock:
             if self._closed:

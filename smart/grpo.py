@@ -35,11 +35,11 @@ import click
 import torch
 
 from smart import UserError, checkpoint, require, track
+from smart.bank import BankPool, open_renderer
 from smart.config import Config, Grpo, dumps, load
 from smart.model import find_base, load_base, pick_device, pick_precision, save_base
 from smart.plots import curves
 from smart.prompts import Pieces, draw
-from smart.render import RenderPool
 from smart.reward import Reward, load_reward
 from smart.sampler import Rollout, Sampler
 from smart.scoring import Scorer, completion_metrics
@@ -298,12 +298,14 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     with (
         track.Tracker(folder, start=done) as run,
-        RenderPool(
+        open_renderer(
+            render.backend,
             parts.soundfont,
             sample_rate=render.sample_rate,
             seconds=render.seconds,
             workers=render.workers or None,
             deadline=render.deadline,
+            device=device,
         ) as pool,
         track.progress(total=settings.iterations, initial=done, unit="iteration") as bar,
         checkpoint.StopRequest() as stop,
@@ -361,6 +363,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
                 **{f"policy/{key}": value for key, value in stats.items()},
                 "policy/learning_rate": rate,
                 **completion_metrics(rollout, facts.eos_id, grammar),
+                **({"render/fallback_fraction": pool.fallback_fraction()} if isinstance(pool, BankPool) else {}),
                 **watch.laps,
                 "seconds/iteration": sum(watch.laps.values()),
             }

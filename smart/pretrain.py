@@ -21,11 +21,12 @@ import torch
 import torch.nn.functional as F
 
 from smart import UserError, checkpoint, track
+from smart.bank import open_renderer
 from smart.config import Data, Optimisation, PretrainConfig, dumps, load
 from smart.model import build_model, load_base, pick_device, pick_precision, save_base
 from smart.plots import curves
 from smart.prompts import Pieces, draw
-from smart.render import RenderError, RenderPool
+from smart.render import Renderer, RenderError
 from smart.sampler import Sampler
 from smart.shards import Corpus
 from smart.soundfonts import check_soundfont, find_soundfont
@@ -144,7 +145,14 @@ def train(config: PretrainConfig, *, resume: bool = False, overwrite: bool = Fal
 
     with (
         track.Tracker(folder, start=step) as run,
-        RenderPool(soundfont, sample_rate=config.render.sample_rate, seconds=config.render.seconds, workers=1) as pool,
+        open_renderer(
+            config.render.backend,
+            soundfont,
+            sample_rate=config.render.sample_rate,
+            seconds=config.render.seconds,
+            workers=1,
+            device=device,
+        ) as pool,
         track.progress(total=settings.steps, initial=step, unit="step") as bar,
     ):
         run.say(
@@ -222,7 +230,7 @@ def _keep_best(folder: Path, step: int, model: Any, tokenizer: Any) -> None:
 
 
 def _write_samples(
-    run: track.Tracker, model: Any, tokenizer: Any, pool: RenderPool, config: PretrainConfig, step: int
+    run: track.Tracker, model: Any, tokenizer: Any, pool: Renderer, config: PretrainConfig, step: int
 ) -> None:
     """A few pieces for the same prompts and seed at every evaluation, as MIDI and WAV."""
     count = config.optimisation.samples

@@ -4,10 +4,11 @@ A preset (a program, or a drum kit) is a list of regions: one sample each, for a
 its generators: pitch, envelopes, filter. Several may answer one note. The synthesiser adds the generators of the
 preset to those of the instrument and clamps the sum (SoundFont 2.04, section 9.4); so does ``read_regions``, for what
 the synthesiser knows. ``write_variant`` writes a soundfont with the same samples whose presets are single regions with
-generators of the caller's choice: so the synthesiser can be asked for one region alone, or for one without its envelope.
+generators of the caller's choice: so the synthesiser can be asked for one region alone, or without its envelope.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -49,7 +50,9 @@ _ADDRESSES = {
     0: ("start", 0), 1: ("end", 0), 2: ("loop_start", 0), 3: ("loop_end", 0),
     4: ("start", 15), 12: ("end", 15), 45: ("loop_start", 15), 50: ("loop_end", 15),
 }  # fmt: skip
-_DEFAULTS = {name: 0 for name, *_ in (*_SUMS.values(), *_ADDRESSES.values())} | {
+_DEFAULTS = {
+    **dict.fromkeys([name for name, *_ in _SUMS.values()], 0),
+    **dict.fromkeys([name for name, _ in _ADDRESSES.values()], 0),
     **dict.fromkeys(("delay", "attack", "hold", "decay", "release", "mod_lfo_delay", "vib_lfo_delay"), -12000),
     **dict.fromkeys(("mod_delay", "mod_attack", "mod_hold", "mod_decay", "mod_release"), -12000),
     "filter_cutoff": 13500,
@@ -101,7 +104,7 @@ def read_regions(path: str | Path) -> dict[tuple[int, int], list[Region]]:
     headers, instruments = tables["phdr"], tables["inst"]
     presets: dict[tuple[int, int], list[Region]] = {}
     try:
-        for header, following in zip(headers, headers[1:], strict=False):
+        for header, following in pairwise(headers):
             key = int(header["bank"]), int(header["preset"])
             presets.setdefault(key, [])  # of two presets with one number the first is played
             regions: list[Region] = []

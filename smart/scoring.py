@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from smart.render import RenderError, RenderPool
+from smart.render import Renderer, RenderError
 from smart.reward import Reward, resample
 from smart.sampler import Rollout
 from smart.tokens import Grammar, decode, unplayable
@@ -80,7 +80,7 @@ def completion_metrics(rollout: Rollout, eos_id: int, grammar: Grammar) -> dict[
 class Scorer:
     """Renders completions in ``pool`` and rates them with ``reward``, ``batch`` clips at a time."""
 
-    def __init__(self, tokenizer: Any, pool: RenderPool, reward: Reward, *, sample_rate: int, batch: int = 16) -> None:
+    def __init__(self, tokenizer: Any, pool: Renderer, reward: Reward, *, sample_rate: int, batch: int = 16) -> None:
         self.tokenizer = tokenizer
         self.pool = pool
         self.reward = reward

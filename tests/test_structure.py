@@ -10,8 +10,8 @@ import pytest
 import smart
 
 PACKAGE = Path(smart.__file__).parent
-GROUND = {"config", "tokens", "model", "checkpoint", "track", "shards", "hub", "soundfonts", "remi", "midi"}
-ROOMS = {"prompts", "sampler", "render", "scoring", "reward", "reward.audiobox", "reward.ce_proxy", "plots"}
+GROUND = {"config", "tokens", "model", "checkpoint", "track", "shards", "hub", "soundfonts", "regions", "remi", "midi"}
+ROOMS = {"prompts", "sampler", "render", "bank", "scoring", "reward", "reward.audiobox", "reward.ce_proxy", "plots"}
 PROGRAMS = {"grpo", "pretrain", "corpus", "reward.calibrate"}
 
 
