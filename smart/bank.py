@@ -16,8 +16,8 @@ agrees with ``render_notes`` to rounding, retriggers and overlaps included.
 One thing is not of this form: a filter that follows the modulation envelope, whose cutoff turns when the note ends.
 Such a region is stored several times: with the filter as it moves while the key is held, and with the envelope's part
 in it lowered in steps. After note-off the two nearest are mixed so that the cutoff agrees. That is an approximation,
-good where the filter moves slowly. Each stored sound is compared once with the synthesiser's own, released; a clip whose
-sounds, by the gains that they have in it, agree to less than 55 dB goes to the pool.
+good where the filter moves slowly. Each stored sound is compared once with the synthesiser's own, released; a clip
+whose sounds, by the gains that they have in it, agree to less than 55 dB goes to the pool.
 
 What is not linear at all goes to the pool of ``smart.render``, too, which stays the reference: ``NoteBank.supports``.
 """

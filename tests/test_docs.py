@@ -127,7 +127,7 @@ def test_every_logged_metric_is_defined() -> None:
     logged = set()
     for name in ("grpo.py", "scoring.py"):
         code = (ROOT / "smart" / name).read_text(encoding="utf-8")
-        logged |= set(re.findall(r'"((?:reward|completions|clips|seconds|policy)/[a-z_]+)"', code))
+        logged |= set(re.findall(r'"((?:reward|completions|clips|render|seconds|policy)/[a-z_]+)"', code))
     logged |= {f"policy/{key}" for key in ("kl", "ratio", "clip_fraction", "dlogp_max", "loss", "entropy", "grad_norm")}
     assert len(logged) > 15
     assert not {metric for metric in logged if f"`{metric}`" not in page}
