@@ -101,7 +101,7 @@ class _Law(NamedTuple):
     rows: int  # 1: the filter does not move
 
 
-_SoundKey = tuple[Any, ...]  # pitch, drop, and the generators that shape the sound
+_SoundKey = tuple[Any, ...]  # pitch, drop, rows, and the generators that shape the sound
 
 
 class _Sound(NamedTuple):
@@ -362,20 +362,21 @@ class NoteBank:
         needed = dict.fromkeys(map(_frozen, wanted))
         if self._synth is not None and needed.keys() <= self._programs.keys():
             return
-        programs = list(self._programs | needed)
         self._synth = None  # its memory is needed
-        with tempfile.NamedTemporaryFile(suffix=self.soundfont.suffix) as file:
+        for programs in (list(self._programs | needed), list(needed)):  # all may be too many for one file
             try:
-                write_variant(self.soundfont, file, [[dict(values) for values in programs]])
-            except ValueError:  # too much for one file: without what other programs needed
-                programs = list(needed)
-                file.seek(0)
-                file.truncate()
-                write_variant(self.soundfont, file, [[dict(values) for values in programs]])
-            try:
-                self._synth = tsf.SoundFont(file.name)
+                with tempfile.NamedTemporaryFile(suffix=self.soundfont.suffix) as file:
+                    write_variant(self.soundfont, file, [[dict(values) for values in programs]])
+                    self._synth = tsf.SoundFont(file.name)
+                break
+            except ValueError as error:
+                problem: Exception = error
+            except OSError as error:
+                raise UserError(f"soundfont {self.soundfont} cannot be copied to a temporary file: {error}") from None
             except RuntimeError as error:
                 raise RenderError(f"soundfont {self.soundfont} cannot be taken apart: {error}") from None
+        else:
+            raise RenderError(f"soundfont {self.soundfont} cannot be taken apart: {problem}")
         self._programs = {values: number for number, values in enumerate(programs)}
 
     # The cache ------------------------------------------------------------------------------------------------
@@ -406,7 +407,7 @@ class NoteBank:
 
     # Mixing ---------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _render_group(
         self,
         group: list[int],
@@ -426,9 +427,9 @@ class NoteBank:
         power = np.square(laws[voice, :2]).sum(axis=1)
         signal, noise = (np.bincount(clip[row], power * sounds[voice, column], len(answers)) for column in (3, 4))
         for index in group:
-            if noise[index] * 10 ** (LEAST_SNR / 10) > signal[index]:
-                snr = 10 * math.log10(max(signal[index], 1e-30) / noise[index])
-                answers[index] = f"its stored notes agree with the synthesiser to {snr:.0f} dB only"
+            if not noise[index] * 10 ** (LEAST_SNR / 10) <= signal[index]:  # of a damaged soundfont they may be NaN
+                decibels = 10 * np.log10(max(signal[index], 1e-30) / noise[index])
+                answers[index] = f"its stored notes agree with the synthesiser to {decibels:.0f} dB only"
         group = [index for index in group if not answers[index]]
         # one clip after the other on one line of time
         played = {index: table[clip == index] for index in group}
