@@ -293,16 +293,16 @@ class Report:
         render, self.config, self.folder, self.tokenizer = config.render, config, folder, tokenizer
         with contextlib.ExitStack() as opened:
             self.run = opened.enter_context(track.Tracker(folder, start=start))
-            self.pool: Renderer = opened.enter_context(
-                open_renderer(
-                    render.backend,
-                    soundfont,
-                    sample_rate=render.sample_rate,
-                    seconds=render.seconds,
-                    workers=1,
-                    device=device,
-                )
+            pool = open_renderer(
+                render.backend,
+                soundfont,
+                sample_rate=render.sample_rate,
+                seconds=render.seconds,
+                workers=1,
+                device=device,
             )
+            opened.enter_context(pool)
+            self.pool: Renderer = pool
             self.bar = opened.enter_context(track.progress(total=config.optimisation.steps, initial=start, unit="step"))
             self._opened = opened.pop_all()
 
