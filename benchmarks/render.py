@@ -1,14 +1,18 @@
-"""How fast notes become audio: in this process, and through worker processes.
+"""How fast notes become audio: in this process, through worker processes, and from a note bank.
 
     python benchmarks/render.py [--clips 64] [--workers 1,2] [--soundfont timgm] [--rounds 5] [--json FILE]
+                                [--bank cpu] [--midi FOLDER]
 
 Clips are like the paper's: about 70 piano notes within 10 seconds, stereo at 44.1 kHz, drawn with a fixed
-seed. Every round times all ways once, in alternating order, so that a change of the machine's speed meets them
-all; a warm-up round is not counted. Times are medians over rounds, ratios medians of the ratios within
-a round. The table comes first, one line of JSON last.
+seed; with ``--midi`` they are ten seconds from somewhere within files of a folder, their piano tracks. Every
+round times all ways once, in alternating order, so that a change of the machine's speed meets them all; a
+warm-up round is not counted. Times are medians over rounds, ratios medians of the ratios within a round.
+With ``--bank`` the clips are also compared with those rendered in process: the signal-to-noise ratio of each,
+and the difference of their ``ce_proxy`` rewards. The table comes first, one line of JSON last.
 """
 
 import json
+import math
 import os
 import statistics
 import time
@@ -20,8 +24,14 @@ from typing import Any
 
 import click
 import numpy as np
+import symusic
+import torch
 
-from smart.render import Notes, RenderPool, load_soundfont, render_notes
+from smart.bank import NoteBank
+from smart.render import Notes, RenderPool, load_soundfont, render_notes, score_notes
+from smart.reward import load_reward, resample
+
+SAMPLE_RATE = 44100
 
 
 def random_clip(rng: np.random.Generator, *, count: int = 70, seconds: float = 10.0) -> Notes:
@@ -37,6 +47,28 @@ def random_clip(rng: np.random.Generator, *, count: int = 70, seconds: float = 1
     return np.stack([np.asarray(column, np.float64) for column in columns], axis=1)
 
 
+def real_clips(folder: Path, count: int, rng: np.random.Generator, *, seconds: float = 10.0) -> list[Notes]:
+    """``count`` stretches of ``seconds`` from different files: piano tracks, as one piano, ten notes or more."""
+    files = sorted(folder.rglob("*.mid"))
+    clips: list[Notes] = []
+    for place in rng.permutation(len(files)).tolist():
+        if len(clips) == count:
+            break
+        try:
+            notes = score_notes(symusic.Score(files[place]), max_beats=1e6)
+        except (RuntimeError, ValueError):
+            continue  # no MIDI file, or none that can be played
+        notes = notes[(notes[:, 4] < 8) & (notes[:, 5] == 0)]
+        notes[:, 4] = 0
+        onset = notes[:, 0] - rng.uniform(0, max(notes[:, 0].max(initial=0) - seconds, 0))
+        inside = (onset >= 0) & (onset < seconds)
+        if inside.sum() >= 10:
+            clips.append(np.column_stack([onset, notes[:, 1:]])[inside])
+    if len(clips) < count:
+        raise click.ClickException(f"{folder} holds {len(clips)} fit files, {count} are wanted")
+    return clips
+
+
 def in_process(soundfont: Any, clips: list[Notes]) -> None:
     for clip in clips:
         render_notes(soundfont, clip)
@@ -45,6 +77,35 @@ def in_process(soundfont: Any, clips: list[Notes]) -> None:
 def through_pool(pool: RenderPool, clips: list[Notes]) -> None:
     for _ in pool.map(clips):
         pass
+
+
+def from_bank(bank: NoteBank, clips: list[Notes]) -> None:
+    bank.try_render(clips)
+    if bank.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def compare(bank: NoteBank, soundfont: Any, clips: list[Notes]) -> dict[str, float]:
+    """How well the bank's clips agree with those of ``render_notes``; what it leaves to the pool is only counted."""
+    reward = load_reward("ce_proxy")
+    decibels, differences = [], []
+    for clip, found in zip(clips, bank.try_render(clips), strict=True):
+        if isinstance(found, str):
+            continue
+        reference = torch.from_numpy(render_notes(soundfont, clip))
+        noise = (found.cpu().double() - reference).square().sum().item()
+        decibels.append(10 * math.log10(reference.double().square().sum().item() / max(noise, 1e-30)))
+        mono = [resample(audio.mean(0), SAMPLE_RATE, reward.sample_rate) for audio in (found.cpu(), reference)]
+        ours, theirs = reward.score(torch.stack(mono))["CE"].tolist()
+        differences.append(abs(ours - theirs))
+    return {
+        "rendered": len(decibels),
+        "to_the_pool": len(clips) - len(decibels),
+        "snr_min_db": min(decibels, default=math.nan),
+        "snr_median_db": statistics.median(decibels) if decibels else math.nan,
+        "ce_proxy_difference_max": max(differences, default=math.nan),
+        "stored_mb": bank.bytes / 1e6,
+    }
 
 
 def timed(way: Callable[[], None]) -> float:
@@ -80,13 +141,33 @@ def whole_numbers(_: Any, __: Any, value: str) -> list[int]:
 @click.option("--workers", default="1,2", show_default=True, callback=whole_numbers, help="Sizes of pools.")
 @click.option("--soundfont", default="timgm", show_default=True, help="Path or short name.")
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1))
+@click.option("--bank", "device", type=click.Choice(["cpu", "cuda"]), help="Also a note bank on this device.")
+@click.option(
+    "--midi", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Clips from the MIDI files in here."
+)
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Also write here.")
-def main(clips: int, workers: list[int], soundfont: str, rounds: int, json_path: Path | None) -> None:
+def main(
+    clips: int,
+    workers: list[int],
+    soundfont: str,
+    rounds: int,
+    device: str | None,
+    midi: Path | None,
+    json_path: Path | None,
+) -> None:
     rng = np.random.default_rng(0)
-    music = [random_clip(rng) for _ in range(clips)]
+    music = real_clips(midi, clips, rng) if midi else [random_clip(rng) for _ in range(clips)]
+    agreement: dict[str, float] = {}
     with ExitStack() as stack:
-        ways: dict[str, Callable[[], None]] = {"in process": partial(in_process, load_soundfont(soundfont), music)}
+        loaded = load_soundfont(soundfont)
+        ways: dict[str, Callable[[], None]] = {"in process": partial(in_process, loaded, music)}
         starts = {}
+        if device:
+            began = time.perf_counter()
+            bank = NoteBank(soundfont, sample_rate=SAMPLE_RATE, device=device, max_bytes=4 << 30)
+            agreement = compare(bank, loaded, music)
+            starts[f"bank, {device}"] = time.perf_counter() - began
+            ways[f"bank, {device}"] = partial(from_bank, bank, music)
         for many in workers:
             began = time.perf_counter()
             pool = stack.enter_context(RenderPool(soundfont, workers=many))
@@ -125,6 +206,9 @@ def main(clips: int, workers: list[int], soundfont: str, rounds: int, json_path:
             if name != "in process"
         }
         click.echo(f"one worker takes {result['overhead_of_one_worker']:.3f} times as long as no worker")
+    if agreement:
+        result["bank"] = agreement
+        click.echo("bank: " + ", ".join(f"{name} {value:.6g}" for name, value in agreement.items()))
     text = json.dumps(result)
     if json_path is not None:
         json_path.write_text(text + "\n")

@@ -36,12 +36,13 @@ import click
 import torch
 
 from smart import UserError, checkpoint, distributed, require, track
+from smart.bank import BankPool, open_renderer
 from smart.config import Config, Grpo, dumps, load
 from smart.distributed import World
 from smart.model import find_base, load_base, pick_device, pick_precision, save_base
 from smart.plots import curves, timeline
 from smart.prompts import Pieces, draw
-from smart.render import RenderPool, usable_cores
+from smart.render import usable_cores
 from smart.reward import Reward, load_reward
 from smart.sampler import Rollout, Sampler
 from smart.scoring import Scorer, completion_metrics, together
@@ -326,12 +327,14 @@ def _train(config: Config, world: World, *, resume: bool, overwrite: bool) -> Pa
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     with (
         track.Tracker(folder, start=done) if world.lead else track.Onlooker(folder) as run,
-        RenderPool(
+        open_renderer(
+            render.backend,
             parts.soundfont,
             sample_rate=render.sample_rate,
             seconds=render.seconds,
             workers=render.workers or max(usable_cores() // world.neighbours, 1),
             deadline=render.deadline,
+            device=device,
         ) as pool,
         track.progress(total=settings.iterations, initial=done, unit="iteration", show=world.lead) as bar,
         checkpoint.StopRequest() as stop,
@@ -397,6 +400,7 @@ def _train(config: Config, world: World, *, resume: bool, overwrite: bool) -> Pa
                 **{f"policy/{key}": value for key, value in stats.items()},
                 "policy/learning_rate": rate,
                 **completion_metrics(rollout, facts.eos_id, grammar),
+                **({"render/fallback_fraction": pool.fallback_fraction()} if isinstance(pool, BankPool) else {}),
                 **watch.metrics(),
             }
             run.metrics(step, metrics)

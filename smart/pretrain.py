@@ -28,12 +28,13 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Phi3ForCausalLM
 
 from smart import UserError, checkpoint, distributed, track
+from smart.bank import open_renderer
 from smart.config import Data, Optimisation, PretrainConfig, dumps, load
 from smart.distributed import World
 from smart.model import build_model, load_base, pick_device, pick_precision, save_base
 from smart.plots import curves
 from smart.prompts import Pieces, draw
-from smart.render import RenderError, RenderPool
+from smart.render import Renderer, RenderError
 from smart.sampler import Sampler
 from smart.scoring import SILENT, completion_metrics
 from smart.shards import Corpus
@@ -200,8 +201,10 @@ def _train(config: PretrainConfig, world: World, *, resume: bool, overwrite: boo
 
     with contextlib.ExitStack() as opened:
         stop = opened.enter_context(checkpoint.StopRequest())
-        report = opened.enter_context(Report(config, folder, soundfont, tokenizer, done.step)) if world.lead else None
-        if report:
+        report = None
+        if world.lead:
+            report = Report(config, folder, soundfont, tokenizer, start=done.step, device=device)
+            opened.enter_context(report)
             report.run.say(
                 f"{folder}: {sum(weights.numel() for weights in model.parameters()):,} parameters on {device}"
                 f"{f' and {world.size - 1} more' if world.size > 1 else ''}, "
@@ -277,13 +280,29 @@ def _train(config: PretrainConfig, world: World, *, resume: bool, overwrite: boo
 class Report:
     """What the lead writes and shows while it trains; use it as a context manager."""
 
-    def __init__(self, config: PretrainConfig, folder: Path, soundfont: Path, tokenizer: Any, start: int) -> None:
+    def __init__(
+        self,
+        config: PretrainConfig,
+        folder: Path,
+        soundfont: Path,
+        tokenizer: Any,
+        *,
+        start: int,
+        device: torch.device,
+    ) -> None:
         render, self.config, self.folder, self.tokenizer = config.render, config, folder, tokenizer
         with contextlib.ExitStack() as opened:
             self.run = opened.enter_context(track.Tracker(folder, start=start))
-            self.pool = opened.enter_context(
-                RenderPool(soundfont, sample_rate=render.sample_rate, seconds=render.seconds, workers=1)
+            pool = open_renderer(
+                render.backend,
+                soundfont,
+                sample_rate=render.sample_rate,
+                seconds=render.seconds,
+                workers=1,
+                device=device,
             )
+            opened.enter_context(pool)
+            self.pool: Renderer = pool
             self.bar = opened.enter_context(track.progress(total=config.optimisation.steps, initial=start, unit="step"))
             self._opened = opened.pop_all()
 

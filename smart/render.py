@@ -33,7 +33,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -48,8 +48,16 @@ Audio = npt.NDArray[np.float32]  # (2, S)
 NOTE_COLUMNS = ("onset", "duration", "pitch", "velocity", "program", "drum")
 _HIGHEST = (86_400.0, 86_400.0, 127.0, 127.0, 127.0, 1.0)  # of each column; a day is no piece of music
 MAX_VOICES = 1024  # bounds the work of one clip; a piano soundfont spends 2 to 4 voices on a note
-_DRUM_BANK = 128  # where General MIDI soundfonts keep their drum kits
-_PEAK_EPS = 1e-6
+DRUM_BANK = 128  # where General MIDI soundfonts keep their drum kits
+PEAK_EPS = 1e-6
+
+
+class Renderer(Protocol):
+    """What takes scores and gives their audio some time later: ``RenderPool``, ``smart.bank.BankPool``."""
+
+    def submit(self, score: Any) -> Future[Audio]:
+        """Start rendering a ``symusic.Score`` or a note array; the future's result is float32 audio (2, S)."""
+        ...
 
 
 class RenderError(RuntimeError):
@@ -164,7 +172,7 @@ def _tempo_map(
     return (other, at, pace) if unit == "second" else (at, other, pace)
 
 
-def _to_notes(score: Any) -> Notes:
+def to_notes(score: Any) -> Notes:
     """Whatever may be rendered, as a checked note array."""
     if isinstance(score, np.ndarray | list | tuple):
         return check_notes(score)
@@ -194,16 +202,16 @@ def render_notes(soundfont: Any, notes: npt.ArrayLike, *, sample_rate: int = 441
     Raises ``ValueError`` for impossible notes (see ``check_notes``), sample rate or seconds, ``RenderError``
     if the synthesiser gives NaN or infinity, which a damaged soundfont can bring about.
     """
-    limit = _limit(sample_rate, seconds)
+    limit = most_samples(sample_rate, seconds)
     if isinstance(soundfont, str | os.PathLike):
         soundfont = load_soundfont(soundfont)
     notes = check_notes(notes)
-    played = _played(notes[notes[:, 3] > 0], sample_rate)
+    played = played_notes(notes[notes[:, 3] > 0], sample_rate)
     if not len(played):
         return np.zeros((2, min(sample_rate, limit)), np.float32)
-    samples = min(limit, int(played[:, _OFF].max()))
-    played = played[played[:, _ON] < samples]
-    synth = _fresh_synth(soundfont, sample_rate)
+    samples = min(limit, int(played[:, OFF].max()))
+    played = played[played[:, ON] < samples]
+    synth = fresh_synth(soundfont, sample_rate)
     silent = _set_channels(synth, played)
     audio = np.empty((samples, 2), np.float32)
     frames = audio.reshape(-1).view(np.uint8)  # the synthesiser writes into bytes, 8 a frame
@@ -224,7 +232,7 @@ def render_notes(soundfont: Any, notes: npt.ArrayLike, *, sample_rate: int = 441
     return _normalise(audio)
 
 
-def _limit(sample_rate: int, seconds: float) -> int:
+def most_samples(sample_rate: int, seconds: float) -> int:
     """The most samples that a clip may have."""
     if not (isinstance(sample_rate, int | np.integer) and 1000 <= sample_rate <= 384_000):
         raise ValueError(f"sample_rate: expected a whole number from 1000 to 384000, got {sample_rate!r}")
@@ -233,10 +241,10 @@ def _limit(sample_rate: int, seconds: float) -> int:
     return max(1, round(seconds * sample_rate))
 
 
-_ON, _OFF, _CHANNEL, _PITCH, _VELOCITY, _PROGRAM, _DRUM = range(7)  # columns of what _played returns
+ON, OFF, CHANNEL, PITCH, VELOCITY, PROGRAM, DRUM = range(7)  # columns of what played_notes returns
 
 
-def _played(notes: Notes, sample_rate: int) -> npt.NDArray[np.int64]:
+def played_notes(notes: Notes, sample_rate: int) -> npt.NDArray[np.int64]:
     """Notes as they are played, (m, 7) int64: on and off in samples, channel, pitch, velocity, program, drum.
 
     Each pitch of a channel sounds once at a time: see ``render_notes`` for what becomes of overlaps.
@@ -247,30 +255,30 @@ def _played(notes: Notes, sample_rate: int) -> npt.NDArray[np.int64]:
     pitch, velocity, program, drum = notes[:, 2:].astype(np.int64).T
     _, channel = np.unique(drum * 128 + program, return_inverse=True)
     table = np.stack([on, off, channel, pitch, velocity, program, drum], axis=1)
-    table = table[np.lexsort((table[:, _ON], table[:, _PITCH], table[:, _CHANNEL]))]
+    table = table[np.lexsort((table[:, ON], table[:, PITCH], table[:, CHANNEL]))]
     if not len(table):
         return table
-    same_key = (np.diff(table[:, [_CHANNEL, _PITCH]], axis=0) == 0).all(axis=1)
-    together = same_key & (np.diff(table[:, _ON]) == 0)
+    same_key = (np.diff(table[:, [CHANNEL, PITCH]], axis=0) == 0).all(axis=1)
+    together = same_key & (np.diff(table[:, ON]) == 0)
     first = np.flatnonzero(np.append(True, ~together))
     merged = table[first]
-    merged[:, _OFF] = np.maximum.reduceat(table[:, _OFF], first)
-    merged[:, _VELOCITY] = np.maximum.reduceat(table[:, _VELOCITY], first)
-    again = (np.diff(merged[:, [_CHANNEL, _PITCH]], axis=0) == 0).all(axis=1)
-    merged[:-1, _OFF] = np.where(again, np.minimum(merged[:-1, _OFF], merged[1:, _ON]), merged[:-1, _OFF])
+    merged[:, OFF] = np.maximum.reduceat(table[:, OFF], first)
+    merged[:, VELOCITY] = np.maximum.reduceat(table[:, VELOCITY], first)
+    again = (np.diff(merged[:, [CHANNEL, PITCH]], axis=0) == 0).all(axis=1)
+    merged[:-1, OFF] = np.where(again, np.minimum(merged[:-1, OFF], merged[1:, ON]), merged[:-1, OFF])
     return merged
 
 
 def _events(played: npt.NDArray[np.int64]) -> list[list[int]]:
     """[sample, 1 to start or 0 to end, channel, pitch, velocity] in the one order that the notes allow."""
     many = len(played)
-    on, off = played[:, [_ON, _CHANNEL, _PITCH, _VELOCITY]], played[:, [_OFF, _CHANNEL, _PITCH, _VELOCITY]]
+    on, off = played[:, [ON, CHANNEL, PITCH, VELOCITY]], played[:, [OFF, CHANNEL, PITCH, VELOCITY]]
     both = np.insert(np.concatenate([on, off]), 1, np.repeat([1, 0], many), axis=1)
     events: list[list[int]] = both[np.lexsort((both[:, 3], both[:, 2], both[:, 1], both[:, 0]))].tolist()
     return events
 
 
-def _fresh_synth(soundfont: Any, sample_rate: int) -> Any:
+def fresh_synth(soundfont: Any, sample_rate: int) -> Any:
     """A clone that has played nothing. What is not part of the samples has to be set on each clone.
 
     The soundfont itself must never be played or given a limit of voices: a clone inherits the limit, not the
@@ -285,8 +293,8 @@ def _fresh_synth(soundfont: Any, sample_rate: int) -> Any:
 def _set_channels(synth: Any, played: npt.NDArray[np.int64]) -> set[int]:
     """Give every channel its preset; returns the channels that have to stay silent."""
     silent = set()
-    for channel, program, drum in np.unique(played[:, [_CHANNEL, _PROGRAM, _DRUM]], axis=0).tolist():
-        bank = _DRUM_BANK if drum else 0
+    for channel, program, drum in np.unique(played[:, [CHANNEL, PROGRAM, DRUM]], axis=0).tolist():
+        bank = DRUM_BANK if drum else 0
         preset = synth.get_preset_index(bank, program)
         if preset < 0:
             preset = synth.get_preset_index(bank, 0)
@@ -303,7 +311,7 @@ def _normalise(audio: Audio) -> Audio:
     if not math.isfinite(peak):
         raise RenderError("the synthesiser gave NaN or infinite samples: the soundfont is probably damaged")
     normal = np.empty(audio.shape[::-1], np.float32)
-    np.divide(audio.T, np.float32(peak) + np.float32(_PEAK_EPS), out=normal)
+    np.divide(audio.T, np.float32(peak) + np.float32(PEAK_EPS), out=normal)
     return normal
 
 
@@ -431,7 +439,7 @@ class _Worker:
     """A worker process as seen by the one thread that feeds it; any thread may ``kill`` it."""
 
     def __init__(self, soundfont: Path, sample_rate: int, seconds: float) -> None:
-        self.limit = _limit(sample_rate, seconds)
+        self.limit = most_samples(sample_rate, seconds)
         self.audio_fd = _anonymous_file()
         self.connection, theirs = socket.socketpair()
         try:
@@ -534,7 +542,7 @@ class RenderPool:
         deadline: float = 30.0,
         load_deadline: float = 300.0,
     ) -> None:
-        _limit(sample_rate, seconds)
+        most_samples(sample_rate, seconds)
         if workers is None:
             workers = usable_cores()
         if not (isinstance(workers, int) and workers >= 1):
@@ -584,7 +592,7 @@ class RenderPool:
 
         ``RuntimeError`` if the pool is closed, ``ValueError`` and ``TypeError`` as from ``score_notes``.
         """
-        notes = _to_notes(score)
+        notes = to_notes(score)
         future: Future[Audio] = Future()
         with self._lock:
             if self._closed:

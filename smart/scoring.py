@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, as_completed
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ from miditok.constants import TIME_SIGNATURE
 from symusic.core import TempoTick
 
 from smart.distributed import World
-from smart.render import RenderError
+from smart.render import Renderer, RenderError
 from smart.reward import Reward, resample
 from smart.sampler import Rollout
 from smart.tokens import Grammar, decode, unplayable, vocabulary
@@ -223,12 +223,6 @@ def _pace(beats_a_minute: float, division: int) -> float:
     """Seconds a tick, rounded as symusic keeps a tempo."""
     mspq: int = TempoTick(0, beats_a_minute).mspq
     return mspq / 1e6 / division
-
-
-class Renderer(Protocol):
-    """What renders, such as ``smart.render.RenderPool``."""
-
-    def submit(self, score: Any, /) -> "Future[Audio]": ...
 
 
 class Clips:

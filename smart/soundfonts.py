@@ -176,13 +176,7 @@ def _find_problem(file: BinaryIO, size: int) -> str | None:
     declared = 8 + struct.unpack_from("<I", head, 4)[0]
     if declared > size:
         return f"is cut short: {size:,} bytes, but its header says {declared:,}"
-    chunks: dict[bytes, int] = {}
-    for kind, start, length in _chunks(file, 12, declared):
-        if kind != b"LIST" or length < 4:
-            continue
-        file.seek(start)
-        if file.read(4) in (b"sdta", b"pdta"):
-            chunks |= {name: many for name, _, many in _chunks(file, start + 4, start + length)}
+    chunks = {name: length for name, (_, length) in find_chunks(file).items()}
     if max(chunks.get(b"smpl", 0), chunks.get(b"smpo", 0)) < 2:
         return "holds no samples"
     for name, record in _RECORDS.items():
@@ -192,6 +186,20 @@ def _find_problem(file: BinaryIO, size: int) -> str | None:
         if chunks[name] < 2 * _RECORDS[name]:  # the last record only marks the end
             return f"holds no {what}"
     return None
+
+
+def find_chunks(file: BinaryIO) -> dict[bytes, tuple[int, int]]:
+    """name -> (first byte, length) of the chunks of samples and tables in a file whose header is sound."""
+    file.seek(4)
+    declared = 8 + struct.unpack("<I", file.read(4))[0]
+    chunks: dict[bytes, tuple[int, int]] = {}
+    for kind, start, length in _chunks(file, 12, declared):
+        if kind != b"LIST" or length < 4:
+            continue
+        file.seek(start)
+        if file.read(4) in (b"sdta", b"pdta"):
+            chunks |= {name: (first, many) for name, first, many in _chunks(file, start + 4, start + length)}
+    return chunks
 
 
 def _chunks(file: BinaryIO, start: int, stop: int) -> Iterator[tuple[bytes, int, int]]:

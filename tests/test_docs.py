@@ -130,7 +130,7 @@ def test_every_logged_metric_is_defined() -> None:
     logged = set()
     for name in ("grpo.py", "scoring.py", "pretrain.py"):
         code = (ROOT / "smart" / name).read_text(encoding="utf-8")
-        logged |= set(re.findall(r'"((?:reward|completions|clips|seconds|policy|samples)/[a-z_]+)"', code))
+        logged |= set(re.findall(r'"((?:reward|completions|clips|seconds|policy|render|samples)/[a-z_]+)"', code))
     logged |= {"loss", "validation_loss", "validation_perplexity", "gradient_norm", "tokens", "tokens_per_second"}
     logged |= {f"policy/{key}" for key in ("kl", "ratio", "clip_fraction", "dlogp_max", "loss", "entropy", "grad_norm")}
     assert len(logged) > 15

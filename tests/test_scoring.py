@@ -12,7 +12,7 @@ import torch
 
 from smart.model import build_model
 from smart.prompts import draw
-from smart.render import RenderError, RenderPool, _played, load_soundfont, render_notes, score_notes
+from smart.render import RenderError, RenderPool, load_soundfont, played_notes, render_notes, score_notes
 from smart.reward import Reward, load_reward, resample
 from smart.sampler import Rollout, Sampler
 from smart.scoring import Horizon, Rated, Scorer, completion_metrics
@@ -195,7 +195,7 @@ def heard(tokenizer: Any, tokens: Any, seconds: float) -> Any:
 
     The number of an instrument's channel is left out: instruments that come later may shift it, not the order.
     """
-    table = _played(score_notes(decode(tokenizer, tokens)), RATE)
+    table = played_notes(score_notes(decode(tokenizer, tokens)), RATE)
     limit = round(seconds * RATE)
     if not len(table):
         return 0, []

@@ -11,8 +11,8 @@ import smart
 
 PACKAGE = Path(smart.__file__).parent
 GROUND = {"config", "tokens", "model", "checkpoint", "track", "shards", "hub", "soundfonts"}
-GROUND |= {"remi", "midi", "midi_pool", "distributed"}
-ROOMS = {"prompts", "sampler", "render", "scoring", "reward", "reward.audiobox", "reward.ce_proxy", "plots"}
+GROUND |= {"remi", "midi", "midi_pool", "distributed", "regions"}
+ROOMS = {"prompts", "sampler", "render", "bank", "scoring", "reward", "reward.audiobox", "reward.ce_proxy", "plots"}
 PROGRAMS = {"grpo", "pretrain", "generate", "corpus", "reward.calibrate"}
 
 

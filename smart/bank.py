@@ -1,0 +1,916 @@
+"""Notes -> audio as a sum of stored notes on an accelerator: ``NoteBank``; ``BankPool``, what a scorer submits to.
+
+A soundfont synthesiser is linear in its notes. TinySoundFont plays a note as one voice for each region that answers it,
+
+    y(t) = g  e(b(t))  x(t - onset)
+
+with x the region's sample at the pitch of the note, interpolated and filtered; g the gain of region, velocity and pan;
+e the amplitude envelope; and b(t) the start of the block that t lies in: the synthesiser takes a step of its envelopes
+every 64 samples, counted from the last event of the clip, whichever note that belonged to. x is rendered once, by
+TinySoundFont itself, from a variant of the soundfont that has this region alone and without an envelope
+(``smart.regions``). The rest is arithmetic, done here by the synthesiser's own law: linear attack, hold, exponential
+decay to the sustained level, exponential release from the level at note-off, each taking over at the first block at or
+after its time. So a batch of clips is one weighted sum of rows of 64 samples, a row for each block of each voice, and
+agrees with ``render_notes`` to rounding, retriggers and overlaps included.
+
+One thing is not of this form: a filter that follows the modulation envelope, whose cutoff turns when the note ends.
+Such a region is stored several times: with the filter as it moves while the key is held, and with the envelope's part
+in it lowered in steps. After note-off the two nearest are mixed so that the cutoff agrees. That is an approximation,
+good where the filter moves slowly. Each stored sound is compared once with the synthesiser's own, released; a clip
+whose sounds, by the gains that they have in it, agree to less than 55 dB goes to the pool.
+
+What is not linear at all goes to the pool of ``smart.render``, too, which stays the reference: ``NoteBank.supports``.
+"""
+
+import hashlib
+import importlib.metadata
+import math
+import os
+import queue
+import tempfile
+import threading
+import zlib
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+import torch
+from safetensors.torch import save
+from tinysoundfont import _tinysoundfont as tsf
+
+from smart import UserError
+from smart.checkpoint import write_atomically
+from smart.regions import Region, Values, read_regions, write_variant
+from smart.render import (
+    DRUM,
+    DRUM_BANK,
+    MAX_VOICES,
+    OFF,
+    ON,
+    PEAK_EPS,
+    PITCH,
+    PROGRAM,
+    VELOCITY,
+    Audio,
+    Notes,
+    RenderError,
+    RenderPool,
+    check_notes,
+    fresh_synth,
+    most_samples,
+    played_notes,
+    to_notes,
+)
+from smart.soundfonts import check_soundfont, find_soundfont
+
+BLOCK = 64  # samples between two steps of the synthesiser's envelopes
+LEAST_SNR = 55.0  # dB, of a clip, by what its stored sounds differ from the synthesiser's own
+_FORMAT = 1  # of the files in the cache
+_STEEPNESS = 9.226  # an exponential segment falls by exp(-9.226) in its time
+_FAST_RELEASE = 0.01  # seconds, where a region gives none
+_FOREVER = 1 << 40  # samples
+_CHECKED = 0.3  # seconds after which the compared note ends
+
+
+class _Law(NamedTuple):
+    """How a region plays one key at one velocity; times in samples."""
+
+    left: float  # gain
+    right: float
+    delay: int
+    attack: int
+    hold: int
+    decay: int  # in which the level would fall by exp(-9.226)
+    decay_until: int  # when it has reached ``sustain``
+    sustain: float
+    release: int
+    # of the modulation envelope, where the filter follows it
+    mod_hold: int
+    mod_decay: int  # in which it would reach 0
+    mod_decay_until: int  # when it has reached ``mod_sustain``
+    mod_sustain: float
+    mod_release: int
+    drop: float  # by how much of itself the modulation is lowered in the last of the stored rows
+    rows: int  # 1: the filter does not move
+
+
+_SoundKey = tuple[Any, ...]  # pitch, drop, rows, and the generators that shape the sound
+
+
+class _Sound(NamedTuple):
+    """A stored region at one pitch: where its samples are."""
+
+    start: int  # of the first
+    length: int  # of each of ``rows``, a block of silence at its end included
+    rows: int
+    signal: float  # energy of a released note of the synthesiser's
+    noise: float  # and of its difference to the same note from the store
+
+
+class _Voice(NamedTuple):
+    preset: tuple[int, int]
+    region: Region
+    key: _SoundKey
+    law: _Law
+
+
+class NoteBank:
+    """Every region of a soundfont at every pitch that was asked for, on a device, and clips made of them.
+
+    ``soundfont`` is a path or a short name (``find_soundfont``); ``seconds`` bounds clips and stored notes alike.
+    A note is rendered when a clip needs it first: the soundfont is loaded then, once for each program. Stored are
+    ``max_bytes`` at most, in 32-bit floats, the least recently used go first; while the store grows, the old and the
+    new one exist together. With a ``cache`` folder stored notes are kept there as well, for ever, under the SHA-256 of
+    the soundfont, and read from there; a damaged file is rendered anew. Where all is in the cache the soundfont is not
+    loaded at all. A cache that cannot be written is a ``UserError``.
+
+    The audio of a clip depends on that clip alone, not on its batch nor on what was stored before, and on one machine
+    is the same every time, also on CUDA: rows are added in a fixed order, without atomic operations.
+
+    Raises ``UserError`` where the soundfont is absent, damaged or none. Not for several threads at once.
+    """
+
+    def __init__(
+        self,
+        soundfont: str | os.PathLike[str],
+        *,
+        sample_rate: int = 44100,
+        seconds: float = 10.0,
+        device: str | torch.device = "cpu",
+        max_bytes: int = 2 << 30,
+        cache: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.limit = most_samples(sample_rate, seconds)
+        self.sample_rate = int(sample_rate)
+        self.device = torch.device(device)
+        self.max_bytes = int(max_bytes)
+        self.soundfont = find_soundfont(soundfont).absolute()
+        check_soundfont(self.soundfont)
+        self._presets = read_regions(self.soundfont)
+        self._folder = None if cache is None else self._cache_folder(Path(cache).expanduser())
+        self._notes: dict[int, list[int] | str] = {}  # of each note its voices, or why it is not supported
+        self._voices: list[_Voice] = []
+        self._sounds: OrderedDict[_SoundKey, _Sound] = OrderedDict()  # the most recently used last
+        self._store = torch.zeros(BLOCK, device=self.device)
+        self._synth: Any = None
+        self._programs: dict[tuple[tuple[str, int], ...], int] = {}  # generators -> program of what is loaded
+
+    @property
+    def bytes(self) -> int:
+        """What is stored at the moment."""
+        return self._store.numel() * self._store.element_size()
+
+    def supports(self, notes: npt.ArrayLike) -> str | None:
+        """None if ``render`` can play the clip, else why not.
+
+        Not supported is a clip with a region that has an exclusive class (it cuts off others), a vibrato or tremolo, a
+        pitch that follows the modulation envelope, a filter that follows its attack, or a loop that ends with the key;
+        a clip whose stored sounds disagree with the synthesiser; one that may use more than ``MAX_VOICES`` voices, or
+        needs more than ``max_bytes``. Stores what the clip needs. ``ValueError`` as ``check_notes``.
+        """
+        answer = self.try_render([notes])[0]
+        return answer if isinstance(answer, str) else None
+
+    def render(self, clips: Sequence[npt.ArrayLike]) -> list[torch.Tensor]:
+        """Audio (2, S) float32 on the device, of each note array, as ``render_notes`` makes it: see there.
+
+        Raises ``ValueError`` for impossible notes and for a clip that is not supported.
+        """
+        answers = self.try_render(clips)
+        for number, answer in enumerate(answers):
+            if isinstance(answer, str):
+                raise ValueError(f"clip {number} is not for a note bank: {answer}")
+        return [answer for answer in answers if not isinstance(answer, str)]
+
+    def try_render(self, clips: Sequence[npt.ArrayLike]) -> list[torch.Tensor | str]:
+        """As ``render``; in place of the audio of a clip that is not supported the reason why."""
+        parts = [check_notes(notes) for notes in clips]
+        table = self._table(parts)
+        clip, note = table[:, PROGRAM] // 256, _pack(table)
+        numbers, place = np.unique(note, return_inverse=True)
+        voices = [self._voices_of(number) for number in numbers.tolist()]
+        # which voices each note of the table has, one after the other
+        counts = np.array([0 if isinstance(answer, str) else len(answer) for answer in voices], np.int64)
+        flat = np.array([voice for answer in voices if not isinstance(answer, str) for voice in answer], np.int64)
+        many = counts[place]
+        voice = flat[np.repeat((np.cumsum(counts) - counts)[place], many) + _count_up(many)]
+        row = np.repeat(np.arange(len(table)), many)
+        answers: list[torch.Tensor | str] = [""] * len(parts)
+        for index in np.unique(clip[many == 0]).tolist():
+            answers[index] = next(
+                (reason for at in place[clip == index].tolist() if isinstance(reason := voices[at], str)), ""
+            )
+        laws = np.array([own.law for own in self._voices], np.float64).reshape(-1, len(_Law._fields))
+        release = laws[voice, _Law._fields.index("release")].astype(np.int64)
+        crowded = _most_at_once(clip[row], table[row, ON], table[row, OFF] + release + 2 * BLOCK, len(parts))
+        group: list[int] = []
+        wanted: dict[_SoundKey, _Voice] = {}
+        for index in range(len(parts)):
+            if answers[index]:
+                continue
+            needed = {
+                self._voices[number].key: self._voices[number] for number in set(voice[clip[row] == index].tolist())
+            }
+            if self._size(needed) > self.max_bytes:
+                answers[index] = f"its notes need more than {self.max_bytes:,} bytes"
+            elif crowded[index] > MAX_VOICES:
+                answers[index] = f"it may use more than {MAX_VOICES} voices at a time"
+            else:
+                if self._size(wanted | needed) > self.max_bytes:
+                    self._render_group(group, wanted, table, row, voice, laws, answers)
+                    group, wanted = [], {}
+                group.append(index)
+                wanted |= needed
+        self._render_group(group, wanted, table, row, voice, laws, answers)
+        return answers
+
+    def _table(self, clips: Sequence[Notes]) -> npt.NDArray[np.int64]:
+        """What ``played_notes`` says of all clips at once; the program of a note of clip c is 256 c + its program."""
+        parts = [notes[notes[:, 3] > 0] for notes in clips]
+        together = np.concatenate([*parts, np.empty((0, 6))])
+        together[:, 4] += 256.0 * np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        return played_notes(together, self.sample_rate)
+
+    # Which voices a note has ----------------------------------------------------------------------------------
+
+    def _voices_of(self, note: int) -> list[int] | str:
+        if note not in self._notes:
+            program, drum, pitch, velocity = _unpack(note)
+            preset = self._preset(program, drum)
+            # the synthesiser takes velocities as 32-bit fractions, and whole numbers back out of them
+            heard = int(np.float32(velocity / 127.0) * np.float32(127))
+            regions = [
+                region
+                for region in (self._presets[preset] if preset else ())
+                if region.keys[0] <= pitch <= region.keys[1] and region.velocities[0] <= heard <= region.velocities[1]
+            ]
+            reasons = [reason for region in regions if (reason := _not_linear(region.values))]
+            if reasons:
+                self._notes[note] = reasons[0]
+            elif preset:
+                new = [self._voice(preset, region, pitch, velocity) for region in regions]
+                self._notes[note] = list(range(len(self._voices), len(self._voices) + len(new)))
+                self._voices += new
+            else:
+                self._notes[note] = []
+        return self._notes[note]
+
+    def _preset(self, program: int, drum: int) -> tuple[int, int] | None:
+        """What plays this program: the same stand-ins as in ``render_notes``."""
+        for preset in ((DRUM_BANK * drum, program), (DRUM_BANK * drum, 0)):
+            if preset in self._presets:
+                return preset
+        return None if drum else min(self._presets)
+
+    def _voice(self, preset: tuple[int, int], region: Region, pitch: int, velocity: int) -> _Voice:
+        law = _law(region.values, pitch, velocity, self.sample_rate)
+        return _Voice(preset, region, (pitch, law.drop, law.rows, _frozen(_bare(region.values))), law)
+
+    # What is stored -------------------------------------------------------------------------------------------
+
+    def _size(self, wanted: dict[_SoundKey, _Voice]) -> int:
+        """No fewer bytes than these sounds take."""
+        rows = sum(voice.law.rows for voice in wanted.values())
+        return 4 * (rows * (self.limit + BLOCK) + BLOCK)
+
+    def _fetch(self, wanted: dict[_SoundKey, _Voice]) -> None:
+        """Have all of ``wanted`` in the store, which may let go of others."""
+        for key in wanted:
+            if key in self._sounds:
+                self._sounds.move_to_end(key)
+        missing = {key: voice for key, voice in wanted.items() if key not in self._sounds}
+        if not missing:
+            return
+        made = {key: self._read(key) or self._make(voice) for key, voice in missing.items()}
+        room = self.max_bytes // 4 - BLOCK - sum(audio.numel() for audio, *_ in made.values())
+        kept: list[_SoundKey] = []
+        for key, sound in reversed(self._sounds.items()):  # all that is wanted comes first
+            room -= sound.rows * sound.length
+            if room < 0:
+                break
+            kept.append(key)
+        sounds: OrderedDict[_SoundKey, _Sound] = OrderedDict()
+        pieces, start = [], 0
+        for key in reversed(kept):
+            sound = self._sounds[key]
+            pieces.append(self._store[sound.start : sound.start + sound.rows * sound.length])
+            sounds[key] = sound._replace(start=start)
+            start += len(pieces[-1])
+        for key, (audio, signal, noise) in made.items():
+            pieces.append(audio.flatten().to(self.device))
+            sounds[key] = _Sound(start, audio.shape[1], len(audio), signal, noise)
+            start += len(pieces[-1])
+        self._store = torch.cat([*pieces, self._store.new_zeros(BLOCK)])  # a row may begin at the very end
+        self._sounds = sounds
+
+    def _make(self, voice: _Voice) -> tuple[torch.Tensor, float, float]:
+        """Sound of a voice, (rows, length), and the energies of ``_Sound``."""
+        self._load(voice.preset)
+        rows = [self._play(values, voice.key[0]) for values in _stored(voice.region.values, voice.law)]
+        sounding = max((int(np.flatnonzero(row)[-1]) + 1 for row in rows if row.any()), default=0)
+        audio = torch.from_numpy(np.stack([row[: sounding + BLOCK] for row in rows]))
+        signal, noise = self._compare(voice, audio)
+        if self._folder is not None:
+            crc32 = zlib.crc32(audio.numpy().tobytes())
+            metadata = {"signal": repr(signal), "noise": repr(noise), "crc32": str(crc32)}
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(self._file(voice.key), save({"audio": audio}, metadata))
+            except OSError as error:
+                raise UserError(f"the cache of notes in {self._folder} cannot be written: {error}") from None
+        return audio, signal, noise
+
+    def _compare(self, voice: _Voice, audio: torch.Tensor) -> tuple[float, float]:
+        """Energy of the synthesiser's own note that ends after 0.3 s, and of what ours differs from it."""
+        off = max(1, min(round(_CHECKED * self.sample_rate), self.limit // 2))
+        stop = min(self.limit, off + voice.law.release)
+        expected = self._play(_alone(voice.region.values), voice.key[0], off=off)[:stop].astype(np.float64)
+        row = [0, off, stop, 0, audio.shape[1], *voice.law._replace(left=1.0)]
+        blocks = _blocks(torch.tensor([0, off]), torch.tensor([off, stop]))
+        store = torch.cat([audio.flatten(), audio.new_zeros(BLOCK)])
+        found = _mix(store, torch.tensor([row], dtype=torch.float64), _LEFT, blocks, stop).numpy()
+        return float(np.square(expected).sum()), float(np.square(found - expected).sum())
+
+    def _play(self, values: Values, pitch: int, *, off: int | None = None) -> npt.NDArray[np.float32]:
+        """What the synthesiser makes of a loaded region, on the left, and a block of silence."""
+        synth = fresh_synth(self._synth, self.sample_rate)
+        synth.channel_set_preset_index(0, synth.get_preset_index(0, self._programs[_frozen(values)]))
+        audio = np.zeros((self.limit + BLOCK, 2), np.float32)
+        frames = audio.reshape(-1).view(np.uint8)[: 8 * self.limit]
+        synth.channel_note_on(0, pitch, 1.0)
+        if off is not None:
+            synth.render(frames[: 8 * off])
+            synth.channel_note_off(0, pitch)
+            frames = frames[8 * off :]
+        synth.render(frames)
+        return np.ascontiguousarray(audio[:, 0])
+
+    def _load(self, preset: tuple[int, int]) -> None:
+        """Load a variant of the soundfont with every region of ``preset`` alone, beside those that it has by now."""
+        wanted: list[Values] = []
+        for region in self._presets[preset]:
+            if not _not_linear(region.values):
+                law = _law(region.values, 60, 127, self.sample_rate)  # what is stored is the same for every key
+                wanted += [_alone(region.values), *_stored(region.values, law)]
+        needed = dict.fromkeys(map(_frozen, wanted))
+        if self._synth is not None and needed.keys() <= self._programs.keys():
+            return
+        self._synth = None  # its memory is needed
+        for programs in (list(self._programs | needed), list(needed)):  # all may be too many for one file
+            try:
+                with tempfile.NamedTemporaryFile(suffix=self.soundfont.suffix) as file:
+                    write_variant(self.soundfont, file, [[dict(values) for values in programs]])
+                    self._synth = tsf.SoundFont(file.name)
+                break
+            except ValueError as error:
+                problem: Exception = error
+            except OSError as error:
+                raise UserError(f"soundfont {self.soundfont} cannot be copied to a temporary file: {error}") from None
+            except RuntimeError as error:
+                raise RenderError(f"soundfont {self.soundfont} cannot be taken apart: {error}") from None
+        else:
+            raise RenderError(f"soundfont {self.soundfont} cannot be taken apart: {problem}")
+        self._programs = {values: number for number, values in enumerate(programs)}
+
+    # The cache ------------------------------------------------------------------------------------------------
+
+    def _cache_folder(self, cache: Path) -> Path:
+        with self.soundfont.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        version = importlib.metadata.version("tinysoundfont")
+        return cache / digest / f"v{_FORMAT}-tinysoundfont-{version}-{self.sample_rate}Hz-{self.limit}"
+
+    def _file(self, key: _SoundKey) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.safetensors"
+
+    def _read(self, key: _SoundKey) -> tuple[torch.Tensor, float, float] | None:
+        """What ``_make`` stored under ``key``; None if it did not, or the file is damaged."""
+        if self._folder is None:
+            return None
+        try:
+            with safetensors.safe_open(self._file(key), "pt") as file:
+                audio, metadata = file.get_tensor("audio"), file.metadata()
+            whole = audio.dtype == torch.float32 and audio.ndim == 2 and len(audio) == key[2]
+            if not whole or int(metadata["crc32"]) != zlib.crc32(audio.numpy().tobytes()):
+                return None
+            return audio, float(metadata["signal"]), float(metadata["noise"])
+        except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError):
+            return None
+
+    # Mixing ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _render_group(
+        self,
+        group: list[int],
+        wanted: dict[_SoundKey, _Voice],
+        table: npt.NDArray[np.int64],
+        row: npt.NDArray[np.int64],
+        voice: npt.NDArray[np.int64],
+        laws: npt.NDArray[np.float64],
+        answers: list[torch.Tensor | str],
+    ) -> None:
+        """Answer the clips of ``group``, which together need the sounds ``wanted``."""
+        self._fetch(wanted)
+        clip = table[:, PROGRAM] // 256
+        sounds = np.zeros((len(self._voices), len(_Sound._fields)))
+        for number in set(voice[np.isin(clip[row], group)].tolist()):
+            sounds[number] = self._sounds[self._voices[number].key]
+        power = np.square(laws[voice, :2]).sum(axis=1)
+        signal, noise = (np.bincount(clip[row], power * sounds[voice, column], len(answers)) for column in (3, 4))
+        for index in group:
+            if not noise[index] * 10 ** (LEAST_SNR / 10) <= signal[index]:  # of a damaged soundfont they may be NaN
+                decibels = 10 * np.log10(max(signal[index], 1e-30) / noise[index])
+                answers[index] = f"its stored notes agree with the synthesiser to {decibels:.0f} dB only"
+        group = [index for index in group if not answers[index]]
+        # one clip after the other on one line of time
+        played = {index: table[clip == index] for index in group}
+        samples = {index: min(self.limit, int(part[:, OFF].max())) for index, part in played.items() if len(part)}
+        origin = np.zeros(len(answers), np.int64)
+        total = 0
+        events, ends = [], []
+        for index, length in samples.items():
+            origin[index] = total
+            times = played[index][:, [ON, OFF]]
+            events.append(total + np.unique(np.append(times[times < length], 0)))
+            ends.append(np.append(events[-1][1:], total + length))
+            total += length
+        audio = torch.zeros((2, total), device=self.device)
+        if samples:
+            sounding = np.isin(clip, list(samples))
+            stop = np.zeros(len(answers), np.int64)
+            stop[list(samples)] = list(samples.values())
+            use = sounding[row] & (table[row, ON] < stop[clip[row]])
+            row, voice = row[use], voice[use]
+            at = origin[clip[row]]
+            on, off, last = table[row, ON] + at, table[row, OFF] + at, stop[clip[row]] + at
+            off = np.where(off < last, off, _FOREVER)
+            voices = np.column_stack([on, off, last, sounds[voice, :2], laws[voice]])
+            lines = [torch.from_numpy(np.concatenate(line)).to(self.device) for line in (events, ends)]
+            blocks = _blocks(*lines)
+            on_device = torch.from_numpy(voices).to(self.device)
+            for side in range(2):
+                audio[side] = _mix(self._store, on_device, _LEFT + side, blocks, total)
+        for index in group:
+            if index not in samples:
+                answers[index] = torch.zeros((2, min(self.sample_rate, self.limit)), device=self.device)
+                continue
+            own = audio[:, origin[index] : origin[index] + samples[index]]
+            answers[index] = own / (own.abs().amax() + PEAK_EPS)
+
+
+# The law of the synthesiser ---------------------------------------------------------------------------------
+
+
+def _not_linear(values: Values) -> str | None:
+    """Why a region cannot be played from a bank, if so."""
+    filtered = values["mod_env_to_filter"]
+    for wrong, reason in (
+        (values["exclusive_class"], "an exclusive class, which cuts off other notes"),
+        (values["vib_lfo_to_pitch"] or values["mod_lfo_to_pitch"], "a vibrato"),
+        (values["mod_lfo_to_volume"], "a tremolo"),
+        (values["mod_lfo_to_filter"], "a filter that follows an oscillator"),
+        (values["mod_env_to_pitch"], "a pitch that follows an envelope"),
+        (values["modes"] == 3, "a loop that ends with the key"),
+        (filtered and max(values["mod_delay"], values["mod_attack"]) >= -11950, "a filter that follows an attack"),
+    ):
+        if wrong:
+            return f"a region with {reason}"
+    return None
+
+
+_NO_ENVELOPE = {
+    **dict.fromkeys(("delay", "attack", "hold", "decay", "release"), -12000),
+    **dict.fromkeys(("sustain", "key_to_hold", "key_to_decay"), 0),
+}
+_NO_MODULATION = {
+    **dict.fromkeys(("mod_delay", "mod_attack", "mod_hold", "mod_decay"), -12000),
+    **dict.fromkeys(("mod_sustain", "mod_key_to_hold", "mod_key_to_decay"), 0),
+}
+_NO_OSCILLATORS = {
+    **dict.fromkeys(("mod_lfo_delay", "vib_lfo_delay"), -12000),
+    **dict.fromkeys(("mod_lfo_frequency", "vib_lfo_frequency"), 0),
+}
+
+
+def _alone(values: Values) -> Values:
+    """The region on the left only, at full gain."""
+    return values | _NO_OSCILLATORS | {"pan": -500, "attenuation": 0, "exclusive_class": 0}
+
+
+def _bare(values: Values) -> Values:
+    """And without its envelope: what is left is what shapes the sound of a key that stays down."""
+    modulation = {"mod_release": -12000} | ({} if values["mod_env_to_filter"] else _NO_MODULATION)
+    return _alone(values) | _NO_ENVELOPE | modulation
+
+
+def _stored(values: Values, law: _Law) -> list[Values]:
+    """The rows that are stored of a region: with the modulation as it is, then lowered in equal steps."""
+    lowered = np.linspace(1, 1 - law.drop, law.rows) * values["mod_env_to_filter"]
+    return [_bare(values) | {"mod_env_to_filter": round(amount)} for amount in lowered.tolist()]
+
+
+def _frozen(values: Values) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted(values.items()))
+
+
+def _seconds(timecents: float) -> float:
+    """In 32 bits, as the synthesiser computes them."""
+    return float(np.float32(2.0) ** np.float32(timecents / 1200)) if timecents >= -11950 else 0.0
+
+
+def _law(values: Values, pitch: int, velocity: int, sample_rate: int) -> _Law:
+    """What TinySoundFont does with a region's generators."""
+
+    def samples(seconds: float) -> int:
+        return int(np.float32(seconds) * np.float32(sample_rate))
+
+    def keyed(name: str, prefix: str) -> float:
+        scale = values[f"{prefix}key_to_{name}"]
+        if not scale:
+            return _seconds(values[f"{prefix}{name}"])
+        timecents = values[f"{prefix}{name}"] + scale * (60 - pitch)
+        return 0.0 if timecents < -10000 else float(np.float32(2.0) ** np.float32(timecents / 1200))
+
+    loudness = -0.1 * values["attenuation"] + 20 * math.log10(velocity / 127)
+    gain = 10 ** (loudness / 20) if loudness > -100 else 0.0
+    pan = values["pan"] / 1000
+    decay = samples(keyed("decay", ""))
+    sustain = 10 ** (-0.1 * values["sustain"] / 20) if values["sustain"] < 1000 else 0.0
+    release = samples(_seconds(values["release"]) or _FAST_RELEASE)
+    mod_decay, mod_sustain = keyed("decay", "mod_"), 1 - values["mod_sustain"] / 1000
+    mod_release = samples(_seconds(values["mod_release"]) or _FAST_RELEASE)
+    # lowered by as much as it falls until the release is down by 50 dB, in eighths; a row for every 250 cents
+    drop = min(max(round(8 * 0.62 * release / mod_release), 1), 8) / 8 if values["mod_env_to_filter"] else 0.0
+    rows = min(1 + math.ceil(drop * abs(values["mod_env_to_filter"]) / 250), 8)
+    return _Law(
+        left=gain * math.sqrt(0.5 - pan),
+        right=gain * math.sqrt(0.5 + pan),
+        delay=samples(_seconds(values["delay"])),
+        attack=samples(_seconds(values["attack"])),
+        hold=samples(keyed("hold", "")),
+        decay=decay,
+        decay_until=int(-math.log(sustain) * decay / _STEEPNESS) if sustain else decay,
+        sustain=sustain,
+        release=release,
+        mod_hold=samples(keyed("hold", "mod_")),
+        mod_decay=samples(mod_decay),
+        mod_decay_until=samples(mod_decay * (1 - mod_sustain)),
+        mod_sustain=mod_sustain,
+        mod_release=mod_release,
+        drop=drop,
+        rows=rows,
+    )
+
+
+# Sums of rows -----------------------------------------------------------------------------------------------
+
+_LEFT = 5  # column of a voice's gain on the left; before it on, off, stop, start and length, then the rest of its law
+
+
+def _blocks(starts: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """First samples (nb,) of the blocks, where events cut the time into stretches from ``starts`` to ``ends``."""
+    many = (ends - starts + BLOCK - 1) // BLOCK
+    return starts.repeat_interleave(many) + BLOCK * _count_up_torch(many)
+
+
+class _Pieces(NamedTuple):
+    """Stretches of voices in which the gain is (base + slope tau) exp(-fall tau), tau samples after ``origin``."""
+
+    first: torch.Tensor  # (p,) the first of its blocks
+    last: torch.Tensor  # and the one after the last
+    origin: torch.Tensor
+    base: torch.Tensor
+    slope: torch.Tensor
+    fall: torch.Tensor
+    shift: torch.Tensor  # from a time to the place of its sample in the store
+
+
+def _pieces(voices: torch.Tensor, side: int, blocks: torch.Tensor) -> _Pieces:
+    """What ``voices`` (n, 21) play on one side: attack, hold, decay, sustained level, release."""
+    on, off, stop, start, length = voices[:, :_LEFT].T
+    gain = voices[:, side]
+    delay, attack, hold, decay, until, sustain, release = voices[:, _LEFT + 2 : _LEFT + 9].T
+    mod_hold, mod_decay, mod_until, mod_sustain, mod_release, drop, many = voices[:, _LEFT + 9 :].T
+    grid = torch.cat([blocks.double(), blocks.new_full((1,), _FOREVER).double()])
+
+    def after(time: torch.Tensor, duration: torch.Tensor) -> torch.Tensor:
+        """The first block that is ``duration`` or more after ``time``, if there is a duration."""
+        block = grid[torch.searchsorted(grid, time + duration).clamp(max=len(grid) - 1)]
+        return torch.where(duration > 0, block, time)
+
+    def modulation(time: torch.Tensor) -> torch.Tensor:
+        """Level of the modulation envelope while the key is held."""
+        since = time - on - mod_hold
+        return torch.where(since < mod_until, 1 - since.clamp(min=0) / mod_decay.clamp(min=1), mod_sustain)
+
+    begin = after(on, delay)
+    full = after(begin, attack)
+    fading = after(full, hold)
+    settled = after(fading, torch.where(decay > 0, until.clamp(min=1), 0))
+    zero, one = torch.zeros_like(on), torch.ones_like(on)
+    rise, fade, fall = one / attack.clamp(min=1), _STEEPNESS / decay.clamp(min=1), _STEEPNESS / release
+    end = torch.minimum(stop, on + length - BLOCK)  # of the clip, of the sample
+    end = torch.minimum(end, after(off, release))
+    level = torch.where(
+        off < full,
+        (off - begin).clamp(min=0) * rise,
+        torch.where(off < fading, one, torch.where(off < settled, torch.exp(-fade * (off - fading)), sustain)),
+    )
+    held_until = torch.minimum(off, end)
+    rows = [  # from, to, origin, base, slope, fall, row
+        (begin, torch.minimum(full, held_until), begin, zero, rise, zero, zero),
+        (full, torch.minimum(fading, held_until), full, one, zero, zero, zero),
+        (fading, torch.minimum(settled, held_until), fading, one, zero, fade, zero),
+        (settled, held_until, settled, sustain, zero, zero, zero),
+    ]
+    # After note-off the modulation falls in a straight line to 0; that of the first row holds, falls and stays. Their
+    # ratio says where between the rows we are: taken to be a straight line from each turn of the two to the next.
+    turns = [mod_hold + on, mod_hold + on + mod_until, off + mod_release]
+    turns = [torch.minimum(torch.maximum(turn, off), torch.minimum(off + mod_release, end)) for turn in turns]
+    moves = many > 1
+
+    def place(time: torch.Tensor) -> torch.Tensor:
+        """Between which rows, from 0 to ``many`` - 1; beyond these the nearest two go on."""
+        held = modulation(time)
+        ratio = modulation(off) * (1 - (time - off) / mod_release).clamp(min=0) / held.clamp(min=1e-3)
+        return torch.where(moves & (held > 1e-3), (1 - ratio) / drop.clamp(min=1e-3) * (many - 1), zero)
+
+    last = (many - 2).clamp(min=0)
+    for since, to in pairwise([off, *turns, end]):
+        here = place(since)
+        speed = (place(to) - here) / (to - since).clamp(min=1) if to is not end else zero
+        start_place = here - speed * (since - off)
+        for row in range(int(last.amax()) + 1):
+            low = torch.where(speed == 0, -_FOREVER, since + (row - here) / speed)  # when it passes this row
+            high = torch.where(speed == 0, _FOREVER, since + (row + 1 - here) / speed)  # and the next
+            low, high = torch.where(speed < 0, high, low), torch.where(speed < 0, low, high)
+            at_first, at_last = row == 0, row == last
+            low = torch.where(at_last & (speed < 0), since, low)
+            high = torch.where(at_last & (speed > 0), to, high)
+            if at_first:
+                low, high = torch.where(speed > 0, since, low), torch.where(speed < 0, to, high)
+            stays = row == torch.minimum(here.clamp(min=0).floor(), last)
+            used = (row <= last) & ((speed != 0) | stays)
+            low = torch.minimum(torch.maximum(low, since), to)
+            high = torch.where(used, torch.minimum(torch.maximum(high, since), to), low)
+            rows += [
+                (low, high, off, level * (row + 1 - start_place), -level * speed, fall, zero + row),
+                (low, high, off, level * (start_place - row), level * speed, fall, zero + row + 1),
+            ]
+    since, to, origin, base, slope, falling, row_number = (torch.cat(column) for column in zip(*rows, strict=True))
+    gains = gain.repeat(len(rows))
+    shift = (start - on).repeat(len(rows)) + row_number * length.repeat(len(rows))
+    sounds = (to > since) & (gains * (base.abs() + slope.abs()) > 0)
+    since, to, origin, shift = since[sounds].long(), to[sounds].long(), origin[sounds].long(), shift[sounds].long()
+    return _Pieces(
+        torch.searchsorted(blocks, since),
+        torch.searchsorted(blocks, to),
+        origin,
+        (gains * base)[sounds].float(),
+        (gains * slope)[sounds].float(),
+        falling[sounds].float(),
+        shift,
+    )
+
+
+def _mix(store: torch.Tensor, voices: torch.Tensor, side: int, blocks: torch.Tensor, total: int) -> torch.Tensor:
+    """The sum of ``voices`` on one side, (total,): for every block the weighted sum of a row of each of its voices."""
+    device = store.device
+    if not len(voices):
+        return torch.zeros(total, device=device)
+    pieces = _pieces(voices, side, blocks)
+    # blocks between two bounds have the same pieces: ``members`` lists them, bounds after bounds
+    bounds = torch.unique(torch.cat([pieces.first, pieces.last, torch.tensor([0, len(blocks)], device=device)]))
+    low, high = torch.searchsorted(bounds, pieces.first), torch.searchsorted(bounds, pieces.last)
+    piece = torch.arange(len(low), device=device).repeat_interleave(high - low)
+    stretch = low[piece] + _count_up_torch(high - low)
+    members = piece[torch.sort(stretch, stable=True).indices]
+    sizes = torch.bincount(stretch, minlength=len(bounds) - 1)
+    many = sizes.repeat_interleave(bounds.diff())  # (nb,) pieces of each block
+    before = many.cumsum(0)  # including its own
+    member = (sizes.cumsum(0) - sizes).repeat_interleave(bounds.diff()) - (before - many)
+    lengths = torch.diff(blocks, append=torch.tensor([total], device=device))
+    windows = store.as_strided((len(store) - BLOCK + 1, BLOCK), (1, 1))
+    most = 1 << (22 if device.type == "cuda" else 15)  # rows at a time: they should fit the cache of a processor
+    if not len(piece):
+        return torch.zeros(total, device=device)
+    steps = torch.arange(most, max(most, int(before[-1])), most, device=device)
+    cuts = [0, *torch.searchsorted(before, steps, right=True).tolist(), len(blocks)]
+    filled = torch.arange(BLOCK, device=device) < lengths[:, None]  # an event cuts a block short
+    out = torch.empty(total, device=device)
+    sampled = [0, *torch.cat([blocks, blocks.new_tensor([total])])[torch.tensor(cuts[1:], device=device)].tolist()]
+    for index, (cut, following) in enumerate(pairwise(cuts)):
+        if following == cut:
+            continue
+        own = many[cut:following]
+        offsets = own.cumsum(0) - own
+        block = torch.arange(cut, following, device=device).repeat_interleave(own)
+        place = torch.arange(len(block), device=device) + (before[cut] - many[cut])
+        which = members[member[block] + place]
+        time = blocks[block]
+        since = (time - pieces.origin[which]).float()
+        gain = (pieces.base[which] + pieces.slope[which] * since) * torch.exp(-pieces.fall[which] * since)
+        rows = windows[pieces.shift[which] + time]
+        numbers = torch.arange(len(rows), device=device)
+        sums = torch.nn.functional.embedding_bag(numbers, rows, offsets, mode="sum", per_sample_weights=gain)
+        out[sampled[index] : sampled[index + 1]] = sums[filled[cut:following]]
+    return out
+
+
+def _pack(table: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Program, drum, pitch and velocity of each note as one number; ``_unpack`` takes it apart."""
+    program, drum, pitch, velocity = table[:, [PROGRAM, DRUM, PITCH, VELOCITY]].T
+    return ((program % 256 * 2 + drum) * 128 + pitch) * 128 + velocity
+
+
+def _unpack(note: int) -> tuple[int, int, int, int]:
+    return note >> 15, note >> 14 & 1, note >> 7 & 127, note & 127
+
+
+def _count_up(many: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """0 .. m-1 for each m of ``many``, one after the other."""
+    return np.arange(many.sum()) - np.repeat(np.cumsum(many) - many, many)
+
+
+def _count_up_torch(many: torch.Tensor) -> torch.Tensor:
+    return torch.arange(int(many.sum()), device=many.device) - (many.cumsum(0) - many).repeat_interleave(many)
+
+
+def _most_at_once(
+    clip: npt.NDArray[np.int64], first: npt.NDArray[np.int64], last: npt.NDArray[np.int64], clips: int
+) -> npt.NDArray[np.int64]:
+    """(clips,) how many of the intervals from ``first`` to ``last`` overlap at most, in each clip."""
+    steps = np.repeat([1, -1], len(clip))
+    clip = np.tile(clip, 2)
+    order = np.lexsort((-steps, np.concatenate([first, last]), clip))
+    most = np.zeros(clips, np.int64)
+    np.maximum.at(most, clip[order], np.cumsum(steps[order]))
+    return most
+
+
+# What a scorer submits to -----------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where stored notes are kept between runs: $XDG_CACHE_HOME/smart/bank, by default ~/.cache/smart/bank."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "smart" / "bank"
+
+
+class BankPool:
+    """``submit`` and ``close`` of ``RenderPool``, answered from a ``NoteBank``; use it as a context manager.
+
+    A thread renders what was submitted, up to ``batch`` clips at once. A clip that the bank does not support goes to a
+    ``RenderPool`` of ``workers`` processes, which starts when the first such clip comes. ``clips`` counts what was
+    rendered either way, ``fallbacks`` what went to the pool, ``reasons`` why.
+
+    ``UserError`` where the soundfont is absent, damaged or none.
+    """
+
+    def __init__(
+        self,
+        soundfont: str | os.PathLike[str],
+        *,
+        sample_rate: int = 44100,
+        seconds: float = 10.0,
+        workers: int | None = None,
+        deadline: float = 30.0,
+        device: str | torch.device = "cpu",
+        max_bytes: int = 2 << 30,
+        cache: str | os.PathLike[str] | None = None,
+        batch: int = 64,
+    ) -> None:
+        self.bank = NoteBank(
+            soundfont, sample_rate=sample_rate, seconds=seconds, device=device, max_bytes=max_bytes, cache=cache
+        )
+        self.batch = batch
+        self.clips = self.fallbacks = 0
+        self.reasons: Counter[str] = Counter()
+        self._told = (0, 0)
+        self._start = partial(
+            RenderPool,
+            self.bank.soundfont,
+            sample_rate=sample_rate,
+            seconds=seconds,
+            workers=workers,
+            deadline=deadline,
+        )
+        self._pool: RenderPool | None = None
+        self._lock = threading.Lock()  # of _closed, and of what goes into _jobs after it
+        self._closed = False
+        self._jobs: queue.SimpleQueue[tuple[Future[Audio], Notes] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="note-bank", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "BankPool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def submit(self, score: Any) -> Future[Audio]:
+        """As ``RenderPool.submit``."""
+        notes = to_notes(score)
+        future: Future[Audio] = Future()
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("this BankPool is closed")
+            self._jobs.put((future, notes))
+        return future
+
+    def fallback_fraction(self) -> float:
+        """Share of the clips since this was last asked that went to the pool; 0 where there were none."""
+        clips, fallbacks = self.clips - self._told[0], self.fallbacks - self._told[1]
+        self._told = self.clips, self.fallbacks
+        return fallbacks / max(clips, 1)
+
+    def close(self) -> None:
+        """Cancel clips that wait, and end the pool if there is one. May be repeated."""
+        with self._lock:
+            first, self._closed = not self._closed, True
+            if first:
+                self._jobs.put(None)
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+        if self._pool is not None:
+            self._pool.close()
+
+    def _work(self) -> None:
+        """The life of the thread: what waits is a batch."""
+        going_on = True
+        while going_on:
+            jobs = [self._jobs.get()]
+            while len(jobs) < self.batch and not self._jobs.empty():
+                jobs.append(self._jobs.get())
+            going_on = None not in jobs
+            due = [job for job in jobs if job is not None]
+            if self._closed:
+                for future, _ in due:
+                    future.cancel()
+            due = [job for job in due if job[0].set_running_or_notify_cancel()]
+            if due:
+                self._answer(due)
+
+    def _answer(self, jobs: list[tuple[Future[Audio], Notes]]) -> None:
+        try:
+            try:
+                answers: Sequence[torch.Tensor | str] = self.bank.try_render([notes for _, notes in jobs])
+            except (RenderError, torch.OutOfMemoryError) as error:
+                answers = [f"the note bank failed: {error}"] * len(jobs)
+            for (future, notes), answer in zip(jobs, answers, strict=True):
+                self.clips += 1
+                if isinstance(answer, str):
+                    self.fallbacks += 1
+                    self.reasons[answer] += 1
+                    self._pool = self._pool or self._start()
+                    self._pool.submit(notes).add_done_callback(partial(_pass_on, future))
+                else:
+                    future.set_result(answer.cpu().numpy())
+        except Exception as error:  # whatever it is, who waits is told
+            for future, _ in jobs:
+                if not future.done():
+                    future.set_exception(error)
+
+
+def _pass_on(future: "Future[Audio]", done: "Future[Audio]") -> None:
+    """Give ``future`` what became of the same clip in the pool."""
+    if done.cancelled():
+        future.set_exception(RenderError("the pool was closed before this clip was rendered"))
+    elif (error := done.exception()) is not None:
+        future.set_exception(error)
+    else:
+        future.set_result(done.result())
+
+
+def open_renderer(
+    backend: str,
+    soundfont: str | os.PathLike[str],
+    *,
+    sample_rate: int,
+    seconds: float,
+    workers: int | None = None,
+    deadline: float = 30.0,
+    device: str | torch.device = "cpu",
+) -> RenderPool | BankPool:
+    """What renders a program's clips: ``backend`` is "pool", or "bank" on ``device`` with the user's cache."""
+    if backend == "pool":
+        return RenderPool(soundfont, sample_rate=sample_rate, seconds=seconds, workers=workers, deadline=deadline)
+    if backend != "bank":
+        raise ValueError(f"backend: expected 'pool' or 'bank', got {backend!r}")
+    return BankPool(
+        soundfont,
+        sample_rate=sample_rate,
+        seconds=seconds,
+        workers=workers,
+        deadline=deadline,
+        device=device,
+        cache=cache_folder(),
+    )
