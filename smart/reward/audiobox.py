@@ -86,12 +86,12 @@ class Audiobox(Reward):
             raise UserError(f'batch_size of reward "audiobox" must be a whole number of at least 1, got {batch_size!r}')
         files = _find_local(model) or _find_cached(str(model)) or _download(str(model))
         network = _build(_read(files), files)
-        if dtype == "bfloat16":
-            # the network opens its own autocast region, which its constructor never switches on
-            network.enable_autocast, network.precision = True, torch.bfloat16
         self.batch_size = batch_size
         self.provenance = f"Audiobox Aesthetics, {_provenance(files)}, {dtype}"
         self._network = network.to(self.device).eval().requires_grad_(False)
+        precision = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+        self._autocast = torch.autocast(self.device.type, precision, enabled=precision != torch.float32)
+        self._convolutions = _Convolutions(self._network.wavlm_model.feature_extractor, precision)
         self._padded = True
         for layer in self._network.wavlm_model.encoder.layers:
             layer.self_attn.register_forward_pre_hook(self._float_mask, with_kwargs=True)
@@ -119,15 +119,30 @@ class Audiobox(Reward):
         self, audio: torch.Tensor, clip: torch.Tensor, start: torch.Tensor, valid: torch.Tensor
     ) -> torch.Tensor:
         """De-normalised ratings (axes, B) float32 of B windows, each given by clip, start and samples."""
-        wav = audio.new_zeros(len(clip), 1, WINDOW)
+        wav = audio.new_zeros(len(clip), WINDOW)
         for row, (c, s, v) in enumerate(zip(clip.tolist(), start.tolist(), valid.tolist(), strict=True)):
-            wav[row, 0, :v] = audio[c, s : s + v]
-        mask = torch.arange(WINDOW, device=wav.device) < valid.to(wav.device)[:, None, None]
+            wav[row, :v] = audio[c, s : s + v]
+        network = self._network
+        padding = torch.arange(WINDOW, device=wav.device) >= valid.to(wav.device)[:, None]
         self._padded = bool((valid < WINDOW).any())
-        with _numpy_state_kept():
-            outputs = self._network({"wav": wav, "mask": mask})
-        transform = self._network.target_transform
-        return torch.stack([outputs[axis].float() * transform[axis]["std"] + transform[axis]["mean"] for axis in AXES])
+        with self._autocast, _numpy_state_kept():
+            features = network.wavlm_model.layer_norm(self._convolutions(wav))  # (B, F, C)
+            padding = network.wavlm_model.forward_padding_mask(features, padding)  # (B, F)
+            if network.wavlm_model.post_extract_proj is not None:
+                features = network.wavlm_model.post_extract_proj(features)
+            layers = network.wavlm_model.encoder(features, padding, layer=network.nth_layer - 1)[1]
+        kept = (~padding).float().t()[:, :, None]  # (F, B, 1)
+        count = kept.sum(dim=0).clamp(min=1)
+        # means over time before the weighted sum over layers: the same number, from a 500th of the memory
+        means = torch.stack([(x.float() * kept).sum(dim=0) / count for x, _ in layers])  # (L, B, D)
+        ratings = []
+        for axis in AXES:
+            embedding = torch.tensordot(network.layer_weights[axis].softmax(dim=0), means, dims=1)  # (B, D)
+            if network.normalize_embed:
+                embedding = torch.nn.functional.normalize(embedding, dim=-1)
+            transform = network.target_transform[axis]
+            ratings.append(network.proj_layer[axis](embedding).squeeze(-1) * transform["std"] + transform["mean"])
+        return torch.stack(ratings)
 
     def _float_mask(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -139,6 +154,56 @@ class Audiobox(Reward):
         padding = kwargs["key_padding_mask"]
         zeros = torch.zeros(padding.shape, device=padding.device)
         return args, kwargs | {"key_padding_mask": zeros.masked_fill(padding, -torch.inf) if self._padded else None}
+
+
+class _Convolutions:
+    """The encoder's convolutions (``ConvFeatureExtractionModel``) as matrix products on channels-last frames.
+
+    Windows go through one at a time, since the first layer's output (32,000 frames x 512) is as large as a cache.
+    The normalisation over time of that layer is folded into its weights: the mean and variance of a linear function
+    of the samples follow from the samples' own. Nothing is approximated.
+    """
+
+    def __init__(self, extractor: Any, dtype: torch.dtype) -> None:
+        convolutions = [layer[0] for layer in extractor.conv_layers]
+        self.first, self.norm, self.dtype = convolutions[0], extractor.conv_layers[0][2], dtype
+        # of each other layer: stride, number of taps, weights (taps x channels in, channels out)
+        self.others = [
+            (c.stride[0], c.kernel_size[0], c.weight.permute(2, 1, 0).flatten(0, 1).to(dtype)) for c in convolutions[1:]
+        ]
+
+    def __call__(self, wav: torch.Tensor) -> torch.Tensor:
+        """Features (B, F, C) of windows (B, S)."""
+        with torch.autocast(wav.device.type, enabled=False):
+            return torch.stack([self._window(row) for row in wav])
+
+    def _window(self, wav: torch.Tensor) -> torch.Tensor:
+        """(S,) -> (F, C)."""
+        frames = wav.unfold(0, self.first.kernel_size[0], self.first.stride[0])
+        weight, bias = self._normalised(frames)
+        x = torch.addmm(bias.to(self.dtype), frames.to(self.dtype), weight.to(self.dtype))
+        for stride, taps, weight in self.others:
+            x = torch.nn.functional.gelu(x)
+            count, width = (len(x) - taps) // stride + 1, x.shape[1]
+            y = None
+            for tap in range(0, taps, stride):  # as many taps at a time as lie in one step, without a copy
+                many = min(stride, taps - tap) * width
+                part = x[tap:].as_strided((count, many), (stride * width, 1))
+                rows = weight[tap * width : tap * width + many]
+                y = part @ rows if y is None else y.addmm_(part, rows)
+            x = y
+        return torch.nn.functional.gelu(x)
+
+    def _normalised(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights (taps, C) and bias (C,) of the first layer with its normalisation, for these frames (F, taps)."""
+        exact = frames.double()
+        mean = exact.mean(dim=0)
+        centred = exact - mean
+        weight = self.first.weight[:, 0].double()  # (C, taps)
+        variance = ((weight @ (centred.t() @ centred / len(frames))) * weight).sum(dim=1)
+        scale = self.norm.weight.double() / (variance + self.norm.eps).sqrt()
+        bias = self.norm.bias.double() - weight @ mean * scale
+        return (weight * scale[:, None]).t().to(frames.dtype), bias.to(frames.dtype)
 
 
 def check(model: str | os.PathLike[str] = HUB_ID) -> None:
@@ -224,7 +289,7 @@ def _read(files: _Files) -> _Contents:
     transform = contents.arguments.get("target_transform")
     if not _is_transform(transform):
         raise _unavailable(shown, f"target_transform must hold mean and std of {', '.join(AXES)}, got {transform}")
-    for prefix in ("wavlm_model.", *(f"proj_layer.{axis}." for axis in AXES)):
+    for prefix in ("wavlm_model.", *(f"{part}.{axis}" for axis in AXES for part in ("proj_layer", "layer_weights"))):
         if not any(name.startswith(prefix) for name in contents.state):
             raise _unavailable(shown, f"it is another model: there are no tensors {prefix}*")
     return contents
