@@ -185,12 +185,12 @@ class _Convolutions:
         for stride, taps, weight in self.others:
             x = torch.nn.functional.gelu(x)
             count, width = (len(x) - taps) // stride + 1, x.shape[1]
-            y = None
-            for tap in range(0, taps, stride):  # as many taps at a time as lie in one step, without a copy
+            y = x.new_empty(count, weight.shape[1])
+            for tap in range(0, taps, stride):  # as many taps as one stride holds, read where they lie
                 many = min(stride, taps - tap) * width
                 part = x[tap:].as_strided((count, many), (stride * width, 1))
                 rows = weight[tap * width : tap * width + many]
-                y = part @ rows if y is None else y.addmm_(part, rows)
+                y.addmm_(part, rows, beta=min(tap, 1))  # with beta 0 what y holds is not read
             x = y
         return torch.nn.functional.gelu(x)
 
