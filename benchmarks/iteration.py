@@ -40,6 +40,7 @@ from smart.grpo import token_logprobs, train
 from smart.model import build_model, find_base, load_base, pick_device, pick_precision, save_base
 from smart.render import RenderPool
 from smart.reward import load_reward
+from smart.reward.audiobox import HUB_ID
 from smart.sampler import Sampler
 from smart.soundfonts import find_soundfont
 from smart.tokens import build_tokenizer, decode, vocabulary
@@ -166,7 +167,7 @@ def against_peer(options: argparse.Namespace, config: Config, folder: Path) -> d
         raise UserError("--peer: the peer knows reward.kind = 'audiobox' and prompts.kind = 'procedural' only")
     settings = {
         "base": str(find_base(config.model.base)),
-        "audiobox": str(config.reward.options["model"]),
+        "audiobox": str(config.reward.options.get("model", HUB_ID)),
         "soundfont": str(find_soundfont(config.render.soundfont)),
         "sample_rate": config.render.sample_rate,
         "seconds": config.render.seconds,

@@ -190,6 +190,14 @@ def test_lengths_at_the_edges_of_frames_and_windows(small: Weights, samples: int
     assert difference(scores, official_scores(small.official, [clip])) < 1e-4
 
 
+def test_faint_loud_shifted_and_silent_clips(small: Weights) -> None:
+    """The first layer normalises over time; its mean and variance must be right where they are extreme."""
+    clip = make_clips(10.0)[0]
+    clips = [clip * 1e-4, clip * 30, clip * 0.1 + 0.8, torch.zeros(10 * RATE)]
+    scores = load_reward("audiobox", model=str(small.folder)).score(torch.stack(clips))
+    assert difference(scores, official_scores(small.official, clips)) < 1e-4
+
+
 def test_batching_order_and_neighbours_do_not_change_ratings(small: Weights) -> None:
     clips = make_clips(3.0, 21.0, 10.0, 0.5, 12.0)
     whole = load_reward("audiobox", model=str(small.folder), batch_size=64).score(*batch(clips))
