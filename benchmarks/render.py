@@ -5,7 +5,7 @@
 Clips are like the paper's: about 70 piano notes within 10 seconds, stereo at 44.1 kHz, drawn with a fixed
 seed. Every round times all ways once, in alternating order, so that a change of the machine's speed meets them
 all; a warm-up round is not counted. Times are medians over rounds, ratios medians of the ratios within
-a round. The table comes first, one line of JSON last.
+a round. Rendering uses neither torch nor a GPU. The table comes first, one line of JSON last.
 """
 
 import argparse
