@@ -12,11 +12,12 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+Way = TypeVar("Way")  # what a way is called: a word, or a tuple of what it is made of
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PACKAGES = ("torch", "transformers", "trl", "audiobox_aesthetics", "tinysoundfont")
 
@@ -61,14 +62,16 @@ def seconds(function: Callable[[], Any], device: str = "cpu") -> float:
     return time.perf_counter() - start
 
 
-def alternate(ways: Mapping[str, Callable[[], Any]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
+def alternate(
+    ways: Mapping[Way, Callable[[], Any]], rounds: int, device: str = "cpu", *, warm: bool = False
+) -> dict[Way, list[float]]:
     """Seconds of each way in each of ``rounds``, in turned order, so that a slow moment of the machine meets all.
 
-    One more round, the first, warms up and is not counted: memory is mapped, kernels are chosen.
+    Unless all are ``warm``, a round more comes first and is not counted: memory is mapped, kernels are chosen.
     """
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for index in range(rounds + 1):
-        for name in list(ways) if index % 2 else list(reversed(ways)):
+    times: dict[Way, list[float]] = {name: [] for name in ways}
+    for index in range(1 if warm else 0, rounds + 1):
+        for name in list(ways) if index % 2 else list(ways)[::-1]:
             took = seconds(ways[name], device)
             if index:
                 times[name].append(took)

@@ -51,7 +51,7 @@ PEER = Path(__file__).parent / "peers" / "grpo_trl.py"
 
 def resolve(options: argparse.Namespace, folder: Path) -> Config:
     """The configuration that is measured; what it needs beside the package lies in ``folder``."""
-    config = load(options.config, options.overrides)
+    config: Config = load(options.config, options.overrides)
     if options.random_weights:
         if hub.is_hub_id(config.model.base) and not Path(config.model.base).is_dir():
             tokenizer = build_tokenizer()

@@ -70,7 +70,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             for stage, way in ways(model, rollout, advantages, dtype, micro, options).items():
                 both[stage, dtype, micro] = way
     memory = {name: common.peak_memory(way, options.device) for name, way in both.items()}
-    times = common.alternate(both, options.rounds, options.device)
+    times = common.alternate(both, options.rounds, options.device, warm=True)
     rates = {dtype: common.matmul_rate(common.DTYPES[dtype], options.device) for dtype in options.dtypes}
     work = {stage: common.flops(both[stage, options.dtypes[0], options.micro[0]]) for stage in ("reference", "update")}
     common.trace(options.profile, both["update", options.dtypes[0], options.micro[0]])

@@ -69,7 +69,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         scores[name] = ways[name]()
 
     memory = {name: common.peak_memory(partial(keep, name), options.device) for name in ways}
-    times = common.alternate(ways, options.rounds, options.device)
+    times = common.alternate(ways, options.rounds, options.device, warm=True)
     gflop = common.flops(partial(one_by_one, network, clips[:1])) / 1e9
     rows = []
     for name, taken in times.items():
