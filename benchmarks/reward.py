@@ -1,6 +1,6 @@
-"""Scoring speed: smart.reward.audiobox in batches against the official predictor, one clip at a time.
+"""Scoring speed: smart.reward.audiobox against the official predictor, one clip at a time.
 
-    python benchmarks/reward.py [--clips 64] [--batch 8] [--dtypes float32 bfloat16] [--model FOLDER] [--json FILE]
+    python benchmarks/reward.py [--clips 64] [--batch 4] [--dtypes float32 bfloat16] [--model FOLDER] [--json FILE]
 
 Both have the same weights: random ones of the full architecture, which take as long as real ones, unless
 ``--model`` names a folder with config.json and model.safetensors. The clips are what the small base that ships
@@ -108,7 +108,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--clips", type=common.whole, default=16, help="clips of a run (default: %(default)s)")
-    parser.add_argument("--batch", type=common.whole, default=8, help="clips of a forward pass (default: %(default)s)")
+    parser.add_argument("--batch", type=common.whole, help="clips of a forward pass (default: the reward's own)")
     parser.add_argument("--rounds", type=common.whole, default=3, help="timed runs of each way (default: %(default)s)")
     parser.add_argument("--dtypes", nargs="+", choices=sorted(common.DTYPES), default=list(common.DTYPES))
     parser.add_argument("--model", type=Path, help="folder of real weights (default: random ones)")
@@ -118,7 +118,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         found = measure(options, options.model or common.random_audiobox(Path(temporary)))
     print(
-        f"{options.clips} clips ({found['padded_clips']} shorter than ten seconds), batches of {options.batch}, "
+        f"{options.clips} clips ({found['padded_clips']} shorter than ten seconds), "
         f"{found['gflop_per_clip']:.0f} GFLOP a clip"
     )
     print(

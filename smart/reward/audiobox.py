@@ -34,6 +34,9 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # as PyTorchMode
 AXES = ("CE", "CU", "PC", "PQ")
 SAMPLE_RATE = 16_000
 WINDOW = 10 * SAMPLE_RATE  # samples; also the hop
+FEATURES_AT_A_TIME = (
+    32  # of the 499 of a window, where the convolutions are ours: 2,000 frames x 512 in the first layer
+)
 
 # the arguments of AesMultiOutput that the original checkpoint stores; its loader ignores the others
 CHECKPOINT_ARGUMENTS = (
@@ -61,7 +64,8 @@ class Audiobox(Reward):
         model: a hub id, a folder with config.json and model.safetensors, or the original checkpoint.pt.
         dtype: "float32", as the official predictor computes, or "bfloat16" (autocast: parameters stay
             float32).
-        batch_size: windows of 10 s in one forward; memory grows with it, the ratings do not change.
+        batch_size: windows of 10 s in one forward; memory grows with it, the ratings do not change. None: 8 on a
+            GPU, 1 on a CPU, which has nothing to gain from more, and whose caches have something to lose.
         device: where the network lives.
 
     Raises:
@@ -76,12 +80,14 @@ class Audiobox(Reward):
         *,
         model: str | os.PathLike[str] = HUB_ID,
         dtype: str = "float32",
-        batch_size: int = 8,
+        batch_size: int | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
         super().__init__(device=device)
         if dtype not in ("float32", "bfloat16"):
             raise UserError(f'dtype of reward "audiobox" must be "float32" or "bfloat16", got {dtype!r}')
+        if batch_size is None:
+            batch_size = 1 if self.device.type == "cpu" else 8
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise UserError(f'batch_size of reward "audiobox" must be a whole number of at least 1, got {batch_size!r}')
         files = _find_local(model) or _find_cached(str(model)) or _download(str(model))
@@ -164,10 +170,10 @@ class Audiobox(Reward):
 class _Convolutions:
     """The encoder's convolutions (``ConvFeatureExtractionModel``) as matrix products on channels-last frames.
 
-    This is for CPUs, where it takes about half the time; a GPU has cuDNN. Windows go through one at a time, since
-    what the first layer gives (32,000 frames x 512) fills a cache alone. The normalisation over time of that layer is
-    folded into its weights: the mean and variance of a linear function of the samples follow from the samples' own.
-    Nothing is approximated.
+    This is for CPUs; a GPU has cuDNN. A window of 10 s goes through in pieces that fit a cache, where a whole one is
+    32,000 frames x 512 after the first layer alone. That needs the normalisation over time of that layer folded into
+    its weights: the mean and variance of a linear function of the samples follow from the samples' own. Nothing is
+    approximated.
     """
 
     def __init__(self, extractor: Any, dtype: torch.dtype) -> None:
@@ -177,6 +183,10 @@ class _Convolutions:
         self.others = [
             (c.stride[0], c.kernel_size[0], c.weight.permute(2, 1, 0).flatten(0, 1).to(dtype)) for c in convolutions[1:]
         ]
+        self.hop, self.reach = 1, 1  # samples from one feature to the next, and that one feature looks at
+        for convolution in convolutions:
+            self.reach += (convolution.kernel_size[0] - 1) * self.hop
+            self.hop *= convolution.stride[0]
 
     def __call__(self, wav: torch.Tensor) -> torch.Tensor:
         """Features (B, F, C) of windows (B, S)."""
@@ -185,17 +195,29 @@ class _Convolutions:
 
     def _window(self, wav: torch.Tensor) -> torch.Tensor:
         """(S,) -> (F, C)."""
-        frames = wav.unfold(0, self.first.kernel_size[0], self.first.stride[0])
-        weight, bias = self._normalised(frames)
-        x = torch.addmm(bias.to(self.dtype), frames.to(self.dtype), weight.to(self.dtype))
-        for stride, taps, weight in self.others:
+        weight, bias = self._normalised(self._frames(wav))
+        starts = torch.arange((len(wav) - self.reach) // self.hop + 1) * self.hop
+        pieces = [
+            self._piece(self._frames(wav[part[0] : part[-1] + self.reach]), weight, bias)
+            for part in starts.split(FEATURES_AT_A_TIME)
+        ]
+        return torch.cat(pieces)
+
+    def _frames(self, wav: torch.Tensor) -> torch.Tensor:
+        """What the first layer looks at: (S,) -> (frames, taps)."""
+        return wav.unfold(0, self.first.kernel_size[0], self.first.stride[0])
+
+    def _piece(self, frames: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """All layers on some frames, the first one with these weights (taps, C) and bias (C,)."""
+        x = torch.addmm(bias, frames.to(self.dtype), weight)
+        for stride, taps, weights in self.others:
             x = torch.nn.functional.gelu(x)
             count, width = (len(x) - taps) // stride + 1, x.shape[1]
-            y = x.new_empty(count, weight.shape[1])
+            y = x.new_empty(count, weights.shape[1])
             for tap in range(0, taps, stride):  # as many taps as one stride holds, read where they lie
                 many = min(stride, taps - tap) * width
                 part = x[tap:].as_strided((count, many), (stride * width, 1))
-                rows = weight[tap * width : tap * width + many]
+                rows = weights[tap * width : tap * width + many]
                 y.addmm_(part, rows, beta=min(tap, 1))  # with beta 0 what y holds is not read
             x = y
         return torch.nn.functional.gelu(x)
@@ -209,7 +231,7 @@ class _Convolutions:
         variance = ((weight @ (centred.t() @ centred / len(frames))) * weight).sum(dim=1)
         scale = self.norm.weight.double() / (variance + self.norm.eps).sqrt()
         bias = self.norm.bias.double() - weight @ mean * scale
-        return (weight * scale[:, None]).t().to(frames.dtype), bias.to(frames.dtype)
+        return (weight * scale[:, None]).t().to(self.dtype), bias.to(self.dtype)
 
 
 def check(model: str | os.PathLike[str] = HUB_ID) -> None:
