@@ -133,6 +133,7 @@ def train(settings: dict[str, Any], device: str, folder: Path) -> list[dict[str,
     midi = REMI(params=Path(settings["base"]) / "tokenizer.json")
     tokenizer = words(midi)
     model = Phi3ForCausalLM.from_pretrained(settings["base"], dtype=torch.float32)
+    model.config.use_cache = True  # our bases say no, since our own sampler has a cache of its own
     rows, steps = settings["prompts"] * settings["group_size"], settings["iterations"]
     micro = min(settings["micro_batch"], rows)
     if rows % micro:
@@ -158,6 +159,7 @@ def train(settings: dict[str, Any], device: str, folder: Path) -> list[dict[str,
             temperature=settings["temperature"],
             top_k=settings["top_k"],
             num_iterations=1,
+            generation_kwargs={"use_cache": True},
             bf16=device == "cuda",
             use_cpu=device == "cpu",
             gradient_checkpointing=False,
