@@ -11,7 +11,7 @@ With ``--bank`` the clips are also compared with those rendered in process: the 
 and the difference of their ``ce_proxy`` rewards. The table comes first, one line of JSON last.
 """
 
-import json
+import argparse
 import math
 import os
 import statistics
@@ -22,11 +22,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import click
+import common
 import numpy as np
 import symusic
 import torch
 
+from smart import UserError
 from smart.bank import NoteBank
 from smart.render import Notes, RenderPool, load_soundfont, render_notes, score_notes
 from smart.reward import load_reward, resample
@@ -65,7 +66,7 @@ def real_clips(folder: Path, count: int, rng: np.random.Generator, *, seconds: f
         if inside.sum() >= 10:
             clips.append(np.column_stack([onset, notes[:, 1:]])[inside])
     if len(clips) < count:
-        raise click.ClickException(f"{folder} holds {len(clips)} fit files, {count} are wanted")
+        raise UserError(f"--midi {folder}: holds {len(clips)} fit files, expected {count}")
     return clips
 
 
@@ -108,111 +109,79 @@ def compare(bank: NoteBank, soundfont: Any, clips: list[Notes]) -> dict[str, flo
     }
 
 
-def timed(way: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    way()
-    return time.perf_counter() - started
+def whole_numbers(text: str) -> list[int]:
+    return sorted({common.whole(part) for part in text.split(",")})
 
 
-def measure(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way in each round; every other round goes backwards."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for index in range(rounds + 1):
-        names = list(ways) if index % 2 else list(reversed(ways))
-        for name in names:
-            seconds = timed(ways[name])
-            if index:  # the first round warms up
-                times[name].append(seconds)
-    return times
-
-
-def whole_numbers(_: Any, __: Any, value: str) -> list[int]:
-    try:
-        numbers = sorted({int(part) for part in value.split(",")})
-    except ValueError:
-        raise click.BadParameter(f"expected whole numbers separated by commas, got {value!r}") from None
-    if numbers[0] < 1:
-        raise click.BadParameter(f"expected numbers from 1, got {numbers[0]}")
-    return numbers
-
-
-@click.command(help=__doc__.splitlines()[0] if __doc__ else None)
-@click.option("--clips", default=64, show_default=True, type=click.IntRange(1))
-@click.option("--workers", default="1,2", show_default=True, callback=whole_numbers, help="Sizes of pools.")
-@click.option("--soundfont", default="timgm", show_default=True, help="Path or short name.")
-@click.option("--rounds", default=5, show_default=True, type=click.IntRange(1))
-@click.option("--bank", "device", type=click.Choice(["cpu", "cuda"]), help="Also a note bank on this device.")
-@click.option(
-    "--midi", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Clips from the MIDI files in here."
-)
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Also write here.")
-def main(
-    clips: int,
-    workers: list[int],
-    soundfont: str,
-    rounds: int,
-    device: str | None,
-    midi: Path | None,
-    json_path: Path | None,
-) -> None:
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    clips, workers, soundfont = options.clips, options.workers, options.soundfont
     rng = np.random.default_rng(0)
-    music = real_clips(midi, clips, rng) if midi else [random_clip(rng) for _ in range(clips)]
+    music = real_clips(options.midi, clips, rng) if options.midi else [random_clip(rng) for _ in range(clips)]
     agreement: dict[str, float] = {}
     with ExitStack() as stack:
         loaded = load_soundfont(soundfont)
         ways: dict[str, Callable[[], None]] = {"in process": partial(in_process, loaded, music)}
         starts = {}
-        if device:
+        if options.bank:
             began = time.perf_counter()
-            bank = NoteBank(soundfont, sample_rate=SAMPLE_RATE, device=device, max_bytes=4 << 30)
+            bank = NoteBank(soundfont, sample_rate=SAMPLE_RATE, device=options.bank, max_bytes=4 << 30)
             agreement = compare(bank, loaded, music)
-            starts[f"bank, {device}"] = time.perf_counter() - began
-            ways[f"bank, {device}"] = partial(from_bank, bank, music)
+            starts[f"bank, {options.bank}"] = time.perf_counter() - began
+            ways[f"bank, {options.bank}"] = partial(from_bank, bank, music)
         for many in workers:
             began = time.perf_counter()
             pool = stack.enter_context(RenderPool(soundfont, workers=many))
             starts[f"pool of {many}"] = time.perf_counter() - began
             ways[f"pool of {many}"] = partial(through_pool, pool, music)
-        times = measure(ways, rounds)
+        times = common.alternate(ways, options.rounds)
 
     rows = []
     for name, seconds in times.items():
-        against = [other / own for other, own in zip(times["in process"], seconds, strict=True)]
         rows.append(
             {
                 "way": name,
                 "start_s": starts.get(name, 0.0),
                 "ms_per_clip": 1000 * statistics.median(seconds) / clips,
                 "clips_per_s": clips / statistics.median(seconds),
-                "speed_up": statistics.median(against),  # over rendering in process
+                "speed_up": common.ratio(times["in process"], seconds),  # over rendering in process
             }
         )
-    click.echo(f"{clips} clips, {rounds} rounds, {len(os.sched_getaffinity(0))} usable cores, {soundfont}")
-    click.echo(f"{'':12}{'start s':>9}{'ms/clip':>9}{'clips/s':>9}{'speed-up':>10}")
-    for row in rows:
-        click.echo(
+    found: dict[str, Any] = {"clips": clips, "rounds": options.rounds, "soundfont": soundfont, "ways": rows}
+    if "pool of 1" in times:
+        alone = times["pool of 1"]
+        found["overhead_of_one_worker"] = common.ratio(alone, times["in process"])
+        found["scaling"] = {
+            name: common.ratio(alone, seconds) for name, seconds in times.items() if name != "in process"
+        }
+    return found | ({"bank": agreement} if agreement else {})
+
+
+def main() -> None:
+    parser = common.parser(__doc__, device=False)
+    parser.add_argument("--clips", type=common.whole, default=64, help="clips of a run (default: %(default)s)")
+    parser.add_argument("--workers", type=whole_numbers, default=[1, 2], help="sizes of pools (default: 1,2)")
+    parser.add_argument("--soundfont", default="timgm", help="path or short name (default: %(default)s)")
+    parser.add_argument("--bank", choices=("cpu", "cuda"), help="also a note bank on this device")
+    parser.add_argument("--midi", type=Path, help="clips from the MIDI files of this folder")
+    parser.add_argument("--rounds", type=common.whole, default=5, help="timed runs of each way (default: %(default)s)")
+    options = common.parse(parser)
+    try:
+        found = measure(options)
+    except UserError as error:
+        parser.exit(2, f"Error: {error.message}\n")
+    cores = len(os.sched_getaffinity(0))
+    print(f"{options.clips} clips, {options.rounds} rounds, {cores} usable cores, {options.soundfont}")
+    print(f"{'':12}{'start s':>9}{'ms/clip':>9}{'clips/s':>9}{'speed-up':>10}")
+    for row in found["ways"]:
+        print(
             f"{row['way']:12}{row['start_s']:9.2f}{row['ms_per_clip']:9.1f}{row['clips_per_s']:9.1f}"
             f"{row['speed_up']:10.2f}"
         )
-    result: dict[str, Any] = {"clips": clips, "rounds": rounds, "soundfont": soundfont, "ways": rows}
-    if "pool of 1" in times:
-        alone = times["pool of 1"]
-        result["overhead_of_one_worker"] = statistics.median(
-            pool / plain for pool, plain in zip(alone, times["in process"], strict=True)
-        )
-        result["scaling"] = {
-            name: statistics.median(one / more for one, more in zip(alone, seconds, strict=True))
-            for name, seconds in times.items()
-            if name != "in process"
-        }
-        click.echo(f"one worker takes {result['overhead_of_one_worker']:.3f} times as long as no worker")
-    if agreement:
-        result["bank"] = agreement
-        click.echo("bank: " + ", ".join(f"{name} {value:.6g}" for name, value in agreement.items()))
-    text = json.dumps(result)
-    if json_path is not None:
-        json_path.write_text(text + "\n")
-    click.echo(text)
+    if "overhead_of_one_worker" in found:
+        print(f"one worker takes {found['overhead_of_one_worker']:.3f} times as long as no worker")
+    if "bank" in found:
+        print("bank: " + ", ".join(f"{name} {value:.6g}" for name, value in found["bank"].items()))
+    common.report("render", options, found)
 
 
 if __name__ == "__main__":

@@ -16,22 +16,16 @@ the draw and all overhead. A table comes first, JSON last.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+import common
 import torch
-import transformers
 from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM
 
 from smart.sampler import Sampler
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def build(options: argparse.Namespace) -> Any:
@@ -57,17 +51,6 @@ def build(options: argparse.Namespace) -> Any:
         .eval()
         .to(options.device)
     )
-
-
-def seconds(function: Callable[[], Any], device: str) -> float:
-    """Wall time of one call, the device's work included."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def contestants(
@@ -107,52 +90,44 @@ def work(options: argparse.Namespace, dtype: torch.dtype) -> tuple[float, float]
     return float(operations), float(2 * options.layers * options.rows * kv * read * size)
 
 
-def rates(dtype: torch.dtype, device: str) -> tuple[float, float]:
-    """(operations a second of a large matrix product, bytes a second of a sum over memory), best of 8."""
-    a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
-    memory = torch.ones(64 * 2**20, device=device)  # 256 MiB, beyond any cache
-    product = min(seconds(lambda: a @ b, device) for _ in range(8))
-    total = min(seconds(memory.sum, device) for _ in range(8))
-    return 2 * 2048**3 / product, memory.numel() * 4 / total
-
-
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Both samplers in one dtype: medians in seconds, tokens a second, ratio, limit."""
-    dtype = DTYPES[name]
+    dtype = common.DTYPES[name]
     ours, theirs = contestants(build(options), dtype, options)
     shape = (options.rows, options.prompt + options.tokens)
-    for contestant in (ours, theirs):
-        drawn = contestant(options.tokens)  # the warm-up is a whole run: memory is mapped, kernels are chosen
+
+    def whole(contestant: Callable[[int], Any]) -> None:
+        drawn = contestant(options.tokens)
         assert drawn.shape == shape, f"expected {shape}, got {tuple(drawn.shape)}"
-    times: dict[Any, list[float]] = {ours: [], theirs: []}
-    for repeat in range(options.repeats):
-        for contestant in (ours, theirs) if repeat % 2 == 0 else (theirs, ours):
-            times[contestant].append(seconds(partial(contestant, options.tokens), options.device))
+
+    ways = {"smart": partial(whole, ours), "generate": partial(whole, theirs)}
+    times = common.alternate(ways, options.repeats, options.device)
+    common.trace(options.profile, ways["smart"])
     operations, read = work(options, dtype)
-    flops, bandwidth = rates(dtype, options.device)
+    flops, bandwidth = common.matmul_rate(dtype, options.device), common.memory_rate(options.device)
     limit = operations / flops + read / bandwidth
-    median = statistics.median(times[ours])
+    median = {name: statistics.median(taken) for name, taken in times.items()}
     drawn_tokens = options.rows * options.tokens
     return {
         "dtype": name,
-        "smart_seconds": median,
-        "smart_seconds_all": times[ours],
-        "generate_seconds": statistics.median(times[theirs]),
-        "generate_seconds_all": times[theirs],
-        "smart_tokens_per_second": drawn_tokens / median,
-        "generate_tokens_per_second": drawn_tokens / statistics.median(times[theirs]),
-        "ratio": statistics.median(t / o for o, t in zip(times[ours], times[theirs], strict=True)),
+        "smart_seconds": median["smart"],
+        "smart_seconds_all": times["smart"],
+        "generate_seconds": median["generate"],
+        "generate_seconds_all": times["generate"],
+        "smart_tokens_per_second": drawn_tokens / median["smart"],
+        "generate_tokens_per_second": drawn_tokens / median["generate"],
+        "ratio": common.ratio(times["generate"], times["smart"]),
         "matmul_gflop": operations / 1e9,
         "matmul_gflop_per_second": flops / 1e9,
         "cache_gb": read / 1e9,
         "memory_gb_per_second": bandwidth / 1e9,
         "limit_seconds": limit,
-        "times_limit": median / limit,
+        "times_limit": median["smart"] / limit,
     }
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Sampling speed against transformers' generate and a limit.")
+    parser = common.parser(__doc__)
     for name, default, text in (
         ("rows", 64, "sequences in the batch"),
         ("group-size", 8, "sequences of one prompt"),
@@ -165,13 +140,10 @@ def parse() -> argparse.Namespace:
         ("intermediate", 2048, "width of the feed-forward layers"),
         ("vocabulary", 413, "tokens of the vocabulary"),
         ("repeats", 5, "timed runs of each"),
-        ("threads", 0, "CPU threads; 0: torch's choice"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
-    parser.add_argument("--dtypes", nargs="+", choices=sorted(DTYPES), default=list(DTYPES))
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", type=Path, help="also write the JSON to this file")
-    options = parser.parse_args()
+    parser.add_argument("--dtypes", nargs="+", choices=sorted(common.DTYPES), default=list(common.DTYPES))
+    options = common.parse(parser)
     if options.group_size < 1 or options.rows % options.group_size:
         parser.error(f"--rows {options.rows}: expected a multiple of --group-size {options.group_size}")
     return options
@@ -179,8 +151,6 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    if options.threads:
-        torch.set_num_threads(options.threads)
     results = [measure(name, options) for name in options.dtypes]
     print(f"{'dtype':<10}{'smart':>10}{'generate':>10}{'ratio':>8}{'tokens/s':>10}{'limit':>10}{'x limit':>9}")
     for r in results:
@@ -188,19 +158,7 @@ def main() -> None:
             f"{r['dtype']:<10}{r['smart_seconds']:>8.2f} s{r['generate_seconds']:>8.2f} s{r['ratio']:>8.2f}"
             f"{r['smart_tokens_per_second']:>10.0f}{r['limit_seconds']:>8.2f} s{r['times_limit']:>9.2f}"
         )
-    report = {
-        "benchmark": "sampler",
-        "options": {k: v for k, v in vars(options).items() if k != "json"},
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "threads": torch.get_num_threads(),
-        "machine": torch.cuda.get_device_name() if options.device == "cuda" else platform.processor(),
-        "results": results,
-    }
-    text = json.dumps(report, indent=2)
-    if options.json:
-        options.json.write_text(text + "\n")
-    print(text)
+    common.report("sampler", options, {"results": results})
 
 
 if __name__ == "__main__":

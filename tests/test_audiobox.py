@@ -190,6 +190,24 @@ def test_lengths_at_the_edges_of_frames_and_windows(small: Weights, samples: int
     assert difference(scores, official_scores(small.official, [clip])) < 1e-4
 
 
+def test_faint_loud_shifted_and_silent_clips(small: Weights) -> None:
+    """The first layer normalises over time; its mean and variance must be right where they are extreme."""
+    clip = make_clips(10.0)[0]
+    clips = [clip * 1e-4, clip * 30, clip * 0.1 + 0.8, torch.zeros(10 * RATE)]
+    scores = load_reward("audiobox", model=str(small.folder)).score(torch.stack(clips))
+    assert difference(scores, official_scores(small.official, clips)) < 1e-4
+
+
+@pytest.mark.parametrize("dtype, bound", [("float32", 1e-5), ("bfloat16", 0.15)])
+def test_both_ways_to_convolve_agree(small: Weights, dtype: str, bound: float) -> None:
+    """As matrix products, as on a CPU, and by the network's own layers, as on a GPU."""
+    reward = load_reward("audiobox", model=str(small.folder), dtype=dtype)
+    clips = batch(make_clips(2.0, 10.0, 13.0))
+    products = reward.score(*clips)
+    reward._convolutions = None
+    assert 0 < difference(products, reward.score(*clips)) < bound
+
+
 def test_batching_order_and_neighbours_do_not_change_ratings(small: Weights) -> None:
     clips = make_clips(3.0, 21.0, 10.0, 0.5, 12.0)
     whole = load_reward("audiobox", model=str(small.folder), batch_size=64).score(*batch(clips))

@@ -26,12 +26,20 @@ SHORT = {
         "grpo.iterations": 2, "grpo.prompts": 2, "grpo.group_size": 2, "sampling.max_new_tokens": 24,
         "render.workers": 1, "render.seconds": 2.0, "track.final_prompts": 2, "track.checkpoint_every": 1,
     },
+    "benchmarks/iteration.py": {
+        "grpo.group_size": 2, "sampling.max_new_tokens": 24, "render.workers": 1, "render.seconds": 2.0,
+    },
     "smart.pretrain": {
         "architecture.hidden": 24, "architecture.heads": 2, "architecture.layers": 1, "optimisation.steps": 2,
         "optimisation.batch": 2, "optimisation.evaluate_every": 1, "optimisation.evaluate_rows": 2,
         "optimisation.samples": 2, "data.crop": 32,
     },
 }  # fmt: skip
+SMALL = {
+    "smart.generate": "--tokens 24",
+    "benchmarks/reward.py": "--clips 2 --rounds 1 --dtypes float32",
+    "benchmarks/sampler.py": "--repeats 1",
+}
 
 
 def commands() -> list[str]:
@@ -89,8 +97,7 @@ def test_every_command_works_in_the_order_of_the_pages(place: Path) -> None:
             words += ["--collect-only", "tests/test_config.py"]
         for key, value in SHORT.get(program, {}).items():
             words += ["--set", f"{key}={value}"]
-        if program == "smart.generate":
-            words += ["--tokens", "24", "--soundfont", "timgm"]
+        words += SMALL.get(program, "").split()
         if "--resume" in words:  # its own configuration is the short one already
             words = words[: words.index("--resume") + 1]
         done = subprocess.run(words, cwd=place, env=env, capture_output=True, text=True, timeout=300)

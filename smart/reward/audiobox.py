@@ -34,6 +34,9 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # as PyTorchMode
 AXES = ("CE", "CU", "PC", "PQ")
 SAMPLE_RATE = 16_000
 WINDOW = 10 * SAMPLE_RATE  # samples; also the hop
+FEATURES_AT_A_TIME = (
+    32  # of the 499 of a window, where the convolutions are ours: 2,000 frames x 512 in the first layer
+)
 
 # the arguments of AesMultiOutput that the original checkpoint stores; its loader ignores the others
 CHECKPOINT_ARGUMENTS = (
@@ -61,7 +64,8 @@ class Audiobox(Reward):
         model: a hub id, a folder with config.json and model.safetensors, or the original checkpoint.pt.
         dtype: "float32", as the official predictor computes, or "bfloat16" (autocast: parameters stay
             float32).
-        batch_size: windows of 10 s in one forward; memory grows with it, the ratings do not change.
+        batch_size: windows of 10 s in one forward; memory grows with it, the ratings do not change. None: 8 on a
+            GPU, 1 on a CPU, which has nothing to gain from more, and whose caches have something to lose.
         device: where the network lives.
 
     Raises:
@@ -76,22 +80,25 @@ class Audiobox(Reward):
         *,
         model: str | os.PathLike[str] = HUB_ID,
         dtype: str = "float32",
-        batch_size: int = 8,
+        batch_size: int | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
         super().__init__(device=device)
         if dtype not in ("float32", "bfloat16"):
             raise UserError(f'dtype of reward "audiobox" must be "float32" or "bfloat16", got {dtype!r}')
+        if batch_size is None:
+            batch_size = 1 if self.device.type == "cpu" else 8
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise UserError(f'batch_size of reward "audiobox" must be a whole number of at least 1, got {batch_size!r}')
         files = _find_local(model) or _find_cached(str(model)) or _download(str(model))
         network = _build(_read(files), files)
-        if dtype == "bfloat16":
-            # the network opens its own autocast region, which its constructor never switches on
-            network.enable_autocast, network.precision = True, torch.bfloat16
         self.batch_size = batch_size
         self.provenance = f"Audiobox Aesthetics, {_provenance(files)}, {dtype}"
         self._network = network.to(self.device).eval().requires_grad_(False)
+        precision = torch.bfloat16 if dtype == "bfloat16" else torch.float32
+        self._autocast = torch.autocast(self.device.type, precision, enabled=precision != torch.float32)
+        extractor = self._network.wavlm_model.feature_extractor
+        self._convolutions = _Convolutions(extractor, precision) if self.device.type == "cpu" else None
         self._padded = True
         for layer in self._network.wavlm_model.encoder.layers:
             layer.self_attn.register_forward_pre_hook(self._float_mask, with_kwargs=True)
@@ -119,15 +126,34 @@ class Audiobox(Reward):
         self, audio: torch.Tensor, clip: torch.Tensor, start: torch.Tensor, valid: torch.Tensor
     ) -> torch.Tensor:
         """De-normalised ratings (axes, B) float32 of B windows, each given by clip, start and samples."""
-        wav = audio.new_zeros(len(clip), 1, WINDOW)
+        wav = audio.new_zeros(len(clip), WINDOW)
         for row, (c, s, v) in enumerate(zip(clip.tolist(), start.tolist(), valid.tolist(), strict=True)):
-            wav[row, 0, :v] = audio[c, s : s + v]
-        mask = torch.arange(WINDOW, device=wav.device) < valid.to(wav.device)[:, None, None]
+            wav[row, :v] = audio[c, s : s + v]
+        network = self._network
+        padding = torch.arange(WINDOW, device=wav.device) >= valid.to(wav.device)[:, None]
         self._padded = bool((valid < WINDOW).any())
-        with _numpy_state_kept():
-            outputs = self._network({"wav": wav, "mask": mask})
-        transform = self._network.target_transform
-        return torch.stack([outputs[axis].float() * transform[axis]["std"] + transform[axis]["mean"] for axis in AXES])
+        with self._autocast, _numpy_state_kept():
+            if self._convolutions is not None:
+                features = self._convolutions(wav)  # (B, F, C)
+            else:
+                features = network.wavlm_model.feature_extractor(wav).transpose(1, 2)
+            features = network.wavlm_model.layer_norm(features)
+            padding = network.wavlm_model.forward_padding_mask(features, padding)  # (B, F)
+            if network.wavlm_model.post_extract_proj is not None:
+                features = network.wavlm_model.post_extract_proj(features)
+            layers = network.wavlm_model.encoder(features, padding, layer=network.nth_layer - 1)[1]
+        kept = (~padding).float().t()[:, :, None]  # (F, B, 1)
+        count = kept.sum(dim=0).clamp(min=1)
+        # means over time before the weighted sum over layers: the same number, from a 500th of the memory
+        means = torch.stack([(x.float() * kept).sum(dim=0) / count for x, _ in layers])  # (L, B, D)
+        ratings = []
+        for axis in AXES:
+            embedding = torch.tensordot(network.layer_weights[axis].softmax(dim=0), means, dims=1)  # (B, D)
+            if network.normalize_embed:
+                embedding = torch.nn.functional.normalize(embedding, dim=-1)
+            transform = network.target_transform[axis]
+            ratings.append(network.proj_layer[axis](embedding).squeeze(-1) * transform["std"] + transform["mean"])
+        return torch.stack(ratings)
 
     def _float_mask(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -139,6 +165,73 @@ class Audiobox(Reward):
         padding = kwargs["key_padding_mask"]
         zeros = torch.zeros(padding.shape, device=padding.device)
         return args, kwargs | {"key_padding_mask": zeros.masked_fill(padding, -torch.inf) if self._padded else None}
+
+
+class _Convolutions:
+    """The encoder's convolutions (``ConvFeatureExtractionModel``) as matrix products on channels-last frames.
+
+    This is for CPUs; a GPU has cuDNN. A window of 10 s goes through in pieces that fit a cache, where a whole one is
+    32,000 frames x 512 after the first layer alone. That needs the normalisation over time of that layer folded into
+    its weights: the mean and variance of a linear function of the samples follow from the samples' own. Nothing is
+    approximated.
+    """
+
+    def __init__(self, extractor: Any, dtype: torch.dtype) -> None:
+        convolutions = [layer[0] for layer in extractor.conv_layers]
+        self.first, self.norm, self.dtype = convolutions[0], extractor.conv_layers[0][2], dtype
+        # of each other layer: stride, number of taps, weights (taps x channels in, channels out)
+        self.others = [
+            (c.stride[0], c.kernel_size[0], c.weight.permute(2, 1, 0).flatten(0, 1).to(dtype)) for c in convolutions[1:]
+        ]
+        self.hop, self.reach = 1, 1  # samples from one feature to the next, and that one feature looks at
+        for convolution in convolutions:
+            self.reach += (convolution.kernel_size[0] - 1) * self.hop
+            self.hop *= convolution.stride[0]
+
+    def __call__(self, wav: torch.Tensor) -> torch.Tensor:
+        """Features (B, F, C) of windows (B, S)."""
+        with torch.autocast(wav.device.type, enabled=False):
+            return torch.stack([self._window(row) for row in wav])
+
+    def _window(self, wav: torch.Tensor) -> torch.Tensor:
+        """(S,) -> (F, C)."""
+        weight, bias = self._normalised(self._frames(wav))
+        starts = torch.arange((len(wav) - self.reach) // self.hop + 1) * self.hop
+        pieces = [
+            self._piece(self._frames(wav[part[0] : part[-1] + self.reach]), weight, bias)
+            for part in starts.split(FEATURES_AT_A_TIME)
+        ]
+        return torch.cat(pieces)
+
+    def _frames(self, wav: torch.Tensor) -> torch.Tensor:
+        """What the first layer looks at: (S,) -> (frames, taps)."""
+        return wav.unfold(0, self.first.kernel_size[0], self.first.stride[0])
+
+    def _piece(self, frames: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """All layers on some frames, the first one with these weights (taps, C) and bias (C,)."""
+        x = torch.addmm(bias, frames.to(self.dtype), weight)
+        for stride, taps, weights in self.others:
+            x = torch.nn.functional.gelu(x)
+            count, width = (len(x) - taps) // stride + 1, x.shape[1]
+            y = x.new_empty(count, weights.shape[1])
+            for tap in range(0, taps, stride):  # as many taps as one stride holds, read where they lie
+                many = min(stride, taps - tap) * width
+                part = x[tap:].as_strided((count, many), (stride * width, 1))
+                rows = weights[tap * width : tap * width + many]
+                y.addmm_(part, rows, beta=min(tap, 1))  # with beta 0 what y holds is not read
+            x = y
+        return torch.nn.functional.gelu(x)
+
+    def _normalised(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights (taps, C) and bias (C,) of the first layer with its normalisation, for these frames (F, taps)."""
+        exact = frames.double()
+        mean = exact.mean(dim=0)
+        centred = exact - mean
+        weight = self.first.weight[:, 0].double()  # (C, taps)
+        variance = ((weight @ (centred.t() @ centred / len(frames))) * weight).sum(dim=1)
+        scale = self.norm.weight.double() / (variance + self.norm.eps).sqrt()
+        bias = self.norm.bias.double() - weight @ mean * scale
+        return (weight * scale[:, None]).t().to(self.dtype), bias.to(self.dtype)
 
 
 def check(model: str | os.PathLike[str] = HUB_ID) -> None:
@@ -224,7 +317,7 @@ def _read(files: _Files) -> _Contents:
     transform = contents.arguments.get("target_transform")
     if not _is_transform(transform):
         raise _unavailable(shown, f"target_transform must hold mean and std of {', '.join(AXES)}, got {transform}")
-    for prefix in ("wavlm_model.", *(f"proj_layer.{axis}." for axis in AXES)):
+    for prefix in ("wavlm_model.", *(f"{part}.{axis}" for axis in AXES for part in ("proj_layer", "layer_weights"))):
         if not any(name.startswith(prefix) for name in contents.state):
             raise _unavailable(shown, f"it is another model: there are no tensors {prefix}*")
     return contents

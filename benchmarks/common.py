@@ -1,0 +1,213 @@
+"""What the benchmarks share: options, timing of ways that alternate, the machine and its rates, the report."""
+
+import argparse
+import contextlib
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+Way = TypeVar("Way")  # what a way is called: a word, or a tuple of what it is made of
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PACKAGES = ("torch", "transformers", "trl", "audiobox_aesthetics", "tinysoundfont")
+
+
+def parser(doc: str | None, *, device: bool = True) -> argparse.ArgumentParser:
+    """A parser with the options of every benchmark; ``device``: also those of one that computes with torch."""
+    made = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    made.add_argument("--json", type=Path, help="also write the JSON to this file")
+    if device:
+        made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+        made.add_argument("--threads", type=int, default=0, help="CPU threads of torch (default: 0, torch's choice)")
+        made.add_argument("--profile", type=Path, help="write a Chrome trace of one more run to this file")
+    return made
+
+
+def parse(made: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options, with the number of threads set and the device checked."""
+    options = made.parse_args()
+    if getattr(options, "device", "cpu") == "cuda" and not torch.cuda.is_available():
+        made.error("--device cuda: torch finds no CUDA device here")
+    if getattr(options, "threads", None):
+        torch.set_num_threads(options.threads)
+    return options
+
+
+def whole(text: str) -> int:
+    """A whole number from 1, for ``type=`` of an option."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text}")
+    return value
+
+
+def seconds(function: Callable[[], Any], device: str = "cpu") -> float:
+    """Wall time of one call, the device's work included."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def alternate(
+    ways: Mapping[Way, Callable[[], Any]], rounds: int, device: str = "cpu", *, warm: bool = False
+) -> dict[Way, list[float]]:
+    """Seconds of each way in each of ``rounds``, in turned order, so that a slow moment of the machine meets all.
+
+    Unless all are ``warm``, a round more comes first and is not counted: memory is mapped, kernels are chosen.
+    """
+    times: dict[Way, list[float]] = {name: [] for name in ways}
+    for index in range(1 if warm else 0, rounds + 1):
+        for name in list(ways) if index % 2 else list(ways)[::-1]:
+            took = seconds(ways[name], device)
+            if index:
+                times[name].append(took)
+    return times
+
+
+def ratio(slower: list[float], faster: list[float]) -> float:
+    """The median over rounds of the ratio within a round."""
+    return statistics.median(slow / fast for slow, fast in zip(slower, faster, strict=True))
+
+
+def matmul_rate(dtype: torch.dtype, device: str) -> float:
+    """Operations a second of a large matrix product, best of 8."""
+    a, b = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
+    return 2 * 2048**3 / min(seconds(lambda: a @ b, device) for _ in range(8))
+
+
+def memory_rate(device: str) -> float:
+    """Bytes a second of a sum over 256 MiB, beyond any cache; best of 8."""
+    memory = torch.ones(64 * 2**20, device=device)
+    return memory.numel() * 4 / min(seconds(memory.sum, device) for _ in range(8))
+
+
+def flops(function: Callable[[], Any]) -> float:
+    """Operations of the matrix products, convolutions and attention of one call."""
+    aten = torch.ops.aten
+    on_cpu = {  # torch's own table has these two for CUDA only
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+        ),
+    }
+    with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
+        function()
+    return float(counter.get_total_flops())
+
+
+def peak_memory(function: Callable[[], Any], device: str) -> float:
+    """The most memory, in GB, while ``function`` ran: allocated on a GPU, resident of this process on a CPU."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() / 1e9
+    Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the old peak
+    function()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e9
+
+
+def trace(path: Path | None, function: Callable[[], Any]) -> None:
+    """Run ``function`` once under torch's profiler and write a Chrome trace; nothing where ``path`` is None."""
+    if path is not None:
+        with torch.profiler.profile() as profiler:
+            function()
+        profiler.export_chrome_trace(str(path))
+
+
+def random_audiobox(folder: Path, seed: int = 0) -> Path:
+    """Write Audiobox Aesthetics' architecture with random weights, which take as long as real ones; returns ``folder``.
+
+    Some weights are spread, so that clips are told apart.
+    """
+    from audiobox_aesthetics.model.aes import AesMultiOutput
+
+    transform = {"CE": (5.1, 1.5), "CU": (5.7, 1.8), "PC": (3.2, 1.3), "PQ": (6.4, 1.6)}
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore", FutureWarning)  # torch on the package's weight_norm
+        torch.manual_seed(seed)
+        network = AesMultiOutput(target_transform={axis: {"mean": m, "std": s} for axis, (m, s) in transform.items()})
+        for axis in transform:
+            network.proj_layer[axis][-1].weight.mul_(20)
+            network.layer_weights[axis].normal_()
+    network.save_pretrained(folder)
+    return folder
+
+
+def official_audiobox(folder: Path, device: str) -> Any:
+    """The network as the official predictor loads it from a folder in the hub's form."""
+    from audiobox_aesthetics.model.aes import AesMultiOutput
+
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it says what it loads
+        warnings.simplefilter("ignore", FutureWarning)  # as above
+        return AesMultiOutput.from_pretrained(folder).to(device).eval()
+
+
+@torch.inference_mode()
+def official_rating(network: Any, wave: torch.Tensor) -> dict[str, float]:
+    """What the official predictor says of one clip (S,) of at most ten seconds at 16 kHz, axis -> rating.
+
+    It computes in float32, pads the clip to ten seconds and masks the padding. (Its own file,
+    ``audiobox_aesthetics.infer``, cannot be imported where torchaudio is absent.)
+    """
+    samples = 160_000
+    device = next(network.parameters()).device
+    mask = torch.arange(samples) < len(wave)
+    padded = torch.nn.functional.pad(wave, (0, samples - len(wave)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
+        predicted = network({"wav": padded[None, None].to(device), "mask": mask[None, None].to(device)})
+    transform = network.target_transform
+    return {axis: (v * transform[axis]["std"] + transform[axis]["mean"]).item() for axis, v in predicted.items()}
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """What the figures were measured on."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "machine": torch.cuda.get_device_name() if device == "cuda" else _processor(),
+        "device": device,
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "memory_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
+        "python": platform.python_version(),
+        **found,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def report(benchmark: str, options: argparse.Namespace, results: Mapping[str, Any]) -> None:
+    """The JSON of a benchmark, one line: printed last, and written where ``--json`` says."""
+    shown = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    shown.pop("json")
+    shown.pop("profile", None)
+    body = {"benchmark": benchmark, "options": shown, **machine(shown.get("device", "cpu")), **results}
+    text = json.dumps(body)
+    if options.json is not None:
+        options.json.write_text(text + "\n")
+    print(text)

@@ -1,0 +1,143 @@
+"""Each benchmark, as a command, at a size that a test can afford: a table, then JSON with finite numbers."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "benchmarks"
+PEER = sys.executable if find_spec("trl") else os.environ.get("SMART_PEER_PYTHON", "")
+
+if not FOLDER.is_dir():
+    pytest.skip("the benchmarks are not part of an installed package", allow_module_level=True)
+
+
+def run(name: str, options: str, *more: str, cwd: Path) -> tuple[str, dict[str, Any]]:
+    """What a benchmark prints before its last line, and what it says there; every number in it is finite."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(FOLDER / name), *options.split(), *more, "--json", "out.json"]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    table, _, last = done.stdout.rstrip().rpartition("\n")
+    found: dict[str, Any] = json.loads(last)
+    assert json.loads((cwd / "out.json").read_text()) == found
+    assert found["benchmark"] == name.removesuffix(".py")
+    assert found["machine"] and found["torch"] and found["cores"] >= 1
+    check_finite(found)
+    return table, found
+
+
+def check_finite(value: Any) -> None:
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            check_finite(item)
+    elif isinstance(value, float):
+        assert math.isfinite(value)
+
+
+def check_trace(path: Path, *names: str) -> None:
+    """It is a Chrome trace, and these operations are in it."""
+    found = {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
+    assert found >= set(names)
+
+
+def test_sampler(tmp_path: Path) -> None:
+    sizes = "--rows 4 --group-size 2 --tokens 6 --hidden 32 --heads 2 --intermediate 48 --layers 2 --repeats 2"
+    table, found = run("sampler.py", sizes, "--profile", "trace.json", cwd=tmp_path)
+    assert "tokens/s" in table
+    assert [row["dtype"] for row in found["results"]] == ["float32", "bfloat16"]
+    for row in found["results"]:
+        assert len(row["smart_seconds_all"]) == len(row["generate_seconds_all"]) == 2
+        assert row["ratio"] > 0 and row["times_limit"] > 0
+    check_trace(tmp_path / "trace.json", "aten::index_select")
+
+
+def test_render(tmp_path: Path) -> None:
+    table, found = run("render.py", "--clips 2 --rounds 1", cwd=tmp_path)
+    assert "ms/clip" in table
+    assert [row["way"] for row in found["ways"]] == ["in process", "pool of 1", "pool of 2"]
+    assert set(found["scaling"]) == {"pool of 1", "pool of 2"}
+
+
+def test_learner(tmp_path: Path) -> None:
+    sizes = "--rows 4 --tokens 8 --hidden 32 --heads 2 --intermediate 48 --layers 2 --rounds 1 --micro 1 4"
+    table, found = run("learner.py", sizes, "--profile", "trace.json", cwd=tmp_path)
+    assert "tokens/s" in table
+    rows = found["results"]
+    ways = {(row["stage"], row["dtype"], row["micro_batch"]) for row in rows}
+    assert len(ways) == len(rows) == 8
+    work = {row["stage"]: row["gflop"] for row in rows}
+    # forward and backward are three times the forward, but for the products with what needs no gradient
+    assert 2.5 < work["update"] / work["reference"] <= 3.5
+    check_trace(tmp_path / "trace.json", "aten::mm", "Optimizer.step#AdamW.step")
+
+
+def test_operations_are_counted_as_the_shapes_say() -> None:
+    code = """
+import sys; sys.path.insert(0, "benchmarks")
+import common, torch
+a, b = torch.randn(3, 5), torch.randn(5, 7)
+assert common.flops(lambda: a @ b) == 2 * 3 * 5 * 7
+q = torch.randn(2, 4, 6, 8)
+attend = torch.nn.functional.scaled_dot_product_attention
+assert common.flops(lambda: attend(q, q, q)) == 2 * (2 * 2 * 4 * 6 * 6 * 8)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
+
+
+@pytest.mark.slow
+def test_reward(tmp_path: Path) -> None:
+    """At full size, since there is one size: scores as the official predictor's, whatever the weights."""
+    table, found = run("reward.py", "--clips 2 --rounds 1", cwd=tmp_path)
+    assert "clips/s" in table
+    rows = {row["way"]: row for row in found["results"]}
+    assert list(rows) == ["official", "smart float32", "smart bfloat16"]
+    assert rows["official"]["difference"] == 0
+    assert rows["smart float32"]["difference"] < 1e-3 < rows["smart bfloat16"]["difference"]
+    assert 140 < found["gflop_per_clip"] < 160
+
+
+SHORT = (
+    "--iterations 1 --set grpo.prompts=2 --set grpo.group_size=2 --set sampling.max_new_tokens=24 "
+    "--set render.workers=1 --set render.soundfont=timgm"
+)
+
+
+def test_iteration(tmp_path: Path) -> None:
+    table, found = run("iteration.py", f"--config quickstart.toml {SHORT}", cwd=tmp_path)
+    assert "share" in table and "busiest" in table
+    shares = [share for stage, share in found["share"].items() if stage != "iteration"]
+    assert sum(shares) == pytest.approx(1)
+    assert set(found["seconds_alone"]) == {"generate", "reference", "render", "score", "learn"}
+    if found["device"] == "cpu":
+        assert found["busiest_resource"] == "CPU"
+        assert found["busiest_seconds"] == pytest.approx(sum(found["seconds_alone"].values()))
+    assert found["times_busiest"] == pytest.approx(found["seconds"]["iteration"] / found["busiest_seconds"])
+    assert not list(tmp_path.glob("runs*"))  # what it ran is gone
+
+
+def test_a_mistake_is_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, str(FOLDER / "iteration.py"), "--config", "quickstart.toml", "--peer", "nowhere"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Error: --peer") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not PEER, reason="needs TRL: an environment of benchmarks/peers/requirements.txt, named by SMART_PEER_PYTHON"
+)
+def test_peer(tmp_path: Path) -> None:
+    sizes = f"--config paper.toml --random-weights --rounds 1 {SHORT}"
+    table, found = run("iteration.py", sizes, "--peer", PEER, cwd=tmp_path)
+    assert "ratio" in table
+    assert found["ratio"] == pytest.approx(found["peer_seconds"] / found["smart_seconds"])
+    assert found["completions"] == found["peer"]["completions"] == 4
+    assert {"generate", "render", "score", "learn_and_rest"} <= set(found["peer"]["seconds"])
