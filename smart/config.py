@@ -116,6 +116,7 @@ class Track:
     samples: int = _number(2, low=0, high=1000)  # completions of each such iteration as MIDI and WAV
     final_prompts: int = _number(64, low=2)  # fresh prompts for base against tuned at the end
     final_listen: int = _number(4, low=0)  # of them, how many are written as MIDI and WAV
+    trace_every: int = _number(0, low=0)  # write the timeline of each so many-th iteration; 0: of none
 
 
 @dataclass(frozen=True)

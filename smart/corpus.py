@@ -22,6 +22,7 @@ import fnmatch
 import hashlib
 import json
 import os
+import re
 import shutil
 import sqlite3
 import time
@@ -46,6 +47,7 @@ from smart.track import progress
 
 EXTENSIONS = (".mid", ".midi")
 TEST_SHARE, VALIDATION_SHARE = 0.1, 0.1  # of all pieces; of those that are not test (paper section 3.1)
+SHARD_FILE = re.compile(rf"({'|'.join(shards.SPLITS)})-\d{{5,}}\.(bin|idx\.npy)(\.tmp)?")
 COMMIT_SECONDS = 2.0  # at most so much work is lost when a build is killed
 
 
@@ -181,20 +183,31 @@ class Summary:
 def find_files(
     folders: Sequence[Path], include: Sequence[str] = (), listed: frozenset[str] | None = None
 ) -> Iterator[bytes]:
-    """Keys of the .mid and .midi files under ``folders``: the folder's name, then the path in it.
+    """Keys of what is named .mid or .midi under ``folders``: the folder's name, then the path in it.
 
-    ``include``: glob patterns of which a key must match one. ``listed``: the only keys to take.
+    ``include``: glob patterns of which a key must match one. ``listed``: the only keys to take. Folders that
+    cannot be listed are among the keys too, so that they are rejected and not passed over; so is whatever else
+    bears such a name. Links to folders are not followed.
     """
     for root in folders:
-        for folder, _, names in os.walk(root):
-            for name in names:
-                if not name.lower().endswith(EXTENSIONS):
-                    continue
-                key = os.path.join(root.name, os.path.relpath(os.path.join(folder, name), root))
-                if include and not any(fnmatch.fnmatchcase(key, pattern) for pattern in include):
-                    continue
-                if listed is None or key in listed:
-                    yield os.fsencode(key)
+        prefix = str(root.parent / "x")[:-1]  # with its slash, also at the top
+        left = [str(root)]
+        while left:
+            folder = left.pop()
+            try:
+                with os.scandir(folder) as entries:  # one entry at a time: a folder may hold millions
+                    for entry in entries:
+                        if entry.is_dir(follow_symlinks=False):
+                            left.append(entry.path)
+                        if not entry.name.lower().endswith(EXTENSIONS):
+                            continue
+                        key = entry.path.removeprefix(prefix)
+                        if include and not any(fnmatch.fnmatchcase(key, pattern) for pattern in include):
+                            continue
+                        if listed is None or key in listed:
+                            yield os.fsencode(key)
+            except OSError:
+                yield os.fsencode(folder.removeprefix(prefix))
 
 
 def build(
@@ -246,7 +259,8 @@ def build(
         with Pool(tokenizer_file, limits, min(workers, max(state.count("reason IS NULL"), 1))) as pool:
             summary.read = _read_all(state, {os.fsencode(root.name): os.fsencode(root) for root in roots}, pool)
         _write(state, out, settings, summary)
-    shutil.rmtree(out / ".work")
+        (out / ".work").rename(out / ".work.tmp")  # at once, so that a kill leaves no half of a state
+    shutil.rmtree(out / ".work.tmp")
     summary.seconds = time.monotonic() - started
     return summary
 
@@ -261,7 +275,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
     foreign = [
         path.name
         for path in out.iterdir()
-        if path.name.removesuffix(".tmp") not in ours and not path.name.startswith(shards.SPLITS)
+        if path.name.removesuffix(".tmp") not in ours and not SHARD_FILE.fullmatch(path.name)
     ]
     if foreign:
         raise UserError(f"--out {out}: holds {foreign[0]!r}, which no build wrote; give another folder")
@@ -269,7 +283,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(out / shards.MANIFEST)  # first, so that what is half cleared does not look finished
         shutil.rmtree(out)
-    elif (out / shards.MANIFEST).exists():
+    elif (out / shards.MANIFEST).exists() and not (out / ".work").exists():
         raise UserError(f"--out {out}: holds a finished corpus; give another folder, or --overwrite")
 
 
@@ -299,6 +313,8 @@ def _read_all(state: State, roots: dict[bytes, bytes], pool: Pool) -> int:
 
 def _write(state: State, out: Path, settings: dict[str, Any], summary: Summary) -> None:
     """Write the pieces into shards, by path, then the tables and, last, the manifest."""
+    for path in [out / shards.MANIFEST, *filter(lambda path: SHARD_FILE.fullmatch(path.name), out.iterdir())]:
+        path.unlink(missing_ok=True)  # of a run that was killed here; files may have come and gone since
     state.mark_duplicates()
     summary.counts = state.reasons()
     if KEPT not in summary.counts:

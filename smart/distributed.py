@@ -1,15 +1,20 @@
 """One process, or several that ``torchrun`` started, acting as one.
 
-Each process runs the same program on its own share of every batch. ``World`` says which process this is and
-adds numbers up over all of them; alone, it costs nothing. Only the lead (rank 0) writes files and talks.
+Each process runs the same program on its own share of every batch. ``World`` says which process this is, and adds up
+and gathers over all of them; alone, it costs nothing. Only the lead (rank 0) writes files and talks.
+
+Numbers and objects travel between the hosts (gloo), gradients between the devices (NCCL on CUDA). When a process dies,
+the others notice at their next exchange and end too; torchrun's report names the one that died first.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
+import click
 import torch
 import torch.distributed as dist
 
@@ -17,31 +22,67 @@ from smart import UserError
 
 TIMEOUT = timedelta(minutes=10)  # how long a process waits for the others before it gives up
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class World:
-    """This process among ``size``; ``device`` is its own."""
+    """This process among ``size``. ``device`` is its own; ``neighbours`` share its machine, itself included."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
+    neighbours: int = 1
+    hosts: Any = None  # the process group in which hosts talk
 
     @property
     def lead(self) -> bool:
         """Whether this is the process that writes files and talks."""
         return self.rank == 0
 
+    def share(self, count: int) -> range:
+        """This process's part of ``count`` things: neighbouring ones, as many as the others have or one more."""
+        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank; every process gets them all. Tensors must lie on the CPU."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        self._exchange(lambda: dist.all_gather_object(values, value, group=self.hosts))
+        return values
+
     def sum(self, *values: float) -> list[float]:
         """Each value added up over all processes, in float64; every process gets the same answer."""
         if self.size == 1:
             return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
+        total = torch.tensor(values, dtype=torch.float64)
+        self._exchange(lambda: dist.all_reduce(total, group=self.hosts))
         return [float(value) for value in total.tolist()]
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is up in any process; every process gets the same answer, at the same moment."""
         return self.sum(float(flag))[0] > 0
+
+    def sum_gradients(self, parameters: Iterable[torch.Tensor]) -> None:
+        """Add up the gradients of all processes, in place, in one exchange."""
+        if self.size == 1:
+            return
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        self._exchange(lambda: dist.all_reduce(flat))
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def _exchange(self, exchange: Callable[[], Any]) -> None:
+        try:
+            exchange()
+        except RuntimeError as error:  # of gloo and of NCCL alike
+            reason = str(error).strip().splitlines()[0][:200]
+            raise click.ClickException(
+                f"process {self.rank} of {self.size} has lost another, and stops too ({reason}); torchrun's report "
+                "names the first that failed. The last checkpoint is kept: start the same command with --resume"
+            ) from None
 
 
 @contextmanager
@@ -63,8 +104,15 @@ def join(device: torch.device) -> Iterator[World]:
             )
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    on_cuda = device.type == "cuda"
+    dist.init_process_group("nccl" if on_cuda else "gloo", timeout=TIMEOUT)
     try:
-        yield World(device, dist.get_rank(), dist.get_world_size())
+        yield World(
+            device,
+            dist.get_rank(),
+            dist.get_world_size(),
+            int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            dist.new_group(backend="gloo", timeout=TIMEOUT) if on_cuda else None,
+        )
     finally:
         dist.destroy_process_group()

@@ -28,21 +28,23 @@ Axes: B prompts, G completions a prompt, N = B x G sequences, P prompt length, T
 
 import copy
 import math
+import signal
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 import torch
 
-from smart import UserError, checkpoint, require, track
+from smart import UserError, checkpoint, distributed, require, track
 from smart.config import Config, Grpo, dumps, load
+from smart.distributed import World
 from smart.model import find_base, load_base, pick_device, pick_precision, save_base
-from smart.plots import curves
+from smart.plots import curves, timeline
 from smart.prompts import Pieces, draw
-from smart.render import RenderPool
+from smart.render import RenderPool, usable_cores
 from smart.reward import Reward, load_reward
 from smart.sampler import Rollout, Sampler
-from smart.scoring import Scorer, completion_metrics
+from smart.scoring import Scorer, completion_metrics, together
 from smart.shards import Corpus
 from smart.soundfonts import check_soundfont, find_soundfont
 from smart.tokens import build_grammar, decode, vocabulary
@@ -83,17 +85,39 @@ def completion_logits(
         positions = (real.cumsum(dim=1) - 1).clamp(min=0)
         padding = {"attention_mask": real.long(), "position_ids": positions}
     logits = model(input_ids=tokens, use_cache=False, **padding).logits[:, prompt_length - 1 : -1]
-    return logits.float() / temperature
+    logits = logits.float()
+    return logits if temperature == 1.0 else logits / temperature
 
 
-def token_logprobs(model: Any, tokens: torch.Tensor, prompt_length: int, *, temperature: float = 1.0) -> torch.Tensor:
-    """Log-probability (N, T) of every token after the prompt in ``tokens`` (N, P+T), under the full softmax."""
-    logits = completion_logits(model, tokens, prompt_length, temperature=temperature)
-    return _gather(logits.log_softmax(dim=-1), tokens[:, prompt_length:])
+def token_logprobs(
+    model: Any,
+    tokens: torch.Tensor,
+    prompt_length: int,
+    *,
+    temperature: float = 1.0,
+    micro_batch: int | None = None,
+) -> torch.Tensor:
+    """Log-probability (N, T) of every token after the prompt in ``tokens`` (N, P+T), under the full softmax.
+
+    ``micro_batch`` rows at a time (None: all), so that N x T x V numbers never exist at once.
+    """
+    parts = []
+    for rows in tokens.split(micro_batch or len(tokens)):
+        logits = completion_logits(model, rows, prompt_length, temperature=temperature)
+        parts.append(_gather(logits.log_softmax(dim=-1), rows[:, prompt_length:]))
+    return torch.cat(parts)
 
 
 def _gather(logp: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
     return logp.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+
+
+def _logp_and_entropy(logits: torch.Tensor, drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of the drawn tokens, and entropy, (N, T) each; one (N, T, V) stays, which the gradient needs."""
+    logp = logits.log_softmax(dim=-1)
+    with torch.no_grad():
+        entropy = -logp.exp().mul_(logp).sum(dim=-1)
+    return _gather(logp, drawn), entropy
 
 
 def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
@@ -118,7 +142,7 @@ def grpo_loss(
     ``logp``, ``old_logp``, ``ref_logp`` are (N, T), of the policy, of the policy that sampled, and of the reference;
     ``advantages`` (N,); ``mask`` (N, T) bool is True on completion tokens. ``average``: "token" over all completion
     tokens of the batch, "sequence" the mean of each sequence's mean, "constant" the sum divided by N x T (Dr. GRPO).
-    Stats, each a mean over completion tokens: kl, ratio, clip_fraction; and dlogp_max = max |logp - old_logp|.
+    Stats, each a mean over completion tokens: kl, ratio, clip_fraction, dlogp_mean = |logp - old_logp|; and dlogp_max.
     """
     if not logp.shape == old_logp.shape == ref_logp.shape == mask.shape or advantages.shape != logp.shape[:1]:
         shapes = [tuple(part.shape) for part in (logp, old_logp, ref_logp, advantages, mask)]
@@ -134,6 +158,7 @@ def grpo_loss(
         "kl": (kl.detach().sum() / tokens).item(),
         "ratio": (ratio.detach().masked_fill(~mask, 0).sum() / tokens).item(),
         "clip_fraction": ((clipped < gain) & mask).sum().item() / tokens.item(),
+        "dlogp_mean": (log_ratio.detach().abs().sum() / tokens).item(),
         "dlogp_max": log_ratio.detach().abs().max().item() if log_ratio.numel() else 0.0,
     }
     if average == "token":
@@ -155,25 +180,30 @@ def update(
     *,
     temperature: float = 1.0,
     autocast: torch.autocast,
+    world: World | None = None,
 ) -> dict[str, float]:
     """``inner_epochs`` optimiser steps on one batch, in micro-batches whose size does not change the gradient.
 
-    Returns the stats of the first epoch (the policy that sampled) and the last ``grad_norm`` before clipping.
-    Raises ``FloatingPointError`` before a step when the loss or the gradient is not finite.
+    Each process of ``world`` (None: this one alone) has the whole batch, learns from its share of the rows, and steps
+    on the sum of all gradients. Returns the stats of the first epoch (the policy that sampled) and the last
+    ``grad_norm`` before clipping. Raises ``FloatingPointError`` before a step when the loss or the gradient is not
+    finite.
     """
     tokens, mask, old_logp = rollout
+    world = world or World(tokens.device)
     length = mask.shape[1]
     first: dict[str, float] = {}
     norm = math.nan
     for epoch in range(settings.inner_epochs):
         optimizer.zero_grad(set_to_none=True)
         stats: dict[str, float] = {}
-        for rows in torch.arange(len(tokens), device=tokens.device).split(settings.micro_batch):
+        for rows in torch.tensor(world.share(len(tokens)), device=tokens.device).split(settings.micro_batch):
             with autocast:
                 logits = completion_logits(policy, tokens[rows], tokens.shape[1] - length, temperature=temperature)
-            logp = logits.log_softmax(dim=-1)  # (n, T, V)
+            logp, entropy = _logp_and_entropy(logits, tokens[rows, -length:])
+            del logits  # (n, T, V), before the gradient takes as much again
             loss, parts = grpo_loss(
-                _gather(logp, tokens[rows, -length:]),
+                logp,
                 old_logp[rows],
                 ref_logp[rows],
                 advantages[rows],
@@ -185,12 +215,13 @@ def update(
             token_share = (mask[rows].sum() / mask.sum()).item()
             share = token_share if settings.average == "token" else len(rows) / len(tokens)
             (loss * share).backward()
-            with torch.no_grad():
-                entropy = -(logp.exp() * logp).sum(dim=-1)[mask[rows]].mean().item()
-            parts |= {"loss": loss.item() * share / token_share, "entropy": entropy}
+            parts |= {"loss": loss.item() * share / token_share, "entropy": entropy[mask[rows]].mean().item()}
             dlogp = max(parts.pop("dlogp_max"), stats.get("dlogp_max", 0.0))
             stats = {key: stats.get(key, 0.0) + value * token_share for key, value in parts.items()}
             stats["dlogp_max"] = dlogp
+        world.sum_gradients(policy.parameters())
+        dlogp = max(world.gather(stats.pop("dlogp_max")))
+        stats = dict(zip(stats, world.sum(*stats.values()), strict=True)) | {"dlogp_max": dlogp}
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm).item()
         if not math.isfinite(stats["loss"]) or not math.isfinite(norm):
             found = ", ".join(f"{key} {value:g}" for key, value in stats.items())
@@ -205,20 +236,18 @@ def update(
 class Parts(NamedTuple):
     """What a run needs from outside, found before any work starts."""
 
-    device: torch.device
     base: Path
     soundfont: Path
     reward: Reward
     pieces: Pieces | None  # for prompts of kind "dataset"
 
 
-def preflight(config: Config) -> Parts:
+def preflight(config: Config, world: World) -> Parts:
     """Find everything that a run needs. Raises one ``UserError`` that lists all that is missing."""
 
     def reward() -> Reward:
         wanted = config.reward
-        device = "cpu" if config.run.device == "cpu" or not torch.cuda.is_available() else "cuda"
-        return load_reward(wanted.kind, weights=wanted.weights or None, device=device, **wanted.options)
+        return load_reward(wanted.kind, weights=wanted.weights or None, device=world.device, **wanted.options)
 
     def soundfont() -> Path:
         path = find_soundfont(config.render.soundfont)
@@ -232,31 +261,34 @@ def preflight(config: Config) -> Parts:
             raise UserError("prompts.corpus is empty: set it to a folder written by `smart corpus build`")
         return Corpus(Path(config.prompts.corpus)).split(config.prompts.split)
 
-    found = require(
-        lambda: pick_device(config.run.device),
-        lambda: find_base(config.model.base),
-        soundfont,
-        reward,
-        pieces,
-        track.check_packages,
-    )
-    return Parts(*found[:5])
+    found = require(lambda: find_base(config.model.base), soundfont, reward, pieces, track.check_packages)
+    return Parts(*found[:4])
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Tune a base by ``config``; returns the folder of the run, whose ``tuned/`` holds the model in the form of a base.
 
-    With ``resume`` it goes on from the last checkpoint, exactly. Raises ``UserError`` for what the user can mend and
+    With ``resume`` it goes on from the last checkpoint, exactly. Started by ``torchrun``, each process draws, renders
+    and rates whole groups of its own, and learns from them. Raises ``UserError`` for what the user can mend and
     ``click.ClickException`` where training cannot go on.
     """
-    parts = preflight(config)
-    settings, sampling, render, device = config.grpo, config.sampling, config.render, parts.device
+    with distributed.join(pick_device(config.run.device)) as world:
+        return _train(config, world, resume=resume, overwrite=overwrite)
+
+
+def _train(config: Config, world: World, *, resume: bool, overwrite: bool) -> Path:
+    parts = preflight(config, world)
+    settings, sampling, render, device = config.grpo, config.sampling, config.render, world.device
+    if settings.prompts < world.size:
+        raise UserError(f"grpo.prompts = {settings.prompts}: expected at least one for each of {world.size} processes")
     policy, tokenizer = load_base(parts.base, device=device)
     longest = policy.config.max_position_embeddings - 8  # the longest prompt has seven tokens
     if sampling.max_new_tokens > longest:
         raise UserError(f"sampling.max_new_tokens = {sampling.max_new_tokens}: this base has room for {longest}")
     folder = Path(config.run.folder) / config.run.name
-    track.prepare(folder, dumps(config), resume=resume, overwrite=overwrite)
+    if world.lead:
+        track.prepare(folder, dumps(config), resume=resume, overwrite=overwrite)
+    world.sum(0)  # the others wait until the folder is there
 
     reference = copy.deepcopy(policy).requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=device.type == "cuda")
@@ -278,37 +310,33 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     def prompts(count: int, generator: torch.Generator) -> torch.Tensor:
         return draw(config.prompts.kind, count, tokenizer, generator, pieces=parts.pieces).to(device)
 
-    def sample(model: Any, rows: torch.Tensor, group_size: int, generator: torch.Generator) -> Rollout:
-        dtype = pick_precision(sampling.dtype, device)
-        return Sampler(model, pad_id=facts.pad_id, eos_id=facts.eos_id, dtype=dtype).sample(
-            rows,
-            max_new_tokens=sampling.max_new_tokens,
-            group_size=group_size,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            generator=generator,
-        )
-
     def listen(name: str, tokens: torch.Tensor, audio: Any) -> None:
         run.listen(name, decode(tokenizer, tokens), audio, render.sample_rate)
 
     facts, grammar = vocabulary(tokenizer), build_grammar(tokenizer)
+    drawn_in = pick_precision(sampling.dtype, device)
+    samplers = {
+        name: Sampler(model, pad_id=facts.pad_id, eos_id=facts.eos_id, dtype=drawn_in)
+        for name, model in (("base", reference), ("tuned", policy))
+    }
+    drawing: dict[str, Any] = {
+        name: getattr(sampling, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")
+    }
     precision = pick_precision(settings.precision, device)
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     with (
-        track.Tracker(folder, start=done) as run,
+        track.Tracker(folder, start=done) if world.lead else track.Onlooker(folder) as run,
         RenderPool(
             parts.soundfont,
             sample_rate=render.sample_rate,
             seconds=render.seconds,
-            workers=render.workers or None,
+            workers=render.workers or max(usable_cores() // world.neighbours, 1),
             deadline=render.deadline,
         ) as pool,
-        track.progress(total=settings.iterations, initial=done, unit="iteration") as bar,
+        track.progress(total=settings.iterations, initial=done, unit="iteration", show=world.lead) as bar,
         checkpoint.StopRequest() as stop,
     ):
-        scorer = Scorer(tokenizer, pool, parts.reward, sample_rate=render.sample_rate)
+        scorer = Scorer(tokenizer, pool, parts.reward, sample_rate=render.sample_rate, seconds=render.seconds)
         run.say(f"run {folder}: base {parts.base} on {device}, {done} of {settings.iterations} iterations done")
         run.say(f"reward: {parts.reward.provenance}")
         for step in range(done + 1, settings.iterations + 1):
@@ -318,26 +346,33 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
             watch = track.Stopwatch()
             try:
                 starts = prompts(settings.prompts, generators["prompts"])
-                rollout = sample(policy, starts, settings.group_size, generators["sampler"])
+                mine = world.share(settings.prompts)  # whole groups
+                first, whole = mine.start * settings.group_size, settings.prompts * settings.group_size
+                clips = scorer.listen(watch)  # which has a completion rendered as soon as it has settled
+                rollout = samplers["tuned"].sample(
+                    starts[mine.start : mine.stop],
+                    group_size=settings.group_size,
+                    generator=generators["sampler"],
+                    share=(first, whole),
+                    watch=clips.look,
+                    **drawing,
+                )
+                clips.finish(rollout)
                 watch.lap("generate")
-                clips = scorer.submit(rollout)
-                watch.lap("decode")
                 with torch.no_grad(), autocast:  # while the workers render
-                    ref_logp = torch.cat(
-                        [
-                            token_logprobs(reference, rows, starts.shape[1], temperature=sampling.temperature)
-                            for rows in rollout.tokens.split(settings.micro_batch)
-                        ]
+                    ref_logp = token_logprobs(
+                        reference,
+                        rollout.tokens,
+                        starts.shape[1],
+                        temperature=sampling.temperature,
+                        micro_batch=settings.micro_batch,
                     )
                 watch.lap("reference")
                 heard = range(config.track.samples) if step % config.track.samples_every == 0 else range(0)
-                rated = scorer.collect(clips, keep=heard)
-                watch.lap("render_and_score")
-                if not rated.rewards.isfinite().any():
-                    raise FloatingPointError(
-                        f"none of {len(clips)} clips could be rated; {rated.failed} of them could not be rendered "
-                        f"with {parts.soundfont}"
-                    )
+                rated = clips.rate(keep=[row - first for row in heard])
+                rollout, rated, ref_logp = together(world, rollout, rated, ref_logp, pad_id=facts.pad_id)
+                rated.check()
+                watch.lap("score")
                 advantages = group_advantages(rated.rewards, settings.group_size, scale=settings.scale)
                 stats = update(
                     policy,
@@ -348,6 +383,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
                     settings,
                     temperature=sampling.temperature,
                     autocast=autocast,
+                    world=world,
                 )
                 watch.lap("learn")
             except FloatingPointError as error:
@@ -361,10 +397,11 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
                 **{f"policy/{key}": value for key, value in stats.items()},
                 "policy/learning_rate": rate,
                 **completion_metrics(rollout, facts.eos_id, grammar),
-                **watch.laps,
-                "seconds/iteration": sum(watch.laps.values()),
+                **watch.metrics(),
             }
             run.metrics(step, metrics)
+            if world.lead and config.track.trace_every and step % config.track.trace_every == 0:
+                timeline(watch.write(folder / "traces" / f"{step:08d}.json"))
             rows = rated.rows(rollout, settings.group_size)
             run.completions(
                 row | {"step": step, "advantage": advantage}
@@ -374,7 +411,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
                 listen(f"samples/{step:08d}/{row:02d}", rollout.tokens[row], rated.audio[row])
             bar.update()
             bar.set_postfix(reward=f"{metrics['reward/mean']:.3f}", kl=f"{stats['kl']:.4f}")
-            if step % config.track.checkpoint_every == 0 or step == settings.iterations or stop.requested:
+            stopping = world.any(bool(stop.requested))
+            if world.lead and (step % config.track.checkpoint_every == 0 or step == settings.iterations or stopping):
                 run.flush(step)
                 checkpoint.save(folder / "checkpoints", step, save, keep=config.track.keep_checkpoints)
                 curves(folder, ("reward/mean",), "reward")
@@ -382,24 +420,31 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
                     f"iteration {step}: reward {metrics['reward/mean']:.3f}, KL {stats['kl']:.4f}, "
                     f"{metrics['seconds/iteration']:.1f} s"
                 )
-            if stop.requested and step < settings.iterations:
+            if stopping and step < settings.iterations:
                 run.say(f"stopped; to go on: python -m smart.grpo --config {folder / track.CONFIG} --resume")
-                raise SystemExit(128 + stop.requested)
+                raise SystemExit(128 + (stop.requested or signal.SIGTERM))
 
         # base against tuned: fresh samples for the same prompts and from the same seed
         bar.set_description("base against tuned")
         seed = config.run.seed + 2**31
         starts = prompts(config.track.final_prompts, torch.Generator().manual_seed(seed))
-        heard = range(min(config.track.final_listen, len(starts)))
+        heard, mine = range(min(config.track.final_listen, len(starts))), world.share(len(starts))
         rewards = {}
-        for name, model in (("base", reference), ("tuned", policy)):
-            rollout = sample(model, starts, 1, torch.Generator(device).manual_seed(seed))
-            rated = scorer.collect(scorer.submit(rollout), keep=heard)
+        for name, sampler in samplers.items():
+            rollout = sampler.sample(
+                starts[mine.start : mine.stop],
+                generator=torch.Generator(device).manual_seed(seed),
+                share=(mine.start, len(starts)),
+                **drawing,
+            )
+            rated = scorer.collect(scorer.submit(rollout), keep=[row - mine.start for row in heard])
+            rollout, rated, _ = together(world, rollout, rated, rollout.logprobs, pad_id=facts.pad_id)
             rewards[name] = rated.rewards[rated.rewards.isfinite()].numpy()
             for row in heard:
                 listen(f"final/{row:02d}-{name}", rollout.tokens[row], rated.audio[row])
-        save_base(policy, tokenizer, folder / "tuned")
-        run.say(track.summarise(folder, rewards))
+        if world.lead:
+            save_base(policy, tokenizer, folder / "tuned")
+            run.say(track.summarise(folder, rewards))
         if parts.reward.is_stand_in:
             run.say(f"{config.reward.kind} is a stand-in, not the aesthetic model: see docs/rewards.md")
     return folder

@@ -10,6 +10,7 @@ division, tempo, length or silences are absurd.
 import contextlib
 import hashlib
 import os
+import re
 import signal
 import stat
 import struct
@@ -47,6 +48,9 @@ class Limits:
     max_notes: int = 200_000  # the longest real piece seen has 33,000
     max_quarters: int = 50_000  # quarter notes; seven hours at 120
     max_silence: float = 120.0  # seconds before and between notes
+    max_tail: float = (
+        1800.0  # seconds from the last event to the end, which is cut off; the longest real one seen: 1,461
+    )
     min_division: int = 12  # ticks a quarter: fewer cannot tell a beat's twelfths apart
     max_division: int = 30_720
     min_tempo: float = 4.0  # quarters a minute; the slowest real one seen is 4.5
@@ -74,31 +78,81 @@ class Piece:
     seconds: float
 
 
-def check_structure(data: bytes, limits: Limits) -> None:
-    """Walk the chunks of a MIDI file without parsing events. Raises ``Reject``.
+def check_structure(data: bytes, limits: Limits) -> int:
+    """Walk the chunks and events of a MIDI file. Raises ``Reject`` where they are not what they say they are.
 
-    A parser may take a truncated file for a short one; the lengths and number of chunks tell the difference.
+    The parser would take some truncated files for short ones, follow a header that lies, and skip what it does
+    not know. Bytes after the last track, and after the end of a track within its chunk, are no fault: real
+    files have them. Returns the ticks from a track's last note or controller to its end, of all tracks the most.
     """
     if not data:
         raise Reject("empty file")
     if len(data) < 14 or data[:4] != b"MThd":
         raise Reject("not a MIDI file", f"starts with {data[:4]!r}")
     header, kind, tracks, division = struct.unpack(">IHHH", data[4:14])
+    if header != 6:
+        raise Reject("wrong header", f"it gives its length as {header}, expected 6")
     if kind not in (0, 1):
         raise Reject("MIDI format", f"format {kind}, expected 0 or 1")
     if not limits.min_division <= division <= limits.max_division:
         wanted = f"expected {limits.min_division} to {limits.max_division} ticks a quarter"
         raise Reject("absurd division", f"{division:#06x}, {wanted}")
-    place, found = 8 + max(header, 6), 0
-    while found < tracks and place + 8 <= len(data):
+    place, found, silence = 14, 0, 0
+    while place + 8 <= len(data):
         name, length = struct.unpack(">4sI", data[place : place + 8])
         place += 8 + length
         if name == b"MTrk":
             found += 1
             if place > len(data):
                 raise Reject("truncated", f"track {found} should go on for {place - len(data)} bytes")
+            silence = max(silence, _check_track(data, place - length, place, f"track {found}"))
     if found < tracks:
         raise Reject("truncated", f"{found} tracks, the header says {tracks}")
+    if found > tracks:  # format 0 with several tracks is heard of, and read as what it is
+        raise Reject("wrong header", f"it says {tracks} tracks, there are {found}")
+    return silence
+
+
+_DELTA, _DATA = rb"[\x80-\xff]{0,3}+[\x00-\x7f]", rb"[\x00-\x7f]"
+# as many messages to channels as follow each other, those with running status too
+_MESSAGES = re.compile(
+    b"(?:%(t)b(?:[\x80-\xbf\xe0-\xef]%(d)b{2}(?:%(t)b%(d)b{2})*+|[\xc0-\xdf]%(d)b(?:%(t)b%(d)b)*+))*+"
+    % {b"t": _DELTA, b"d": _DATA}
+)
+_META_OR_SYSEX = re.compile(b"(%b)(\xff%b|\xf0)(%b)" % (_DELTA, _DATA, _DELTA))  # time, what it is, its length
+_META_LENGTHS = {b"\xff\x2f": 0, b"\xff\x51": 3, b"\xff\x58": 4}  # end of track, tempo, time signature
+
+
+def _check_track(data: bytes, start: int, end: int, name: str) -> int:
+    """Walk one track, regular expressions over its messages. Returns the ticks after the last, 0 if it has none."""
+    if data[end - 3 : end] != b"\xff\x2f\x00":
+        raise Reject("truncated", f"{name} has no end")
+    place, rest, has_messages = start, 0, False
+    while True:
+        messages = _MESSAGES.match(data, place, end)
+        assert messages  # it matches the empty string
+        if messages.end() > place:
+            place, rest, has_messages = messages.end(), 0, True
+        event = _META_OR_SYSEX.match(data, place, end)
+        if event is None:
+            raise Reject(
+                "malformed event", f"{name}, byte {place - start}: {data[place : min(place + 8, end)].hex(' ')}"
+            )
+        delta, kind, length = event[1], event[2], _quantity(event[3])
+        place, rest = event.end() + length, rest + _quantity(delta)
+        cut = kind == b"\xf0" and not data[event.end() : place].endswith(b"\xf7")
+        if cut or place > end or length != _META_LENGTHS.get(kind, length):
+            raise Reject("malformed event", f"{name}, byte {event.start() - start}: {event[0].hex(' ')}")
+        if kind == b"\xff\x2f":
+            return rest if has_messages else 0
+
+
+def _quantity(data: bytes) -> int:
+    """A variable-length quantity."""
+    value = 0
+    for byte in data:
+        value = value << 7 | byte & 0x7F
+    return value
 
 
 def gather(score: ScoreTick) -> dict[str, npt.NDArray[np.int64]]:
@@ -113,8 +167,11 @@ def gather(score: ScoreTick) -> dict[str, npt.NDArray[np.int64]]:
     return {name: column[order] for name, column in notes.items()}
 
 
-def check_notes(score: ScoreTick, notes: dict[str, npt.NDArray[np.int64]], limits: Limits) -> float:
-    """The length in seconds of ``notes``. Raises ``Reject`` for what is absurd, before costly work on it."""
+def check_notes(score: ScoreTick, notes: dict[str, npt.NDArray[np.int64]], tail: int, limits: Limits) -> float:
+    """The length in seconds of ``notes``, which ``tail`` silent ticks follow.
+
+    Raises ``Reject`` for what is absurd, before costly work on it.
+    """
     onsets = notes["time"]
     sounding = np.maximum.accumulate(onsets + notes["duration"])
     division = score.ticks_per_quarter
@@ -140,6 +197,9 @@ def check_notes(score: ScoreTick, notes: dict[str, npt.NDArray[np.int64]], limit
     silence = float(max(starts[0], (starts[1:] - stops[:-1]).max(initial=0.0)))
     if silence > limits.max_silence:
         raise Reject("long silence", f"{silence:.0f} s, expected at most {limits.max_silence:.0f} s")
+    after = tail * float(np.append(500_000, tempos["mspq"])[-1]) / 1e6 / division
+    if after > limits.max_tail:
+        raise Reject("long silence", f"{after:.0f} s at the end, expected at most {limits.max_tail:.0f} s")
     return float(stops[-1])
 
 
@@ -159,7 +219,8 @@ def content_hash(score: ScoreTick) -> bytes:
     notes, division = gather(score), score.ticks_per_quarter
     # twelfths of a quarter, rounded half up in whole numbers: the same for any division that is a multiple of another
     onsets = (notes["time"] * 24 + division) // (2 * division)
-    keys = np.unique((notes["voice"] << 48) + onsets * 128 + notes["pitch"])
+    keys = np.sort((notes["voice"] << 48) + onsets * 128 + notes["pitch"], kind="stable")
+    keys = keys[np.append(True, np.diff(keys) != 0)[: len(keys)]]
     return hashlib.blake2b(keys.astype("<i8").tobytes(), digest_size=16).digest()
 
 
@@ -175,7 +236,7 @@ class PieceReader:
 
     def read(self, data: bytes) -> Piece:
         """The piece in the bytes of a MIDI file. Raises ``Reject`` with the reason where it is left out."""
-        check_structure(data, self.limits)
+        tail = check_structure(data, self.limits)
         try:
             score = ScoreTick.from_midi(data)
         except (RuntimeError, ValueError, OverflowError) as error:
@@ -189,7 +250,7 @@ class PieceReader:
             score = merge_piano(score, tuple(self.tokenizer.config.pitch_range))
         if not len(score.tracks):
             raise Reject("no notes" if self.tokenizer.config.use_programs else "no piano notes")
-        seconds = check_notes(score, gather(score), self.limits)
+        seconds = check_notes(score, gather(score), tail, self.limits)
         tokens = self._tokens(score)
         notes, bars = self._check_bars(tokens)
         return Piece(content_hash(score), tokens.astype(TOKEN).tobytes(), notes, bars, seconds)
@@ -258,9 +319,9 @@ def serve(descriptor: int) -> None:
 
 def _answer(path: bytes, reader: PieceReader) -> Piece | tuple[str, str]:
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise Reject("cannot be read", "not a regular file")
-        with open(path, "rb") as file:
+        if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
+            raise Reject("cannot be read", "not a regular file")  # opening a pipe would wait for its other end
+        with open(path, "rb") as file:  # for a folder an error: that it is one, or that it may not be listed
             data = file.read(reader.limits.max_bytes + 1)
         if len(data) > reader.limits.max_bytes:
             raise Reject("too large", f"over {reader.limits.max_bytes} bytes")

@@ -47,6 +47,7 @@ class Worker:
         self.ready = False
         self.since = time.monotonic()  # when the first of ``pending`` was begun
         self.served = 0
+        self.timed_out = False
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # noticed as its end when it is read
             self.connection.send((str(tokenizer_file), asdict(limits)))
 
@@ -58,10 +59,12 @@ class Worker:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.connection.send(path)
 
-    @property
-    def overdue(self) -> bool:
+    def end_if_overdue(self) -> None:
+        """Kill the process if it neither answers nor ends itself. An answer that nobody has read yet is one."""
         since = time.monotonic() - self.since
-        return self.ready and bool(self.pending) and since > self.limits.seconds + self.GRACE
+        if self.ready and self.pending and since > self.limits.seconds + self.GRACE and not self.connection.poll():
+            self.timed_out = True
+            self.process.kill()
 
     def close(self) -> int:
         """End the process, if it has not; its exit code, negative for a signal."""
@@ -76,9 +79,8 @@ class Worker:
 class Pool:
     """``count`` workers; ``answers`` runs tasks through them and replaces those that die.
 
-    A worker that ran out of time rejects the file it was reading. One that died otherwise is given the file
-    once more, in a fresh process, in case it was killed for no fault of the file; dying twice rejects the
-    file.
+    The file that a worker was reading when it died, or ran out of time, is read once more by another, in case it was
+    no fault of the file: a machine that slept, an administrator, a leak. The second time rejects the file.
     """
 
     AHEAD = 8  # tasks a worker is given before it has answered: it never waits for the next
@@ -112,8 +114,7 @@ class Pool:
                     if task is None:
                         break
                     worker.give(*task)
-                if worker.overdue:
-                    worker.process.kill()
+                worker.end_if_overdue()
             if not any(worker.pending for worker in self.workers):
                 return
             by_connection = {worker.connection: worker for worker in self.workers}
@@ -126,7 +127,7 @@ class Pool:
     def _read(self, worker: Worker) -> Iterator[tuple[bytes, Piece | tuple[str, str]]]:
         try:
             answer = worker.connection.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # ConnectionResetError, or an answer of which only a part was sent
             yield from self._bury(worker)
             return
         worker.since = time.monotonic()
@@ -137,7 +138,6 @@ class Pool:
 
     def _bury(self, worker: Worker) -> Iterator[tuple[bytes, tuple[str, str]]]:
         """Account for a worker that died, and put another in its place."""
-        overdue = worker.overdue
         worker.connection.close()
         code = worker.process.wait()
         if not worker.ready:
@@ -146,14 +146,14 @@ class Pool:
                 raise RuntimeError(f"worker processes end with exit code {code} before they are ready")
         elif worker.pending:
             key, path = worker.pending.popleft()
-            if overdue or code == -signal.SIGALRM:
-                yield key, ("time limit", f"over {self.limits.seconds:g} s")
-            elif key not in self.died_on:
+            if key not in self.died_on:
                 self.died_on.add(key)
                 self.again.append((key, path))
             else:
                 self.died_on.remove(key)
-                if code == CRASHED_BY_MEMORY:
+                if worker.timed_out or code == -signal.SIGALRM:
+                    yield key, ("time limit", f"over {self.limits.seconds:g} s")
+                elif code == CRASHED_BY_MEMORY:
                     yield key, ("memory limit", f"over {self.limits.megabytes} MB")
                 else:
                     what = signal.Signals(-code).name if code < 0 else f"exit code {code}"

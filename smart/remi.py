@@ -3,7 +3,8 @@
 MidiTok prepares a score (resamples, quantises, removes duplicates: arrays already) and then writes it as one
 Python object an event. ``FastRemi`` leaves the preparation to MidiTok, so that every rule of quantisation
 stays MidiTok's, and does the writing, which is arithmetic on sorted times. It covers vocabularies like the
-paper's; for others ``FastRemi.supports`` is false and MidiTok's own encoder is the way.
+paper's, without programs or with a Program token before every note; for others ``FastRemi.supports`` is false
+and MidiTok's own encoder is the way.
 """
 
 from copy import deepcopy
@@ -19,9 +20,10 @@ Ints = npt.NDArray[np.int64]
 
 # what a configuration must not use; each adds tokens that this writer does not know
 UNSUPPORTED = (
-    "use_programs", "use_chords", "use_rests", "use_sustain_pedals", "use_pitch_bends", "use_pitch_intervals",
-    "use_key_signatures", "use_control_changes", "use_pitchdrum_tokens",
+    "program_changes", "use_chords", "use_rests", "use_sustain_pedals", "use_pitch_bends", "use_pitch_intervals",
+    "use_key_signatures", "use_control_changes",
 )  # fmt: skip
+DRUMS = 128  # the voice of drums; of other tracks it is their program
 
 
 class FastRemi:
@@ -40,7 +42,7 @@ class FastRemi:
         self.value = np.zeros((size, 2))  # of each token: a number, or numerator and denominator
         for token, number in vocab.items():
             kind, value = token.split("_", 1)
-            if kind in ("Pitch", "Velocity", "Position", "Tempo"):
+            if kind in ("Pitch", "PitchDrum", "Velocity", "Position", "Tempo", "Program"):
                 self.value[number, 0] = float(value)
             elif kind == "Duration":
                 beats, part, parts = map(int, value.split("."))
@@ -51,6 +53,10 @@ class FastRemi:
             self._table(kind) for kind in ("Pitch", "Velocity", "Duration", "Position")
         )
         self.bar = vocab["Bar_None"]
+        self.programs = bool(tokenizer.config.use_programs)
+        self.program = np.array([vocab.get(f"Program_{program}", -1) for program in (*range(128), -1)])  # drums last
+        drums = "PitchDrum" if tokenizer.config.use_pitchdrum_tokens else "Pitch"
+        self.pitch_drum = self._table(drums)
 
     @staticmethod
     def supports(tokenizer: REMI) -> bool:
@@ -63,7 +69,8 @@ class FastRemi:
             and config.use_time_signatures
             and config.use_velocities
             and config.using_note_duration_tokens
-            and 0 in config.use_note_duration_programs
+            and (config.one_token_stream_for_programs if config.use_programs else not config.use_pitchdrum_tokens)
+            and set(config.programs if config.use_programs else [0]) <= set(config.use_note_duration_programs)
             and len(config.beat_res) == 1
             and config.remove_duplicated_notes
             and config.additional_params.get("max_bar_embedding") is None
@@ -81,15 +88,16 @@ class FastRemi:
         return table
 
     def encode(self, score: ScoreTick) -> Ints:
-        """(L,) ids of a score with one piano track, equal to those of ``smart.tokens.encode``.
+        """(L,) ids of a score, equal to those of ``smart.tokens.encode``.
 
-        Raises ``ValueError`` where ``score`` has several tracks with notes, or values outside the vocabulary.
+        Raises ``ValueError`` where ``score`` has several tracks with notes and the vocabulary no programs, or
+        values outside the vocabulary.
         """
         score = self.tokenizer.preprocess_score(score)
-        if len(score.tracks) > 1:
+        if len(score.tracks) > 1 and not self.programs:
             raise ValueError(f"expected one track with notes, got {len(score.tracks)}: merge them first")
-        notes = _sorted_notes(score.tracks[0]) if score.tracks else {}
-        onsets = notes["time"].astype(np.int64) if notes else np.zeros(0, np.int64)
+        notes = _sorted_notes(score.tracks)
+        onsets = notes["time"]
         signatures, tempos = score.time_signatures.numpy(), score.tempos.numpy()
         sections = signatures["time"].astype(np.int64)  # where each time signature begins: a bar line
         numerators = signatures["numerator"].astype(np.int64)
@@ -97,8 +105,10 @@ class FastRemi:
         bar = beat * numerators
         tempo_times = tempos["time"].astype(np.int64)
 
-        # every distinct onset of a tempo or note is one event: Position, then Tempo, then notes
-        times = np.unique(np.concatenate([tempo_times, onsets]))
+        # every distinct onset of a tempo or note is one event: Position, then Tempo, then notes, [Program] Pitch
+        # Velocity Duration each
+        times = np.sort(np.concatenate([tempo_times, onsets]), kind="stable")  # np.unique takes thrice as long
+        times = times[np.append(True, np.diff(times) != 0)]
         last = max(int(times[-1]), int(sections[-1]))
         # the bars: each section runs to the next one, the last one to the bar of the last event
         ends = np.append(sections[1:], last + 1)
@@ -109,9 +119,11 @@ class FastRemi:
         position = (times - sections[section]) % bar[section] // (beat[section] // self.steps)
 
         event = np.searchsorted(times, onsets)
-        has_tempo = np.isin(times, tempo_times)
+        has_tempo = np.zeros(len(times), dtype=bool)
+        has_tempo[np.searchsorted(times, tempo_times)] = True
         chord = np.bincount(event, minlength=len(times))
-        sizes = 1 + has_tempo + 3 * chord
+        width = 3 + self.programs
+        sizes = 1 + has_tempo + width * chord
         before = np.append(0, np.cumsum(sizes))  # tokens of the events before each event
         starts = before[:-1] + 2 * (bar_of + 1)
         bars = int(bars_in.sum())
@@ -123,12 +135,17 @@ class FastRemi:
         out[starts[np.searchsorted(times, tempo_times)] + 1] = self._tempo_ids(tempos["mspq"])
         if len(onsets):
             within = np.arange(len(onsets)) - np.append(0, np.cumsum(chord))[event]
-            places = starts[event] + 1 + has_tempo[event] + 3 * within
+            places = starts[event] + 1 + has_tempo[event] + width * within
+            if self.programs:
+                out[places] = self._look_up(self.program, notes["voice"], "program")
+                places += 1
             tpb = self._beat_at(score, onsets)
-            steps, rest = np.divmod(notes["duration"].astype(np.int64) * self.steps, tpb)
+            steps, rest = np.divmod(notes["duration"] * self.steps, tpb)
             if rest.any():
                 raise ValueError("a duration lies between two tokens")
-            out[places] = self._look_up(self.pitch, notes["pitch"], "pitch")
+            for drums, table in ((False, self.pitch), (True, self.pitch_drum)):
+                which = (notes["voice"] == DRUMS) == drums
+                out[places[which]] = self._look_up(table, notes["pitch"][which], "pitch")
             out[places + 1] = self._look_up(self.velocity, notes["velocity"], "velocity")
             out[places + 2] = self._look_up(self.duration, steps, "duration")
         return out
@@ -183,10 +200,12 @@ class FastRemi:
             tick[event[tempos]].astype(np.int32),
             np.array([TempoTick(0, float(bpm)).mspq for bpm in value[tempos, 0]], dtype=np.int32),
         )
-        pitches = np.flatnonzero(kind == "Pitch")
-        if len(pitches):
+        every = np.flatnonzero((kind == "Pitch") | (kind == "PitchDrum"))
+        programs = value[every - 1, 0].astype(np.int64) if self.programs else np.zeros(len(every), np.int64)
+        for program in dict.fromkeys(programs.tolist()):  # tracks in the order of their first notes, as MidiTok has it
+            pitches = every[programs == program]
             duration = value[pitches + 2, 0].astype(np.int64) * (beat[bar[pitches]] // self.steps)
-            track = TrackTick()
+            track = TrackTick("", max(program, 0), program < 0)
             track.notes = NoteTickList.from_numpy(
                 tick[event[pitches]].astype(np.int32),
                 duration.astype(np.int32),
@@ -197,10 +216,21 @@ class FastRemi:
         return score
 
 
-def _sorted_notes(track: TrackTick) -> dict[str, Any]:
-    """Notes by onset and pitch; of those that share both, the shortest and softest, which MidiTok keeps."""
-    notes = track.notes.numpy()
-    order = np.lexsort((notes["velocity"], notes["duration"], notes["pitch"], notes["time"]))
-    time, pitch = notes["time"][order], notes["pitch"][order]
-    order = order[np.append(True, (np.diff(time) != 0) | (np.diff(pitch) != 0))]
-    return {name: column[order] for name, column in notes.items()}
+def _sorted_notes(tracks: Any) -> dict[str, Ints]:
+    """Columns time, duration, pitch, velocity and voice (program, or ``DRUMS``), sorted by time, then in their order.
+
+    The order in a track is by pitch. Of notes of a track that share onset and pitch one stays, the shortest and
+    softest, like MidiTok's.
+    """
+    parts = []
+    for track in tracks:
+        notes = {name: column.astype(np.int64) for name, column in track.notes.numpy().items()}
+        order = np.lexsort((notes["velocity"], notes["duration"], notes["pitch"], notes["time"]))
+        time, pitch = notes["time"][order], notes["pitch"][order]
+        order = order[np.append(True, (np.diff(time) != 0) | (np.diff(pitch) != 0))]
+        parts.append({name: column[order] for name, column in notes.items()})
+        parts[-1]["voice"] = np.full(len(order), DRUMS if track.is_drum else track.program)
+    names = ("time", "duration", "pitch", "velocity", "voice")
+    columns = {name: np.concatenate([np.zeros(0, np.int64), *(part[name] for part in parts)]) for name in names}
+    order = np.argsort(columns["time"], kind="stable")
+    return {name: column[order] for name, column in columns.items()}

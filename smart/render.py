@@ -536,7 +536,7 @@ class RenderPool:
     ) -> None:
         _limit(sample_rate, seconds)
         if workers is None:
-            workers = _usable_cores()
+            workers = usable_cores()
         if not (isinstance(workers, int) and workers >= 1):
             raise ValueError(f"workers: expected a whole number from 1, got {workers!r}")
         for name, value in (("deadline", deadline), ("load_deadline", load_deadline)):
@@ -706,7 +706,8 @@ class RenderPool:
         return self._start(place)
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """How many cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

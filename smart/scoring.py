@@ -2,23 +2,40 @@
 
 The prompt's tokens and the completion are decoded together (paper section 3.5). A clip that could not be rendered
 has NaN for every score; it is counted, and never becomes a 0.
+
+Nothing waits that need not: a completion is rendered as soon as it is settled what will be heard of it, while others,
+and its own inaudible rest, are still being drawn (``Clips``, ``Horizon``); clips are rated in small batches as they
+arrive (``Scorer.collect``). What comes out depends neither on when a completion was submitted nor on the order in which
+clips arrive: batches are made of neighbouring rows.
 """
 
 import math
-from collections.abc import Iterable
-from concurrent.futures import Future
-from typing import Any, NamedTuple
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, as_completed
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from miditok.constants import TIME_SIGNATURE
+from symusic.core import TempoTick
 
-from smart.render import RenderError, RenderPool
+from smart.distributed import World
+from smart.render import RenderError
 from smart.reward import Reward, resample
 from smart.sampler import Rollout
-from smart.tokens import Grammar, decode, unplayable
+from smart.tokens import Grammar, decode, unplayable, vocabulary
+from smart.track import Stopwatch
 
 SILENT = 1e-3  # of full scale: a clip that never passes it counts as silent (clips are peak-normalised)
+MAX_BEATS = 100.0  # quarter notes after which nothing is rendered: the default of ``smart.render.score_notes``
+MARGIN = 1e-3  # seconds; more than a sample, so that rounding onsets to samples cannot matter
+NEVER = 2**40  # ticks
+
+Audio = npt.NDArray[np.float32]  # (2, S)
 
 
 class Rated(NamedTuple):
@@ -29,6 +46,13 @@ class Rated(NamedTuple):
     audio: list[npt.NDArray[np.float32] | None]  # (2, S) of the rows asked for, else None
     failed: int  # clips that could not be rendered
     silent: int  # clips without a sound
+
+    def check(self) -> None:
+        """Raise ``FloatingPointError`` where not one clip has a reward: there is nothing to learn from."""
+        if not self.rewards.isfinite().any():
+            raise FloatingPointError(
+                f"none of {len(self.rewards)} clips could be rated; {self.failed} of them could not be rendered"
+            )
 
     def metrics(self, group_size: int) -> dict[str, float]:
         """Health of a batch of groups: see docs/metrics.md."""
@@ -64,6 +88,33 @@ class Rated(NamedTuple):
         ]
 
 
+def together(
+    world: World, rollout: Rollout, rated: Rated, ref_logp: torch.Tensor, *, pad_id: int
+) -> tuple[Rollout, Rated, torch.Tensor]:
+    """The whole batch, of which each process has a part; ``ref_logp`` is (N, T) like the rollout's log-probabilities.
+
+    Every process gets the same, in the order of the ranks, padded to the longest completion, on its own device.
+    """
+    if world.size == 1:
+        return rollout, rated, ref_logp
+    parts = world.gather([part.cpu() for part in (*rollout, ref_logp)])
+    ratings = world.gather(rated)
+    length = max(mask.shape[1] for _, mask, *_ in parts)
+
+    def joined(place: int, filler: float) -> torch.Tensor:
+        padded = [torch.nn.functional.pad(p[place], (0, length - p[1].shape[1]), value=filler) for p in parts]
+        return torch.cat(padded).to(world.device)
+
+    whole = Rated(
+        rewards=torch.cat([part.rewards for part in ratings]),
+        scores={axis: torch.cat([part.scores[axis] for part in ratings]) for axis in rated.scores},
+        audio=[clip for part in ratings for clip in part.audio],
+        failed=sum(part.failed for part in ratings),
+        silent=sum(part.silent for part in ratings),
+    )
+    return Rollout(joined(0, pad_id), joined(1, False), joined(2, 0.0)), whole, joined(3, 0.0)
+
+
 def completion_metrics(rollout: Rollout, eos_id: int, grammar: Grammar) -> dict[str, float]:
     """Mean length in tokens, share cut off before their end, share of tokens that cannot be played."""
     prompt_length = rollout.tokens.shape[1] - rollout.mask.shape[1]
@@ -77,47 +128,237 @@ def completion_metrics(rollout: Rollout, eos_id: int, grammar: Grammar) -> dict[
     }
 
 
-class Scorer:
-    """Renders completions in ``pool`` and rates them with ``reward``, ``batch`` clips at a time."""
+class Horizon:
+    """Knows from tokens alone when all that will be heard of a completion has been written.
 
-    def __init__(self, tokenizer: Any, pool: RenderPool, reward: Reward, *, sample_rate: int, batch: int = 16) -> None:
+    Bars follow each other in time, whatever stands in them: no later token sounds before the line of the bar that is
+    being written. So a completion is settled once a whole note stands in a bar that begins after the ``seconds`` that
+    are rendered (that note makes the clip as long as it can be), or once a bar begins after ``MAX_BEATS``.
+    """
+
+    def __init__(self, tokenizer: Any, *, seconds: float) -> None:
+        facts = vocabulary(tokenizer)
+        config, division = tokenizer.config, int(tokenizer.time_division)
+        names = sorted(tokenizer.vocab, key=tokenizer.vocab.__getitem__)
+        parts = [name.split("_", 1) for name in names]
+        lowest, highest = config.pitch_range
+
+        def table(kind: str, value: Any) -> torch.Tensor:
+            return torch.tensor([value(text) if name == kind else 0 for name, text in parts])
+
+        def beat(text: str) -> int:  # ticks of what a time signature names a beat
+            return division * 4 // int(text.split("/")[1])
+
+        self.applies = not config.use_rests  # a rest may move the bar line
+        self.seconds = seconds
+        self.last_tick = MAX_BEATS * division
+        self.bar_id = facts.bar_id
+        self.bar_ticks = table("TimeSig", lambda text: beat(text) * int(text.split("/")[0]))
+        self.step_ticks = table("TimeSig", lambda text: beat(text) // int(config.max_num_pos_per_beat))
+        self.position = table("Position", lambda text: int(text) + 1) - 1  # -1: no position
+        self.pace = table("Tempo", lambda text: _pace(float(text), division)).double()  # seconds a tick; 0: no tempo
+        sounding = [table(kind, lambda text: lowest <= int(text) <= highest) for kind in ("Pitch", "PitchDrum")]
+        self.pitch = (sounding[0] + sounding[1]).bool()
+        self.velocity = table("Velocity", lambda text: int(text) > 0).bool()
+        self.duration = table("Duration", lambda text: 1).bool()
+        self.of_note = torch.tensor([name in ("Pitch", "PitchDrum", "Velocity", "Duration") for name, _ in parts])
+        numerator, denominator = TIME_SIGNATURE
+        self.opening = (
+            beat(f"1/{denominator}") * numerator,
+            beat(f"1/{denominator}") // int(config.max_num_pos_per_beat),
+        )
+        self.opening_pace = _pace(float(tokenizer.default_tempo), division)
+
+    def settled(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(N,) bool for rows of tokens (N, L) on the CPU: whatever follows cannot be heard. It may say so late."""
+        if not self.applies:
+            return torch.zeros(len(tokens), dtype=torch.bool)
+        places = torch.arange(1, tokens.shape[1] + 1).expand_as(tokens)
+
+        def latest(which: torch.Tensor) -> torch.Tensor:  # place of the last such token so far, from 1; 0: none
+            return torch.where(which, places, 0).cummax(dim=1).values
+
+        def first(which: torch.Tensor) -> torch.Tensor:  # (N, 1), from 1
+            return torch.where(which, places, NEVER).amin(dim=1, keepdim=True)
+
+        # the first time signature holds from the beginning if it stands before the first note (as MidiTok decodes)
+        is_signature = self.bar_ticks[tokens] > 0
+        at, note_at = first(is_signature), first(self.of_note[tokens])
+        known = torch.minimum(at, note_at)[:, 0] < NEVER
+        last = latest(is_signature)
+
+        def in_force(values: torch.Tensor, default: int) -> torch.Tensor:
+            found = tokens.gather(1, (at - 1).clamp(max=tokens.shape[1] - 1))
+            start = torch.where(at < note_at, values[found], default)
+            return torch.where(last > 0, values[tokens.gather(1, (last - 1).clamp(min=0))], start)
+
+        is_bar, is_position = tokens == self.bar_id, self.position[tokens] >= 0
+        moves = is_bar & ((is_bar | is_position).cumsum(dim=1) > 1)  # the first bar line is at 0
+        bar = torch.where(moves, in_force(self.bar_ticks, self.opening[0]), 0).cumsum(dim=1)  # tick of the bar's line
+        last_position = latest(is_position)
+        offset = self.position[tokens] * in_force(self.step_ticks, self.opening[1])
+        offset = offset.gather(1, (last_position - 1).clamp(min=0))
+        tick = bar + torch.where(last_position > latest(is_bar), offset, 0)
+
+        # tempos by tick, behind MidiTok's own; of those at one tick the last holds, since the others last for no time
+        nothing = torch.zeros_like(tokens[:, :1])
+        pace = self.pace[tokens]
+        many = int((pace > 0).sum(dim=1).amax())
+        at_tick, order = torch.where(pace > 0, tick, NEVER).sort(dim=1, stable=True)
+        at_tick = torch.cat([nothing, at_tick[:, :many]], dim=1)
+        pace = torch.cat([nothing.double() + self.opening_pace, pace.gather(1, order)[:, :many]], dim=1)
+        pace = torch.where(pace > 0, pace, self.opening_pace)
+        at_seconds = (at_tick.diff(dim=1) * pace[:, :-1]).cumsum(dim=1)
+        at_seconds = torch.cat([nothing.double(), at_seconds], dim=1)
+        end = self.seconds + MARGIN
+        piece = (at_seconds <= end).sum(dim=1, keepdim=True) - 1
+        horizon = at_tick.gather(1, piece) + (end - at_seconds.gather(1, piece)) / pace.gather(1, piece)
+
+        note = self.pitch[tokens[:, :-2]] & self.velocity[tokens[:, 1:-1]] & self.duration[tokens[:, 2:]]
+        heard_out = (note & (bar[:, 2:] >= horizon)).any(dim=1)
+        return known & (heard_out | (bar[:, -1] >= self.last_tick))
+
+
+def _pace(beats_a_minute: float, division: int) -> float:
+    """Seconds a tick, rounded as symusic keeps a tempo."""
+    mspq: int = TempoTick(0, beats_a_minute).mspq
+    return mspq / 1e6 / division
+
+
+class Renderer(Protocol):
+    """What renders, such as ``smart.render.RenderPool``."""
+
+    def submit(self, score: Any, /) -> "Future[Audio]": ...
+
+
+class Clips:
+    """The clips of one batch, submitted as their completions settle; made by ``Scorer.listen``."""
+
+    def __init__(self, scorer: "Scorer", stopwatch: Stopwatch | None) -> None:
+        self.scorer = scorer
+        self.stopwatch = stopwatch
+        self.futures: dict[int, Future[Audio]] = {}  # by row
+        self._busy_until: dict[str, float] = {}  # of each worker
+
+    def look(self, tokens: torch.Tensor, ended: torch.Tensor) -> None:
+        """Submit the rows of ``tokens`` (N, P+t) that have settled or ``ended`` (N,), and were not before."""
+        for row in (ended | self.scorer.horizon.settled(tokens)).nonzero()[:, 0].tolist():
+            self._submit(row, tokens[row])
+
+    def finish(self, rollout: Rollout) -> list[Future[Audio]]:
+        """Submit all that remain; returns N futures."""
+        tokens = rollout.tokens.cpu()
+        for row in range(len(tokens)):
+            self._submit(row, tokens[row])
+        return self._in_order()
+
+    def rate(self, *, keep: Iterable[int] = ()) -> Rated:
+        """``Scorer.collect`` of all clips."""
+        return self.scorer.collect(self._in_order(), keep=keep, stopwatch=self.stopwatch)
+
+    def _in_order(self) -> list[Future[Audio]]:
+        return [self.futures[row] for row in range(len(self.futures))]
+
+    def _submit(self, row: int, tokens: torch.Tensor) -> None:
+        if row in self.futures:
+            return
+        submitted = time.perf_counter()
+        future = self.futures[row] = self.scorer.pool.submit(decode(self.scorer.tokenizer, tokens))
+        if self.stopwatch is not None:
+            future.add_done_callback(lambda _: self._rendered(submitted))
+
+    def _rendered(self, submitted: float) -> None:
+        """In the thread of the worker that did it, which began when it was free."""
+        assert self.stopwatch is not None
+        worker, now = threading.current_thread().name, time.perf_counter()
+        self.stopwatch.span("render", max(submitted, self._busy_until.get(worker, 0.0)), now, worker)
+        self._busy_until[worker] = now
+
+
+class Scorer:
+    """Has completions rendered by ``pool`` and rates them with ``reward``, ``batch`` clips at a time.
+
+    ``sample_rate`` (Hz) and ``seconds`` are those of the pool; the shorter ``seconds``, the sooner a completion is
+    settled, and clips must not be longer.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        pool: Renderer,
+        reward: Reward,
+        *,
+        sample_rate: int,
+        seconds: float = math.inf,
+        batch: int = 16,
+    ) -> None:
         self.tokenizer = tokenizer
         self.pool = pool
         self.reward = reward
         self.sample_rate = sample_rate
+        self.horizon = Horizon(tokenizer, seconds=seconds)
         self.batch = batch
 
-    def submit(self, rollout: Rollout) -> list[Future[npt.NDArray[np.float32]]]:
-        """Start rendering N completions, each with its prompt; returns N futures."""
-        return [self.pool.submit(decode(self.tokenizer, row)) for row in rollout.tokens.cpu().numpy()]
+    def listen(self, stopwatch: Stopwatch | None = None) -> Clips:
+        """To be shown a batch while it is drawn (``Clips.look``), and once at its end (``Clips.finish``)."""
+        return Clips(self, stopwatch)
 
-    def collect(self, clips: list[Future[npt.NDArray[np.float32]]], *, keep: Iterable[int] = ()) -> Rated:
-        """Wait for the clips, in order, and rate them; the audio of the rows in ``keep`` is returned too."""
+    def submit(self, rollout: Rollout) -> list[Future[Audio]]:
+        """Start rendering N completions, each with its prompt; returns N futures."""
+        return self.listen().finish(rollout)
+
+    def collect(
+        self, clips: Sequence[Future[Audio]], *, keep: Iterable[int] = (), stopwatch: Stopwatch | None = None
+    ) -> Rated:
+        """Rate the clips as they arrive; the audio of the rows in ``keep`` is returned too.
+
+        A batch is rated when its last clip is there; other batches do not wait for it.
+        """
         kept = set(keep)
-        audio: list[npt.NDArray[np.float32] | None] = [None] * len(clips)
-        mono: list[torch.Tensor | None] = []  # at the reward's rate: a fifth of the bytes of what was rendered
+        stopwatch = stopwatch or Stopwatch()
+        audio: list[Audio | None] = [None] * len(clips)
+        mono: list[torch.Tensor | None] = [None] * len(clips)  # at the reward's rate: a fifth of what was rendered
+        scores = {axis: torch.full((len(clips),), math.nan) for axis in self.reward.axes}
+        awaited = Counter(row // self.batch for row in range(len(clips)))
+        rows_of: dict[Future[Audio], list[int]] = {}
         for row, clip in enumerate(clips):
-            try:
-                stereo = clip.result()
-            except RenderError:
-                mono.append(None)
-                continue
-            if row in kept:
-                audio[row] = stereo
-            mono.append(resample(torch.from_numpy(stereo).mean(0), self.sample_rate, self.reward.sample_rate))
-        heard = [row for row, wave in enumerate(mono) if wave is not None]
-        scores = {axis: torch.full((len(clips),), float("nan")) for axis in self.reward.axes}
-        for start in range(0, len(heard), self.batch):
-            rows = heard[start : start + self.batch]
-            batch = [wave for row in rows if (wave := mono[row]) is not None]
-            padded = torch.nn.utils.rnn.pad_sequence(batch, batch_first=True)
-            lengths = torch.tensor([len(wave) for wave in batch])
-            for axis, values in self.reward.score(padded, lengths).items():
-                scores[axis][rows] = values.cpu()
+            rows_of.setdefault(clip, []).append(row)
+        arrivals = as_completed(rows_of)
+        failed = silent = 0
+        for _ in rows_of:
+            with stopwatch.timed("wait"):
+                clip = next(arrivals)
+            with stopwatch.timed("rate"):
+                for row in rows_of[clip]:
+                    try:
+                        stereo = clip.result()
+                    except RenderError:
+                        failed += 1
+                    else:
+                        audio[row] = stereo if row in kept else None
+                        wave = resample(torch.from_numpy(stereo).mean(0), self.sample_rate, self.reward.sample_rate)
+                        silent += bool(wave.abs().amax() < SILENT)
+                        mono[row] = wave
+                    number = row // self.batch
+                    awaited[number] -= 1
+                    if not awaited[number]:
+                        self._rate(mono, range(number * self.batch, min((number + 1) * self.batch, len(clips))), scores)
         return Rated(
             rewards=self.reward.combine(scores),
             scores=scores,
             audio=audio,
-            failed=len(clips) - len(heard),
-            silent=sum(bool(wave.abs().amax() < SILENT) for wave in mono if wave is not None),
+            failed=failed,
+            silent=silent,
         )
+
+    def _rate(self, mono: list[torch.Tensor | None], rows: range, scores: dict[str, torch.Tensor]) -> None:
+        """Rate one batch of ``mono``, which is forgotten, and write into ``scores``; a clip that failed stays NaN."""
+        heard = {row: wave for row in rows if (wave := mono[row]) is not None}
+        if not heard:
+            return
+        padded = torch.nn.utils.rnn.pad_sequence(list(heard.values()), batch_first=True)
+        lengths = torch.tensor([len(wave) for wave in heard.values()])
+        for axis, values in self.reward.score(padded, lengths).items():
+            scores[axis][list(heard)] = values.cpu()
+        for row in rows:
+            mono[row] = None

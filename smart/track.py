@@ -11,12 +11,13 @@ import shutil
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
@@ -101,6 +102,7 @@ MAY_CHANGE = (
     "run.name",
     "render.workers",
     "render.deadline",
+    "track.trace_every",
 )  # without changing what comes out
 
 
@@ -196,6 +198,31 @@ class Tracker:
         return wav
 
 
+class Onlooker(Tracker):
+    """A tracker that writes nothing: for processes beside the one that does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def completions(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        pass
+
+    def flush(self, step: int) -> None:
+        pass
+
+    def listen(self, name: str, score: Any, audio: npt.NDArray[np.float32] | None, sample_rate: int) -> Path:
+        return self.folder / name
+
+
 def write_wav(path: Path, audio: npt.NDArray[np.float32], sample_rate: int) -> None:
     """(C, S) float32 in [-1, 1] as 16-bit PCM."""
     import soundfile
@@ -242,23 +269,75 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
+class Span(NamedTuple):
+    """One piece of work: its stage, when it began and ended (``time.perf_counter``), and who did it."""
+
+    stage: str
+    start: float
+    end: float
+    lane: str
+
+
 class Stopwatch:
-    """Seconds spent in each stage of an iteration, lap by lap."""
+    """Where the time of an iteration went.
+
+    ``laps`` are the stages of the main thread, one after another, in seconds; ``spans`` all that was timed, also what
+    went on within a lap or beside it in other threads.
+    """
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
+        self.spans: list[Span] = []
         self._last = time.perf_counter()
 
     def lap(self, stage: str) -> None:
         """End ``stage`` now."""
         now = time.perf_counter()
         self.laps[f"seconds/{stage}"] = now - self._last
+        self.span(stage, self._last, now, "main")
         self._last = now
 
+    def span(self, stage: str, start: float, end: float, lane: str) -> None:
+        """Note a piece of work; any thread may."""
+        self.spans.append(Span(stage, start, end, lane))
 
-def progress(rows: Iterable[Any] | None = None, **options: Any) -> Any:
-    """A tqdm bar on stderr, silent where that is not a terminal."""
-    return tqdm(rows, disable=not sys.stderr.isatty(), dynamic_ncols=True, **options)
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """A span of the main thread within a lap."""
+        start = time.perf_counter()
+        yield
+        self.span(stage, start, time.perf_counter(), "within")
+
+    def metrics(self) -> dict[str, float]:
+        """Seconds of each lap, their sum ``seconds/iteration``, and the seconds of the other stages, added up."""
+        beside: dict[str, float] = {}
+        for stage, start, end, lane in list(self.spans):
+            if lane != "main":
+                beside[f"seconds/{stage}"] = beside.get(f"seconds/{stage}", 0.0) + end - start
+        return self.laps | {"seconds/iteration": sum(self.laps.values())} | beside
+
+    def write(self, path: Path) -> Path:
+        """All spans as a trace for Chrome's and Perfetto's viewers, a track for each lane; returns the path."""
+        spans = sorted(self.spans, key=lambda span: span.start)
+        lanes = sorted({span.lane for span in spans}, key=lambda lane: (lane != "main", lane != "within", lane))
+        zero = spans[0].start if spans else 0.0
+        events: list[dict[str, Any]] = [
+            {"ph": "M", "name": "thread_name", "pid": 1, "tid": lanes.index(lane), "args": {"name": lane}}
+            for lane in lanes
+        ]
+        events += [
+            {"ph": "X", "name": stage, "pid": 1, "tid": lanes.index(lane), "ts": 1e6 * (start - zero),
+             "dur": 1e6 * (end - start)}
+            for stage, start, end, lane in spans
+        ]  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps({"traceEvents": events}).encode())
+        return path
+
+
+def progress(rows: Iterable[Any] | None = None, *, show: bool = True, **options: Any) -> Any:
+    """A tqdm bar on stderr, silent where that is not a terminal, or not to ``show``."""
+    return tqdm(rows, disable=not (show and sys.stderr.isatty()), dynamic_ncols=True, **options)
 
 
 def _cut_back(folder: Path, step: int) -> None:

@@ -13,8 +13,7 @@ def tokenizer() -> Any:
     return build_tokenizer()
 
 
-@pytest.fixture
-def tiny_model(tokenizer: Any) -> Any:
+def make_tiny_model(tokenizer: Any) -> Any:
     """Random Phi-3, 2 layers x 32; logits spread enough that sampling is not uniform."""
     from smart.model import build_model
 
@@ -22,3 +21,8 @@ def tiny_model(tokenizer: Any) -> Any:
     with torch.no_grad():
         model.lm_head.weight.mul_(20)
     return model
+
+
+@pytest.fixture
+def tiny_model(tokenizer: Any) -> Any:
+    return make_tiny_model(tokenizer)

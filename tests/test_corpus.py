@@ -70,6 +70,7 @@ def tempo(microseconds: int) -> bytes:
     return b"\x00\xff\x51\x03" + microseconds.to_bytes(3, "big")
 
 
+END = b"\x00\xff\x2f\x00"
 MELODY = [(240, 60 + step % 12) for step in range(24)]
 GOOD = midi(notes(*MELODY))
 # 100,000 notes in the first bar: at each of 1,000 ticks 100 keys pressed, and lifted at the next
@@ -113,7 +114,33 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "100,000-in-a-bar": (midi(notes(*MELODY, *[(0, 60)] * 4), CLUSTERS), "too many notes in a bar"),
     "half-a-million-in-a-bar": (midi(notes(*MELODY), *[CLUSTERS] * 5), "too many notes"),
     "mostly-empty-bars": (midi(notes(*[(12 * 480, 60)] * 12)), "too many empty bars"),
-    "garbage-events": (midi(b"\x00\xf5" + bytes(range(0x80, 0xFF)) * 4), "cannot be parsed"),
+    "garbage-events": (midi(b"\x00\xf5" + bytes(range(0x80, 0xFF)) * 4 + END), "malformed event"),
+    "silence-at-the-end": (midi(notes(*MELODY)[:-4] + delta(3600 * 960) + END[1:]), "long silence"),
+    "header-length-0": (GOOD[:7] + b"\x00" + GOOD[8:], "wrong header"),
+    "header-length-8": (GOOD[:7] + b"\x08" + GOOD[8:14] + b"\x00\x00" + GOOD[14:], "wrong header"),
+    "header-length-huge": (GOOD[:4] + b"\xff" * 4 + GOOD[8:], "wrong header"),
+    "more-tracks-than-the-header-says": (midi(notes(*MELODY), notes(*MELODY), count=1), "wrong header"),
+    "no-track-says-the-header": (midi(notes(*MELODY), count=0), "wrong header"),
+    "track-length-short": (GOOD[:21] + b"\x32" + GOOD[22:], "truncated"),
+    "track-length-0": (GOOD[:21] + b"\x00" + GOOD[22:], "truncated"),
+    "track-length-long": (GOOD[:21] + bytes([GOOD[21] + 4]) + GOOD[22:] + b"abcd", "truncated"),
+    "track-without-end": (midi(notes(*MELODY)[:-4]), "truncated"),
+    "running-status-of-nothing": (midi(b"\x00\x3c\x40" + notes(*MELODY)), "malformed event"),
+    "running-status-after-text": (midi(b"\x00\x90\x3c\x40\x00\xff\x01\x00\x00\x3c\x00" + END), "malformed event"),
+    "running-status-after-sysex": (midi(b"\x00\x90\x3c\x40\x00\xf0\x01\xf7\x10\x3c\x00" + END), "malformed event"),
+    "data-byte-of-8-bits": (midi(b"\x00\x90\x3c\xc0" + notes(*MELODY)), "malformed event"),
+    "delta-of-five-bytes": (midi(b"\x81\x80\x80\x80" + notes(*MELODY)), "malformed event"),
+    "delta-of-six-bytes": (midi(notes(*MELODY)[:-4] + b"\xff" * 5 + b"\x7f" + END[1:]), "malformed event"),
+    "delta-greatest": (midi(notes(*MELODY)[:-4] + b"\xff\xff\xff\x7f" + notes((0, 60), (0, 62))[1:]), "too long"),
+    "sysex-without-end": (midi(b"\x00\xf0\x10\x01\x02\x03" + notes(*MELODY)), "malformed event"),
+    "sysex-beyond-the-track": (midi(notes(*MELODY), b"\x00\xf0\x20\x01\x02" + END, notes(*MELODY)), "malformed event"),
+    "sysex-of-256-megabytes": (midi(b"\x00\xf0\xff\xff\xff\x7f\x01" + notes(*MELODY)), "malformed event"),
+    "text-beyond-the-track": (midi(notes(*MELODY)[:-4] + b"\x00\xff\x01\x7fabc" + END), "malformed event"),
+    "text-over-the-end": (midi(notes(*MELODY)[:-4] + b"\x00\xff\x01\x04" + END), "malformed event"),
+    "tempo-of-two-bytes": (midi(notes(*MELODY, head=b"\x00\xff\x51\x02\x07\xa1")), "malformed event"),
+    "time-signature-of-a-byte": (midi(notes(*MELODY, head=b"\x00\xff\x58\x01\x04")), "malformed event"),
+    "real-time-byte": (midi(b"\x00\xf8" + notes(*MELODY)), "malformed event"),
+    "program-of-8-bits": (midi(b"\x00\xc0\xc8" + notes(*MELODY)), "malformed event"),
 }  # fmt: skip
 
 
@@ -174,8 +201,11 @@ def test_good_file_is_tokenised_as_miditok_does(tokenizer: Any) -> None:
     "data",
     [
         GOOD + b"trailing garbage",
+        midi(notes(*MELODY), notes(*MELODY), kind=0),  # the same melody twice
         GOOD[:14] + b"XYZW" + struct.pack(">I", 3) + b"abc" + GOOD[14:],  # a chunk of another kind
-        midi(notes(*MELODY)[:-4]),  # no end-of-track event
+        midi(notes(*MELODY) + b"\x00\x90\x3c\x40" + END),  # events after the end of the track
+        midi(notes(*MELODY, head=b"\x00\xf0\x05\x7e\x7f\x09\x01\xf7\x00\xc0\x03\x00\x05\x00\xb0\x40\x00\x00\x07\x60")),
+        midi(notes(*MELODY)[:-4] + delta(600 * 960) + END[1:]),  # ten minutes of silence at the end, cut off
         midi(notes(*MELODY), kind=0),
         midi(notes(*MELODY, head=b"\x00\xff\x03\x04\xff\xfe\xe9\x80")),  # a name that is no UTF-8
         midi(notes(*MELODY, head=b"\x00\xff\x58\x04\x00\x02\x18\x08")),  # a time signature of 0/4
@@ -185,6 +215,17 @@ def test_good_file_is_tokenised_as_miditok_does(tokenizer: Any) -> None:
 )
 def test_oddities_that_are_no_fault_of_the_music(tokenizer: Any, data: bytes) -> None:
     assert reader(tokenizer).read(data).tokens == reader(tokenizer).read(GOOD).tokens
+
+
+def test_no_part_of_a_file_is_taken_for_the_whole(tokenizer: Any) -> None:
+    """Cut at any byte, a file of one track or of several is rejected."""
+    whole_or_not = reader(tokenizer)
+    several = midi(tempo(400_000) + END, notes(*MELODY), notes(*MELODY, channel=3), notes((0, 60), (0, 62)))
+    for whole in (GOOD, midi(notes(*MELODY), kind=0), several, bytes(song(1).dumps_midi())):
+        whole_or_not.read(whole)
+        for size in range(len(whole)):
+            with pytest.raises(Reject):
+                whole_or_not.read(whole[:size])
 
 
 def test_all_instruments(tokenizer: Any, tmp_path: Path) -> None:
@@ -306,7 +347,10 @@ def test_good_and_malformed_together(tokenizer: Any, tmp_path: Path) -> None:
     song(3, velocity=99).dump_midi(folder / "0" / "a twin.MIDI")  # of song 3, and before it by name
     (folder / "0" / "ignored.txt").write_bytes(GOOD)
     (folder / "broken link.mid").symlink_to(folder / "nowhere.mid")
+    (folder / "loop.mid").symlink_to(folder / "loop.mid")
     (folder / "a folder.mid").mkdir()
+    (folder / "a folder.mid" / "inside.mid").write_bytes(song(101).dumps_midi())
+    (folder / 'new\nline, "and" more.mid').write_bytes(song(102).dumps_midi())
     os.mkfifo(folder / "pipe.mid")
     (folder / os.fsdecode(b"caf\xe9.mid")).write_bytes(song(100).dumps_midi())  # a name that is no UTF-8
 
@@ -315,16 +359,18 @@ def test_good_and_malformed_together(tokenizer: Any, tmp_path: Path) -> None:
     rejects = {row["path"]: row["reason"] for row in table(out / "rejects.csv")}
     expected = {f"midi/{name}.mid": reason for name, (_, reason) in MALFORMED.items()}
     expected |= {"midi/0/song 003.mid": "duplicate"}
-    expected |= {"midi/broken link.mid": "cannot be read", "midi/pipe.mid": "cannot be read"}
+    unreadable = ("broken link", "loop", "pipe", "a folder")
+    expected |= {f"midi/{name}.mid": "cannot be read" for name in unreadable}
     assert rejects == expected
-    assert summary.counts == dict(Counter([*expected.values(), *["kept"] * 31]))
+    assert summary.counts == dict(Counter([*expected.values(), *["kept"] * 33]))
     twin = next(row for row in table(out / "rejects.csv") if row["reason"] == "duplicate")
     assert twin["detail"] == "of midi/0/a twin.MIDI"
 
     corpus = Corpus(out, verify=True)
     pieces = table(out / "pieces.csv")
-    assert len(pieces) == 31 and "midi/caf\\xe9.mid" in {row["path"] for row in pieces}
-    assert sum(len(corpus.split(name)) for name in shards.SPLITS) == 31
+    odd = {"midi/caf\\xe9.mid", "midi/a folder.mid/inside.mid", 'midi/new\nline, "and" more.mid'}
+    assert len(pieces) == 33 and odd < {row["path"] for row in pieces}
+    assert sum(len(corpus.split(name)) for name in shards.SPLITS) == 33
     assert not (out / ".work").exists()
     for row in pieces:
         assert row["split"] == split_of(bytes.fromhex(row["hash"]))
@@ -450,7 +496,7 @@ def _alive(pid: int) -> bool:
 @pytest.mark.parametrize(
     ("fault", "reason", "detail"),
     [
-        ("while True: pass", "time limit", "over 3 s"),
+        ("while True: pass", "time limit", "over 2 s"),
         ("import ctypes; ctypes.string_at(0)", "crash", "SIGSEGV"),
         ("os._exit(3)", "crash", "exit code 3"),
         ("hold = [bytes(1 << 20) for _ in range(200)]", "memory limit", "over 100 MB"),
@@ -463,7 +509,7 @@ def test_a_worker_that_dies_costs_one_file(tmp_path: Path, hook: Any, fault: str
     hook(f"""
         if data == {bytes(victim)!r}:
             {fault}""")
-    summary = build([tmp_path / "midi"], tmp_path / "out", limits=Limits(seconds=3.0, megabytes=100))
+    summary = build([tmp_path / "midi"], tmp_path / "out", limits=Limits(seconds=2.0, megabytes=100))
     assert summary.counts == {"kept": 9, reason: 1}
     (row,) = table(tmp_path / "out" / "rejects.csv")
     assert row["path"] == "midi/1/song 004.mid" and detail in row["detail"]
@@ -478,6 +524,38 @@ def test_a_worker_killed_from_outside_costs_nothing(tmp_path: Path, hook: Any) -
             open({str(mark)!r}, 'w').close()
             os.kill(os.getpid(), 9)""")
     assert build([tmp_path / "midi"], tmp_path / "out").counts == {"kept": 10}
+    assert mark.exists()
+
+
+@pytest.mark.parametrize("seeds", [range(10), [4]])
+def test_a_worker_killed_within_an_answer_costs_nothing(tmp_path: Path, hook: Any, seeds: Sequence[int]) -> None:
+    """Its answer ends half way; the file is read again, and those that waited behind it, if any."""
+    write_songs(tmp_path / "midi", seeds)
+    mark = tmp_path / "mark"
+    hook(f"""
+        if data == {bytes(song(4).dumps_midi())!r} and not os.path.exists({str(mark)!r}):
+            open({str(mark)!r}, 'w').close()
+            import struct
+            from multiprocessing.connection import Connection
+            def half(self, answer):
+                self._send(struct.pack("!i", 1000) + b"half")
+                os.kill(os.getpid(), 9)
+            Connection.send = half""")
+    assert build([tmp_path / "midi"], tmp_path / "out").counts == {"kept": len(seeds)}
+    assert mark.exists()
+
+
+def test_a_pause_costs_no_file(tmp_path: Path, hook: Any) -> None:
+    """A worker stands still, once, for longer than the limit on a file."""
+    write_songs(tmp_path / "midi", range(10))
+    mark = tmp_path / "mark"
+    hook(f"""
+        if data == {bytes(song(4).dumps_midi())!r} and not os.path.exists({str(mark)!r}):
+            open({str(mark)!r}, 'w').close()
+            import subprocess
+            subprocess.Popen(["sh", "-c", f"kill -STOP {{os.getpid()}}; sleep 1.5; kill -CONT {{os.getpid()}}"])
+            time.sleep(0.2)""")
+    assert build([tmp_path / "midi"], tmp_path / "out", limits=Limits(seconds=1.0)).counts == {"kept": 10}
     assert mark.exists()
 
 
@@ -588,6 +666,8 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "bad" / "bad.mid").write_bytes(b"")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("do not lose this")
+    (tmp_path / "diary").mkdir()
+    (tmp_path / "diary" / "training.txt").write_text("nor this")
     (tmp_path / "file").write_text("")
     (tmp_path / "other" / "midi").mkdir(parents=True)
     build([midi_folder], tmp_path / "done")
@@ -600,6 +680,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         ([*good, "--out", str(tmp_path / "done")], "finished corpus"),
         ([*good, "--out", str(tmp_path / "mine")], "'thesis.tex', which no build wrote"),
         ([*good, "--out", str(tmp_path / "mine"), "--overwrite"], "'thesis.tex', which no build wrote"),
+        ([*good, "--out", str(tmp_path / "diary"), "--overwrite"], "'training.txt', which no build wrote"),
         ([*good, "--out", str(tmp_path / "file")], "is not a folder"),
         ([*good, "--out", str(out), "--tokenizer", str(tmp_path / "file")], "cannot be read"),
         ([*good, "--out", str(out), "--list", str(tmp_path / "none")], "cannot be read"),
@@ -644,6 +725,21 @@ def test_damaged_state_says_so(tmp_path: Path, name: str) -> None:
     (tmp_path / "out" / ".work" / name).write_bytes(b"x" * 500)
     with pytest.raises(UserError, match="damaged; start again with --overwrite"):
         build([tmp_path / "midi"], tmp_path / "out")
+
+
+def test_killed_after_the_manifest_or_with_old_shards_about(tmp_path: Path, small: Path, monkeypatch: Any) -> None:
+    """What a kill leaves at the very end, and shards of files that have gone since, disturb no later run."""
+    folder = small.parent / "midi"
+    shutil.copytree(small, tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr("pathlib.Path.rename", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build([folder], tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "manifest.json").exists() and (tmp_path / "out" / ".work").exists()
+    for name in ("train-00007.bin", "train-00007.idx.npy", "test-00003.bin.tmp"):
+        (tmp_path / "out" / name).write_bytes(b"old")
+    assert build([folder], tmp_path / "out").read == 0
+    assert contents(tmp_path / "out") == contents(small)
 
 
 def test_files_that_are_gone_are_forgotten(tmp_path: Path, hook: Any) -> None:

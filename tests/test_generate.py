@@ -23,7 +23,7 @@ from symusic import Note, Score, Tempo, TimeSignature, Track
 
 from smart import UserError
 from smart.generate import WINDOW, Writer, last_bars, main, opening, unplayable_tokens
-from smart.reward import load_reward
+from smart.reward import load_reward, resample
 from smart.sampler import Sampler
 from smart.tokens import build_grammar, build_tokenizer, decode, encode, vocabulary
 
@@ -199,8 +199,8 @@ def test_the_best_of_several_is_the_one_that_rates_best(tmp_path: Path) -> None:
     ratings = []
     for row in table(tmp_path / "all"):
         audio, rate = soundfile.read(tmp_path / "all" / row["file"], dtype="float32")
-        assert rate == reward.sample_rate
-        ratings.append(reward.score(torch.from_numpy(audio.mean(1))[None])["CE"].item())
+        mono = resample(torch.from_numpy(audio.mean(1)), rate, reward.sample_rate)
+        ratings.append(reward.score(mono[None])["CE"].item())
     (chosen,) = table(tmp_path / "best")
     assert int(chosen["candidate"]) == int(np.argmax(ratings)) and max(ratings) > min(ratings) + 0.01
     assert float(chosen["CE"]) == pytest.approx(max(ratings), abs=0.01)

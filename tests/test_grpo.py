@@ -1,5 +1,6 @@
 """smart.grpo's pure functions against numbers worked by hand and an independent float64 implementation."""
 
+import copy
 import math
 from typing import Any
 
@@ -154,7 +155,7 @@ def make_rollout(model: Any, n: int = 8, prompt: int = 4, t: int = 9) -> Rollout
     return Rollout(tokens, mask, old + 0.3 * torch.randn(n, t, generator=generator))
 
 
-def gradients(model: Any, **settings_: Any) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def gradients(model: Any, world: Any = None, **settings_: Any) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Gradient and stats of one ``update`` that does not move the weights."""
     rollout = make_rollout(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -166,6 +167,7 @@ def gradients(model: Any, **settings_: Any) -> tuple[dict[str, torch.Tensor], di
         torch.linspace(-1, 1, 8),
         Grpo(max_grad_norm=1e9, **settings_),
         autocast=torch.autocast("cpu", torch.bfloat16, enabled=False),
+        world=world,
     )
     return {name: weights.grad.clone() for name, weights in model.named_parameters()}, stats
 
@@ -193,6 +195,52 @@ def test_update_is_the_gradient_of_the_loss(tiny_model: Any) -> None:
     assert stats["loss"] == pytest.approx(loss.item(), rel=1e-4)
     for key, value in parts.items():
         assert stats[key] == pytest.approx(value, rel=1e-4), key
+
+
+def test_update_against_float64(tiny_model: Any) -> None:
+    """Gradients and stats of micro-batches against the formula on the whole batch, spelled out in float64."""
+    rollout = make_rollout(tiny_model)
+    got, stats = gradients(tiny_model, micro_batch=3)
+    exact = copy.deepcopy(tiny_model).double()
+    exact.zero_grad()
+    mask, adv = rollout.mask, torch.linspace(-1, 1, 8).double()[:, None]
+    probs = exact(input_ids=rollout.tokens).logits[:, 3:-1].softmax(-1)
+    logp = probs.gather(-1, rollout.tokens[:, 4:, None])[..., 0].log()
+    old = rollout.logprobs.double()
+    log_ratio = old - 0.1 - logp
+    gain = torch.minimum((logp - old).exp() * adv, (logp - old).exp().clamp(0.8, 1.2) * adv)
+    loss = ((0.04 * (log_ratio.exp() - log_ratio - 1) - gain) * mask).sum() / mask.sum()
+    loss.backward()
+    for name, weights in exact.named_parameters():
+        torch.testing.assert_close(got[name].double(), weights.grad, atol=1e-6, rtol=1e-3)
+    entropy = -(probs * probs.log()).sum(-1)
+    assert stats["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert stats["entropy"] == pytest.approx(entropy[mask].mean().item(), rel=1e-4)
+    assert stats["dlogp_mean"] == pytest.approx((logp - old)[mask].abs().mean().item(), rel=1e-4)
+    assert stats["dlogp_max"] == pytest.approx((logp - old)[mask].abs().max().item(), rel=1e-4)
+
+
+def test_one_tensor_over_the_vocabulary_is_kept_for_the_gradient(tiny_model: Any) -> None:
+    """Of N x T x V numbers the log-softmax alone."""
+    kept: set[int] = set()
+    sizes = {8 * length * tiny_model.config.vocab_size for length in (9, 13)}  # of completions, and with prompts
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.numel() in sizes:
+            kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        gradients(tiny_model, micro_batch=8)
+    assert len(kept) == 1
+
+
+def test_micro_batches_of_logprobs(tiny_model: Any) -> None:
+    tokens = torch.randint(3, 413, (5, 10), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        whole = token_logprobs(tiny_model, tokens, 4)
+        for size in (1, 2, 9):
+            torch.testing.assert_close(token_logprobs(tiny_model, tokens, 4, micro_batch=size), whole)
 
 
 def test_left_padding_does_not_change_logprobs(tiny_model: Any) -> None:

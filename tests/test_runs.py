@@ -33,6 +33,7 @@ SMALL = {
     "render.workers": 1,
     "track.checkpoint_every": 2,
     "track.samples_every": 3,
+    "track.trace_every": 4,
     "track.final_prompts": 4,
     "track.final_listen": 2,
 }
@@ -123,10 +124,21 @@ def test_what_a_run_leaves(finished: Path, base: Path) -> None:
         "reward/mean", "reward/std", "reward/min", "reward/max", "reward/axis_CE", "reward/zero_variance_groups",
         "policy/kl", "policy/entropy", "policy/clip_fraction", "policy/grad_norm", "policy/dlogp_max",
         "completions/length", "completions/truncated_rate", "completions/unplayable_rate",
-        "clips/silent_rate", "clips/failed",
+        "clips/silent_rate", "clips/failed", "policy/dlogp_mean",
     ):  # fmt: skip
         assert all(isinstance(row[key], float) for row in rows), key
     assert all(row["policy/dlogp_max"] < 1e-4 for row in rows)  # the sampler and the learner agree
+    assert all(row["policy/dlogp_mean"] <= row["policy/dlogp_max"] for row in rows)
+    stages = ("generate", "reference", "score", "learn", "iteration", "wait", "rate", "render")
+    timed = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    for row in timed:
+        seconds = {stage: row[f"seconds/{stage}"] for stage in stages}
+        assert seconds["iteration"] == pytest.approx(sum(seconds[stage] for stage in stages[:4]))
+        assert seconds["wait"] + seconds["rate"] <= seconds["score"]
+    traces = sorted((finished / "traces").iterdir())
+    assert [path.name for path in traces] == ["00000004.json", "00000004.png"]
+    spans = [event for event in json.loads(traces[0].read_text())["traceEvents"] if event["ph"] == "X"]
+    assert [span["name"] for span in spans].count("render") == 6
     assert rows[0]["policy/kl"] < 1e-6 < rows[-1]["policy/kl"]
     assert [row["policy/learning_rate"] for row in rows] == pytest.approx([3e-4 * k / 6 for k in (6, 5, 4, 3, 2, 1)])
 

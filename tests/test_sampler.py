@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from smart.sampler import Rollout, Sampler, draw, filter_logits
@@ -380,6 +381,214 @@ def test_ambient_autocast_changes_nothing(model: Phi3ForCausalLM) -> None:
     assert torch.equal(plain.logprobs, cast.logprobs)
 
 
+# ---------------------------------------------------------------------------- the step that can be captured
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sampling on the CPU as it goes on CUDA, but that the captured step is run instead of replayed.
+
+    Returns a list that grows by one with every capture.
+    """
+    captures: list[int] = []
+
+    def capture(step: Any) -> Any:
+        step()  # the warm-up, whose traces must not be felt
+        captures.append(1)
+        return step
+
+    monkeypatch.setattr("smart.sampler.GRAPH_DEVICES", {"cpu"})
+    monkeypatch.setattr("smart.sampler._capture", capture)
+    return captures
+
+
+def stepwise(model: Any, prompts: Tensor, **options: Any) -> Rollout:
+    """The same by the path that runs everywhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("smart.sampler.GRAPH_DEVICES", set())
+        dtype = options.pop("dtype", None)
+        eos = options.pop("eos_id", EOS)
+        return Sampler(model, pad_id=PAD, eos_id=eos, dtype=dtype).sample(prompts, **options)
+
+
+def assert_same(one: Rollout, other: Rollout) -> None:
+    assert torch.equal(one.tokens, other.tokens)
+    assert torch.equal(one.mask, other.mask)
+    torch.testing.assert_close(one.logprobs, other.logprobs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("filters", [{}, {"temperature": 0.8, "top_k": 9, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("lengths", [[4, 4, 4], [2, 6, 1]], ids=["equal", "left-padded"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_captured_step_draws_the_same(
+    captured: list[int], shape: str, lengths: list[int], filters: dict[str, Any]
+) -> None:
+    model = make_model(seed=1, **SHAPES[shape])
+    prompts = random_prompts(lengths)
+    for eos, limit in ((EOS, 50), (None, 20), (EOS, 1)):
+        options: dict[str, Any] = {"max_new_tokens": limit, "group_size": 3, **filters}
+        rollout = Sampler(model, pad_id=PAD, eos_id=eos).sample(prompts, generator=seeded(5), **options)
+        assert_same(rollout, stepwise(model, prompts, eos_id=eos, generator=seeded(5), **options))
+        assert_matches_uncached(model, rollout, prompts, 3, **filters)
+    assert len(captured) == 3
+
+
+def test_captured_step_in_bfloat16(captured: list[int]) -> None:
+    model = make_model(initializer_range=0.15)
+    prompts = random_prompts([4, 2])
+    options: dict[str, Any] = {"max_new_tokens": 20, "group_size": 4, "dtype": torch.bfloat16}
+    rollout = Sampler(model, pad_id=PAD, eos_id=EOS, dtype=torch.bfloat16).sample(
+        prompts, max_new_tokens=20, group_size=4, generator=seeded(18)
+    )
+    same = stepwise(model, prompts, generator=seeded(18), **options)
+    assert torch.equal(rollout.tokens, same.tokens)
+    torch.testing.assert_close(rollout.logprobs, same.logprobs, atol=1e-5, rtol=0)
+    assert_matches_uncached(model, rollout, prompts, 4, tol=0.05)
+
+
+def test_a_graph_is_used_again_and_remembers_nothing(captured: list[int]) -> None:
+    """Batches of other rows, lengths and padding in turn; after a batch of NaN, too."""
+    model = make_model()
+    sampler = Sampler(model, pad_id=PAD, eos_id=EOS)
+    wide, tight = random_prompts([3, 7], width=7), random_prompts([4, 4])
+    for seed in range(3):
+        for prompts, limit in ((wide, 20), (tight, 25), (tight, 50)):
+            rollout = sampler.sample(prompts, max_new_tokens=limit, group_size=2, generator=seeded(seed))
+            assert_same(rollout, stepwise(model, prompts, max_new_tokens=limit, group_size=2, generator=seeded(seed)))
+    assert len(captured) == 2  # up to 32 places, and up to 64
+    kept = [part.clone() for part in rollout]
+    weight = model.lm_head.weight.detach()
+    before = weight.clone()
+    weight.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        sampler.sample(tight, max_new_tokens=50, group_size=2, generator=seeded(0))
+    assert all(torch.equal(part, copy) for part, copy in zip(rollout, kept, strict=True))  # not a view of the slots
+    weight.copy_(before)
+    again = sampler.sample(tight, max_new_tokens=50, group_size=2, generator=seeded(2))
+    assert_same(again, rollout)
+    assert len(captured) == 2
+
+
+def test_a_graph_sees_new_weights_and_new_storage(captured: list[int]) -> None:
+    model = make_model()
+    prompts = random_prompts([3, 4])
+    for dtype, tol in ((None, 1e-4), (torch.bfloat16, 0.5)):
+        sampler = Sampler(model, pad_id=PAD, eos_id=None, dtype=dtype)
+        before = len(captured)
+        for step in range(3):
+            rollout = sampler.sample(prompts, max_new_tokens=6, generator=seeded(17))
+            assert_matches_uncached(model, rollout, prompts, 1, tol=tol)
+            same = stepwise(model, prompts, max_new_tokens=6, generator=seeded(17), dtype=dtype, eos_id=None)
+            torch.testing.assert_close(rollout.logprobs, same.logprobs, atol=1e-5, rtol=0)
+            if step == 0:
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter.mul_(0.7)
+                assert len(captured) == before + 1
+            else:  # other memory: the graph would read what is no longer the model's
+                for parameter in model.parameters():
+                    parameter.data = parameter.detach() * 1.1
+        assert len(captured) == before + 2
+
+
+class Operations(TorchDispatchMode):
+    """Notes the name of every operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(function))
+        kinds = [part.dtype for part in args[1] if part is not None] if "index.Tensor" in str(function) else []
+        assert torch.bool not in kinds, "as many elements as are True: the host would have to wait for the number"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("filters", [{}, {"temperature": 0.8, "top_k": 9, "top_p": 0.9}], ids=str)
+def test_a_step_could_be_captured(
+    captured: list[int], filters: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads no number from the device, brings none there, and leaves everything where it was."""
+    from smart.sampler import _weights
+
+    sampler = Sampler(MUSICIANS[1], pad_id=PAD, eos_id=EOS, dtype=torch.bfloat16)
+    watched: list[Any] = []
+
+    def capture(step: Any) -> Any:
+        def watched_step() -> None:
+            with Operations() as operations:
+                step()
+            watched.append(operations.names)
+
+        return watched_step
+
+    monkeypatch.setattr("smart.sampler._capture", capture)
+    sampler.sample(torch.tensor([[PAD, BOS], [21, 30]]), max_new_tokens=3, grammar=GRAMMAR, **filters)
+    assert len(watched) == 3 and watched[0] == watched[1] == watched[2]
+    for name in ("_local_scalar_dense", "nonzero", "masked_select", "scalar_tensor", "where.Scalar", "lift_fresh",
+                 "is_nonzero", "equal.default"):  # fmt: skip
+        assert not [operation for operation in watched[0] if name in operation], name
+    (graph,) = sampler._graphs.values()
+
+    def addresses() -> list[int]:
+        slots = graph.slots
+        parts = [*_weights(slots.net), *(part for pair in slots.cache for part in pair), *(slots.stand or ())]
+        return [part.data_ptr() for part in (*parts, *(part for part in slots if isinstance(part, Tensor)))]
+
+    before = addresses()
+    sampler.sample(torch.tensor([[PAD, BOS], [21, 30]]), max_new_tokens=3, grammar=GRAMMAR, **filters)
+    assert addresses() == before
+
+
+def test_only_the_newest_graphs_are_kept(captured: list[int], model: Phi3ForCausalLM) -> None:
+    sampler = Sampler(model, pad_id=PAD, eos_id=EOS)
+    for rows in (1, 2, 3, 4, 5, 6, 6, 5, 1):
+        sampler.sample(random_prompts([3]), max_new_tokens=3, group_size=rows, generator=seeded(0))
+        assert len(sampler._graphs) <= 4
+    assert len(captured) == 7
+
+
+def test_without_a_graph_it_goes_on_step_by_step(
+    model: Phi3ForCausalLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(step: Any) -> Any:
+        step()
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr("smart.sampler.GRAPH_DEVICES", {"cpu"})
+    monkeypatch.setattr("smart.sampler._capture", refuse)
+    sampler = Sampler(model, pad_id=PAD, eos_id=EOS)
+    prompts = random_prompts([3, 5])
+    for _ in range(2):
+        rollout = sampler.sample(prompts, max_new_tokens=20, group_size=2, generator=seeded(5))
+        assert_same(rollout, stepwise(model, prompts, max_new_tokens=20, group_size=2, generator=seeded(5)))
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "no CUDA graph could be captured: operation not permitted" in said[0]
+
+
+@pytest.mark.parametrize("way", ["stepwise", "captured"])
+def test_who_watches_sees_the_rows_as_they_grow(model: Phi3ForCausalLM, way: str, request: Any) -> None:
+    if way == "captured":
+        request.getfixturevalue("captured")
+    seen: list[tuple[Tensor, Tensor]] = []
+    prompts = random_prompts([3, 4, 2])
+    options: dict[str, Any] = {"max_new_tokens": 50, "group_size": 8, "generator": seeded(10)}
+    rollout = Sampler(model, pad_id=PAD, eos_id=EOS).sample(
+        prompts, watch=lambda tokens, ended: seen.append((tokens.clone(), ended.clone())), **options
+    )
+    assert len(seen) >= 2
+    widths = [tokens.shape[1] - 4 for tokens, _ in seen]
+    assert widths == sorted(set(widths)) and widths[0] == 16
+    whole = torch.nn.functional.pad(rollout.tokens, (0, 50), value=PAD)
+    lengths = rollout.mask.sum(1)
+    ends = (rollout.tokens[:, 4:] == EOS).any(1)
+    for (tokens, ended), width in zip(seen, widths, strict=True):
+        assert torch.equal(tokens, whole[:, : 4 + width])
+        assert torch.equal(ended, ends & (lengths <= width))
+    assert len({int(ended.sum()) for _, ended in seen}) > 1
+
+
 # ------------------------------------------------------------------------------------------------- the draw
 
 
@@ -611,6 +820,21 @@ def test_under_a_grammar_an_ended_row_changes_no_other(monkeypatch: pytest.Monke
             assert torch.equal(ended.tokens[row, : 2 + count], endless.tokens[row, : 2 + count])
 
 
+def test_captured_step_under_grammars(captured: list[int]) -> None:
+    """Two grammars in turn, each with its own graph, and the same graph for rows that stand elsewhere."""
+    lax = replace(GRAMMAR, allowed=torch.ones_like(GRAMMAR.allowed))
+    sampler = Sampler(MUSICIANS[1], pad_id=PAD, eos_id=EOS)
+    for prompts in (
+        torch.tensor([[PAD, BOS], opening("TimeSig_3/4")]),
+        torch.tensor([opening("TimeSig_3/8", "Position_35", "Pitch_60")]).expand(2, -1),
+    ):
+        for grammar in (GRAMMAR, lax, None):
+            options: dict[str, Any] = {"max_new_tokens": 40, "group_size": 4, "grammar": grammar}
+            rollout = sampler.sample(prompts, generator=seeded(32), **options)
+            assert_same(rollout, stepwise(MUSICIANS[1], prompts, generator=seeded(32), **options))
+    assert len(captured) == 3
+
+
 def test_a_grammar_of_another_vocabulary_is_refused(model: Phi3ForCausalLM) -> None:
     with pytest.raises(ValueError, match="grammar: expected one of 23 tokens, got 413"):
         Sampler(model, pad_id=PAD, eos_id=EOS).sample(random_prompts([4]), max_new_tokens=3, grammar=GRAMMAR)
@@ -706,6 +930,39 @@ def test_broken_weights_are_reported(filters: dict[str, Any]) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("filters", [{}, {"temperature": 0.8, "top_k": 9, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cuda_graph(
+    dtype: torch.dtype, filters: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A captured step gives what the steps give one by one, for several sizes, and after the weights have moved."""
+    model = make_model(num_key_value_heads=2, initializer_range=0.15).cuda()
+    sampler = Sampler(model, pad_id=PAD, eos_id=EOS, dtype=dtype)
+    plain = Sampler(model, pad_id=PAD, eos_id=EOS, dtype=dtype)
+    plain._captures = False
+    widths: list[int] = []
+    for seed in range(3):
+        for lengths, group_size in (([4, 4], 8), ([2, 6, 3], 4), ([5], 1)):
+            options: dict[str, Any] = {"max_new_tokens": 50, "group_size": group_size, **filters}
+            prompts = random_prompts(lengths)
+            rollout = sampler.sample(
+                prompts, generator=seeded(seed), watch=lambda tokens, _: widths.append(tokens.shape[1]), **options
+            )
+            expected = plain.sample(prompts, generator=seeded(seed), **options)
+            if dtype == torch.float32:
+                assert torch.equal(rollout.tokens, expected.tokens)
+                torch.testing.assert_close(rollout.logprobs, expected.logprobs, atol=1e-4, rtol=0)
+            else:  # attention over more places rounds otherwise, and one other token changes all that follow
+                torch.testing.assert_close(rollout.logprobs[:, 0], expected.logprobs[:, 0], atol=0.1, rtol=0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.97)
+    assert len(sampler._graphs) == 3 and not plain._graphs
+    assert widths and capsys.readouterr().err == ""
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("lengths", [[4, 4], [2, 6]], ids=["equal", "left-padded"])
 def test_cuda(dtype: torch.dtype, lengths: list[int]) -> None:
@@ -746,3 +1003,25 @@ def test_cuda_under_a_grammar() -> None:
         grammar.playable(grammar.step(stand, rollout.tokens[:, 3]))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_share_of_a_batch_is_drawn_as_in_the_whole(tiny_model: Any) -> None:
+    """Shares of unequal size, whose rows end at other times, put together give the batch that one process draws."""
+    sampler = Sampler(tiny_model, pad_id=0, eos_id=2)
+    prompts = torch.randint(3, 413, (5, 4), generator=torch.Generator().manual_seed(1))
+    whole = sampler.sample(prompts, max_new_tokens=24, group_size=3, generator=torch.Generator().manual_seed(2))
+    for first, last in ((0, 2), (2, 5)):
+        generator = torch.Generator().manual_seed(2)
+        part = sampler.sample(
+            prompts[first:last], max_new_tokens=24, group_size=3, generator=generator, share=(3 * first, 15)
+        )
+        rows = slice(3 * first, 3 * last)
+        length = part.mask.shape[1]
+        assert torch.equal(part.tokens, whole.tokens[rows, : 4 + length])
+        assert torch.equal(part.mask, whole.mask[rows, :length]) and not whole.mask[rows, length:].any()
+        torch.testing.assert_close(part.logprobs, whole.logprobs[rows, :length], atol=1e-5, rtol=1e-5)
+        after = torch.Generator().manual_seed(2)
+        sampler.sample(prompts, max_new_tokens=24, group_size=3, generator=after)
+        assert torch.equal(generator.get_state(), after.get_state())
+    with pytest.raises(ValueError, match="share: expected 15 rows within the whole batch, got rows from 3 of 15"):
+        sampler.sample(prompts, max_new_tokens=2, group_size=3, share=(3, 15))

@@ -1,6 +1,7 @@
 """smart.scoring: completions to rewards through the real renderer, and clips that fail."""
 
 import math
+import random
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -11,11 +12,12 @@ import torch
 
 from smart.model import build_model
 from smart.prompts import draw
-from smart.render import RenderError, RenderPool
+from smart.render import RenderError, RenderPool, _played, load_soundfont, render_notes, score_notes
 from smart.reward import Reward, load_reward, resample
 from smart.sampler import Rollout, Sampler
-from smart.scoring import Rated, Scorer, completion_metrics
+from smart.scoring import Horizon, Rated, Scorer, completion_metrics
 from smart.tokens import build_grammar, build_tokenizer, decode, vocabulary
+from smart.track import Stopwatch
 
 RATE = 22050
 
@@ -100,6 +102,10 @@ def test_a_clip_that_failed_is_nan_and_counted(tokenizer: Any, pool: RenderPool)
     metrics = rated.metrics(3)
     assert metrics["clips/failed"] == 1 and math.isfinite(metrics["reward/mean"])
     nothing = scorer.collect([lost, lost])
+    listening = scorer.listen()
+    listening.futures = {1: lost, 0: lost}
+    with pytest.raises(FloatingPointError, match="none of 2 clips could be rated; 2 of them"):
+        listening.rate()
     assert nothing.failed == 2 and nothing.rewards.isnan().all()
     assert all(math.isnan(value) for key, value in nothing.metrics(2).items() if key == "reward/mean")
 
@@ -151,3 +157,210 @@ def test_a_reward_of_several_axes_is_combined(tokenizer: Any, pool: RenderPool) 
     assert rated.scores["LONG"].tolist() == pytest.approx([0.5, 1.5], abs=1e-3)
     expected = (rated.scores["LOUD"] - 3 * rated.scores["LONG"]) / 4
     torch.testing.assert_close(rated.rewards, expected)
+
+
+# ------------------------------------------------------------------------------ what will be heard is settled
+
+
+ALL = build_tokenizer("all")  # with a program before each note
+
+
+def write_music(tokenizer: Any, seed: int, length: int) -> list[int]:
+    """Tokens that look like music but keep no rule: positions and tempos anywhere, notes cut short, missing bars."""
+    draw = random.Random(seed)
+    kinds: dict[str, list[int]] = {}
+    for name, number in tokenizer.vocab.items():
+        kinds.setdefault(name.split("_")[0], []).append(number)
+    pitches = draw.sample(kinds["Pitch"], 6)  # few, so that notes are struck again while they sound
+    tempos = draw.choice([kinds["Tempo"], kinds["Tempo"][-8:], kinds["Tempo"][:8]])
+    disorder = draw.choice([0.0, 0.0, 0.1, 0.4])
+    weights = {"Bar": draw.choice([1, 2, 6]), "TimeSig": 0.5, "Tempo": draw.choice([0.0, 0.3, 1.0]), "Position": 3,
+               "Note": draw.choice([0.3, 3, 6])}  # fmt: skip
+    tokens: list[int] = []
+    while len(tokens) < length:
+        kind = draw.choices(list(weights), list(weights.values()))[0]
+        if draw.random() < disorder:
+            tokens.append(draw.choice(draw.choice(list(kinds.values()))))
+        elif kind == "Note":
+            tokens += [draw.choice(kinds["Program"])] if "Program" in kinds else []
+            tokens.append(draw.choice(draw.choice([pitches, kinds.get("PitchDrum", pitches)])))
+            tokens += [draw.choice(kinds["Velocity"]), draw.choice(kinds["Duration"])]
+        else:
+            tokens.append(draw.choice(tempos if kind == "Tempo" else kinds[kind]))
+    return tokens[:length]
+
+
+def heard(tokenizer: Any, tokens: Any, seconds: float) -> Any:
+    """What the synthesiser gets: the length of the clip, and every event within it, in order.
+
+    The number of an instrument's channel is left out: instruments that come later may shift it, not the order.
+    """
+    table = _played(score_notes(decode(tokenizer, tokens)), RATE)
+    limit = round(seconds * RATE)
+    if not len(table):
+        return 0, []
+    samples = min(limit, int(table[:, 1].max()))
+    table = table[table[:, 0] < samples]
+    table[:, 1] = table[:, 1].clip(max=samples)
+    return samples, np.delete(table, 2, axis=1).tolist()
+
+
+@pytest.mark.parametrize("vocabulary_", ["piano", "all"])
+@pytest.mark.parametrize("seconds", [1.0, 10.0, 600.0])
+def test_nothing_that_follows_a_settled_prefix_is_heard(tokenizer: Any, vocabulary_: str, seconds: float) -> None:
+    """Many rows of disorderly music, each cut where it is first called settled; 600 s is beyond 100 beats."""
+    tokenizer = ALL if vocabulary_ == "all" else tokenizer
+    horizon = Horizon(tokenizer, seconds=seconds)
+    length, settled, changed = 260, 0, 0
+    rows = torch.tensor([write_music(tokenizer, seed, length) for seed in range(150)])
+    open_rows = set(range(len(rows)))
+    for width in (*range(3, 40), *range(40, length, 9)):
+        found = horizon.settled(rows[:, :width])
+        for row in sorted(open_rows & set(found.nonzero()[:, 0].tolist())):
+            open_rows.remove(row)
+            settled += 1
+            assert heard(tokenizer, rows[row, :width], seconds) == heard(tokenizer, rows[row], seconds), (row, width)
+            whole = score_notes(decode(tokenizer, rows[row]))
+            changed += len(whole) != len(score_notes(decode(tokenizer, rows[row, :width])))
+        # once settled, always settled
+        assert found[sorted(set(range(len(rows))) - open_rows)].all()
+    assert settled > 30
+    assert changed > 5 or seconds == 600.0  # notes did follow
+
+
+@pytest.mark.parametrize("vocabulary_", ["piano", "all"])
+def test_the_clip_of_a_settled_prefix_is_bit_for_bit_the_whole_clip(tokenizer: Any, vocabulary_: str) -> None:
+    tokenizer = ALL if vocabulary_ == "all" else tokenizer
+    soundfont = load_soundfont("timgm")
+    horizon = Horizon(tokenizer, seconds=3.0)
+    rendered = 0
+    for seed in range(40):
+        tokens = torch.tensor(write_music(tokenizer, seed, 200))
+        widths = [width for width in range(8, 200, 8) if horizon.settled(tokens[None, :width])]
+        if widths and len(score_notes(decode(tokenizer, tokens))):
+            early, whole = (
+                render_notes(soundfont, score_notes(decode(tokenizer, part)), sample_rate=RATE, seconds=3.0)
+                for part in (tokens[: widths[0]], tokens)
+            )
+            np.testing.assert_array_equal(early, whole)
+            rendered += 1
+    assert rendered > 10
+
+
+def test_when_a_completion_is_settled_by_hand(tokenizer: Any) -> None:
+    def settled(names: str, seconds: float = 10.0) -> bool:
+        tokens = torch.tensor([[tokenizer.vocab[name] for name in names.split()]])
+        return bool(Horizon(tokenizer, seconds=seconds).settled(tokens))
+
+    start = "Bar_None TimeSig_4/4 Position_0 Tempo_120.0 "  # two seconds a bar
+    note = "Pitch_60 Velocity_127 Duration_1.0.12 "
+    assert not settled(start + note + 5 * "Bar_None " + note)  # the sixth bar begins at 10 s, too close to tell
+    assert settled(start + note + 6 * "Bar_None " + note)
+    assert not settled(start + note + 6 * "Bar_None " + "Pitch_60 Velocity_127")  # no note past 10 s yet
+    assert not settled(start + note + 6 * "Bar_None ")  # the clip may still end where its one note ends
+    assert not settled(start + note + 4 * "Bar_None " + "Position_47 " + note)  # near, in a bar that begins before
+    assert settled(start + note + 5 * "Bar_None " + note, seconds=9.9)
+    assert settled(start + note + 2 * "Bar_None " + "Position_0 Tempo_40.0 " + 2 * "Bar_None " + note)
+    assert not settled(start + note + 2 * "Bar_None " + "Position_0 Tempo_250.0 " + 3 * "Bar_None " + note)
+    assert settled(start + 24 * "Bar_None ", seconds=600.0) is False
+    assert settled(start + 25 * "Bar_None ", seconds=600.0)  # 100 beats
+    assert not settled(26 * "Bar_None ", seconds=600.0)  # the time signature may still come, and hold from the start
+    assert not settled(9 * "Bar_None " + "TimeSig_3/8 " + note)  # it holds from the start: 0.75 s a bar
+    assert settled("Position_0 " + note + 6 * "Bar_None " + "TimeSig_3/8 " + note)  # it comes after a note: 4/4 before
+
+
+def test_rests_move_bars_so_nothing_is_settled_early() -> None:
+    from miditok import REMI, TokenizerConfig
+
+    tokenizer = REMI(TokenizerConfig(use_rests=True, use_tempos=True, use_time_signatures=True))
+    names = ["Bar_None", "TimeSig_4/4", "Pitch_60", "Velocity_127", "Duration_1.0.8", *["Bar_None"] * 99]
+    tokens = torch.tensor([[tokenizer.vocab[name] for name in [*names, *names[2:5]]]])
+    assert not Horizon(tokenizer, seconds=1.0).settled(tokens).any()
+
+
+class Stage:
+    """A pool whose clips are rendered at once, and arrive only when the test says so; notes what was asked for."""
+
+    def __init__(self) -> None:
+        self.soundfont = load_soundfont("timgm")
+        self.waiting: dict[Future[Any], Any] = {}
+
+    def submit(self, score: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self.waiting[future] = render_notes(self.soundfont, score_notes(score), sample_rate=RATE, seconds=2.0)
+        return future
+
+    def arrive(self, futures: list[Future[Any]]) -> None:
+        for future in futures:
+            future.set_result(self.waiting.pop(future))
+
+
+class Recorded(Reward):
+    """Loudness, and which batches it was asked to rate, in which order."""
+
+    axes = ("LOUD",)
+    sample_rate = 8000
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches: list[list[float]] = []
+
+    def rate(self, audio: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
+        loud = audio.square().sum(dim=1)
+        self.batches.append(loud.tolist())
+        return {"LOUD": loud}
+
+
+def test_clips_are_submitted_while_others_are_drawn_and_rated_as_they_arrive(tokenizer: Any) -> None:
+    """The same scores whether all was submitted at the end or as it settled, and whatever arrives first."""
+    rows = [write_music(tokenizer, seed, 84) for seed in range(12)]
+    for row, end in ((3, 30), (7, 83)):
+        rows[row][end:] = [vocabulary(tokenizer).eos_id] + [0] * (83 - end)
+    tokens = torch.tensor(rows)
+    ends = torch.tensor([end + 1 if end else 99 for end in (0, 0, 0, 30, 0, 0, 0, 83, 0, 0, 0, 0)])
+    rollout = Rollout(tokens, torch.arange(4, 84) < ends[:, None], torch.zeros(12, 80))
+
+    stage, reward = Stage(), Recorded()
+    scorer = Scorer(tokenizer, stage, reward, sample_rate=RATE, seconds=2.0, batch=4)
+    late = scorer.submit(rollout)
+    stage.arrive(late)
+    expected = scorer.collect(late)
+    assert len(reward.batches) == 3 and len(expected.rewards.unique()) > 6
+
+    for seed in range(3):
+        stopwatch = Stopwatch()
+        clips = scorer.listen(stopwatch)
+        counts = []
+        for width in (16, 36, 52, 68):
+            clips.look(tokens[:, :width], ends <= width)
+            counts.append(len(clips.futures))
+        assert 0 < counts[0] < counts[-1] < 12
+        futures = clips.finish(rollout)
+        stage.arrive(random.Random(seed).sample(futures, 12))
+        rated = scorer.collect(futures, stopwatch=stopwatch)
+        assert torch.equal(rated.rewards, expected.rewards)
+        assert (rated.failed, rated.silent) == (expected.failed, expected.silent)
+        stages = [span.stage for span in stopwatch.spans]
+        assert stages.count("render") == stages.count("wait") == stages.count("rate") == 12
+
+
+def test_a_batch_waits_for_its_own_clips_only(tokenizer: Any) -> None:
+    """Row 1 arrives only once the reward has rated the rows of the other batch."""
+    stage = Stage()
+
+    class Patient(Recorded):
+        def rate(self, audio: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
+            answer = super().rate(audio, lengths)
+            stage.arrive(slow[:1])
+            slow.clear()
+            return answer
+
+    reward = Patient()
+    scorer = Scorer(tokenizer, stage, reward, sample_rate=RATE, seconds=2.0, batch=2)
+    clips = scorer.submit(rollout_of(tokenizer, NOTE, HIGH, NOTE + HIGH, [*NOTE, "Position_24", *HIGH]))
+    slow = [clips[1]]
+    stage.arrive([clips[3], clips[0], clips[2]])
+    rated = scorer.collect(clips, keep=[1])
+    assert rated.rewards.isfinite().all() and rated.audio[1] is not None
+    assert [len(batch) for batch in reward.batches] == [2, 2]
+    assert reward.batches[0] == rated.rewards[2:].tolist() and reward.batches[1] == rated.rewards[:2].tolist()

@@ -10,7 +10,7 @@ import soundfile
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from smart import UserError
-from smart.plots import curves
+from smart.plots import curves, timeline
 from smart.track import Stopwatch, Tracker, prepare, read_metrics, summarise, write_wav
 
 CONFIG = '[run]\nname = "a"\n\n[grpo]\nbeta = 0.04\n\n[render]\nworkers = 2\n'
@@ -104,6 +104,29 @@ def test_curves_are_drawn(tmp_path: Path) -> None:
 def test_stopwatch_adds_up() -> None:
     watch = Stopwatch()
     watch.lap("one")
+    with watch.timed("within_two"):
+        pass
     watch.lap("two")
     assert list(watch.laps) == ["seconds/one", "seconds/two"]
     assert all(value >= 0 for value in watch.laps.values())
+    watch.span("render", 1.0, 3.0, "worker-1")
+    watch.span("render", 2.0, 2.5, "worker-2")
+    metrics = watch.metrics()
+    assert metrics["seconds/iteration"] == sum(watch.laps.values())  # what went on beside is not counted twice
+    assert metrics["seconds/render"] == 2.5 and 0 <= metrics["seconds/within_two"] <= metrics["seconds/two"]
+
+
+def test_a_trace_holds_every_span_in_its_lane(tmp_path: Path) -> None:
+    watch = Stopwatch()
+    watch.lap("generate")
+    start = watch.spans[0].start
+    watch.span("render", start + 1.0, start + 3.0, "worker-1")
+    watch.write(tmp_path / "traces" / "1.json")
+    events = json.loads((tmp_path / "traces" / "1.json").read_text())["traceEvents"]
+    lanes = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    spans = {event["name"]: event for event in events if event["ph"] == "X"}
+    assert lanes == {0: "main", 1: "worker-1"}
+    assert (spans["generate"]["ts"], spans["generate"]["tid"], spans["render"]["tid"]) == (0, 0, 1)
+    figure = timeline(tmp_path / "traces" / "1.json")
+    assert figure == tmp_path / "traces" / "1.png" and figure.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert spans["render"]["ts"] == pytest.approx(1e6) and spans["render"]["dur"] == pytest.approx(2e6)

@@ -1,0 +1,184 @@
+"""smart.distributed: real processes that talk over gloo, compared with one process; and one that dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_runs import arguments, base, metrics, run, start  # noqa: F401 (base is a fixture)
+
+from smart.distributed import World
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def test_shares_are_neighbours_and_complete() -> None:
+    for count in range(1, 20):
+        for size in range(1, 6):
+            shares = [World(torch.device("cpu"), rank, size).share(count) for rank in range(size)]
+            assert [row for share in shares for row in share] == list(range(count))
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_alone_nothing_is_exchanged() -> None:
+    world = World(torch.device("cpu"))
+    assert world.lead and world.gather("a") == ["a"] and world.sum(1.5, 2) == [1.5, 2] and not world.any(False)
+
+
+EXCHANGES = """
+import torch
+from smart.distributed import join
+
+with join(torch.device("cpu")) as world:
+    assert world.size == world.neighbours == 2 and world.lead == (world.rank == 0)
+    assert world.sum(world.rank + 1, 0.5) == [3.0, 1.0]
+    assert world.any(world.rank == 1) and not world.any(False)
+    parts = world.gather({"rank": world.rank, "rows": torch.arange(world.rank + 1)})
+    assert [part["rank"] for part in parts] == [0, 1] and parts[1]["rows"].tolist() == [0, 1]
+    weights = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))]
+    for weight in weights:
+        weight.grad = torch.full_like(weight, 10.0 ** world.rank)
+    world.sum_gradients(weights)
+    assert all((weight.grad == 11).all() for weight in weights)
+"""
+
+GRADIENTS = """
+import sys
+import torch
+from safetensors.torch import save_file
+sys.path.insert(0, sys.argv[1])
+from conftest import make_tiny_model
+from test_grpo import gradients
+from smart.distributed import join
+from smart.tokens import build_tokenizer
+
+model = make_tiny_model(build_tokenizer())
+with join(torch.device("cpu")) as world:
+    for average in ("token", "sequence", "constant"):
+        found, stats = gradients(model, world=world, average=average, micro_batch=3)
+        found |= {f"stats.{key}": torch.tensor(value) for key, value in stats.items()}
+        save_file(found, f"{average}-{world.rank}.safetensors")
+"""
+
+
+def torchrun(script: str, folder: Path, *args: str) -> None:
+    (folder / "script.py").write_text(script)
+    done = subprocess.run(
+        [*TORCHRUN, "script.py", *args],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_exchanges(tmp_path: Path) -> None:
+    torchrun(EXCHANGES, tmp_path)
+
+
+def test_two_processes_have_the_gradient_of_one(tmp_path: Path, tiny_model: Any) -> None:
+    from test_grpo import gradients
+
+    torchrun(GRADIENTS, tmp_path, str(Path(__file__).parent))
+    for average in ("token", "sequence", "constant"):
+        one, stats = gradients(tiny_model, average=average, micro_batch=3)
+        for rank in (0, 1):
+            two = load_file(tmp_path / f"{average}-{rank}.safetensors")
+            for name, gradient in one.items():
+                torch.testing.assert_close(two[name], gradient, atol=1e-6, rtol=1e-5)
+            for key, value in stats.items():
+                assert two[f"stats.{key}"].item() == pytest.approx(value, rel=1e-4, abs=1e-7), key
+
+
+def launch(*args: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*TORCHRUN, "-m", "smart.grpo", *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def workers_of(launcher: int) -> dict[int, int]:
+    """Process ids by rank of the processes that torchrun started."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            environment = (entry / "environ").read_bytes().split(b"\0")
+        except (OSError, IndexError):
+            continue
+        rank = next((int(part[5:]) for part in environment if part.startswith(b"RANK=")), None)
+        if parent == launcher and rank is not None:
+            found[rank] = int(entry.name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def together(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811 (the fixture)
+    """A run of two processes that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("together")
+    process = launch("--config", "quickstart.toml", *arguments(base, folder, **{"grpo.prompts": 3}))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return folder / "r"
+
+
+def test_two_processes_tune_as_one_does(base: Path, together: Path, tmp_path: Path) -> None:  # noqa: F811 (the fixture)
+    """Three prompts for two processes: one writes for both, and the samples are those of one process."""
+    status, output = run("grpo", "--config", "quickstart.toml", *arguments(base, tmp_path, **{"grpo.prompts": 3}))
+    assert status == 0, output
+    one, two = metrics(tmp_path / "r"), metrics(together)
+    assert [row["step"] for row in two] == [row["step"] for row in one] == [1, 2, 3, 4, 5, 6]
+    for key in (
+        "reward/mean",
+        "reward/std",
+        "policy/kl",
+        "policy/grad_norm",
+        "completions/length",
+        "clips/silent_rate",
+    ):
+        assert two[0][key] == pytest.approx(one[0][key], rel=1e-4, abs=1e-7), key
+    tokens = [pq.read_table(folder / "completions")["tokens"].to_pylist() for folder in (tmp_path / "r", together)]
+    assert tokens[0][:9] == tokens[1][:9] and len({tuple(row) for row in tokens[1][:9]}) > 5  # distinct samples
+    first, second = (sorted(p.name for p in (f / "final").iterdir()) for f in (tmp_path / "r", together))
+    assert first == second
+    a, b = (load_file(folder / "tuned" / "model.safetensors") for folder in (tmp_path / "r", together))
+    for name, weights in a.items():
+        torch.testing.assert_close(b[name], weights, atol=2e-3, rtol=0)
+
+
+def test_a_process_that_dies_ends_the_run_with_its_name(base: Path, together: Path, tmp_path: Path) -> None:  # noqa: F811
+    more = arguments(base, tmp_path, **{"grpo.prompts": 3})
+    process = launch("--config", "quickstart.toml", *more)
+    while not list(tmp_path.glob("r/checkpoints/0*")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(workers_of(process.pid)[1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "rank      : 1" in output and "Signal 9 (SIGKILL)" in output
+    process = launch("--config", "quickstart.toml", *more, "--resume")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert metrics(tmp_path / "r") == metrics(together)
+    weights = "tuned/model.safetensors"
+    assert (tmp_path / "r" / weights).read_bytes() == (together / weights).read_bytes()
+
+
+def test_fewer_prompts_than_processes_are_refused(base: Path, tmp_path: Path) -> None:  # noqa: F811 (the fixture)
+    process = launch("--config", "quickstart.toml", *arguments(base, tmp_path, **{"grpo.prompts": 1}))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "grpo.prompts = 1: expected at least one for each of 2 processes" in output
