@@ -105,7 +105,7 @@ def test_a_clip_that_failed_is_nan_and_counted(tokenizer: Any, pool: RenderPool)
     listening = scorer.listen()
     listening.futures = {1: lost, 0: lost}
     with pytest.raises(FloatingPointError, match="none of 2 clips could be rated; 2 of them"):
-        listening.rate()
+        listening.rate().check()
     assert nothing.failed == 2 and nothing.rewards.isnan().all()
     assert all(math.isnan(value) for key, value in nothing.metrics(2).items() if key == "reward/mean")
 
