@@ -249,10 +249,8 @@ def prepare(out: Path, settings: dict[str, Any]) -> int:
             out.mkdir(parents=True, exist_ok=True)
             checkpoint.write_atomically(out / SETTINGS, text.encode())
         rows = read_table(out)
-        if rows:
-            head = ",".join(rows[0]) + "\n"
-            body = "".join(",".join(row.values()) + "\n" for row in rows)
-            checkpoint.write_atomically(out / TABLE, (head + body).encode())
+        lines = [list(rows[0]), *(list(row.values()) for row in rows)] if rows else []
+        checkpoint.write_atomically(out / TABLE, "".join(",".join(line) + "\n" for line in lines).encode())
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
     return len(rows)

@@ -230,6 +230,10 @@ def test_a_killed_command_goes_on(tmp_path: Path) -> None:
     for path in (tmp_path / "whole").iterdir():
         assert (out / path.name).read_bytes() == path.read_bytes(), path.name
     assert generate("--out", out, *arguments).exit_code == 0  # nothing left to do
+    for cut in ("piece,fi", "piece,file,notes,seconds,tokens,unplayable,candidate\n"):  # before the first piece
+        (out / "pieces.csv").write_text(cut)
+        assert generate("--out", out, *arguments).exit_code == 0
+        assert (out / "pieces.csv").read_bytes() == (tmp_path / "whole" / "pieces.csv").read_bytes()
 
 
 @pytest.mark.parametrize(
