@@ -113,8 +113,7 @@ SHORT = (
 def test_iteration(tmp_path: Path) -> None:
     table, found = run("iteration.py", f"--config quickstart.toml {SHORT}", cwd=tmp_path)
     assert "share" in table and "busiest" in table
-    shares = [share for stage, share in found["share"].items() if stage != "iteration"]
-    assert sum(shares) == pytest.approx(1)
+    assert sum(found["share"].values()) == pytest.approx(1, abs=0.02)  # of medians
     assert set(found["seconds_alone"]) == {"generate", "reference", "render", "score", "learn"}
     if found["device"] == "cpu":
         assert found["busiest_resource"] == "CPU"
