@@ -474,7 +474,7 @@ def test_two_processes_learn_what_one_does(corpus: Path, tmp_path: Path) -> None
     one, two = curve(tmp_path / "one" / "r"), curve(tmp_path / "two" / "r")
     assert [row["step"] for row in two] == [1, 2, 3]  # one metrics file
     for key in ("loss", "gradient_norm"):
-        assert two[0][key] == pytest.approx(one[0][key], rel=1e-6)  # before rounding is amplified by AdamW
+        assert two[0][key] == pytest.approx(one[0][key], rel=1e-5)  # before rounding is amplified by AdamW
         assert two[2][key] == pytest.approx(one[2][key], rel=1e-4)
     assert two[2]["validation_loss"] == pytest.approx(one[2]["validation_loss"], rel=1e-5)
 
