@@ -16,6 +16,8 @@ from miditok import REMI
 from miditok.utils import get_score_ticks_per_beat
 from symusic.core import NoteTickList, ScoreTick, TempoTick, TempoTickList, TimeSignatureTickList, TrackTick
 
+from smart.tokens import last_of_each_tick
+
 Ints = npt.NDArray[np.int64]
 
 # what a configuration must not use; each adds tokens that this writer does not know
@@ -200,6 +202,8 @@ class FastRemi:
             tick[event[tempos]].astype(np.int32),
             np.array([TempoTick(0, float(bpm)).mspq for bpm in value[tempos, 0]], dtype=np.int32),
         )
+        # a first encoding may hold one position twice, where a time signature ends within a bar
+        score.tempos = last_of_each_tick(score.tempos, TempoTickList)
         every = np.flatnonzero((kind == "Pitch") | (kind == "PitchDrum"))
         programs = value[every - 1, 0].astype(np.int64) if self.programs else np.zeros(len(every), np.int64)
         for program in dict.fromkeys(programs.tolist()):  # tracks in the order of their first notes, as MidiTok has it

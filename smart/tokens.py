@@ -268,14 +268,15 @@ def decode(tokenizer: REMI, ids: Sequence[int] | npt.NDArray[Any] | torch.Tensor
     score: ScoreTick = tokenizer.decode(sequence if tokenizer.one_token_stream else [sequence])
     # positions that run backwards leave events out of order, which would upset whoever turns ticks into
     # seconds
-    score.tempos = _last_of_each_tick(score.tempos, TempoTickList)
-    score.time_signatures = _last_of_each_tick(score.time_signatures, TimeSignatureTickList)
+    score.tempos = last_of_each_tick(score.tempos, TempoTickList)
+    score.time_signatures = last_of_each_tick(score.time_signatures, TimeSignatureTickList)
     for track in score.tracks:
         track.notes.sort()
     return score
 
 
-def _last_of_each_tick(events: Any, kind: Any) -> Any:
+def last_of_each_tick(events: Any, kind: Any) -> Any:
+    """A symusic list of events by tick; of those at one tick the last stays."""
     columns = events.numpy()
     times = columns["time"]
     if np.all(np.diff(times) > 0):
