@@ -509,6 +509,20 @@ def test_decode_is_fast(tokenizer: REMI) -> None:
 # --- The vectorised encoder -----------------------------------------------------------------------------------------
 
 
+def test_of_two_tempos_at_one_tick_the_last_holds() -> None:
+    """Where a time signature ends within a bar, a first encoding holds one tick twice."""
+    score = ScoreTick(12)
+    for tick, numerator, denominator in ((0, 3, 2), (1, 5, 8), (2, 3, 2)):
+        score.time_signatures.append(TimeSignatureTick(tick, numerator, denominator))
+    for tick in (2, 3):
+        score.tempos.append(TempoTick(tick, mspq=500_000))
+    track = TrackTick()
+    track.notes.append(NoteTick(2, 1, 60, 64))
+    score.tracks.append(track)
+    tokens = FAST.encode(score)
+    assert_same_music(FAST.decode(tokens), decode(TOKENIZER, tokens))
+
+
 @settings(max_examples=150, deadline=None)
 @given(scores())
 def test_fast_remi_writes_what_miditok_writes(score: ScoreTick) -> None:
