@@ -75,7 +75,7 @@ def test_a_small_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     monkeypatch.setattr(smart.doctor, "_available_memory", lambda: 1 << 30)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
     code, rows = ask("--set", f"run.folder={tmp_path}", "--set", "render.workers=999")
-    assert code == 1 and rows["disk"][0] == "MISSING" and "0.00 GiB free" in rows["disk"][1]
+    assert code == 1 and rows["disk"][0] == "MISSING" and "0.0 GiB free" in rows["disk"][1]
     assert rows["memory"][0] == "note" and "micro_batch" in rows["memory"][2]
     assert rows["cores"][0] == "note" and "render.workers=0" in rows["cores"][2]
 
