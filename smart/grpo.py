@@ -32,10 +32,9 @@ import signal
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import click
 import torch
 
-from smart import UserError, checkpoint, distributed, require, track
+from smart import Failure, UserError, checkpoint, distributed, require, track
 from smart.bank import BankPool, open_renderer
 from smart.config import Config, Grpo, dumps, load
 from smart.distributed import World
@@ -271,7 +270,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
 
     With ``resume`` it goes on from the last checkpoint, exactly. Started by ``torchrun``, each process draws, renders
     and rates whole groups of its own, and learns from them. Raises ``UserError`` for what the user can mend and
-    ``click.ClickException`` where training cannot go on.
+    ``Failure`` where training cannot go on.
     """
     with distributed.join(pick_device(config.run.device)) as world:
         return _train(config, world, resume=resume, overwrite=overwrite)
@@ -339,7 +338,14 @@ def _train(config: Config, world: World, *, resume: bool, overwrite: bool) -> Pa
         track.progress(total=settings.iterations, initial=done, unit="iteration", show=world.lead) as bar,
         checkpoint.StopRequest() as stop,
     ):
-        scorer = Scorer(tokenizer, pool, parts.reward, sample_rate=render.sample_rate, seconds=render.seconds)
+        scorer = Scorer(
+            tokenizer,
+            pool,
+            parts.reward,
+            sample_rate=render.sample_rate,
+            seconds=render.seconds,
+            deadline=config.reward.deadline,
+        )
         run.say(f"run {folder}: base {parts.base} on {device}, {done} of {settings.iterations} iterations done")
         run.say(f"reward: {parts.reward.provenance}")
         for step in range(done + 1, settings.iterations + 1):
@@ -389,8 +395,8 @@ def _train(config: Config, world: World, *, resume: bool, overwrite: bool) -> Pa
                     world=world,
                 )
                 watch.lap("learn")
-            except FloatingPointError as error:
-                raise click.ClickException(
+            except (FloatingPointError, Failure) as error:
+                raise Failure(
                     f"iteration {step} stopped before it changed the weights: {error}. "
                     f"The last good checkpoint is {checkpoint.latest(folder / 'checkpoints')}."
                 ) from None
