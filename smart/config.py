@@ -87,6 +87,7 @@ class RewardConfig:
     weights: dict[str, float] = field(default_factory=dict)
     # handed to the reward: model, dtype, ...
     options: dict[str, Any] = field(default_factory=dict, metadata={"reserved": ("kind", "weights", "device")})
+    deadline: float = _number(600.0, above=0.0, high=86_400.0)  # seconds that a batch of 16 clips may take
 
 
 @dataclass(frozen=True)

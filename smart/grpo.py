@@ -35,11 +35,10 @@ import signal
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import click
 import torch
 from safetensors.torch import save_file
 
-from smart import UserError, checkpoint, distributed, require, track
+from smart import Failure, UserError, checkpoint, distributed, require, track
 from smart.bank import BankPool, open_renderer
 from smart.config import Config, Grpo, dumps, load
 from smart.distributed import World
@@ -277,7 +276,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
 
     With ``resume`` it goes on from the last checkpoint, exactly. Started by ``torchrun``, each process draws, renders
     and rates whole groups of its own, and learns from them. Raises ``UserError`` for what the user can mend and
-    ``click.ClickException`` where training cannot go on.
+    ``Failure`` where training cannot go on.
     """
     with distributed.join(pick_device(config.run.device)) as world:
         return _train(config, world, resume=resume, overwrite=overwrite)
@@ -352,7 +351,14 @@ def _train(config: Config, world: World, *, resume: bool, overwrite: bool) -> Pa
         track.progress(total=settings.iterations, initial=done, unit="iteration", show=world.lead) as bar,
         checkpoint.StopRequest() as stop,
     ):
-        scorer = Scorer(tokenizer, pool, parts.reward, sample_rate=render.sample_rate, seconds=render.seconds)
+        scorer = Scorer(
+            tokenizer,
+            pool,
+            parts.reward,
+            sample_rate=render.sample_rate,
+            seconds=render.seconds,
+            deadline=config.reward.deadline,
+        )
         watch = track.Stopwatch()
 
         def draw_batch() -> tuple[Rollout, Clips]:
@@ -413,8 +419,8 @@ def _train(config: Config, world: World, *, resume: bool, overwrite: bool) -> Pa
                     world=world,
                 )
                 watch.lap("learn")
-            except FloatingPointError as error:
-                raise click.ClickException(
+            except (FloatingPointError, Failure) as error:
+                raise Failure(
                     f"iteration {step} stopped before it changed the weights: {error}. "
                     f"The last good checkpoint is {checkpoint.latest(folder / 'checkpoints')}."
                 ) from None

@@ -10,11 +10,14 @@ clips arrive: batches are made of neighbouring rows.
 """
 
 import math
+import os
+import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, as_completed
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +26,9 @@ import torch
 from miditok.constants import TIME_SIGNATURE
 from symusic.core import TempoTick
 
+from smart import Failure
 from smart.distributed import World
+from smart.hub import brief
 from smart.render import Renderer, RenderError
 from smart.reward import Reward, resample
 from smart.sampler import Rollout
@@ -272,6 +277,10 @@ class Scorer:
 
     ``sample_rate`` (Hz) and ``seconds`` are those of the pool; the shorter ``seconds``, the sooner a completion is
     settled, and clips must not be longer. Without a ``reward`` it only listens: it cannot ``collect``.
+
+    A reward that raises is ``smart.Failure``, which names it. One that gives no answer within ``deadline`` seconds for
+    a batch ends the process with a line that says so: nothing else stops a computation that hangs, and a run keeps
+    what it saved.
     """
 
     def __init__(
@@ -283,6 +292,7 @@ class Scorer:
         sample_rate: int,
         seconds: float = math.inf,
         batch: int = 16,
+        deadline: float = math.inf,
     ) -> None:
         self.tokenizer = tokenizer
         self.pool = pool
@@ -291,6 +301,7 @@ class Scorer:
         self.horizon = Horizon(tokenizer, seconds=seconds)
         self.batch = batch
         self.busy_until: dict[str, float] = {}  # of each worker: when it rendered its last clip
+        self.deadline = deadline
 
     def listen(self, stopwatch: Stopwatch | None = None) -> Clips:
         """To be shown a batch while it is drawn (``Clips.look``), and once at its end (``Clips.finish``)."""
@@ -339,7 +350,8 @@ class Scorer:
                     awaited[number] -= 1
                     if not awaited[number]:
                         rows = range(number * self.batch, min((number + 1) * self.batch, len(clips)))
-                        _rate(reward, mono, rows, scores)
+                        with _within(self.deadline, f"reward {reward.name}"):
+                            _rate(reward, mono, rows, scores)
         return Rated(
             rewards=reward.combine(scores),
             scores=scores,
@@ -349,6 +361,26 @@ class Scorer:
         )
 
 
+@contextmanager
+def _within(seconds: float, what: str) -> Iterator[None]:
+    """End the process if this takes longer than ``seconds``. A computation that never lets go of the GIL escapes it."""
+
+    def end() -> None:
+        sys.stderr.write(
+            f"Error: {what} gave no answer within {seconds:g} s; this process ends, what was saved is kept\n"
+        )
+        sys.stderr.flush()
+        os._exit(1)
+
+    timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _rate(reward: Reward, mono: list[torch.Tensor | None], rows: range, scores: dict[str, torch.Tensor]) -> None:
     """Rate one batch of ``mono``, which is forgotten, and write into ``scores``; a clip that failed stays NaN."""
     heard = {row: wave for row in rows if (wave := mono[row]) is not None}
@@ -356,7 +388,11 @@ def _rate(reward: Reward, mono: list[torch.Tensor | None], rows: range, scores: 
         return
     padded = torch.nn.utils.rnn.pad_sequence(list(heard.values()), batch_first=True)
     lengths = torch.tensor([len(wave) for wave in heard.values()])
-    for axis, values in reward.score(padded, lengths).items():
+    try:
+        rated = reward.score(padded, lengths)
+    except Exception as error:  # whatever is wrong with it, nothing can be learnt without it
+        raise Failure(f"reward {reward.name} failed on {len(heard)} clips ({brief(error)})") from error
+    for axis, values in rated.items():
         scores[axis][list(heard)] = values.cpu()
     for row in rows:
         mono[row] = None

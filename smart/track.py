@@ -102,6 +102,7 @@ MAY_CHANGE = (
     "run.name",
     "render.workers",
     "render.deadline",
+    "reward.deadline",
     "track.trace_every",
 )  # without changing what comes out
 
