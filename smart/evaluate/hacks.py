@@ -1,0 +1,8 @@
+"""Stub."""
+
+import click
+
+
+@click.command()
+def main() -> None:
+    """Stub."""
