@@ -21,16 +21,17 @@ import click
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
-from symusic.core import ScoreTick
 
 from smart import UserError, require
 from smart.evaluate.ratings import (
+    MIDI,
     Audio,
     Row,
     announce,
     columns,
     load_rewards,
     rate,
+    read_score,
     reward_options,
     table,
     with_interval,
@@ -43,7 +44,6 @@ from smart.soundfonts import check_soundfont, find_soundfont
 from smart.track import progress, read_audio
 
 WINDOW_SECONDS = 10
-MIDI = (".mid", ".midi")
 SILENCE, NOISE = "silence", "white noise"
 BUILT_IN_RATE = 16000  # Hz of the two rows
 NOISE_LEVEL = 0.1  # standard deviation
@@ -97,14 +97,10 @@ def read(path: Path, pool: RenderPool | None, seconds: float) -> tuple[Audio, in
     if path.suffix.lower() not in MIDI:
         return read_audio(path, seconds)
     assert pool is not None
-    if not path.is_file():
-        raise UserError(f"MIDI file {path}: no such file")
     try:
-        audio = pool.submit(score_notes(ScoreTick(path), max_beats=math.inf)).result()
-    except RenderError as error:
+        audio = pool.submit(score_notes(read_score(path), max_beats=math.inf)).result()
+    except (RenderError, ValueError) as error:  # ValueError: impossible notes
         raise UserError(f"MIDI file {path} cannot be rendered ({error})") from error
-    except (RuntimeError, ValueError, TypeError, OverflowError) as error:  # a parser's own errors
-        raise UserError(f"MIDI file {path} cannot be read ({str(error).splitlines()[0][:200]})") from error
     return audio.mean(axis=0), pool.sample_rate
 
 

@@ -12,9 +12,11 @@ import click
 import numpy as np
 import numpy.typing as npt
 import torch
+from symusic.core import ScoreTick
 
 from smart import UserError
 from smart.checkpoint import write_atomically
+from smart.midi import Limits, Reject, check_structure
 from smart.model import pick_device
 from smart.render import RenderError, RenderPool
 from smart.reward import Reward, load_reward, read_options, resample
@@ -23,6 +25,7 @@ from smart.track import progress
 Audio = npt.NDArray[np.float32]
 Row = dict[str, Any]
 
+MIDI = (".mid", ".midi")
 RESAMPLES = 2000  # of a bootstrap
 TOGETHER = 32  # clips that are in memory at a time
 MEAN = "mean"  # column of the mean over the axes of a reward that has several (the last row of the paper's table 2)
@@ -171,6 +174,20 @@ class Kept:
             ]
             write_csv(self._table, rows)
         return self.units[unit]
+
+
+def read_score(path: Path) -> ScoreTick:
+    """The music of a MIDI file. Raises ``UserError`` where it is missing, damaged or no MIDI file."""
+    try:
+        data = path.read_bytes()
+        check_structure(data, Limits())  # the parser would take a truncated file for a short one
+        return ScoreTick.from_midi(data)
+    except OSError as error:
+        raise UserError(f"MIDI file {path}: cannot be read ({error.strerror})") from error
+    except Reject as reject:
+        raise UserError(f"MIDI file {path}: {': '.join(filter(None, reject.args))}") from reject
+    except (RuntimeError, ValueError, OverflowError) as error:  # the parser's own errors
+        raise UserError(f"MIDI file {path}: cannot be parsed ({str(error).splitlines()[0][:200]})") from error
 
 
 # Numbers ----------------------------------------------------------------------------------------------------
