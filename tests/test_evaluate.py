@@ -224,6 +224,7 @@ def test_soundfonts_compares_the_same_pieces_and_goes_on_where_it_was(
     assert [row["soundfont"] for row in means] == ["timgm", "other"] and means[0]["mean"] == means[1]["mean"]
     assert [(row["measure"], float(row["mean"])) for row in agreed] == [("spearman", 1.0), ("kendall_w", 1.0)]
     assert float(means[0]["low"]) < float(means[0]["mean"]) < float(means[0]["high"]) and means[0]["n"] == "4"
+    assert float(means[1]["difference"]) == 0 == float(means[1]["difference_high"])
     assert "Kendall's W" in output and all((out / f"soundfonts{kind}").stat().st_size for kind in (".png", ".pdf"))
     clips = [render_notes("timgm", score_notes(music(seed)), sample_rate=RATE, seconds=3) for seed in range(4)]
     scored = load_reward("ce_proxy").score(torch.stack([torch.from_numpy(clip.mean(axis=0)) for clip in clips]))["CE"]
