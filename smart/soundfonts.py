@@ -100,6 +100,12 @@ def available_soundfonts() -> dict[str, Path]:
     return {name: path for name, known in _KNOWN.items() if (path := _search(known)) is not None}
 
 
+def package_of(name: str) -> str:
+    """The Debian package that installs the soundfont of a short name; empty where there is none."""
+    known = _KNOWN.get(name.lower())
+    return known.debian if known else ""
+
+
 def _folders() -> list[Path]:
     """Where soundfonts are looked for, first come first served."""
     own = [folder for folder in os.environ.get("SMART_SOUNDFONTS", "").split(os.pathsep) if folder]

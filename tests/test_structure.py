@@ -14,7 +14,7 @@ GROUND = {"config", "tokens", "model", "checkpoint", "track", "shards", "hub", "
 GROUND |= {"remi", "midi", "midi_pool", "distributed", "regions"}
 ROOMS = {"prompts", "sampler", "render", "bank", "scoring", "reward", "reward.audiobox", "reward.ce_proxy", "plots"}
 ROOMS |= {"compare", "features", "diversity"}
-PROGRAMS = {"grpo", "pretrain", "generate", "corpus", "reward.calibrate", "evaluate"}
+PROGRAMS = {"grpo", "pretrain", "generate", "corpus", "doctor", "reward.calibrate", "evaluate"}
 
 
 def modules() -> dict[str, Path]:
@@ -74,7 +74,7 @@ def test_importing_the_programs_opens_no_connection() -> None:
 import socket, sys
 def refuse(*args, **kwargs): raise AssertionError(f"network at import: {args}")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-import smart.__main__, smart.grpo, smart.pretrain, smart.generate, smart.corpus
+import smart.__main__, smart.grpo, smart.pretrain, smart.generate, smart.corpus, smart.doctor
 import smart.evaluate.rate, smart.evaluate.soundfonts, smart.evaluate.hacks
 import smart.reward.audiobox, smart.reward.calibrate
 """
