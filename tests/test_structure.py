@@ -99,3 +99,14 @@ assert "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert all(name in done.stdout for name in SUBCOMMANDS)
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from click.testing import CliRunner
+
+    from smart.__main__ import main
+
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.delitem(sys.modules, "smart.evaluate.rate", raising=False)
+    result = CliRunner().invoke(main, ["evaluate", "rate", "--help"])
+    assert result.exit_code == 2 and "rate needs the package scipy, which is missing" in result.output
