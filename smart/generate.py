@@ -28,7 +28,7 @@ from smart.midi import Limits
 from smart.midi_pool import Pool
 from smart.model import load_base, pick_device
 from smart.render import RenderError, RenderPool, score_notes
-from smart.reward import Reward, load_reward
+from smart.reward import Reward, load_reward, read_options
 from smart.sampler import Sampler
 from smart.scoring import Scorer
 from smart.soundfonts import check_soundfont, find_soundfont
@@ -323,7 +323,7 @@ def generate(
         if best_of == 1:
             return None
         where = "cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda"
-        return load_reward(kind, device=where, **dict(_option(text) for text in options))
+        return load_reward(kind, device=where, **read_options(options))
 
     def sound() -> Path:
         path = find_soundfont(soundfont)
@@ -428,17 +428,6 @@ def _rate(bad: Sequence[int], written: Sequence[Sequence[int]]) -> str:
     total = sum(map(len, written))
     share = sum(bad) / max(total, 1)
     return f"{sum(bad)} of {total} ({share:.2%}), in {sum(map(bool, bad))} of {len(bad)} pieces"
-
-
-def _option(text: str) -> tuple[str, Any]:
-    """KEY=VALUE as a keyword; a value that reads as JSON (a number, true) is that, any other is text."""
-    key, separator, value = text.partition("=")
-    if not separator or not key:
-        raise UserError(f"--reward-option {text!r}: expected KEY=VALUE, for example model=weights/audiobox")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
 
 
 if __name__ == "__main__":
