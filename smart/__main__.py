@@ -10,6 +10,7 @@ PROGRAMS = {
     "generate": "Write music with a base or a tuned run.",
     "evaluate": "Measure what models write: tables, figures, tests.",
     "corpus": "Turn a folder of MIDI files into a tokenised corpus.",
+    "doctor": "Say whether this machine is ready for a run.",
     "calibrate": "Fit the ce_proxy reward to clips that were rated.",
 }
 MODULES = {"calibrate": "smart.reward.calibrate"}
