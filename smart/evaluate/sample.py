@@ -19,16 +19,16 @@ import click
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from smart import UserError, checkpoint, require, track
 from smart.compare import BLOCK, Piece, System, compose, find_systems
 from smart.diversity import audio_vector
+from smart.evaluate.ratings import load_rewards, reward_options
 from smart.features import SCALARS, is_empty, midi_features
 from smart.model import pick_device
 from smart.prompts import KINDS
 from smart.render import RenderError
-from smart.reward import Reward, load_reward, read_option
+from smart.reward import Reward
 from smart.scoring import SILENT
 from smart.shards import MANIFEST, SPLITS, Corpus
 from smart.soundfonts import check_soundfont, find_soundfont
@@ -79,21 +79,6 @@ def row(piece: Piece, sample_rate: int) -> dict[str, Any]:
     }
 
 
-def load_rewards(kinds: Sequence[str], options: Sequence[str], device: str | torch.device) -> list[Reward]:
-    """Each reward with its own of ``options``: KIND.KEY=VALUE, or KEY=VALUE where there is one kind."""
-    given: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
-    for text in options:
-        key, value = read_option(text)
-        kind, dot, rest = key.partition(".")
-        if dot and kind in given:
-            given[kind][rest] = value
-        elif len(given) == 1:
-            given[kinds[0]][key] = value
-        else:
-            raise UserError(f"--reward-option {text!r}: expected KIND.KEY=VALUE with KIND one of {', '.join(given)}")
-    return [load_reward(kind, device=device, **options) for kind, options in given.items()]
-
-
 def read_settings(table: Path) -> dict[str, Any]:
     """What made a table. Raises ``UserError`` where it is none of ours."""
     try:
@@ -141,10 +126,6 @@ def describe(table: pa.Table, names: Sequence[str], axes: Sequence[str]) -> str:
 @click.option("--split", default="test", show_default=True, type=click.Choice(SPLITS), help="Of the corpus.")
 @click.option("-n", "--n", "count", default=1000, show_default=True, type=click.IntRange(min=1), help="Prompts.")
 @click.option("--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1))
-@click.option("--reward", "kinds", multiple=True, default=("ce_proxy",), show_default=True, help="Repeatable.")
-@click.option(
-    "--reward-option", "options", multiple=True, metavar="[REWARD.]KEY=VALUE", help="For a reward; repeatable."
-)
 @click.option("--soundfont", default="timgm", show_default=True, help="Short name or path.")
 @click.option("--sample-rate", default=44100, show_default=True, type=click.IntRange(8000, 192_000))
 @click.option("--seconds", default=10.0, show_default=True, type=click.FloatRange(0, 600, min_open=True))
@@ -157,7 +138,7 @@ def describe(table: pa.Table, names: Sequence[str], axes: Sequence[str]) -> str:
 @click.option("--audio", type=click.Path(path_type=Path), help="Folder for every piece as MIDI and WAV.")
 @click.option("--backend", default="pool", show_default=True, type=click.Choice(["pool", "bank"]), help="Renderer.")
 @click.option("--workers", default=0, show_default=True, type=click.IntRange(0, 1024), help="Renderers; 0: one a core.")
-@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@reward_options
 def main(**given: Any) -> None:
     """Have each MODEL write a piece for the same prompts and seeds; rate the pieces; put them into one table.
 
@@ -212,7 +193,7 @@ def sample(
         return checkpoint.sha256(Corpus(corpus).folder / MANIFEST)
 
     where = pick_device(device)
-    found = require(lambda: find_systems(models), sound, lambda: load_rewards(kinds, options, where), source)
+    found = require(lambda: find_systems(models), sound, lambda: load_rewards(kinds, options, device), source)
     systems: list[System] = found[0]
     rewards: list[Reward] = found[2]
     names = [system.name for system in systems]
