@@ -5,6 +5,8 @@ import click
 from smart import LazyGroup
 
 COMMANDS = {
+    "sample": "Pieces of several models for the same prompts, rated, as one table.",
+    "report": "The paper's figures, statistics and a page from such tables.",
     "rate": "Rate audio and MIDI files, silence and noise.",
     "soundfonts": "How ratings depend on the soundfont.",
     "hacks": "What else than music a reward likes.",
@@ -13,4 +15,4 @@ COMMANDS = {
 
 @click.group(cls=LazyGroup, programs=COMMANDS, package="smart.evaluate")
 def main() -> None:
-    """Rate audio, compare soundfonts, see what a reward likes."""
+    """Sample, rate and compare; reports with the paper's figures."""
