@@ -40,6 +40,14 @@ SMALL = {
     "track.held_out_prompts": 2,
 }
 
+HELD_OUT = {
+    f"held_out/{name}" for name in (
+        "reward", "judge", "plausibility", "kl", "kl_sequence", "pitches", "velocities", "silent_rate", "length",
+        "collapsed", *(f"{name}{of}" for name in ("vendi", "vendi_audio", "distance", "distinct_4grams")
+                       for of in ("", "_within")),
+    )
+}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
@@ -123,14 +131,7 @@ def test_what_a_run_leaves(finished: Path, base: Path) -> None:
     at_base, *rows = metrics(finished)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     measured = [at_base, *rows[1::2]]
-    names = {
-        f"held_out/{name}" for name in (
-            "reward", "judge", "plausibility", "kl", "kl_sequence", "pitches", "velocities", "silent_rate", "length",
-            "collapsed", *(f"{name}{of}" for name in ("vendi", "vendi_audio", "distance", "distinct_4grams")
-                           for of in ("", "_within")),
-        )
-    }  # fmt: skip
-    assert all({key for key in row if key.startswith("held_out/")} == names for row in measured)
+    assert all({key for key in row if key.startswith("held_out/")} == HELD_OUT for row in measured)
     assert not any(key.startswith("held_out/") for row in rows[::2] for key in row)
     assert at_base["step"] == 0 and abs(at_base["held_out/kl"]) < 1e-5 < measured[1]["held_out/kl"]
     best = max(rows[1::2], key=lambda row: row["held_out/judge"])["step"]
