@@ -88,6 +88,12 @@ class Rated(NamedTuple):
         ]
 
 
+def gather_rollout(world: World, rollout: Rollout, *, pad_id: int) -> Rollout:
+    """The whole batch, of which each process has a part; padded to the longest completion."""
+    tokens = world.gather_rows(rollout.tokens, pad_id)
+    return Rollout(tokens, world.gather_rows(rollout.mask), world.gather_rows(rollout.logprobs))
+
+
 def together(
     world: World, rollout: Rollout, rated: Rated, ref_logp: torch.Tensor, *, pad_id: int
 ) -> tuple[Rollout, Rated, torch.Tensor]:
@@ -97,14 +103,7 @@ def together(
     """
     if world.size == 1:
         return rollout, rated, ref_logp
-    parts = world.gather([part.cpu() for part in (*rollout, ref_logp)])
     ratings = world.gather(rated)
-    length = max(mask.shape[1] for _, mask, *_ in parts)
-
-    def joined(place: int, filler: float) -> torch.Tensor:
-        padded = [torch.nn.functional.pad(p[place], (0, length - p[1].shape[1]), value=filler) for p in parts]
-        return torch.cat(padded).to(world.device)
-
     whole = Rated(
         rewards=torch.cat([part.rewards for part in ratings]),
         scores={axis: torch.cat([part.scores[axis] for part in ratings]) for axis in rated.scores},
@@ -112,7 +111,7 @@ def together(
         failed=sum(part.failed for part in ratings),
         silent=sum(part.silent for part in ratings),
     )
-    return Rollout(joined(0, pad_id), joined(1, False), joined(2, 0.0)), whole, joined(3, 0.0)
+    return gather_rollout(world, rollout, pad_id=pad_id), whole, world.gather_rows(ref_logp)
 
 
 def completion_metrics(rollout: Rollout, eos_id: int, grammar: Grammar) -> dict[str, float]:
@@ -232,7 +231,6 @@ class Clips:
         self.scorer = scorer
         self.stopwatch = stopwatch
         self.futures: dict[int, Future[Audio]] = {}  # by row
-        self._busy_until: dict[str, float] = {}  # of each worker
 
     def look(self, tokens: torch.Tensor, ended: torch.Tensor) -> None:
         """Submit the rows of ``tokens`` (N, P+t) that have settled or ``ended`` (N,), and were not before."""
@@ -264,9 +262,9 @@ class Clips:
     def _rendered(self, submitted: float) -> None:
         """In the thread of the worker that did it, which began when it was free."""
         assert self.stopwatch is not None
-        worker, now = threading.current_thread().name, time.perf_counter()
-        self.stopwatch.span("render", max(submitted, self._busy_until.get(worker, 0.0)), now, worker)
-        self._busy_until[worker] = now
+        worker, now, busy_until = threading.current_thread().name, time.perf_counter(), self.scorer.busy_until
+        self.stopwatch.span("render", max(submitted, busy_until.get(worker, 0.0)), now, worker)
+        busy_until[worker] = now
 
 
 class Scorer:
@@ -292,6 +290,7 @@ class Scorer:
         self.sample_rate = sample_rate
         self.horizon = Horizon(tokenizer, seconds=seconds)
         self.batch = batch
+        self.busy_until: dict[str, float] = {}  # of each worker: when it rendered its last clip
 
     def listen(self, stopwatch: Stopwatch | None = None) -> Clips:
         """To be shown a batch while it is drawn (``Clips.look``), and once at its end (``Clips.finish``)."""
