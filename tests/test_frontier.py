@@ -116,22 +116,20 @@ def test_too_few_points_are_said_to_mean_nothing() -> None:
 
 
 def test_the_rule_for_the_checkpoint_to_keep() -> None:
-    random = np.random.default_rng(5)
     prompts, rows = 200, resample(200, seed=1)
-    noise = random.normal(0, 0.1, (5, prompts))
-    kl = np.array([0.0, 1.0, 4.0, 9.0, 16.0])
+    noise = np.random.default_rng(5).normal(0, 0.1, (2, 5, prompts))
 
     def chosen(rewards: list[float], judge: list[float], collapsed: dict[int, str] | None = None) -> int:
         reasons = [(collapsed or {}).get(place) for place in range(5)]
-        return keep(noise + np.array(rewards)[:, None], noise + np.array(judge)[:, None], kl, reasons, rows)
+        return keep(noise[0] + np.array(rewards)[:, None], noise[1] + np.array(judge)[:, None], reasons, rows)
 
-    flat = [5.0] * 5
-    assert chosen([5, 6, 7, 8, 9], flat) == 4, "the highest reward"
-    assert chosen([5, 6, 9, 9, 9], flat) == 2, "of equal rewards, the least KL"
-    assert chosen([5, 6, 7, 8, 9], [5, 6, 6, 5, 4]) == 3, "the judge fell below the base's"
-    assert chosen([5, 6, 7, 8, 9], [5, 6, 6, 5, 4], {3: "repeats itself"}) == 2, "collapsed"
-    assert chosen([5, 6, 7, 8, 9], [5, 4, 4, 4, 4]) == 0, "nothing is left but the base"
-    assert chosen([5, 6, 7, 8, 9], [math.nan] * 5) == 4, "without a judge, by reward alone"
+    rising = [5, 6, 7, 8, 9]
+    assert chosen(rising, [5, 6, 7, 6, 4]) == 2, "the judge's best, not the reward's"
+    assert chosen(rising, [5, 6, 7, 7, 4]) == 3, "of equals for the judge the higher reward"
+    assert chosen(rising, [5, 6, 7, 7, 4], {3: "all alike"}) == 2, "a collapsed one does not count"
+    assert chosen(rising, [9, 4, 3, 3, 3]) == 1, "the base is kept only where nothing else is left"
+    assert chosen(rising, rising, dict.fromkeys(range(1, 5), "all alike")) == 0
+    assert chosen(rising, [math.nan] * 5) == 4, "without a judge, by reward alone"
 
 
 def test_the_interval_of_what_could_not_be_measured_is_unknown() -> None:

@@ -176,23 +176,18 @@ def fit_law(law: str, kl: Floats, gain: Floats, kl_resampled: Floats, gain_resam
 # --- The checkpoint to keep ---------------------------------------------------------------------------------------
 
 RULE = (
-    "Of the checkpoints that have not collapsed and whose held-out judge is not below the base's (its paired 95% "
-    "interval reaches 0), those whose reward cannot be told from the highest one's; of these the one with the least KL. "
-    "Where no checkpoint is left, the base."
+    "Of the checkpoints that have not collapsed, those that the held-out judge rates highest, or as high as can be told "
+    "(the paired 95% interval of the difference reaches 0); of these the one with the highest reward. Where every "
+    "checkpoint has collapsed, the base. Without a judge, by reward alone."
 )
 
 
-def keep(rewards: Floats, judge: Floats, kl: Floats, collapsed: Sequence[str | None], rows: Rows) -> int:
-    """Which of K checkpoints to keep by ``RULE``; 0 is the base. ``rewards``, ``judge`` (K, B); ``kl`` (K,)."""
-
-    def reaches_zero(difference: Floats) -> bool:
-        return not mean(difference, rows).high < 0
-
-    sound = [
-        place for place in range(1, len(kl)) if not collapsed[place] and reaches_zero(judge[place] - judge[0])
-    ]
+def keep(rewards: Floats, judge: Floats, collapsed: Sequence[str | None], rows: Rows) -> int:
+    """Which of K checkpoints to keep by ``RULE``; 0 is the base. ``rewards`` and ``judge`` are (K, B)."""
+    sound = [place for place in range(1, len(rewards)) if not collapsed[place]]
     if not sound:
         return 0
-    best = max(sound, key=lambda place: np.nanmean(rewards[place]))
-    level = [place for place in sound if reaches_zero(rewards[place] - rewards[best])]
-    return min(level, key=lambda place: kl[place])
+    rated, wanted = np.nanmean(rewards, axis=1), judge if np.isfinite(judge).any() else rewards
+    best = max(sound, key=lambda place: float(np.nanmean(wanted[place])))
+    level = [place for place in sound if not mean(wanted[place] - wanted[best], rows).high < 0]
+    return max(level, key=lambda place: float(rated[place]))
