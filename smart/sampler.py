@@ -31,7 +31,7 @@ positions, H heads, K key-value heads, D size of a head, R rotated part of D, L 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
@@ -604,7 +604,7 @@ class Sampler:
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         grammar: Grammar | None = None,
         watch: Watch | None = None,
         share: tuple[int, int] | None = None,
@@ -619,6 +619,8 @@ class Sampler:
         top_p: share of the probability to draw from, in (0, 1].
         generator: source of all randomness, on any device; it is advanced by N x max_new_tokens numbers.
             None takes a fresh seed from the operating system: never the global generator, never repeatable.
+            Or one for each sequence, advanced by max_new_tokens numbers each: then what decides a sequence's tokens
+            is its own generator alone.
         grammar: of the model's vocabulary (``smart.tokens.build_grammar``). With it only tokens are drawn that can
             be played after their prompt, whatever the prompt is: ``smart.tokens.unplayable`` marks none of them.
             All others get the logit -inf before the temperature, so that log-probabilities are, here too, those
@@ -743,8 +745,14 @@ class Sampler:
         return real
 
 
-def _uniforms(steps: int, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+def _uniforms(
+    steps: int, n: int, generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device
+) -> Tensor:
     """(steps, N) float64 in [0, 1), drawn on the generator's device: a CPU one gives any device the same."""
+    if isinstance(generator, Sequence):
+        if len(generator) != n:
+            raise ValueError(f"generator: expected one, or one for each of {n} sequences, got {len(generator)}")
+        return torch.cat([_uniforms(steps, 1, own, device) for own in generator], dim=1)
     if generator is None:
         generator = torch.Generator()
         generator.seed()

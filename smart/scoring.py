@@ -273,14 +273,14 @@ class Scorer:
     """Has completions rendered by ``pool`` and rates them with ``reward``, ``batch`` clips at a time.
 
     ``sample_rate`` (Hz) and ``seconds`` are those of the pool; the shorter ``seconds``, the sooner a completion is
-    settled, and clips must not be longer.
+    settled, and clips must not be longer. Without a ``reward`` it only listens: it cannot ``collect``.
     """
 
     def __init__(
         self,
         tokenizer: Any,
         pool: Renderer,
-        reward: Reward,
+        reward: Reward | None,
         *,
         sample_rate: int,
         seconds: float = math.inf,
@@ -308,11 +308,14 @@ class Scorer:
 
         A batch is rated when its last clip is there; other batches do not wait for it.
         """
+        reward = self.reward
+        if reward is None:
+            raise ValueError("a scorer without a reward cannot rate")
         kept = set(keep)
         stopwatch = stopwatch or Stopwatch()
         audio: list[Audio | None] = [None] * len(clips)
         mono: list[torch.Tensor | None] = [None] * len(clips)  # at the reward's rate: a fifth of what was rendered
-        scores = {axis: torch.full((len(clips),), math.nan) for axis in self.reward.axes}
+        scores = {axis: torch.full((len(clips),), math.nan) for axis in reward.axes}
         awaited = Counter(row // self.batch for row in range(len(clips)))
         rows_of: dict[Future[Audio], list[int]] = {}
         for row, clip in enumerate(clips):
@@ -330,29 +333,31 @@ class Scorer:
                         failed += 1
                     else:
                         audio[row] = stereo if row in kept else None
-                        wave = resample(torch.from_numpy(stereo).mean(0), self.sample_rate, self.reward.sample_rate)
+                        wave = resample(torch.from_numpy(stereo).mean(0), self.sample_rate, reward.sample_rate)
                         silent += bool(wave.abs().amax() < SILENT)
                         mono[row] = wave
                     number = row // self.batch
                     awaited[number] -= 1
                     if not awaited[number]:
-                        self._rate(mono, range(number * self.batch, min((number + 1) * self.batch, len(clips))), scores)
+                        rows = range(number * self.batch, min((number + 1) * self.batch, len(clips)))
+                        _rate(reward, mono, rows, scores)
         return Rated(
-            rewards=self.reward.combine(scores),
+            rewards=reward.combine(scores),
             scores=scores,
             audio=audio,
             failed=failed,
             silent=silent,
         )
 
-    def _rate(self, mono: list[torch.Tensor | None], rows: range, scores: dict[str, torch.Tensor]) -> None:
-        """Rate one batch of ``mono``, which is forgotten, and write into ``scores``; a clip that failed stays NaN."""
-        heard = {row: wave for row in rows if (wave := mono[row]) is not None}
-        if not heard:
-            return
-        padded = torch.nn.utils.rnn.pad_sequence(list(heard.values()), batch_first=True)
-        lengths = torch.tensor([len(wave) for wave in heard.values()])
-        for axis, values in self.reward.score(padded, lengths).items():
-            scores[axis][list(heard)] = values.cpu()
-        for row in rows:
-            mono[row] = None
+
+def _rate(reward: Reward, mono: list[torch.Tensor | None], rows: range, scores: dict[str, torch.Tensor]) -> None:
+    """Rate one batch of ``mono``, which is forgotten, and write into ``scores``; a clip that failed stays NaN."""
+    heard = {row: wave for row in rows if (wave := mono[row]) is not None}
+    if not heard:
+        return
+    padded = torch.nn.utils.rnn.pad_sequence(list(heard.values()), batch_first=True)
+    lengths = torch.tensor([len(wave) for wave in heard.values()])
+    for axis, values in reward.score(padded, lengths).items():
+        scores[axis][list(heard)] = values.cpu()
+    for row in rows:
+        mono[row] = None
