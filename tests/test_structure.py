@@ -13,7 +13,7 @@ PACKAGE = Path(smart.__file__).parent
 GROUND = {"config", "tokens", "model", "checkpoint", "track", "shards", "hub", "soundfonts"}
 GROUND |= {"remi", "midi", "midi_pool", "distributed", "regions"}
 ROOMS = {"prompts", "sampler", "render", "bank", "scoring", "reward", "reward.audiobox", "reward.ce_proxy", "plots"}
-ROOMS |= {"features", "diversity", "compare"}
+ROOMS |= {"compare", "features", "diversity"}
 PROGRAMS = {"grpo", "pretrain", "generate", "corpus", "reward.calibrate"}
 
 
