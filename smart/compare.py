@@ -217,7 +217,9 @@ def compose(
             for index in indices:
                 for token in start(index)[0]:
                     if token not in own.vocab:
-                        raise UserError(f"{system.name}: its vocabulary has no {token}, which prompt {index // samples} holds")
+                        raise UserError(
+                            f"{system.name}: its vocabulary has no {token}, which prompt {index // samples} holds"
+                        )
 
     def work() -> Iterator[Piece]:
         with open_renderer(

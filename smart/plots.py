@@ -77,7 +77,8 @@ def frontier(
 
     series = list(dict.fromkeys(row["series"] for row in rows))
     figure = Figure(figsize=(4.2 * len(measures), 4.2), layout="constrained")
-    for axes, (measure, label) in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures.items(), strict=True):
+    panels = figure.subplots(1, len(measures), squeeze=False)[0]
+    for axes, (measure, label) in zip(panels, measures.items(), strict=True):
         for number, name in enumerate(series):
             points = sorted((row for row in rows if row["series"] == name), key=lambda row: row["kl"])
             points = [row for row in points if np.isfinite(row[measure])]
@@ -99,8 +100,10 @@ def frontier(
         axes.set(xlabel="square root of KL to the base (nats a piece)", ylabel=label)
         axes.grid(alpha=0.3)
     handles = [Line2D([], [], color=f"C{number}", marker=".", label=name) for number, name in enumerate(series)]
-    kept = Line2D([], [], color="grey", marker="*", markersize=12, linestyle="", markeredgecolor="black", label="to keep")
-    handles += [kept, Line2D([], [], color="black", marker="x", linestyle="", label="collapsed")]
+    handles += [
+        Line2D([], [], color="grey", linestyle="", marker="*", markersize=12, markeredgecolor="black", label="to keep"),
+        Line2D([], [], color="black", linestyle="", marker="x", label="collapsed"),
+    ]
     handles += [Line2D([], [], color="grey", linestyle="--", linewidth=1, label="law of Gao et al.")] if laws else []
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False)
     paths = [stem.with_suffix(suffix) for suffix in (".png", ".pdf")]

@@ -1,14 +1,14 @@
 """The whole paper in one command: ``python -m smart.reproduce --config paper.toml --corpus FOLDER --out FOLDER``.
 
-It runs the other programs, one after another, each as a process: the base's check, the tuning of section 3.5, the longer
-runs of section 5.2, the dataset prompts of section 5.3, then every table and figure; and writes ``index.html``, which
-puts what the paper published beside what was measured here. ``--smoke`` does all of it with what ships with the package,
-offline, in minutes: it shows that everything works, and says nothing about music.
+It runs the other programs, one after another, each as a process: the base's check, the tuning of section 3.5, the
+longer runs of section 5.2, the dataset prompts of section 5.3, then every table and figure; and writes ``index.html``,
+which puts what the paper published beside what was measured here. ``--smoke`` does all of it with what ships with the
+package, offline, in minutes: it shows that everything works, and says nothing about music.
 
 Each step owns one folder in OUT. A step is finished when its process ended well and what it made is listed, with its
 SHA-256, in ``state.json``; it is done again where its command, a configuration that it reads, or what an earlier step
-made has changed since; what it made before is moved to ``replaced/``. So the same command goes on after a failure, Ctrl-C
-or SIGKILL at any instant: finished steps are passed over, and an unfinished one continues where its program can.
+made has changed since; what it made before is moved to ``replaced/``. So the same command goes on after a failure,
+Ctrl-C or SIGKILL at any instant: finished steps are passed over, and an unfinished one continues where its program can.
 """
 
 import contextlib

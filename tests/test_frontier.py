@@ -37,7 +37,7 @@ def test_best_of_n_is_the_mean_over_all_subsets(n: int) -> None:
         expected = []
         for row in range(4):
             subsets = list(itertools.combinations(range(7), n))
-            best = [max(subset, key=lambda place: rewards[row, place]) for subset in subsets]  # noqa: B023 (used at once)
+            best = [max(subset, key=lambda place: rewards[row, place]) for subset in subsets]
             expected.append(np.mean([values[row, place] for place in best]))
         assert best_of_n(rewards, values, n) == pytest.approx(expected)
     order = random.permutation(7)

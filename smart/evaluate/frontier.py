@@ -16,18 +16,36 @@ of pieces and not to one, come from a jackknife that leaves out a twentieth of t
 Axes: B prompts, N samples a prompt, K checkpoints (the first is the base), R resamples.
 """
 
+import functools
+import itertools
+import json
 import math
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import click
 import numpy as np
 import numpy.typing as npt
+import torch
+
+from smart import UserError, checkpoint, diversity, plots, require, track
+from smart.compare import BLOCK, Piece, System, compose, find_system
+from smart.config import Config, load, to_dict
+from smart.guard import Judge, collapsed, variety
+from smart.model import load_base, pick_device
+from smart.render import RenderError
+from smart.reward import Reward, load_reward
+from smart.soundfonts import check_soundfont, find_soundfont
+from smart.tokens import decode, load_tokenizer, vocabulary
 
 Floats = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
 
 RESAMPLES = 2000
 BLOCKS = 20  # of the jackknife
+BEST_OF_N = "best of n"
 FEWEST = 4  # points that a law with two coefficients is fitted to
 
 
@@ -176,8 +194,8 @@ def fit_law(law: str, kl: Floats, gain: Floats, kl_resampled: Floats, gain_resam
 # --- The checkpoint to keep ---------------------------------------------------------------------------------------
 
 RULE = (
-    "Of the checkpoints that have not collapsed, those that the held-out judge rates highest, or as high as can be told "
-    "(the paired 95% interval of the difference reaches 0); of these the one with the highest reward. Where every "
+    "Of the checkpoints that have not collapsed, those that the held-out judge rates highest, or as high as can be "
+    "told (the paired 95% interval of the difference reaches 0); of these the one with the highest reward. Where every "
     "checkpoint has collapsed, the base. Without a judge, by reward alone."
 )
 
@@ -304,8 +322,11 @@ def draw(system: System, samples: int, setting: Setting, folder: Path, base: Any
         scores = {axis: torch.from_numpy(column(f"{reward.name}.{axis}")) for axis in reward.axes}
         if axes:
             return torch.stack([scores[axis] for axis in axes]).mean(0).numpy()
-        return reward.combine({axis: values.flatten() for axis, values in scores.items()}).double().numpy().reshape(
-            setting.prompts, samples
+        return (
+            reward.combine({axis: values.flatten() for axis, values in scores.items()})
+            .double()
+            .numpy()
+            .reshape(setting.prompts, samples)
         )
 
     length, under_base = column("length"), column("base_logprob")
@@ -328,8 +349,8 @@ MEASURES = ("reward", "judge", "vendi", "vendi_within")
 def varied(vectors: npt.NDArray[Any], rows: Rows) -> tuple[Estimate, Estimate]:
     """How many different pieces there are in effect (Vendi score): among prompts, and among a prompt's own samples.
 
-    ``vectors`` is (B, N, D), unit vectors of the pieces. The first is over sets of one piece a prompt, the mean over the N
-    sets: 1 to B. The second is the mean over prompts: 1 to N.
+    ``vectors`` is (B, N, D), unit vectors of the pieces. The first is over sets of one piece a prompt, the mean over
+    the N sets: 1 to B. The second is the mean over prompts: 1 to N.
     """
     count, samples, _ = vectors.shape
     sets = [diversity.kernel(vectors[:, sample]) for sample in range(samples)]
@@ -420,3 +441,254 @@ def baseline(drawn: Drawn, tokenizer: Any, rows: Rows, sets: int) -> list[Point]
         failed = int((~np.isfinite(drawn.reward)).sum())
         points.append(Point(BEST_OF_N, n, estimates, by_prompt, {}, failed, count * samples))
     return points
+
+
+def columns(point: Point, collapse: str | None, kept: bool) -> dict[str, Any]:
+    """A point as a row of the table; what is not known is None."""
+    numbers = {
+        f"{name}{end}": value if math.isfinite(value) else None
+        for name, estimate in point.estimates.items()
+        for end, value in zip(("", "_low", "_high"), estimate, strict=True)
+    }
+    return {
+        "series": point.series,
+        "step": point.step,
+        "prompts": len(point.by_prompt["reward"]),
+        "pieces": point.pieces,
+        "failed": point.failed,
+        **numbers,
+        "collapsed": collapse,
+        "keep": kept,
+    }
+
+
+def fit_all(series: dict[str, list[Point]], rows: Rows) -> dict[tuple[str, str], Fit]:
+    """The law of each series, by series and measure: of the reward and of the judge."""
+    fits = {}
+    for (name, points), measure in itertools.product(series.items(), ("reward", "judge")):
+        resampled = {
+            what: np.stack([bootstrap(point.by_prompt[what], rows) for point in points], axis=1)
+            for what in ("log_ratio", measure)
+        }
+        values = np.array([point.estimates[measure].value for point in points])
+        fits[name, measure] = fit_law(
+            "best-of-n" if name == BEST_OF_N else "rl",
+            np.array([point.estimates["kl"].value for point in points]),
+            values - values[0],
+            resampled["log_ratio"],
+            resampled[measure] - resampled[measure][:, :1],
+        )
+    return fits
+
+
+def evenly(steps: Sequence[int], most: int) -> list[int]:
+    """At most ``most`` of ``steps``, evenly spaced, the last one among them."""
+    places = np.linspace(len(steps) - 1, 0, min(most, len(steps)) + (most < len(steps)))[: min(most, len(steps))]
+    return sorted({steps[round(place)] for place in places})
+
+
+def find_settings(runs: Sequence[Path]) -> list[Config]:
+    """Each run's configuration. Raises ``UserError`` where they differ in what must be alike to be compared."""
+    configs = []
+    for run in runs:
+        if not (run / track.CONFIG).is_file():
+            raise UserError(f"{run}: expected the folder of a tuning run, with {track.CONFIG}")
+        configs.append(load(run / track.CONFIG))
+    wanted = ("model", "prompts", "sampling", "render", "reward")
+    first, *others = [{name: to_dict(config)[name] for name in wanted} for config in configs]
+    for run, other in zip(runs[1:], others, strict=True):
+        apart = track.changes(first, other, but=("render.workers", "render.deadline", "prompts.split"))
+        if apart:
+            raise UserError(f"{run} cannot be compared with {runs[0]}: {'; '.join(apart)}")
+    return configs
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder, new or unfinished.")
+@click.option("-n", "--n", "prompts", default=128, show_default=True, type=click.IntRange(min=2), help="Prompts.")
+@click.option("--samples", default=2, show_default=True, type=click.IntRange(1, BLOCK), help="Pieces a prompt.")
+@click.option(
+    "--checkpoints", default=10, show_default=True, type=click.IntRange(min=1), help="Of each run, evenly spaced."
+)
+@click.option(
+    "--best-of", default=16, show_default=True, type=click.IntRange(1, BLOCK), help="The base's pieces a prompt."
+)
+@click.option("--judge", help="A reward that judges beside the run's own; else what the run's [guard.judge] says.")
+@click.option("--seed", default=2, show_default=True, type=click.IntRange(0, 2**31 - 1))
+@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+def main(**given: Any) -> None:
+    """Reward, a held-out judge and diversity against KL to the base, over the checkpoints of each tuning RUN.
+
+    The same command goes on after an interruption.
+    """
+    try:
+        report(**given)
+    except KeyboardInterrupt:
+        raise click.ClickException("interrupted; the same command goes on from here") from None
+    except RenderError as error:
+        raise click.ClickException(f"{error}; the same command goes on from here") from None
+    except OSError as error:
+        raise click.ClickException(f"the report could not be written ({error}); the same command goes on") from None
+
+
+def report(
+    *,
+    runs: Sequence[Path],
+    out: Path,
+    prompts: int,
+    samples: int,
+    checkpoints: int,
+    best_of: int,
+    judge: str | None,
+    seed: int,
+    device: str,
+) -> None:
+    """Write ``out``: see the command's help. Raises ``UserError`` for what the user can mend."""
+    configs = find_settings(runs)
+    config, where = configs[0], pick_device(device)
+    names = [run.resolve().name for run in runs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two runs are called {name!r}; rename the folder of one")
+
+    def reward() -> Reward:
+        wanted = config.reward
+        return load_reward(wanted.kind, weights=wanted.weights or None, device=where, **wanted.options)
+
+    def other() -> Reward | None:
+        wanted = config.guard.judge
+        if judge is not None:
+            return load_reward(judge, device=where)
+        if wanted.kind == "auto":
+            return None
+        return load_reward(wanted.kind, weights=wanted.weights or None, device=where, **wanted.options)
+
+    def sound() -> None:
+        check_soundfont(find_soundfont(config.render.soundfont))
+
+    def checkpoints_of(run: Path) -> list[System]:
+        steps = checkpoint.steps(run / "checkpoints")
+        if not steps:
+            raise UserError(f"{run}: this run has no checkpoints yet")
+        return [find_system(f"{run}@{step}") for step in evenly(steps, checkpoints)]
+
+    rates, other_rates, base, _, *systems = require(
+        reward,
+        other,
+        lambda: find_system(f"{runs[0]}@base"),
+        sound,
+        *(functools.partial(checkpoints_of, run) for run in runs),
+    )
+    if other_rates is not None and other_rates.name == rates.name:
+        raise UserError(f"--judge {other_rates.name}: is what the runs optimise; give another reward")
+    network, tokenizer = load_base(base.model, device=where)
+    setting = Setting(config, rates, other_rates, prompts, seed, device)
+    models = [base, *itertools.chain(*systems)]
+    track.claim(
+        out,
+        {
+            "models": {model.name: checkpoint.sha256(model.model / "model.safetensors") for model in models},
+            **{name: to_dict(config)[name] for name in ("prompts", "sampling", "reward")},
+            "soundfont_sha256": checkpoint.sha256(find_soundfont(config.render.soundfont)),
+            "seconds": config.render.seconds,
+            "sample_rate": config.render.sample_rate,
+            "n": prompts,
+            "samples": samples,
+            "best_of": best_of,
+            "judge": setting.judge,
+            "seed": seed,
+            "version": version("smart"),
+        },
+    )
+    many = max(best_of, samples)
+    rows = resample(prompts, seed)
+    with track.progress(total=prompts * (many + samples * (len(models) - 1)), unit="piece") as bar:
+        drawn = draw(base, many, setting, out / "pieces" / "base", network, bar)
+        few = Drawn(
+            [tokens for place, tokens in enumerate(drawn.tokens) if place % many < samples],
+            *(part[:, :samples] for part in drawn[1:]),
+        )
+        origin = weigh("", 0, few, tokenizer, rows, is_base=True)
+        series: dict[str, list[Point]] = {}
+        for name, one, of_run in zip(names, configs, systems, strict=True):
+            title = f"{name} (beta {one.grpo.beta:g})"
+            points = series[title] = [origin._replace(series=title)]
+            for system in of_run:
+                found = draw(system, samples, setting, out / "pieces" / system.name, network, bar)
+                points.append(weigh(title, system.step or 0, found, tokenizer, rows))
+    chosen: dict[str, Any] = {}
+    table = []
+    for title, points in series.items():
+        reasons = [None, *(collapsed(origin.variety, point.variety) for point in points[1:])]
+        reward_of, judge_of = (np.stack([point.by_prompt[what] for point in points]) for what in ("reward", "judge"))
+        best = keep(reward_of, judge_of, reasons, rows)
+        table += [
+            columns(point, reason, place == best)
+            for place, (point, reason) in enumerate(zip(points, reasons, strict=True))
+        ]
+        gone = [{"step": point.step, "why": why} for point, why in zip(points, reasons, strict=True) if why]
+        chosen[title] = {
+            "keep": points[best].step,
+            "judge_against_base": mean(judge_of[best] - judge_of[0], rows)._asdict(),
+            "reward_against_base": mean(reward_of[best] - reward_of[0], rows)._asdict(),
+            "collapsed": gone,
+        }
+    series[BEST_OF_N] = baseline(drawn, tokenizer, rows, samples)
+    table += [columns(point, None, False) for point in series[BEST_OF_N]]
+    fits = fit_all(series, rows)
+    write(out, table, fits, chosen, setting)
+    for title, one in chosen.items():
+        what = f"keep iteration {one['keep']}" if one["keep"] else "keep the base: every checkpoint has collapsed"
+        click.echo(f"{title}: {what}; {len(one['collapsed'])} of {len(series[title]) - 1} checkpoints have collapsed")
+        for gone in one["collapsed"][:1]:
+            click.echo(f"  from iteration {gone['step']} on: {gone['why']}")
+    if rates.is_stand_in:
+        click.echo(f"{rates.name} is a stand-in, not the aesthetic model: see docs/rewards.md")
+    click.echo(f"report in {out}: frontier.png, frontier.pdf, frontier.csv, frontier.parquet, summary.json")
+
+
+def write(
+    out: Path,
+    table: list[dict[str, Any]],
+    fits: dict[tuple[str, str], Fit],
+    chosen: dict[str, Any],
+    setting: Setting,
+) -> None:
+    """The figure, its data, and ``summary.json``, which comes last."""
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    data = pa.Table.from_pylist(table)
+    checkpoint.write_atomically(out / "frontier.parquet", functools.partial(pa.parquet.write_table, data))
+    checkpoint.write_atomically(out / "frontier.csv", functools.partial(pa.csv.write_csv, data))
+    labels = {
+        "reward": f"reward: {setting.reward.name} ({' '.join(setting.reward.weights)})",
+        "judge": "held-out judge: " + setting.judge.replace(" (", "\n("),
+        "vendi": f"different pieces in effect, of {setting.prompts}",
+    }
+    plots.frontier(table, labels, {place: fit for place, fit in fits.items() if fit.alpha}, out / "frontier")
+    summary = {
+        "runs": chosen,
+        "rule": RULE,
+        "judge": setting.judge,
+        "reward": setting.reward.provenance,
+        "stand_in": setting.reward.is_stand_in,
+        "prompts": setting.prompts,
+        "fits": [
+            {
+                "series": series,
+                "measure": measure,
+                "law": fit.law,
+                "points": fit.points,
+                "alpha": fit.alpha and fit.alpha._asdict(),
+                "beta": fit.beta and fit.beta._asdict(),
+                "residual": fit.residual if fit.alpha else None,
+                "why_not": fit.why_not,
+            }
+            for (series, measure), fit in fits.items()
+        ],
+        "table": table,
+    }
+    checkpoint.write_atomically(out / "summary.json", json.dumps(summary, indent=1).encode())
