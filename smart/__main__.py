@@ -8,6 +8,7 @@ PROGRAMS = {
     "grpo": "Tune a base model by how its music sounds.",
     "pretrain": "Train a base model on a tokenised corpus.",
     "generate": "Write music with a base or a tuned run.",
+    "evaluate": "Measure what models write: tables, figures, tests.",
     "corpus": "Turn a folder of MIDI files into a tokenised corpus.",
     "calibrate": "Fit the ce_proxy reward to clips that were rated.",
 }

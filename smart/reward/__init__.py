@@ -12,6 +12,7 @@ itself gives up on (an infinite rating is taken as given up, too). Its neighbour
 import functools
 import importlib.metadata
 import inspect
+import json
 import math
 import numbers
 import warnings
@@ -23,7 +24,7 @@ import torch
 
 from smart import UserError
 
-__all__ = ["ENTRY_POINT_GROUP", "Reward", "available_rewards", "load_reward", "resample"]
+__all__ = ["ENTRY_POINT_GROUP", "Reward", "available_rewards", "load_reward", "read_option", "resample"]
 
 ENTRY_POINT_GROUP = "smart.rewards"
 # value of an entry point: imported only when its reward is asked for
@@ -181,6 +182,20 @@ def load_reward(
     reward.name = kind
     reward.set_weights(weights)
     return reward
+
+
+def read_option(text: str) -> tuple[str, Any]:
+    """``KEY=VALUE`` of a command line as an option of a reward: what reads as JSON (a number, true) is that, else text.
+
+    Raises ``UserError`` for another form.
+    """
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise UserError(f"--reward-option {text!r}: expected KEY=VALUE, for example model=weights/audiobox")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
 
 
 def available_rewards() -> dict[str, str]:
