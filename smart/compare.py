@@ -167,8 +167,8 @@ def compose(
 ) -> Iterator[Piece]:
     """Pieces of every system for prompts ``first`` .. ``first + count - 1``, rendered, and rated by every reward.
 
-    ``samples`` completions of each prompt; the first one is that of ``samples`` = 1. They come block by block of ``batch``
-    pieces, within a block system by system, within a system by prompt, then by sample.
+    ``samples`` completions of each prompt; the first one is that of ``samples`` = 1. They come block by block of
+    ``batch`` pieces, within a block system by system, within a system by prompt, then by sample.
     Rendering overlaps with drawing as in training (``smart.scoring``); a block is rated while workers render the next.
 
     A block is always drawn whole, also where a part of it was asked for, since rounding depends on how many rows are
@@ -203,7 +203,7 @@ def compose(
     said = {number: token for token, number in speaker.vocab.items()}
 
     def start(index: int) -> tuple[list[str], torch.Generator]:
-        """Prompt of the piece at ``index``, and the generator that draws its completion: for sample 0 the prompt's own."""
+        """Prompt of the piece at ``index``, and the generator that draws its completion: at sample 0 the prompt's."""
         prompt, sample = divmod(index, samples)
         generator = torch.Generator().manual_seed(seed_of(seed, prompt))
         row = draw(prompts, 1, speaker, generator, pieces=pieces)

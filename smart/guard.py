@@ -64,7 +64,7 @@ def effective_number(values: npt.NDArray[Any]) -> float:
 def variety(
     pieces: list[Any], groups: list[int], audio: list[Audio | None] | None = None, sample_rate: int | None = None
 ) -> dict[str, float]:
-    """All that ``collapsed`` looks at, by name, of pieces with a group each; with ``audio``, also how varied that is."""
+    """All that ``collapsed`` looks at, by name, of pieces with a group each; with ``audio``, how varied that is too."""
     notes = [midi_features(piece) for piece in pieces]
     varied = diversity.summary(pieces, audio, sample_rate, groups)
     return {

@@ -11,33 +11,54 @@ made has changed since; what it made before is moved to ``replaced/``. So the sa
 Ctrl-C or SIGKILL at any instant: finished steps are passed over, and an unfinished one continues where its program can.
 """
 
+import base64
 import contextlib
+import csv
 import ctypes
 import dataclasses
 import fcntl
 import functools
 import hashlib
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 
-from smart import UserError, checkpoint, require, track
+from smart import UserError, checkpoint, paper, require, track
 from smart.config import Config, dumps, load
 from smart.model import find_base
-from smart.reward import load_reward
-from smart.shards import Corpus
+from smart.reward import Reward, load_reward
+from smart.shards import MANIFEST, Corpus
 from smart.soundfonts import check_soundfont, find_soundfont
 
-STATE, LOCK, LOGS, REPLACED, PAGE = "state.json", ".lock", "logs", "replaced", "index.html"
+STATE, LOCK, LOGS, REPLACED = "state.json", ".lock", "logs", "replaced"
+CONFIGS, PAGE = "configs", "index.html"
+NEEDED = (*track.NEEDED, "jinja2", "scipy")
 OUT = "{out}"  # in a step's words: the folder that all goes into, wherever it is
+
+
+class Found(NamedTuple):
+    """What comes from outside."""
+
+    base: Path
+    soundfont: Path
+    reward: Reward
+    corpus: Corpus | None
+
+    def checksums(self) -> str:
+        """Of the files that decide what comes out."""
+        files = [self.base / "model.safetensors", self.soundfont]
+        files += [self.corpus.folder / MANIFEST] if self.corpus else []
+        return " ".join([*map(checkpoint.sha256, files), self.reward.provenance])
 
 
 class Step(NamedTuple):
@@ -48,13 +69,14 @@ class Step(NamedTuple):
     words: tuple[str, ...]  # module and arguments, after ``python -m``
     outputs: tuple[str, ...]  # patterns below the step's folder: what later steps and the page read
     after: tuple[str, ...] = ()  # steps whose outputs it reads
+    given: str = ""  # what else decides what comes out: a configuration's text, checksums of files from outside
     resume: tuple[str, ...] = ()  # said beside, where it was begun before
     last: str = ""  # what the program writes last, in one rename, where it refuses to run once that is there
 
     def key(self, done: dict[str, dict[str, Any]]) -> str:
         """A hash of the command, and of what the steps before it made."""
         made = {name: done[name]["outputs"] for name in self.after}
-        return hashlib.sha256(json.dumps([self.words, made], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.words, self.given, made], sort_keys=True).encode()).hexdigest()
 
 
 # --- Running ------------------------------------------------------------------------------------------------------
@@ -152,6 +174,7 @@ def run(step: Step, out: Path, log: Path, lock: int, stop: checkpoint.StopReques
     """
     words = [word.replace(OUT, str(out)) for word in (*step.words, *(step.resume if again else ()))]
     log.parent.mkdir(exist_ok=True)
+    (out / step.name).mkdir(exist_ok=True)
     shown = sys.stderr.isatty()
     with open(log, "ab") as file:
         file.write(f"$ python -m {' '.join(words)}\n".encode())
@@ -247,3 +270,413 @@ class _Failed(click.ClickException):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
         self.exit_code = code
+
+
+# --- What the paper's experiments are -----------------------------------------------------------------------------
+
+# with the quickstart's base, reward and soundfont: everything once, in minutes on two cores
+SMOKE = (
+    "run.name=smoke",
+    "grpo.iterations=4",
+    "grpo.prompts=4",
+    "grpo.group_size=4",
+    "sampling.max_new_tokens=96",
+    "render.seconds=4.0",
+    "track.checkpoint_every=2",
+    "track.keep_checkpoints=0",
+    "track.samples_every=4",
+    "track.held_out_every=4",
+    "track.held_out_prompts=2",
+    "track.final_prompts=24",
+    "track.final_listen=2",
+)
+SMOKE_PIECES = 96  # that the base writes for a corpus: enough that no split of it is empty
+LONGER = 5  # section 5.2: 1000 iterations instead of 200
+
+
+def variants(config: Config, corpus: str) -> dict[str, Config]:
+    """The paper's four runs, by the name of their step: sections 3.5, 5.2 (twice) and 5.3."""
+    longer = dataclasses.replace(config.grpo, iterations=LONGER * config.grpo.iterations)
+    prompts = dataclasses.replace(config.prompts, kind="dataset", corpus=corpus)
+    runs = {
+        "tuned": config,
+        "tuned-long": dataclasses.replace(config, grpo=longer),
+        "tuned-long-beta0": dataclasses.replace(config, grpo=dataclasses.replace(longer, beta=0.0)),
+        "tuned-dataset": dataclasses.replace(config, prompts=prompts),
+    }
+    return {
+        name: dataclasses.replace(one, run=dataclasses.replace(one.run, name=name, folder="runs"))
+        for name, one in runs.items()
+    }
+
+
+def plan(config: Config, corpus: Path | None, recordings: Sequence[Path], outside: str) -> list[Step]:
+    """All steps, in order. Without ``corpus`` the base writes one first; ``outside`` tells files from elsewhere."""
+    many, n = config.track.final_prompts, str(config.track.final_prompts)
+    own = () if corpus else ("corpus",)  # what a step with dataset prompts waits for
+    folder = str(corpus) if corpus else f"{OUT}/corpus"
+    sound = ("--soundfont", config.render.soundfont, "--sample-rate", str(config.render.sample_rate))
+    device = ("--device", config.run.device)
+    rates = ["--reward", config.reward.kind]
+    for key, value in config.reward.options.items():
+        rates += ["--reward-option", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
+    drawn = ["--seconds", f"{config.render.seconds:g}", "--tokens", str(config.sampling.max_new_tokens)]
+    drawn += ["--temperature", str(config.sampling.temperature), "--top-k", str(config.sampling.top_k)]
+    drawn += ["--top-p", str(config.sampling.top_p), "--backend", config.render.backend]
+
+    def writes(count: int, *more: str) -> tuple[str, ...]:
+        tokens = ("--tokens", str(config.sampling.max_new_tokens), "-n", str(count))
+        return ("smart.generate", "--model", config.model.base, *tokens, *sound, *device, *more)
+
+    def tunes(name: str, one: Config) -> Step:
+        told = f"{one.grpo.iterations} iterations, beta {one.grpo.beta:g}, {one.prompts.kind} prompts"
+        return Step(
+            name,
+            f"tune the base: {told}",
+            ("smart.grpo", "--config", f"{OUT}/{CONFIGS}/{name}.toml", "--set", f'run.folder="{OUT}"'),
+            ("summary.json", "metrics.jsonl", "reward_mean.png", "tuned/*.*", "checkpoints/*/manifest.json"),
+            after=own if one.prompts.kind == "dataset" else (),
+            given=dumps(one),
+            resume=("--resume",),
+        )
+
+    def samples(name: str, kind: str, *runs: str) -> Step:
+        models = [f"base={config.model.base}", *(f"{run}={OUT}/{run}" for run in runs)]
+        where = ("--prompts", kind, *(("--corpus", folder) if kind == "dataset" else ()))
+        return Step(
+            name,
+            f"{n} pieces of each of {len(models)} models, {kind} prompts",
+            ("smart.evaluate", "sample", *models, "--out", f"{OUT}/{name}/pieces.parquet", "-n", n, *where, *rates,
+             *sound, *drawn, *device),
+            ("pieces.parquet",),
+            after=(*runs, *(own if kind == "dataset" else ())),
+        )  # fmt: skip
+
+    def figures(name: str, source: str, title: str) -> Step:
+        return Step(
+            name,
+            title,
+            ("smart.evaluate", "report", f"{OUT}/{source}/pieces.parquet", "--out", f"{OUT}/{name}"),
+            ("*.png", "*.json"),
+            after=(source,),
+        )
+
+    tuning = [tunes(name, one) for name, one in variants(config, folder).items()]
+    aggressive = ("tuned", "tuned-long", "tuned-long-beta0")
+    steps = [
+        Step("base", "the base writes eight pieces", writes(8, "--out", f"{OUT}/base"), ("pieces.csv", "*.wav")),
+        *tuning,
+        Step(
+            "table-1",
+            "ratings of silence and noise" + (f", and of {len(recordings)} recordings" if recordings else ""),
+            ("smart.evaluate", "rate", *map(str, recordings), *rates, *device, "--out", f"{OUT}/table-1/ratings.csv"),
+            ("ratings.csv",),
+            resume=("--overwrite",),
+        ),
+        samples("samples", "procedural", *aggressive),
+        figures("report", "samples", "figures 3, 4 and 6"),
+        samples("samples-dataset", "dataset", "tuned-dataset"),
+        figures("report-dataset", "samples-dataset", "figure 7"),
+        Step(
+            "frontier",
+            "reward, a held-out judge and diversity against KL",
+            ("smart.evaluate", "frontier", *(f"{OUT}/{run}" for run in aggressive), "--out", f"{OUT}/frontier",
+             "-n", str(max(many // 4, 8)), "--best-of", str(min(max(many // 8, 4), 16)), *device),
+            ("frontier.png", "frontier.csv", "summary.json"),
+            after=aggressive,
+        ),
+    ]  # fmt: skip
+    if not corpus:
+        more = ("--playable", "--seconds", "1", "--out", f"{OUT}/midi")
+        steps[:0] = [
+            Step("midi", f"the base writes {SMOKE_PIECES} pieces", writes(SMOKE_PIECES, *more), ("*.mid",)),
+            Step(
+                "corpus",
+                "a corpus of these pieces",
+                ("smart.corpus", "build", "--midi", f"{OUT}/midi", "--out", f"{OUT}/corpus", "--max-empty-bars", "1"),
+                ("manifest.json",),
+                after=("midi",),
+                last="manifest.json",
+            ),
+        ]
+    return [step._replace(given=step.given + outside) for step in steps]
+
+
+def find(config: Config, corpus: Path | None, recordings: Sequence[Path], *, smoke: bool) -> Found:
+    """Everything that the steps need from outside. Raises one ``UserError`` that lists all that is missing."""
+
+    def packages() -> None:
+        missing = [name for name in NEEDED if find_spec(name) is None]
+        if missing:
+            raise UserError(f"these packages are missing: pip install {' '.join(missing)}")
+
+    def base() -> Path:
+        return find_base(config.model.base)
+
+    def soundfont() -> Path:
+        path = find_soundfont(config.render.soundfont)
+        check_soundfont(path)
+        return path
+
+    def reward() -> Reward:
+        wanted = config.reward
+        return load_reward(wanted.kind, weights=wanted.weights or None, **wanted.options)
+
+    def pieces() -> Corpus | None:
+        if smoke:
+            return None
+        if corpus is None:
+            raise UserError(
+                "--corpus is needed for the dataset prompts of section 5.3 and the pieces of table 2: "
+                "a folder written by `smart corpus build`"
+            )
+        found = Corpus(corpus)
+        for split in ("train", "validation", "test"):
+            if not len(found.split(split)):
+                raise UserError(f"--corpus {corpus}: its split {split!r} has no pieces")
+        return found
+
+    def excerpts() -> None:
+        missing = [str(path) for path in recordings if not path.is_file()]
+        if missing:
+            raise UserError(f"--recording: no such file: {', '.join(missing)}")
+
+    return Found(*require(packages, base, soundfont, reward, pieces, excerpts)[1:5])
+
+
+# --- The page -----------------------------------------------------------------------------------------------------
+
+
+class Section(NamedTuple):
+    """A part of the page: words, a table (its first row is the header), figures with their data."""
+
+    title: str
+    words: str = ""
+    table: Sequence[Sequence[str]] = ()
+    figures: Sequence[tuple[str, Path]] = ()  # caption and PNG
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number as the page shows it; a dash where there is none."""
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def with_interval(estimate: dict[str, float | None], digits: int = 2) -> str:
+    """``mean [low, high]`` of an estimate with keys value or mean, low, high."""
+    middle = estimate.get("value", estimate.get("mean"))
+    return f"{number(middle, digits)} [{number(estimate['low'], digits)}, {number(estimate['high'], digits)}]"
+
+
+def read_json(path: Path) -> Any:
+    """What a step wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def duration(run: Path) -> float:
+    """Minutes of a run's iterations, added up."""
+    rows = track.read_metrics(run)
+    return sum(row.get("seconds/iteration") or 0.0 for row in rows) / 60
+
+
+def sections(out: Path, config: Config, found: Found) -> list[Section]:
+    """All of the page, from what the steps wrote."""
+    real = bool(getattr(found.reward, "is_published", False))
+    return [
+        _training(out, config),
+        _table_1(out, real),
+        *_figures(out),
+        _frontier(out),
+        Section(
+            "Listening study (section 4.3, table 5)",
+            "Not reproduced here: it needs listeners. The paper's values; `smart study` makes and analyses a study.",
+            [("", "paper"), *paper.LISTENING.items()],
+        ),
+    ]
+
+
+def _training(out: Path, config: Config) -> Section:
+    rows: list[Sequence[str]] = [
+        ("run", "iterations", "beta", "minutes", "reward of the base", "reward after", "difference")
+    ]
+    for name, one in variants(config, "").items():
+        summary = read_json(out / name / "summary.json")
+        rows.append(
+            (
+                name,
+                str(one.grpo.iterations),
+                f"{one.grpo.beta:g}",
+                number(duration(out / name), 1),
+                *(
+                    f"{summary[which]['reward']:.2f} ± {1.96 * summary[which]['standard_error']:.2f}"
+                    for which in ("base", "tuned", "difference")
+                ),
+            )
+        )
+    return Section(
+        "Tuning (sections 3.5, 5.2 and 5.3; figure 2)",
+        f"The paper: {paper.ITERATIONS} iterations in {paper.MINUTES} minutes on one NVIDIA GeForce RTX 3090. Minutes "
+        "are of another machine here, and so are no verdict. Rewards: means of fresh samples, with 95% intervals.",
+        rows,
+        [(f"Figure 2: reward by iteration, {name}", out / name / "reward_mean.png") for name in variants(config, "")],
+    )
+
+
+def _table_1(out: Path, real: bool) -> Section:
+    with open(out / "table-1" / "ratings.csv", encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    ours: dict[str, dict[str, str]] = {}
+    for line in lines:
+        ours.setdefault(line["file"], {})[line["rating"].rpartition(".")[2]] = line["mean"]
+    rows: list[Sequence[str]] = [("audio", *(f"{axis}: paper / here" for axis in paper.AXES), "verdict")]
+    for name, published in paper.TABLE_1.items():
+        mine = [ours.get(name, {}).get(axis, "") for axis in paper.AXES]
+        cells = [
+            f"{value:.2f} / {number(float(here)) if here else '-'}" for value, here in zip(published, mine, strict=True)
+        ]
+        rows.append((name, *cells, _close(published, mine) if real else ""))
+    for name, ratings in ours.items():
+        if name not in paper.TABLE_1:
+            mine = [ratings.get(axis, "") for axis in paper.AXES]
+            rows.append((Path(name).name, *(f"- / {number(float(here)) if here else '-'}" for here in mine), ""))
+    why = "" if real else " No verdict: these are not the published weights of Audiobox Aesthetics."
+    return Section(
+        "Table 1: ratings of recordings, silence and noise", "Recordings are not part of this package." + why, rows
+    )
+
+
+def _close(published: Sequence[float], here: Sequence[str]) -> str:
+    """The paper prints two digits, and does not say how loud its noise was: a tenth is agreement."""
+    if not all(here):
+        return ""
+    worst = max(abs(value - float(mine)) for value, mine in zip(published, here, strict=True))
+    return f"{'agrees' if worst <= 0.1 else 'differs'} (at most {worst:.2f} apart)"
+
+
+def _figures(out: Path) -> list[Section]:
+    return []
+
+
+def _frontier(out: Path) -> Section:
+    summary = read_json(out / "frontier" / "summary.json")
+    rows: list[Sequence[str]] = [
+        ("run", "checkpoint to keep", "reward, against the base", "judge, against the base", "collapsed")
+    ]
+    for name, one in summary["runs"].items():
+        gone = one["collapsed"]
+        rows.append(
+            (
+                name,
+                f"iteration {one['keep']}" if one["keep"] else "the base",
+                with_interval(one["reward_against_base"]),
+                with_interval(one["judge_against_base"]),
+                f"{len(gone)}, from iteration {gone[0]['step']}: {gone[0]['why']}" if gone else "none",
+            )
+        )
+    words = [f"Judge: {summary['judge']}. {summary['prompts']} held-out prompts. The rule: {summary['rule']}"]
+    words += [
+        f"{fit['series']}, {fit['measure']}: alpha {with_interval(fit['alpha'])}, beta {with_interval(fit['beta'])}."
+        if fit["alpha"]
+        else f"{fit['series']}, {fit['measure']}: no law is fitted ({fit['why_not']})."
+        for fit in summary["fits"]
+    ]
+    return Section(
+        "How far to optimise (section 5.2)",
+        "\n".join(words),
+        rows,
+        [
+            (
+                "Reward, judge and diversity against KL; laws of Gao, Schulman and Hilton (2023)",
+                out / "frontier" / "frontier.png",
+            )
+        ],
+    )
+
+
+def write_page(steps: Sequence[Step], out: Path, book: Book, config: Config, found: Found, *, smoke: bool) -> Path:
+    """``index.html``: one file, with its figures in it, and links to their data beside it."""
+    import jinja2
+
+    template = (Path(__file__).parent / "reproduce.html").read_text(encoding="utf-8")
+    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page.filters["embed"] = lambda path: base64.b64encode(path.read_bytes()).decode()
+    page.filters["beside"] = lambda path: str(path.relative_to(out))
+    page.globals["siblings"] = lambda path: sorted(
+        other for other in path.parent.glob(f"{path.stem}.*") if other.suffix in (".pdf", ".csv", ".parquet")
+    )
+    text = page.from_string(template).render(
+        smoke=smoke,
+        config=config,
+        reward=found.reward,
+        is_the_papers=bool(getattr(found.reward, "is_published", False)) and config.model.base == paper.BASE,
+        sections=sections(out, config, found),
+        steps=[
+            (step, _clock(book.rows[step.name]["seconds"]), " ".join(("python -m", *step.words)).replace(OUT, "OUT"))
+            for step in steps
+        ],
+    )
+    checkpoint.write_atomically(out / PAGE, text.encode())
+    return out / PAGE
+
+
+# --- The command --------------------------------------------------------------------------------------------------
+
+
+@click.command()
+@click.option("--config", "path", help="TOML file, or a shipped one's name.  [default: paper.toml]")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder, new or unfinished.")
+@click.option("--corpus", type=click.Path(path_type=Path), help="Folder written by smart corpus build.")
+@click.option(
+    "--recording", "recordings", multiple=True, type=click.Path(path_type=Path), help="Audio to rate; repeatable."
+)
+@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one key of all runs.")
+@click.option("--smoke", is_flag=True, help="All of it, tiny, with what ships with the package; offline, in minutes.")
+@click.option("--list", "listing", is_flag=True, help="Show the steps, and what is missing; do nothing.")
+def main(
+    path: str | None,
+    out: Path,
+    corpus: Path | None,
+    recordings: tuple[Path, ...],
+    overrides: tuple[str, ...],
+    smoke: bool,
+    listing: bool,
+) -> None:
+    """Every experiment, table and figure of the paper, into one folder with a page that compares."""
+    if smoke and (path is not None or corpus is not None):
+        raise click.UsageError("--smoke brings its own configuration and corpus: leave out --config and --corpus")
+    config = load("quickstart.toml", (*SMOKE, *overrides)) if smoke else load(path or "paper.toml", overrides)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, folder="runs"))
+    try:
+        found = find(config, corpus, recordings, smoke=smoke)
+    except UserError as error:
+        if not listing:
+            raise
+        found, problem = None, error.message
+    steps = plan(config, None if smoke else corpus or Path("CORPUS"), recordings, found.checksums() if found else "")
+    if listing:
+        _list(steps, out)
+        click.echo("nothing is missing" if found else problem)
+        return
+    assert found is not None
+    book = Book(out)
+    with alone(out) as lock:
+        (out / CONFIGS).mkdir(exist_ok=True)
+        for name, one in variants(config, str(corpus) if corpus else str(out / "corpus")).items():
+            checkpoint.write_atomically(out / CONFIGS / f"{name}.toml", dumps(one).encode())
+        perform(steps, out, book, lock)
+        page = write_page(steps, out, book, config, found, smoke=smoke)
+    total = sum(book.rows[step.name]["seconds"] for step in steps)
+    click.echo(f"all {len(steps)} steps are done, in {_clock(total)}; see {page}")
+
+
+def _list(steps: Sequence[Step], out: Path) -> None:
+    book = Book(out) if (out / STATE).is_file() else None
+    for place, step in enumerate(steps, 1):
+        state = "to do"
+        if book is not None:
+            state = "done" if book.is_done(step) else "begun" if book.was_begun(step) else state
+        words = " ".join(word.replace(OUT, str(out)) for word in step.words)
+        click.echo(f"[{place:2}/{len(steps)}] {step.name}: {step.title} ({state})\n        python -m {words}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,14 +1,27 @@
 """The frontier report: estimators against brute force and numbers worked by hand, laws with planted coefficients."""
 
 import itertools
+import json
 import math
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import torch
 
+from smart import UserError
+from smart.checkpoint import save
+from smart.config import dumps, load
+from smart.evaluate import frontier
 from smart.evaluate.frontier import (
+    RULE,
     best_of_n,
     best_of_n_kl,
+    evenly,
     fit_law,
     interval,
     jackknife,
@@ -16,8 +29,11 @@ from smart.evaluate.frontier import (
     mean,
     order_weights,
     ratio,
+    report,
     resample,
 )
+from smart.grpo import token_logprobs
+from smart.model import load_base, save_base
 
 
 def test_the_weights_of_order_statistics_worked_by_hand() -> None:
@@ -134,3 +150,120 @@ def test_the_rule_for_the_checkpoint_to_keep() -> None:
 
 def test_the_interval_of_what_could_not_be_measured_is_unknown() -> None:
     assert all(math.isnan(part) for part in interval(math.nan, np.full(3, math.nan)))
+
+
+# --- The report, on real checkpoints ------------------------------------------------------------------------------
+
+SHARPER = {2: 1.3, 4: 1.8, 6: 1e3}  # checkpoints: the base, its logits multiplied; the last one is greedy
+OPTIONS: dict[str, Any] = {"prompts": 6, "samples": 2, "checkpoints": 9, "best_of": 4, "judge": None, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tuning run's folder, with checkpoints whose distance from the base is known in direction."""
+    folder = tmp_path_factory.mktemp("runs") / "sharp"
+    settings = ("sampling.max_new_tokens=40", "render.seconds=2.0", "render.workers=1", "grpo.beta=0.5")
+    folder.mkdir()
+    (folder / "config.toml").write_text(dumps(load("quickstart.toml", settings)))
+    for step, factor in SHARPER.items():
+        model, tokenizer = load_base("piano-small")
+        with torch.no_grad():
+            model.lm_head.weight.mul_(factor)
+        save(folder / "checkpoints", step, partial(save_base, model, tokenizer))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("report") / "frontier"
+    report(runs=[run], out=out, device="cpu", **OPTIONS)
+    return out
+
+
+def table_of(out: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    return {(row["series"], row["step"]): row for row in pq.read_table(out / "frontier.parquet").to_pylist()}
+
+
+def test_each_point_is_what_the_pieces_say(run: Path, made: Path) -> None:
+    """KL against the learner's own log-probabilities, ratings against the stored ones, best-of-n against its formula."""
+    rows = table_of(made)
+    name = "sharp (beta 0.5)"
+    assert list(rows) == [*((name, step) for step in (0, 2, 4, 6)), *(("best of n", n) for n in (1, 2, 4))]
+    assert rows[name, 0]["kl"] == 0 and rows[name, 0]["kl_high"] == 0 and rows[name, 0]["pieces"] == 12
+    pieces = pq.read_table(made / "pieces" / "sharp@2" / "00000.parquet").to_pylist()
+    base, tuned = load_base("piano-small")[0], load_base(run / "checkpoints" / "00000002")[0]
+    assert [(piece["prompt"], piece["sample"]) for piece in pieces] == [(i, s) for i in range(6) for s in range(2)]
+    log_ratio, plausible = [], []
+    with torch.no_grad():
+        for piece in pieces:
+            tokens = torch.tensor([piece["tokens"]])
+            own, under_base = (token_logprobs(model, tokens, 4).sum().item() for model in (tuned, base))
+            log_ratio.append(own - under_base)
+            plausible.append(under_base / piece["length"])
+    row = rows[name, 2]
+    assert row["kl"] == pytest.approx(np.mean(log_ratio), abs=1e-3)
+    assert row["kl_token"] == pytest.approx(np.sum(log_ratio) / sum(piece["length"] for piece in pieces), abs=1e-4)
+    assert row["judge"] == pytest.approx(np.mean(plausible), abs=1e-4)
+    assert row["reward"] == pytest.approx(np.mean([piece["ce_proxy.CE"] for piece in pieces]), abs=1e-5)
+    assert 0 < row["kl"] < rows[name, 4]["kl"] < rows[name, 6]["kl"]
+    for what in ("reward", "judge", "kl", "vendi"):
+        assert row[f"{what}_low"] <= row[what] <= row[f"{what}_high"]
+
+    drawn = pq.read_table(made / "pieces" / "base" / "00000.parquet").to_pylist()
+    rewards = np.array([piece["ce_proxy.CE"] for piece in drawn]).reshape(6, 4)
+    assert rows["best of n", 4]["reward"] == pytest.approx(rewards.max(axis=1).mean(), abs=1e-5)
+    assert rows["best of n", 1]["reward"] == pytest.approx(rewards.mean(), abs=1e-5)
+    assert rows["best of n", 2]["kl"] == pytest.approx(math.log(2) - 1 / 2)
+    # prompts and seeds are the same for every model
+    assert [piece["seed"] for piece in drawn[::4]] == [piece["seed"] for piece in pieces[::2]]
+    assert [piece["tokens"][:4] for piece in drawn[::4]] == [piece["tokens"][:4] for piece in pieces[::2]]
+
+
+def test_a_collapsed_checkpoint_is_flagged_and_not_kept(made: Path) -> None:
+    rows, summary = table_of(made), json.loads((made / "summary.json").read_text())
+    last, chosen = rows["sharp (beta 0.5)", 6], summary["runs"]["sharp (beta 0.5)"]
+    assert "under half of the base's" in last["collapsed"] and last["vendi_within"] == pytest.approx(1)
+    assert chosen["collapsed"][-1]["step"] == 6 and chosen["keep"] in (2, 4)
+    assert [row["step"] for row in rows.values() if row["keep"]] == [chosen["keep"]]
+    assert summary["judge"].startswith("plausibility") and summary["stand_in"] and summary["rule"] == RULE
+    assert {fit["why_not"] != "" for fit in summary["fits"] if fit["law"] == "rl"} == {True}, "three points are too few"
+    for name in ("frontier.png", "frontier.pdf", "frontier.csv"):
+        assert (made / name).stat().st_size > 500, name
+
+
+def test_a_report_that_was_cut_short_goes_on(run: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name: path.read_bytes() for path in made.iterdir() if path.suffix in (".csv", ".json")}
+    for path in (made / "frontier.csv", made / "summary.json", *(made / "pieces" / "sharp@4").iterdir()):
+        path.unlink()
+    drawn = []
+    compose = frontier.compose
+    monkeypatch.setattr(
+        frontier, "compose", lambda systems, **more: drawn.append(systems[0].name) or compose(systems, **more)
+    )
+    report(runs=[run], out=made, device="cpu", **OPTIONS)
+    assert drawn == ["sharp@4"]
+    assert {path.name: path.read_bytes() for path in made.iterdir() if path.suffix in (".csv", ".json")} == before
+    with pytest.raises(UserError, match="n was 6 and is 5"):
+        report(runs=[run], out=made, device="cpu", **OPTIONS | {"prompts": 5})
+
+
+def test_what_cannot_be_compared_is_named(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    (other / "config.toml").write_text((run / "config.toml").read_text().replace('"timgm"', '"fluidr3"'))
+    with pytest.raises(UserError, match=r"cannot be compared .* render\.soundfont was 'timgm' and is 'fluidr3'"):
+        report(runs=[run, other], out=tmp_path / "out", device="cpu", **OPTIONS)
+    with pytest.raises(UserError, match="is what the runs optimise"):
+        report(runs=[run], out=tmp_path / "out", device="cpu", **OPTIONS | {"judge": "ce_proxy"})
+    with pytest.raises(UserError, match="expected the folder of a tuning run"):
+        report(runs=[tmp_path], out=tmp_path / "out", device="cpu", **OPTIONS)
+    shutil.rmtree(other / "checkpoints")
+    (other / "config.toml").write_text((run / "config.toml").read_text())
+    with pytest.raises(UserError, match="has no checkpoints yet"):
+        report(runs=[other], out=tmp_path / "out", device="cpu", **OPTIONS)
+
+
+def test_checkpoints_are_evenly_spaced_and_the_last_is_among_them() -> None:
+    assert evenly([2, 4, 6], 9) == [2, 4, 6]
+    assert evenly(list(range(20, 1001, 20)), 10) == list(range(100, 1001, 100))
+    assert evenly([5, 10, 15], 1) == [15]

@@ -13,9 +13,9 @@ PACKAGE = Path(smart.__file__).parent
 GROUND = {"config", "tokens", "model", "checkpoint", "track", "shards", "hub", "soundfonts"}
 GROUND |= {"remi", "midi", "midi_pool", "distributed", "regions"}
 ROOMS = {"prompts", "sampler", "render", "bank", "scoring", "reward", "reward.audiobox", "reward.ce_proxy", "plots"}
-ROOMS |= {"compare", "features", "diversity"}
+ROOMS |= {"compare", "features", "diversity", "guard"}
 PROGRAMS = {"grpo", "pretrain", "generate", "corpus", "reward.calibrate", "evaluate"}
-PARTS = {"evaluate.__main__", "evaluate.sample", "evaluate.report"}  # of program packages
+PARTS = {"evaluate.__main__", "evaluate.sample", "evaluate.report", "evaluate.frontier"}  # of program packages
 
 
 def modules() -> dict[str, Path]:

@@ -7,6 +7,7 @@ import click
 COMMANDS = {
     "sample": "Pieces of several models for the same prompts, rated, as one table.",
     "report": "Figures, statistics and a page from such tables.",
+    "frontier": "Reward, a held-out judge and diversity against KL, over the checkpoints of runs.",
 }
 
 
