@@ -185,7 +185,7 @@ def table_of(out: Path) -> dict[tuple[str, int], dict[str, Any]]:
 
 
 def test_each_point_is_what_the_pieces_say(run: Path, made: Path) -> None:
-    """KL against the learner's own log-probabilities, ratings against the stored ones, best-of-n against its formula."""
+    """KL against the learner's own log-probabilities, ratings against the stored ones, best-of-n by hand."""
     rows = table_of(made)
     name = "sharp (beta 0.5)"
     assert list(rows) == [*((name, step) for step in (0, 2, 4, 6)), *(("best of n", n) for n in (1, 2, 4))]
