@@ -15,7 +15,7 @@ GROUND |= {"remi", "midi", "midi_pool", "distributed", "regions"}
 ROOMS = {"prompts", "sampler", "render", "bank", "scoring", "reward", "reward.audiobox", "reward.ce_proxy", "plots"}
 ROOMS |= {"compare", "features", "diversity", "guard"}
 PROGRAMS = {"grpo", "pretrain", "generate", "corpus", "reward.calibrate", "evaluate"}
-PARTS = {"evaluate.__main__", "evaluate.sample", "evaluate.report", "evaluate.frontier"}  # of program packages
+PARTS = {"evaluate.__main__", "evaluate.sample", "evaluate.report", "evaluate.statistics", "evaluate.frontier"}
 
 
 def modules() -> dict[str, Path]:

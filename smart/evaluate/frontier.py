@@ -11,7 +11,7 @@ samples a prompt of the base, the expected reward of the best of n, at KL = log 
 are fitted to each measure where there are enough points. KL is estimated on the samples: the mean over pieces of
 log pi(piece) - log base(piece), in nats a piece, and the same divided by the tokens drawn. All intervals are 95%:
 percentiles of a bootstrap over prompts, which are paired over checkpoints; those of diversity, which belongs to a set
-of pieces and not to one, come from a jackknife that leaves out a twentieth of the prompts at a time.
+of pieces and not to one, come from a jackknife that leaves out a tenth of the prompts at a time.
 
 Axes: B prompts, N samples a prompt, K checkpoints (the first is the base), R resamples.
 """
@@ -28,11 +28,14 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from smart import UserError, checkpoint, diversity, plots, require, track
 from smart.compare import BLOCK, Piece, System, compose, find_system
 from smart.config import Config, load, to_dict
+from smart.evaluate.statistics import RESAMPLES, Estimate, jackknife
 from smart.guard import Judge, collapsed, variety
 from smart.model import load_base, pick_device
 from smart.render import RenderError
@@ -43,18 +46,8 @@ from smart.tokens import decode, load_tokenizer, vocabulary
 Floats = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
 
-RESAMPLES = 2000
-BLOCKS = 20  # of the jackknife
 BEST_OF_N = "best of n"
 FEWEST = 4  # points that a law with two coefficients is fitted to
-
-
-class Estimate(NamedTuple):
-    """A number with its 95% interval."""
-
-    value: float
-    low: float
-    high: float
 
 
 # --- Best of n ----------------------------------------------------------------------------------------------------
@@ -97,9 +90,9 @@ def best_of_n_kl(n: int) -> float:
 # --- Intervals ----------------------------------------------------------------------------------------------------
 
 
-def resample(prompts: int, seed: int, count: int = RESAMPLES) -> Rows:
+def resample(prompts: int, seed: int) -> Rows:
     """Prompts of each of R bootstrap samples: (R, B)."""
-    return np.random.default_rng(seed).integers(prompts, size=(count, prompts))
+    return np.random.default_rng(seed).integers(prompts, size=(RESAMPLES, prompts))
 
 
 def bootstrap(values: Floats, rows: Rows) -> Floats:
@@ -114,34 +107,17 @@ def ratio(above: Floats, below: Floats, rows: Rows) -> Floats:
         return np.where(known, above, 0.0)[rows].sum(1) / np.where(known, below, 0.0)[rows].sum(1)
 
 
-def interval(value: float, resampled: Floats) -> Estimate:
-    """``value`` with the 2.5th and 97.5th percentile of what was resampled."""
+def interval(value: float, resampled: Floats, count: int) -> Estimate:
+    """``value``, of ``count`` prompts or points, with the 2.5th and 97.5th percentile of what was resampled."""
     known = resampled[np.isfinite(resampled)]
-    if not len(known) or not math.isfinite(value):
-        return Estimate(value, math.nan, math.nan)
-    low, high = np.percentile(known, [2.5, 97.5])
-    return Estimate(float(value), float(low), float(high))
+    low, high = np.percentile(known, [2.5, 97.5]) if len(known) else (math.nan, math.nan)
+    return Estimate(float(value), float(low), float(high), count)
 
 
 def mean(values: Floats, rows: Rows) -> Estimate:
-    """Mean over prompts of ``values`` (B,)."""
+    """Mean over prompts of ``values`` (B,); what is NaN is left out."""
     known = values[np.isfinite(values)]
-    return interval(float(known.mean()) if len(known) else math.nan, bootstrap(values, rows))
-
-
-def jackknife(count: int, measure: Callable[[Rows], float], blocks: int = BLOCKS) -> Estimate:
-    """``measure`` of all of ``count`` pieces, with an interval from leaving out one block of them after the other.
-
-    ``measure`` gets the pieces' numbers. Fewer pieces than blocks are left out one by one.
-    """
-    everything = np.arange(count)
-    value = measure(everything)
-    parts = np.array_split(everything, min(blocks, count))
-    if len(parts) < 2:
-        return Estimate(value, math.nan, math.nan)
-    without = np.array([measure(np.setdiff1d(everything, part)) for part in parts])
-    error = math.sqrt((len(parts) - 1) * float(without.var()))
-    return Estimate(value, value - 1.96 * error, value + 1.96 * error)
+    return interval(float(known.mean()) if len(known) else math.nan, bootstrap(values, rows), len(known))
 
 
 # --- The laws of Gao et al. ---------------------------------------------------------------------------------------
@@ -186,7 +162,7 @@ def fit_law(law: str, kl: Floats, gain: Floats, kl_resampled: Floats, gain_resam
 
     found = solve(kl[away], gain[away])
     many = [solve(*pair) for pair in zip(kl_resampled[:, away], gain_resampled[:, away], strict=True)]
-    alpha, beta = (interval(float(one), column) for one, column in zip(found, np.array(many).T, strict=True))
+    alpha, beta = (interval(one, column, points) for one, column in zip(found, np.array(many).T, strict=True))
     fit = Fit(law, points, alpha, beta)
     return fit._replace(residual=float(np.sqrt(np.mean((fit(np.sqrt(kl[away])) - gain[away]) ** 2))))
 
@@ -264,9 +240,6 @@ def draw(system: System, samples: int, setting: Setting, folder: Path, base: Any
 
     ``base`` is the base's network. Ratings and log-probabilities are stored, so that nothing is drawn twice.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     folder.mkdir(parents=True, exist_ok=True)
     config, size = setting.config, max(BLOCK // samples, 1)  # prompts of a block
     blocks = [folder / f"{number:05d}.parquet" for number in range(-(-setting.prompts // size))]
@@ -355,11 +328,11 @@ def varied(vectors: npt.NDArray[Any], rows: Rows) -> tuple[Estimate, Estimate]:
     count, samples, _ = vectors.shape
     sets = [diversity.kernel(vectors[:, sample]) for sample in range(samples)]
 
-    def among(prompts: Rows) -> float:
-        return float(np.mean([diversity.vendi_score(one[np.ix_(prompts, prompts)]) for one in sets]))
+    def among(prompts: Sequence[int]) -> dict[str, float]:
+        return {"vendi": float(np.mean([diversity.vendi_score(one[np.ix_(prompts, prompts)]) for one in sets]))}
 
     within = np.array([diversity.vendi_score(diversity.kernel(one)) for one in vectors])
-    return jackknife(count, among), mean(within, rows)
+    return jackknife(among, count)["vendi"], mean(within, rows)
 
 
 def average(values: Floats) -> Floats:
@@ -397,7 +370,7 @@ def weigh(series: str, step: int, drawn: Drawn, tokenizer: Any, rows: Rows, *, i
         step,
         {
             "kl": estimates.pop("log_ratio"),
-            "kl_token": interval(per_token, ratio(by_prompt["log_ratio"], length, rows)),
+            "kl_token": interval(per_token, ratio(by_prompt["log_ratio"], length, rows), count),
             **estimates,
             "vendi": among,
             "vendi_within": within,
@@ -428,15 +401,15 @@ def baseline(drawn: Drawn, tokenizer: Any, rows: Rows, sets: int) -> list[Point]
         parts = [slice(begin, begin + n) for begin in range(0, samples - n + 1, n)][:sets]
         best = [np.nan_to_num(drawn.reward[:, part], nan=-math.inf).argmax(1) + part.start for part in parts]
         among, _ = varied(np.stack([vectors[np.arange(count), one] for one in best], axis=1), rows)
-        exact = Estimate(best_of_n_kl(n), best_of_n_kl(n), best_of_n_kl(n))
+        exact = Estimate(best_of_n_kl(n), best_of_n_kl(n), best_of_n_kl(n), count)
         per_token = exact.value / float(drawn.length.mean())
         estimates = {
             "kl": exact,
-            "kl_token": Estimate(per_token, per_token, per_token),
+            "kl_token": Estimate(per_token, per_token, per_token, count),
             "reward": mean(by_prompt["reward"], rows),
             "judge": mean(by_prompt["judge"], rows),
             "vendi": among,
-            "vendi_within": Estimate(math.nan, math.nan, math.nan),
+            "vendi_within": Estimate(math.nan, math.nan, math.nan, 0),
         }
         failed = int((~np.isfinite(drawn.reward)).sum())
         points.append(Point(BEST_OF_N, n, estimates, by_prompt, {}, failed, count * samples))
@@ -448,7 +421,7 @@ def columns(point: Point, collapse: str | None, kept: bool) -> dict[str, Any]:
     numbers = {
         f"{name}{end}": value if math.isfinite(value) else None
         for name, estimate in point.estimates.items()
-        for end, value in zip(("", "_low", "_high"), estimate, strict=True)
+        for end, value in zip(("", "_low", "_high"), estimate[:3], strict=True)
     }
     return {
         "series": point.series,
@@ -655,14 +628,9 @@ def write(
     chosen: dict[str, Any],
     setting: Setting,
 ) -> None:
-    """The figure, its data, and ``summary.json``, which comes last."""
-    import pyarrow as pa
-    import pyarrow.csv
-    import pyarrow.parquet
-
+    """The figure, its data as CSV and Parquet, and ``summary.json``, which comes last."""
     data = pa.Table.from_pylist(table)
-    checkpoint.write_atomically(out / "frontier.parquet", functools.partial(pa.parquet.write_table, data))
-    checkpoint.write_atomically(out / "frontier.csv", functools.partial(pa.csv.write_csv, data))
+    checkpoint.write_atomically(out / "frontier.parquet", functools.partial(pq.write_table, data))
     labels = {
         "reward": f"reward: {setting.reward.name} ({' '.join(setting.reward.weights)})",
         "judge": "held-out judge: " + setting.judge.replace(" (", "\n("),

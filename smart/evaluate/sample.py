@@ -252,7 +252,9 @@ def sample(
     if out.exists():
         changed = track.changes(read_settings(out)["settings"], settings)
         if changed:
-            raise UserError(f"--out {out}: holds pieces made with other settings ({'; '.join(changed)}); give another file")
+            raise UserError(
+                f"--out {out}: holds pieces made with other settings ({'; '.join(changed)}); give another file"
+            )
         click.echo(f"{out} is finished; nothing was drawn")
         return
     if not out.parent.is_dir():
