@@ -29,19 +29,6 @@ TABLE_2: dict[str, tuple[float, float, float, float]] = {
     "yamaha": (6.530, 7.705, 2.453, 7.883),
 }
 
-# section 5.1 and figures 3, 4 and 7: which way a mean moves by tuning; 0: no claim
-EFFECTS: dict[str, int] = {
-    **dict.fromkeys(AXES, 1),
-    "number_of_notes": 1,
-    "polyphony_rate": 1,
-    "empty_beat_rate": -1,
-    "pitches": -1,  # more low ones
-    "pitch_range": 1,
-    "scale_consistency": 0,  # a heavier tail
-    "velocities": -1,
-    "velocity_range": 1,
-}
-
 MINUTES = 50  # section 3.5: 200 iterations on one NVIDIA GeForce RTX 3090
 ITERATIONS = 200
 

@@ -50,13 +50,13 @@ class Found(NamedTuple):
     """What comes from outside."""
 
     base: Path
-    soundfont: Path
     reward: Reward
     corpus: Corpus | None
+    soundfonts: list[Path]
 
     def checksums(self) -> str:
         """Of the files that decide what comes out."""
-        files = [self.base / "model.safetensors", self.soundfont]
+        files = [self.base / "model.safetensors", *self.soundfonts]
         files += [self.corpus.folder / MANIFEST] if self.corpus else []
         return " ".join([*map(checkpoint.sha256, files), self.reward.provenance])
 
@@ -291,6 +291,7 @@ SMOKE = (
     "track.final_listen=2",
 )
 SMOKE_PIECES = 96  # that the base writes for a corpus: enough that no split of it is empty
+PIECES = 10  # of the corpus, for table 2
 LONGER = 5  # section 5.2: 1000 iterations instead of 200
 
 
@@ -310,7 +311,9 @@ def variants(config: Config, corpus: str) -> dict[str, Config]:
     }
 
 
-def plan(config: Config, corpus: Path | None, recordings: Sequence[Path], outside: str) -> list[Step]:
+def plan(
+    config: Config, corpus: Path | None, fonts: Sequence[str], recordings: Sequence[Path], outside: str
+) -> list[Step]:
     """All steps, in order. Without ``corpus`` the base writes one first; ``outside`` tells files from elsewhere."""
     many, n = config.track.final_prompts, str(config.track.final_prompts)
     own = () if corpus else ("corpus",)  # what a step with dataset prompts waits for
@@ -346,20 +349,11 @@ def plan(config: Config, corpus: Path | None, recordings: Sequence[Path], outsid
         return Step(
             name,
             f"{n} pieces of each of {len(models)} models, {kind} prompts",
-            ("smart.evaluate", "sample", *models, "--out", f"{OUT}/{name}/pieces.parquet", "-n", n, *where, *rates,
+            ("smart.evaluate", "sample", *models, "--out", f"{OUT}/{name}/{kind}.parquet", "-n", n, *where, *rates,
              *sound, *drawn, *device),
-            ("pieces.parquet",),
+            (f"{kind}.parquet",),
             after=(*runs, *(own if kind == "dataset" else ())),
         )  # fmt: skip
-
-    def figures(name: str, source: str, title: str) -> Step:
-        return Step(
-            name,
-            title,
-            ("smart.evaluate", "report", f"{OUT}/{source}/pieces.parquet", "--out", f"{OUT}/{name}"),
-            ("*.png", "*.json"),
-            after=(source,),
-        )
 
     tuning = [tunes(name, one) for name, one in variants(config, folder).items()]
     aggressive = ("tuned", "tuned-long", "tuned-long-beta0")
@@ -373,10 +367,25 @@ def plan(config: Config, corpus: Path | None, recordings: Sequence[Path], outsid
             ("ratings.csv",),
             resume=("--overwrite",),
         ),
+        Step(
+            "table-2",
+            f"the same {PIECES} pieces with {len(fonts)} soundfonts",
+            ("smart.evaluate", "soundfonts", *(word for font in fonts for word in ("--soundfonts", font)),
+             "--corpus", folder, "--n", str(PIECES), *rates, *device, "--seconds", f"{config.render.seconds:g}",
+             "--sample-rate", str(config.render.sample_rate), "--out", f"{OUT}/table-2"),
+            ("soundfonts.csv", "soundfonts.png"),
+            after=own,
+        ),
         samples("samples", "procedural", *aggressive),
-        figures("report", "samples", "figures 3, 4 and 6"),
         samples("samples-dataset", "dataset", "tuned-dataset"),
-        figures("report-dataset", "samples-dataset", "figure 7"),
+        Step(
+            "report",
+            "figures 2, 3, 4, 6 and 7",
+            ("smart.evaluate", "report", f"{OUT}/samples/procedural.parquet", f"{OUT}/samples-dataset/dataset.parquet",
+             *(word for run in variants(config, "") for word in ("--run", f"{OUT}/{run}")), "--out", f"{OUT}/report"),
+            ("*.png", "*-paper.csv", "index.html"),
+            after=("samples", "samples-dataset", *variants(config, "")),
+        ),
         Step(
             "frontier",
             "reward, a held-out judge and diversity against KL",
@@ -402,7 +411,9 @@ def plan(config: Config, corpus: Path | None, recordings: Sequence[Path], outsid
     return [step._replace(given=step.given + outside) for step in steps]
 
 
-def find(config: Config, corpus: Path | None, recordings: Sequence[Path], *, smoke: bool) -> Found:
+def find(
+    config: Config, corpus: Path | None, fonts: Sequence[str], recordings: Sequence[Path], *, smoke: bool
+) -> Found:
     """Everything that the steps need from outside. Raises one ``UserError`` that lists all that is missing."""
 
     def packages() -> None:
@@ -413,8 +424,8 @@ def find(config: Config, corpus: Path | None, recordings: Sequence[Path], *, smo
     def base() -> Path:
         return find_base(config.model.base)
 
-    def soundfont() -> Path:
-        path = find_soundfont(config.render.soundfont)
+    def soundfont(name: str) -> Path:
+        path = find_soundfont(name)
         check_soundfont(path)
         return path
 
@@ -441,7 +452,11 @@ def find(config: Config, corpus: Path | None, recordings: Sequence[Path], *, smo
         if missing:
             raise UserError(f"--recording: no such file: {', '.join(missing)}")
 
-    return Found(*require(packages, base, soundfont, reward, pieces, excerpts)[1:5])
+    names = dict.fromkeys((config.render.soundfont, *fonts))
+    _, _, *found = require(
+        packages, excerpts, base, reward, pieces, *(functools.partial(soundfont, name) for name in names)
+    )
+    return Found(*found[:3], found[3:])
 
 
 # --- The page -----------------------------------------------------------------------------------------------------
@@ -483,8 +498,9 @@ def sections(out: Path, config: Config, found: Found) -> list[Section]:
     real = bool(getattr(found.reward, "is_published", False))
     return [
         _training(out, config),
-        _table_1(out, real),
-        *_figures(out),
+        _table_1(out, config.reward.kind, real),
+        _table_2(out, real),
+        *_effects(out, real and config.model.base == paper.BASE),
         _frontier(out),
         Section(
             "Listening study (section 4.3, table 5)",
@@ -517,16 +533,19 @@ def _training(out: Path, config: Config) -> Section:
         f"The paper: {paper.ITERATIONS} iterations in {paper.MINUTES} minutes on one NVIDIA GeForce RTX 3090. Minutes "
         "are of another machine here, and so are no verdict. Rewards: means of fresh samples, with 95% intervals.",
         rows,
-        [(f"Figure 2: reward by iteration, {name}", out / name / "reward_mean.png") for name in variants(config, "")],
+        [
+            (
+                "Figure 2: mean reward by iteration, and one standard deviation",
+                out / "report" / "reward-by-iteration.png",
+            )
+        ],
     )
 
 
-def _table_1(out: Path, real: bool) -> Section:
-    with open(out / "table-1" / "ratings.csv", encoding="utf-8", newline="") as file:
-        lines = list(csv.DictReader(file))
+def _table_1(out: Path, kind: str, real: bool) -> Section:
     ours: dict[str, dict[str, str]] = {}
-    for line in lines:
-        ours.setdefault(line["file"], {})[line["rating"].rpartition(".")[2]] = line["mean"]
+    for line in _csv(out / "table-1" / "ratings.csv"):
+        ours.setdefault(Path(line["file"]).stem, {})[line["rating"].rpartition(".")[2]] = line["mean"]
     rows: list[Sequence[str]] = [("audio", *(f"{axis}: paper / here" for axis in paper.AXES), "verdict")]
     for name, published in paper.TABLE_1.items():
         mine = [ours.get(name, {}).get(axis, "") for axis in paper.AXES]
@@ -537,11 +556,11 @@ def _table_1(out: Path, real: bool) -> Section:
     for name, ratings in ours.items():
         if name not in paper.TABLE_1:
             mine = [ratings.get(axis, "") for axis in paper.AXES]
-            rows.append((Path(name).name, *(f"- / {number(float(here)) if here else '-'}" for here in mine), ""))
-    why = "" if real else " No verdict: these are not the published weights of Audiobox Aesthetics."
-    return Section(
-        "Table 1: ratings of recordings, silence and noise", "Recordings are not part of this package." + why, rows
-    )
+            rows.append((name, *(f"- / {number(float(here)) if here else '-'}" for here in mine), ""))
+    words = f"Here: {kind}. Recordings are not part of this package; one that is called as its row is set beside it."
+    if not real:
+        words += " No verdict: these are not the published weights of Audiobox Aesthetics."
+    return Section("Table 1: ratings of recordings, silence and noise", words, rows)
 
 
 def _close(published: Sequence[float], here: Sequence[str]) -> str:
@@ -552,8 +571,58 @@ def _close(published: Sequence[float], here: Sequence[str]) -> str:
     return f"{'agrees' if worst <= 0.1 else 'differs'} (at most {worst:.2f} apart)"
 
 
-def _figures(out: Path) -> list[Section]:
-    return []
+def _table_2(out: Path, real: bool) -> Section:
+    rows: list[Sequence[str]] = [("soundfont", "rating", "n", "paper", "here", "verdict")]
+    for line in _csv(out / "table-2" / "soundfonts.csv"):
+        here = f"{_short(line['mean'])} [{_short(line['low'])}, {_short(line['high'])}]"
+        rows.append(
+            (line["soundfont"], line["rating"], line["n"], line["paper"] or "-", here, _inside(line) if real else "")
+        )
+    return Section(
+        "Table 2: the same pieces with several soundfonts",
+        "The paper's ten pieces are not known; these are other ones. So a verdict says whether the paper's mean lies in "
+        "the 95% interval of the mean here, and is given for the published weights alone.",
+        rows,
+        [("Means, and rank correlation over pieces", out / "table-2" / "soundfonts.png")],
+    )
+
+
+def _inside(line: dict[str, str]) -> str:
+    if not line["paper"] or not line["low"]:
+        return ""
+    return "agrees" if float(line["low"]) <= float(line["paper"]) <= float(line["high"]) else "differs"
+
+
+def _effects(out: Path, judged: bool) -> list[Section]:
+    found = []
+    for name, prompts, figures in (("procedural", "Procedural", "3, 4 and 6"), ("dataset", "Dataset", "7")):
+        rows: list[Sequence[str]] = [("model", "measure", "the paper", "here: difference to the base", "verdict")]
+        for line in _csv(out / "report" / f"{name}-paper.csv"):
+            here = f"{_short(line['difference'])} [{_short(line['difference_low'])}, {_short(line['difference_high'])}]"
+            rows.append((line["after"], line["measure"], line["paper"], here, line["verdict"] if judged else ""))
+        pictures = [
+            (f"{what}, {name} prompts", out / "report" / f"{name}-{part}.png")
+            for part, what in (("ratings", "Ratings"), ("features", "MIDI features"), ("rolls", "Average piano rolls"))
+        ]
+        found.append(
+            Section(
+                f"{prompts} prompts: effects of tuning (section 5.1; figures {figures})",
+                "The paper prints no numbers for these, but says which way they go."
+                + ("" if judged else " No verdict: the base or the reward is not the paper's."),
+                rows,
+                pictures,
+            )
+        )
+    return found
+
+
+def _csv(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _short(text: str) -> str:
+    return f"{float(text):.3g}" if text else "-"
 
 
 def _frontier(out: Path) -> Section:
@@ -645,13 +714,15 @@ def main(
         raise click.UsageError("--smoke brings its own configuration and corpus: leave out --config and --corpus")
     config = load("quickstart.toml", (*SMOKE, *overrides)) if smoke else load(path or "paper.toml", overrides)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, folder="runs"))
+    fonts = [config.render.soundfont] if smoke else list(paper.TABLE_2)
     try:
-        found = find(config, corpus, recordings, smoke=smoke)
+        found = find(config, corpus, fonts, recordings, smoke=smoke)
     except UserError as error:
         if not listing:
             raise
         found, problem = None, error.message
-    steps = plan(config, None if smoke else corpus or Path("CORPUS"), recordings, found.checksums() if found else "")
+    where = None if smoke else corpus or Path("CORPUS")
+    steps = plan(config, where, fonts, recordings, found.checksums() if found else "")
     if listing:
         _list(steps, out)
         click.echo("nothing is missing" if found else problem)

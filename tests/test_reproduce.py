@@ -193,7 +193,7 @@ def test_what_is_missing_for_the_papers_run_is_said_at_once(tmp_path: Path, monk
     monkeypatch.setenv("HOME", str(tmp_path))
     result = CliRunner().invoke(reproduce.main, ["--out", str(tmp_path / "out")])
     assert result.exit_code == 2 and not (tmp_path / "out").exists()
-    for part in ("things are missing", "metamidipianophi3_4L", "yamaha", "Audiobox", "--corpus is needed"):
+    for part in ("things are missing", "metamidipianophi3_4L", "yamaha", "grandeur", "Audiobox", "--corpus is needed"):
         assert part in result.output
     listed = CliRunner().invoke(reproduce.main, ["--out", str(tmp_path / "out"), "--list"])
     assert listed.exit_code == 0 and "things are missing" in listed.output and "tuned-long-beta0" in listed.output
