@@ -456,8 +456,8 @@ def fit_all(series: dict[str, list[Point]], rows: Rows) -> dict[tuple[str, str],
 
 def evenly(steps: Sequence[int], most: int) -> list[int]:
     """At most ``most`` of ``steps``, evenly spaced, the last one among them."""
-    places = np.linspace(len(steps) - 1, 0, min(most, len(steps)) + (most < len(steps)))[: min(most, len(steps))]
-    return sorted({steps[round(place)] for place in places})
+    count = min(most, len(steps))
+    return [steps[round(place * len(steps) / count) - 1] for place in range(1, count + 1)]
 
 
 def find_settings(runs: Sequence[Path]) -> list[Config]:
