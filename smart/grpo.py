@@ -400,9 +400,7 @@ def _train(config: Config, world: World, *, resume: bool, overwrite: bool) -> Pa
         if config.track.held_out_every:
             seed = config.run.seed + 2**32
             generator = torch.Generator().manual_seed(seed)
-            starts = draw(
-                config.prompts.kind, config.track.held_out_prompts, tokenizer, generator, pieces=parts.unseen
-            )
+            starts = draw(config.prompts.kind, config.track.held_out_prompts, tokenizer, generator, pieces=parts.unseen)
             held_out = HeldOut(
                 starts.to(device),
                 seed=seed,
@@ -523,7 +521,9 @@ def _train(config: Config, world: World, *, resume: bool, overwrite: bool) -> Pa
             world.sum(0)  # the best checkpoint is there
             best = folder / "checkpoints" / checkpoint.BEST
             policy.load_state_dict(load_base(best, device=device)[0].state_dict())
-            run.say(f"stopped early: {guard.stop}. tuned/ is iteration {guard.best}, which the held-out judge rates best")
+            run.say(
+                f"stopped early: {guard.stop}. tuned/ is iteration {guard.best}, which the held-out judge rates best"
+            )
 
         # base against tuned: fresh samples for the same prompts and from the same seed
         bar.set_description("base against tuned")

@@ -580,7 +580,7 @@ def _table_2(out: Path, real: bool) -> Section:
         )
     return Section(
         "Table 2: the same pieces with several soundfonts",
-        "The paper's ten pieces are not known; these are others. So a verdict says whether the paper's mean lies in the "
+        "The paper's ten pieces are not known; these are others. So a verdict says whether the paper's mean is in the "
         "95% interval of the mean here, and is given for the published weights alone.",
         rows,
         [("Means, and rank correlation over pieces", out / "table-2" / "soundfonts.png")],

@@ -16,6 +16,7 @@ from smart import UserError, reproduce
 from smart.checkpoint import sha256
 from smart.config import load, to_dict
 from smart.reproduce import Book, Step, alone, perform, variants
+from smart.shards import Corpus
 
 
 def step(name: str, code: str, *after: str, **more: object) -> Step:
@@ -200,3 +201,47 @@ def test_what_is_missing_for_the_papers_run_is_said_at_once(tmp_path: Path, monk
     assert not (tmp_path / "out").exists()
     wrong = CliRunner().invoke(reproduce.main, ["--smoke", "--config", "paper.toml", "--out", str(tmp_path / "out")])
     assert wrong.exit_code == 2 and "leave out --config" in wrong.output
+
+
+def test_every_step_is_a_command_that_its_program_takes(tmp_path: Path) -> None:
+    """Without running them: each step's words against the options of the program that it starts."""
+    from importlib import import_module
+
+    for config, corpus in ((load("paper.toml"), tmp_path), (load("quickstart.toml", reproduce.SMOKE), None)):
+        steps = reproduce.plan(config, corpus, ["timgm", "fluidr3"], [Path("a recording.wav")], "")
+        names = [step.name for step in steps]
+        for place, step in enumerate(steps):
+            assert set(step.after) <= set(names[:place]), f"{step.name} reads what is not there yet"
+            module, *words = [word.replace("{out}", str(tmp_path)) for word in (*step.words, *step.resume)]
+            command, context = import_module(module).main, None
+            while isinstance(command, click.Group):
+                context = click.Context(command, parent=context)
+                chosen = command.get_command(context, words.pop(0))
+                assert chosen is not None, step.words
+                command = chosen
+            parsed = command.make_context(step.name, words, parent=context)
+            assert any(str(tmp_path) in str(value) for value in parsed.params.values()), "it writes into OUT"
+
+
+def test_what_the_base_writes_becomes_a_corpus_and_survives_a_kill(tmp_path: Path) -> None:
+    """The first steps of the smoke test as a user starts them, killed while the second one works, and again."""
+    out = tmp_path / "out"
+    words = [sys.executable, "-m", "smart.reproduce", "--smoke", "--out", str(out)]
+    for setting in ("sampling.max_new_tokens=40", "render.workers=1", "track.final_prompts=0"):
+        words += ["--set", setting]
+    refused = subprocess.run(words, capture_output=True, text=True)
+    assert refused.returncode == 2 and "track.final_prompts" in refused.stderr and not out.exists()
+    words[-1] = "track.final_prompts=2"
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    wait_for(lambda: (out / "corpus").is_dir())
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    first = json.loads((out / "state.json").read_text())["midi"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (out / "base").is_dir())
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert "midi: the base writes 96 pieces - done before" in errors and "corpus" in errors, errors
+    assert json.loads((out / "state.json").read_text())["midi"] == first
+    corpus = Corpus(out / "corpus")
+    assert all(len(corpus.split(split)) for split in ("train", "validation", "test"))
