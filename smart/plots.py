@@ -68,6 +68,7 @@ def timeline(trace: Path) -> Path:
 
 # colours that people with any kind of colour blindness can tell apart (Okabe and Ito), and a dash for each besides
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DPI = 150
 DASHES = ("-", "--", "-.", ":")
 
 
@@ -256,7 +257,8 @@ def _legend(figure: Any, names: Sequence[str]) -> None:
 def _save(figure: Any, stem: Path, table: Sequence[Mapping[str, Any]]) -> list[Path]:
     """Write a figure as PNG and PDF, the same bytes for the same data, and its data as CSV."""
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf", "csv")]
-    write_atomically(paths[0], lambda file: figure.savefig(file, format="png", dpi=150))
+    write_atomically(paths[0], lambda file: figure.savefig(file, format="png", dpi=DPI))
+    figure.set_layout_engine("none")  # it has been laid out, and need not be again
     write_atomically(paths[1], lambda file: figure.savefig(file, format="pdf", metadata={"CreationDate": None}))
     write_csv(paths[2], table)
     return paths

@@ -8,6 +8,7 @@ the first, diversity, and what went wrong. Of each ``--run``: its reward by iter
 
 import base64
 import math
+import struct
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -118,18 +119,18 @@ def read(path: Path) -> Sample:
 
 
 def _measures(columns: Mapping[str, list[Any]], axes: Sequence[str]) -> dict[str, Floats]:
-    def number(name: str) -> Floats:
+    def column(name: str) -> Floats:
         return np.array(columns[name], np.float64)
 
     def of_each(name: str) -> Floats:
         return np.array([np.mean(part) if part else math.nan for part in columns[name]])
 
-    found = {axis: number(axis) for axis in axes}
+    found = {axis: column(axis) for axis in axes}
     for name in FEATURES:
         if name.startswith("mean_"):
             found[name] = of_each({"mean_pitch": "pitches", "mean_velocity": "velocities"}[name])
         else:
-            found[name] = number(name)
+            found[name] = column(name)
             if name in SOUNDING:
                 found[name] = np.where(columns["empty"], math.nan, found[name])
     return found
@@ -149,6 +150,12 @@ class Picture(NamedTuple):
     @property
     def data(self) -> str:
         return base64.b64encode(self.path.read_bytes()).decode()
+
+    @property
+    def width(self) -> float:
+        """Of the figure as it was drawn, in rem (16 pixels): from the PNG's header."""
+        (pixels,) = struct.unpack(">I", self.path.read_bytes()[16:20])
+        return round(pixels / plots.DPI * 6, 2)
 
 
 def _means(sample: Sample, measure: str) -> str:
@@ -297,20 +304,22 @@ def paper_rows(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
 # --- The page -----------------------------------------------------------------------------------------------------
 
 
-def number(value: float) -> str:
-    """Three significant digits, or more where they stand before the point; a dash for what is not defined."""
+def number(value: float, largest: float | None = None) -> str:
+    """Rounded by the ``largest`` of the numbers that stand together; a dash for what is not defined."""
     if not math.isfinite(value):
         return "–"
-    if value and abs(value) < 0.0005:
-        return f"{value:.1e}"
-    digits = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1
-    return f"{value:.{digits}f}"
+    size = abs(value) if largest is None else largest
+    digits = 3 if size < 10 else 2 if size < 100 else 1
+    return f"{value:.{digits}f}".replace("-", "−")
 
 
 def interval(estimate: Estimate) -> str:
     """value [low, high]."""
-    text = number(estimate.value)
-    return f"{text} [{number(estimate.low)}, {number(estimate.high)}]" if math.isfinite(estimate.low) else text
+    if not math.isfinite(estimate.low):
+        return number(estimate.value)
+    largest = max(map(abs, estimate[:3]))
+    value, low, high = (number(part, largest) for part in estimate[:3])
+    return f"{value} [{low}, {high}]"
 
 
 def p_value(value: float) -> str:
@@ -446,7 +455,7 @@ def render(sections: Sequence[Mapping[str, Any]], runs: Picture | None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "interval": interval, "p": p_value, "title_of": title_of}
+    environment.filters |= {"interval": interval, "p": p_value, "title_of": title_of}
     return environment.get_template("report.html").render(
         sections=sections, runs=runs, diversity=DIVERSITY, resamples=RESAMPLES
     )
