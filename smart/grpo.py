@@ -394,8 +394,7 @@ def _train(config: Config, world: World, *, resume: bool, overwrite: bool) -> Pa
         track.progress(total=settings.iterations, initial=done, unit="iteration", show=world.lead) as bar,
         checkpoint.StopRequest() as stop,
     ):
-        heard_as: dict[str, Any] = {"sample_rate": render.sample_rate, "seconds": render.seconds}
-        scorer = Scorer(tokenizer, pool, parts.reward, **heard_as)
+        scorer = Scorer(tokenizer, pool, parts.reward, sample_rate=render.sample_rate, seconds=render.seconds)
         held_out = None
         if config.track.held_out_every:
             seed = config.run.seed + 2**32
@@ -405,7 +404,7 @@ def _train(config: Config, world: World, *, resume: bool, overwrite: bool) -> Pa
                 starts.to(device),
                 seed=seed,
                 scorer=scorer,
-                judge=Judge(parts.reward, parts.judge and Scorer(tokenizer, pool, parts.judge, **heard_as)),
+                judge=Judge(parts.reward, parts.judge),
                 base_logprobs=base_logprobs,
                 kl=kl_k3,
                 pad_id=facts.pad_id,
@@ -455,12 +454,12 @@ def _train(config: Config, world: World, *, resume: bool, overwrite: bool) -> Pa
                 rollout, rated, ref_logp = together(world, rollout, rated, ref_logp, pad_id=facts.pad_id)
                 rated.check()
                 watch.lap("score")
-                rewards = rated.rewards
+                optimised = rated.rewards
                 if settings.diversity:
                     pieces = [decode(tokenizer, row) for row in rollout.tokens.cpu()]
                     alike = alikeness(pieces, settings.group_size)
-                    rewards = distinct_rewards(rewards, alike, weight=settings.diversity)
-                advantages = group_advantages(rewards, settings.group_size, scale=settings.scale)
+                    optimised = distinct_rewards(optimised, alike, weight=settings.diversity)
+                advantages = group_advantages(optimised, settings.group_size, scale=settings.scale)
                 stats = update(
                     policy,
                     optimizer,
@@ -521,9 +520,7 @@ def _train(config: Config, world: World, *, resume: bool, overwrite: bool) -> Pa
             world.sum(0)  # the best checkpoint is there
             best = folder / "checkpoints" / checkpoint.BEST
             policy.load_state_dict(load_base(best, device=device)[0].state_dict())
-            run.say(
-                f"stopped early: {guard.stop}. tuned/ is iteration {guard.best}, which the held-out judge rates best"
-            )
+            run.say(f"stopped early: {guard.stop}; tuned/ is iteration {guard.best}, the best by the held-out judge")
 
         # base against tuned: fresh samples for the same prompts and from the same seed
         bar.set_description("base against tuned")

@@ -1,8 +1,8 @@
 """Over-optimisation, measured and stopped while a policy trains: held-out completions, a judge, a rule for collapse.
 
-A reward is a stand-in for what is wanted. Pushed far enough, a policy finds what its reward overlooks: the reward goes on
-rising while the music gets worse, or more alike (Gao, Schulman, Hilton 2023: against the distance from the base, a true
-score rises, then falls). Three things tell, none of which training optimises:
+A reward is a stand-in for what is wanted. Pushed far enough, a policy finds what its reward overlooks: the reward goes
+on rising while the music gets worse, or more alike (Gao, Schulman and Hilton 2023: with the distance from the base a
+true score lags ever further behind, then falls). Three things tell, none of which training optimises:
 
 - the distance from the base, KL in nats: what has been paid for the reward;
 - a judge (``Judge``): ratings on other axes, by another reward, or, where there is none, how likely the base finds the
@@ -84,25 +84,27 @@ def alikeness(pieces: list[Any], group_size: int) -> torch.Tensor:
 class Judge:
     """Who rates held-out completions beside the reward: someone whose rating is not optimised. Higher is better.
 
-    By order: ``other``, a reward of its own; the mean of those axes of ``reward`` that have no weight; where there is no
-    such axis, plausibility, the mean log-probability of a completion's tokens under the base, in nats a token.
+    By order: ``other``, a reward of its own; the mean of those axes of ``reward`` that have no weight; where there is
+    no such axis, plausibility, the mean log-probability of a completion's tokens under the base, in nats a token.
     """
 
-    def __init__(self, reward: Reward, scorer: Scorer | None) -> None:
-        """``scorer`` rates with the other reward; None: there is none."""
-        self.scorer = scorer
+    def __init__(self, reward: Reward, other: Reward | None = None) -> None:
+        self.other = other
         self.axes = [axis for axis in reward.axes if not reward.weights.get(axis)]
-        if scorer is not None:
-            self.name = f"{scorer.reward.name} ({' '.join(scorer.reward.weights)})"
+        if other is not None:
+            self.name = f"{other.name} ({' '.join(other.weights)})"
         elif self.axes:
             self.name = f"the mean of the other axes of {reward.name} ({' '.join(self.axes)})"
         else:
             self.name = "plausibility (mean log-probability a token under the base)"
 
-    def rate(self, clips: list[Future[Audio]], rated: Rated, plausibility: torch.Tensor) -> torch.Tensor:
-        """(N,) ratings, NaN where a clip failed; ``plausibility`` (N,)."""
-        if self.scorer is not None:
-            return self.scorer.collect(clips).rewards
+    def rate(
+        self, clips: list[Future[Audio]], scorer: Scorer, rated: Rated, plausibility: torch.Tensor
+    ) -> torch.Tensor:
+        """(N,) ratings, NaN where a clip failed; ``rated`` is what ``scorer`` made of ``clips``."""
+        if self.other is not None:
+            second = Scorer(scorer.tokenizer, scorer.pool, self.other, sample_rate=scorer.sample_rate)
+            return second.collect(clips).rewards
         if self.axes:
             return torch.stack([rated.scores[axis] for axis in self.axes]).mean(0)
         return plausibility
@@ -156,7 +158,7 @@ class HeldOut:
         base_logp = self.base_logprobs(rollout)  # while the workers render
         plausibility = ((base_logp * rollout.mask).sum(1) / rollout.mask.sum(1).clamp(min=1)).cpu()
         rated = clips.rate(keep=range(len(futures)))
-        judged = self.judge.rate(futures, rated, plausibility)
+        judged = self.judge.rate(futures, self.scorer, rated, plausibility)
         judged, plausibility = (torch.cat(self.world.gather(part)) for part in (judged, plausibility))
         rollout, rated, base_logp = together(self.world, rollout, rated, base_logp, pad_id=self.pad_id)
         kl = (self.kl(rollout.logprobs, base_logp) * rollout.mask).sum(1)  # (N,)
