@@ -27,7 +27,7 @@ from smart.midi import Limits
 from smart.midi_pool import Pool
 from smart.model import load_base, pick_device
 from smart.render import RenderError, RenderPool, score_notes
-from smart.reward import Reward, load_reward, read_option
+from smart.reward import Reward, load_reward, read_options
 from smart.sampler import Sampler
 from smart.scoring import Scorer
 from smart.soundfonts import check_soundfont, find_soundfont
@@ -314,7 +314,7 @@ def generate(
         if best_of == 1:
             return None
         where = "cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda"
-        return load_reward(kind, device=where, **dict(read_option(text) for text in options))
+        return load_reward(kind, device=where, **read_options(options))
 
     def sound() -> Path:
         path = find_soundfont(soundfont)

@@ -1,6 +1,5 @@
-"""``python -m smart.evaluate COMMAND`` is ``smart evaluate COMMAND``."""
+"""``python -m smart.evaluate``."""
 
 from smart.evaluate import main
 
-if __name__ == "__main__":
-    main(prog_name="smart evaluate")
+main(prog_name="python -m smart.evaluate")

@@ -24,11 +24,12 @@ import torch
 from smart import UserError, checkpoint, require, track
 from smart.compare import BLOCK, Piece, System, compose, find_systems
 from smart.diversity import audio_vector
+from smart.evaluate.ratings import load_rewards
 from smart.features import SCALARS, is_empty, midi_features
 from smart.model import pick_device
 from smart.prompts import KINDS
 from smart.render import RenderError
-from smart.reward import Reward, load_reward, read_option
+from smart.reward import Reward
 from smart.scoring import SILENT
 from smart.shards import MANIFEST, SPLITS, Corpus
 from smart.soundfonts import check_soundfont, find_soundfont
@@ -77,21 +78,6 @@ def row(piece: Piece, sample_rate: int) -> dict[str, Any]:
         "audio_vector": None if audio is None else audio_vector(audio, sample_rate),
         **piece.scores,
     }
-
-
-def load_rewards(kinds: Sequence[str], options: Sequence[str], device: str | torch.device) -> list[Reward]:
-    """Each reward with its own of ``options``: KIND.KEY=VALUE, or KEY=VALUE where there is one kind."""
-    given: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
-    for text in options:
-        key, value = read_option(text)
-        kind, dot, rest = key.partition(".")
-        if dot and kind in given:
-            given[kind][rest] = value
-        elif len(given) == 1:
-            given[kinds[0]][key] = value
-        else:
-            raise UserError(f"--reward-option {text!r}: expected KIND.KEY=VALUE with KIND one of {', '.join(given)}")
-    return [load_reward(kind, device=device, **options) for kind, options in given.items()]
 
 
 def read_settings(table: Path) -> dict[str, Any]:
@@ -212,7 +198,7 @@ def sample(
         return checkpoint.sha256(Corpus(corpus).folder / MANIFEST)
 
     where = pick_device(device)
-    found = require(lambda: find_systems(models), sound, lambda: load_rewards(kinds, options, where), source)
+    found = require(lambda: find_systems(models), sound, lambda: load_rewards(kinds, options, device), source)
     systems: list[System] = found[0]
     rewards: list[Reward] = found[2]
     names = [system.name for system in systems]

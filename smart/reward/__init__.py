@@ -16,7 +16,7 @@ import json
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 
 from smart import UserError
 
-__all__ = ["ENTRY_POINT_GROUP", "Reward", "available_rewards", "load_reward", "read_option", "resample"]
+__all__ = ["ENTRY_POINT_GROUP", "Reward", "available_rewards", "load_reward", "read_options", "resample"]
 
 ENTRY_POINT_GROUP = "smart.rewards"
 # value of an entry point: imported only when its reward is asked for
@@ -184,18 +184,21 @@ def load_reward(
     return reward
 
 
-def read_option(text: str) -> tuple[str, Any]:
-    """``KEY=VALUE`` of a command line as an option of a reward: what reads as JSON (a number, true) is that, else text.
+def read_options(texts: Sequence[str]) -> dict[str, Any]:
+    """Options for ``load_reward`` from KEY=VALUE, as they are given to ``--reward-option`` on a command line.
 
-    Raises ``UserError`` for another form.
+    A value that reads as JSON (a number, true) is that, any other is text. Raises ``UserError`` for another form.
     """
-    key, separator, value = text.partition("=")
-    if not separator or not key:
-        raise UserError(f"--reward-option {text!r}: expected KEY=VALUE, for example model=weights/audiobox")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
+    options = {}
+    for text in texts:
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            raise UserError(f"--reward-option {text!r}: expected KEY=VALUE, for example model=weights/audiobox")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return options
 
 
 def available_rewards() -> dict[str, str]:
