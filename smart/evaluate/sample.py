@@ -19,7 +19,6 @@ import click
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from smart import UserError, checkpoint, require, track
 from smart.compare import BLOCK, Piece, System, compose, find_systems
