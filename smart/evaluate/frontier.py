@@ -133,10 +133,10 @@ class Fit(NamedTuple):
     residual: float = math.nan  # root mean square, on the measure's own scale
     why_not: str = ""
 
-    def __call__(self, distance: Floats) -> Floats:
-        """R(d) - R(0)."""
+    def __call__(self, distance: Floats, start: float = 0.0) -> Floats:
+        """R(d) from R(0) = ``start``."""
         assert self.alpha is not None and self.beta is not None
-        return _terms(self.law, distance) @ np.array([self.alpha.value, self.beta.value])
+        return start + _terms(self.law, distance) @ np.array([self.alpha.value, self.beta.value])
 
 
 def _terms(law: str, distance: Floats) -> Floats:
@@ -332,7 +332,8 @@ def varied(vectors: npt.NDArray[Any], rows: Rows) -> tuple[Estimate, Estimate]:
         return {"vendi": float(np.mean([diversity.vendi_score(one[np.ix_(prompts, prompts)]) for one in sets]))}
 
     within = np.array([diversity.vendi_score(diversity.kernel(one)) for one in vectors])
-    return jackknife(among, count)["vendi"], mean(within, rows)
+    found = jackknife(among, count)["vendi"]
+    return found._replace(low=max(found.low, 1.0), high=min(found.high, float(count))), mean(within, rows)
 
 
 def average(values: Floats) -> Floats:
@@ -636,7 +637,9 @@ def write(
         "judge": "held-out judge: " + setting.judge.replace(" (", "\n("),
         "vendi": f"different pieces in effect, of {setting.prompts}",
     }
-    plots.frontier(table, labels, {place: fit for place, fit in fits.items() if fit.alpha}, out / "frontier")
+    starts = {(row["series"], measure): row[measure] for row in reversed(table) for measure in labels}  # R(0)
+    laws = {place: functools.partial(fit, start=starts[place]) for place, fit in fits.items() if fit.alpha}
+    plots.frontier(table, labels, laws, out / "frontier")
     summary = {
         "runs": chosen,
         "rule": RULE,
