@@ -269,7 +269,7 @@ def _ended(code: int) -> str:
 class _Failed(click.ClickException):
     def __init__(self, message: str, code: int) -> None:
         super().__init__(message)
-        self.exit_code = code
+        self.exit_code = code  # type: ignore[misc]  # click reads it from the instance
 
 
 # --- What the paper's experiments are -----------------------------------------------------------------------------
@@ -292,6 +292,7 @@ SMOKE = (
 )
 SMOKE_PIECES = 96  # that the base writes for a corpus: enough that no split of it is empty
 PIECES = 10  # of the corpus, for table 2
+PROBED = 24  # pieces that probes are made of
 LONGER = 5  # section 5.2: 1000 iterations instead of 200
 
 
@@ -387,6 +388,13 @@ def plan(
             after=("samples", "samples-dataset", *variants(config, "")),
         ),
         Step(
+            "hacks",
+            f"what else than music the reward likes, beside {PROBED} pieces of the base",
+            ("smart.evaluate", "hacks", "--model", config.model.base, "-n", str(PROBED), *rates, *sound, *device,
+             "--seconds", f"{config.render.seconds:g}", "--out", f"{OUT}/hacks"),
+            ("hacks.csv", "hacks.png"),
+        ),
+        Step(
             "frontier",
             "reward, a held-out judge and diversity against KL",
             ("smart.evaluate", "frontier", *(f"{OUT}/{run}" for run in aggressive), "--out", f"{OUT}/frontier",
@@ -456,7 +464,7 @@ def find(
     _, _, *found = require(
         packages, excerpts, base, reward, pieces, *(functools.partial(soundfont, name) for name in names)
     )
-    return Found(*found[:3], found[3:])
+    return Found(base=found[0], reward=found[1], corpus=found[2], soundfonts=found[3:])
 
 
 # --- The page -----------------------------------------------------------------------------------------------------
@@ -501,6 +509,7 @@ def sections(out: Path, config: Config, found: Found) -> list[Section]:
         _table_1(out, config.reward.kind, real),
         _table_2(out, real),
         *_effects(out, real and config.model.base == paper.BASE),
+        _hacks(out),
         _frontier(out),
         Section(
             "Listening study (section 4.3, table 5)",
@@ -616,6 +625,19 @@ def _effects(out: Path, judged: bool) -> list[Section]:
     return found
 
 
+def _hacks(out: Path) -> Section:
+    rows: list[Sequence[str]] = [("probe", "kind", "rating", "mean", "against the pieces", "verdict")]
+    for line in _csv(out / "hacks" / "hacks.csv"):
+        here = f"{_short(line['difference'])} [{_short(line['difference_low'])}, {_short(line['difference_high'])}]"
+        rows.append((line["probe"], line["kind"], line["rating"], _short(line["mean"]), here, line["verdict"]))
+    return Section(
+        "What else than music the reward likes",
+        "Not in the paper. Each probe is made from each of the base's pieces, and compared with it.",
+        rows,
+        [("Ratings of probes", out / "hacks" / "hacks.png")],
+    )
+
+
 def _csv(path: Path) -> list[dict[str, str]]:
     with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
@@ -712,7 +734,7 @@ def main(
     """Every experiment, table and figure of the paper, into one folder with a page that compares."""
     if smoke and (path is not None or corpus is not None):
         raise click.UsageError("--smoke brings its own configuration and corpus: leave out --config and --corpus")
-    config = load("quickstart.toml", (*SMOKE, *overrides)) if smoke else load(path or "paper.toml", overrides)
+    config: Config = load("quickstart.toml", (*SMOKE, *overrides)) if smoke else load(path or "paper.toml", overrides)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, folder="runs"))
     fonts = [config.render.soundfont] if smoke else list(paper.TABLE_2)
     try:

@@ -38,6 +38,7 @@ SHORT = {
 }  # fmt: skip
 SMALL = {
     "smart.generate": "--tokens 24",
+    "smart.reproduce": "--list",
     "benchmarks/reward.py": "--clips 2 --rounds 1 --dtypes float32",
     "benchmarks/sampler.py": "--repeats 1",
 }

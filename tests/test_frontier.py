@@ -105,7 +105,7 @@ def test_the_fit_recovers_planted_coefficients(law: str) -> None:
     assert exact.alpha is not None and exact.beta is not None
     assert (exact.alpha.value, exact.beta.value, exact.points) == pytest.approx((0.9, 0.2, 6))
     assert exact.alpha.high - exact.alpha.low == pytest.approx(0, abs=1e-9) and exact.residual < 1e-9
-    assert exact(d) == pytest.approx(curve)
+    assert exact.curve(d) == pytest.approx(curve)
     noisy = curve + random.normal(0, 0.05, len(kl))
     noise = random.normal(0, 0.05, (400, len(kl)))
     found = fit_law(law, kl, noisy, np.tile(kl, (400, 1)), noisy + noise)

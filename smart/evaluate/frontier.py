@@ -20,7 +20,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -133,7 +133,7 @@ class Fit(NamedTuple):
     residual: float = math.nan  # root mean square, on the measure's own scale
     why_not: str = ""
 
-    def __call__(self, distance: Floats, start: float = 0.0) -> Floats:
+    def curve(self, distance: Floats, start: float = 0.0) -> Floats:
         """R(d) from R(0) = ``start``."""
         assert self.alpha is not None and self.beta is not None
         return start + _terms(self.law, distance) @ np.array([self.alpha.value, self.beta.value])
@@ -158,13 +158,13 @@ def fit_law(law: str, kl: Floats, gain: Floats, kl_resampled: Floats, gain_resam
         return Fit(law, points, why_not=reason)
 
     def solve(kl: Floats, gain: Floats) -> Floats:
-        return np.linalg.lstsq(_terms(law, np.sqrt(np.maximum(kl, 0))), gain, rcond=None)[0]
+        return np.asarray(np.linalg.lstsq(_terms(law, np.sqrt(np.maximum(kl, 0))), gain, rcond=None)[0], np.float64)
 
     found = solve(kl[away], gain[away])
     many = [solve(*pair) for pair in zip(kl_resampled[:, away], gain_resampled[:, away], strict=True)]
     alpha, beta = (interval(one, column, points) for one, column in zip(found, np.array(many).T, strict=True))
     fit = Fit(law, points, alpha, beta)
-    return fit._replace(residual=float(np.sqrt(np.mean((fit(np.sqrt(kl[away])) - gain[away]) ** 2))))
+    return fit._replace(residual=float(np.sqrt(np.mean((fit.curve(np.sqrt(kl[away])) - gain[away]) ** 2))))
 
 
 # --- The checkpoint to keep ---------------------------------------------------------------------------------------
@@ -463,7 +463,7 @@ def evenly(steps: Sequence[int], most: int) -> list[int]:
 
 def find_settings(runs: Sequence[Path]) -> list[Config]:
     """Each run's configuration. Raises ``UserError`` where they differ in what must be alike to be compared."""
-    configs = []
+    configs: list[Config] = []
     for run in runs:
         if not (run / track.CONFIG).is_file():
             raise UserError(f"{run}: expected the folder of a tuning run, with {track.CONFIG}")
@@ -638,7 +638,9 @@ def write(
         "vendi": f"different pieces in effect, of {setting.prompts}",
     }
     starts = {(row["series"], measure): row[measure] for row in reversed(table) for measure in labels}  # R(0)
-    laws = {place: functools.partial(fit, start=starts[place]) for place, fit in fits.items() if fit.alpha}
+    laws: dict[tuple[str, str], Callable[[Floats], Floats]] = {
+        place: functools.partial(fit.curve, start=starts[place]) for place, fit in fits.items() if fit.alpha
+    }
     plots.frontier(table, labels, laws, out / "frontier")
     summary = {
         "runs": chosen,
