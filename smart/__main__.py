@@ -11,6 +11,7 @@ PROGRAMS = {
     "evaluate": "Sample, rate and compare; reports with the paper's figures.",
     "corpus": "Turn a folder of MIDI files into a tokenised corpus.",
     "doctor": "Say whether this machine is ready for a run.",
+    "reproduce": "Every experiment, table and figure of the paper, on one page.",
     "calibrate": "Fit the ce_proxy reward to clips that were rated.",
 }
 MODULES = {"calibrate": "smart.reward.calibrate"}

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,6 +168,54 @@ def rewards_by_iteration(runs: Mapping[str, Sequence[Mapping[str, Any]]], stem: 
     axes.grid(alpha=0.3)
     _legend(figure, list(runs))
     return _save(figure, stem, table)
+
+
+def frontier(
+    rows: Sequence[Mapping[str, Any]],
+    measures: Mapping[str, str],
+    laws: Mapping[tuple[str, str], Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]],
+    stem: Path,
+) -> list[Path]:
+    """Draw each of ``measures`` (column -> label) against the square root of KL: ``<stem>.png``, ``.pdf`` and ``.csv``.
+
+    A row is one checkpoint (or one n of best-of-n): ``series``, ``kl``, each measure with ``_low`` and ``_high``, and
+    ``collapsed`` (a reason or None) and ``keep``. ``laws``, by series and measure, map distances to fitted values.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    series = list(dict.fromkeys(row["series"] for row in rows))
+    figure = Figure(figsize=(4.2 * len(measures), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(measures), squeeze=False)[0]
+    for axes, (measure, label) in zip(panels, measures.items(), strict=True):
+        for number, name in enumerate(series):
+            points = sorted((row for row in rows if row["series"] == name), key=lambda row: row["kl"])
+            points = [row for row in points if np.isfinite(row[measure])]
+            x = np.sqrt([max(row["kl"], 0.0) for row in points])
+            y, low, high = (np.array([row[measure + end] for row in points]) for end in ("", "_low", "_high"))
+            colour, _ = _style(number)
+            error = np.nan_to_num(np.stack([y - low, high - y])).clip(min=0)
+            axes.errorbar(x, y, yerr=error, color=colour, marker=".", linewidth=1, elinewidth=0.8)
+            for place, row in enumerate(points):
+                if row["collapsed"]:
+                    axes.plot(x[place], y[place], marker="x", color="black", markersize=9, zorder=3)
+                if row["keep"]:
+                    axes.plot(
+                        x[place], y[place], marker="*", color=colour, markersize=14, markeredgecolor="black", zorder=4
+                    )
+            if (name, measure) in laws and len(x):
+                fine = np.linspace(0, x.max(), 200)
+                axes.plot(fine, laws[name, measure](fine), color=colour, linestyle="--", linewidth=1)
+        axes.set(xlabel="square root of KL to the base (nats a piece)", ylabel=label)
+        axes.grid(alpha=0.3)
+    handles = [Line2D([], [], color=_style(number)[0], marker=".", label=name) for number, name in enumerate(series)]
+    handles += [
+        Line2D([], [], color="grey", linestyle="", marker="*", markersize=12, markeredgecolor="black", label="to keep"),
+        Line2D([], [], color="black", linestyle="", marker="x", label="collapsed"),
+    ]
+    handles += [Line2D([], [], color="grey", linestyle="--", linewidth=1, label="law of Gao et al.")] if laws else []
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False)
+    return _save(figure, stem, rows)
 
 
 def _style(number: int) -> tuple[str, Any]:
