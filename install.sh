@@ -1,7 +1,8 @@
 #!/bin/sh
 # Makes a virtual environment and installs smart into it, at the exact versions of requirements.lock.
 #   sh install.sh           into .venv            VENV=/some/where sh install.sh   elsewhere
-#   sh install.sh test      with what the tests need
+#   sh install.sh study     with what the listening study needs
+#   sh install.sh test      with what the tests need as well
 # Two packages ask for others that smart does not use: tinysoundfont for pyaudio, which needs PortAudio's headers to
 # build, and audiobox_aesthetics for torchaudio, which breaks transformers beside a CPU build of torch. So all but
 # torch is installed without dependencies; the lock names every package that is needed.
@@ -24,4 +25,7 @@ pip="$venv/bin/pip --disable-pip-version-check"
 # a torch that is already there in the right version stays: so the smaller CPU build can be put there first
 $pip install -c requirements.lock torch==2.13.0
 $pip install --no-deps -r requirements.lock -e .
-if [ "${1:-}" = test ]; then $pip install --no-deps -r requirements-test.lock; fi
+case ${1:-} in
+    study) $pip install --no-deps -r requirements-study.lock ;;
+    test) $pip install --no-deps -r requirements-study.lock -r requirements-test.lock ;;
+esac
