@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from smart import track
 
@@ -55,3 +56,75 @@ def timeline(trace: Path) -> Path:
     path = trace.with_suffix(".png")
     figure.savefig(path, dpi=100)
     return path
+
+
+def ratings(table: Sequence[tuple[str, str, float]], systems: Sequence[str], path: Path) -> None:
+    """Ratings overall and by participant (the paper's figure 5) into ``path``.png and ``path``.pdf, data in ``path``.csv.
+
+    Args:
+        table: (participant, system, rating) of each rating.
+        systems: in the order in which they are drawn.
+    """
+    from matplotlib.figure import Figure
+
+    people = sorted({person for person, _, _ in table})
+    values = sorted({value for _, _, value in table} | set(map(float, range(1, 11))))
+    colours = ["C3", "C0", "C2", "C1", "C4", "C5", "C6", "C7"]
+    figure = Figure(figsize=(max(10.0, 4.5 + 0.42 * len(people)), 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1, max(1.6, 0.11 * len(people))])
+    width = 0.8 / len(systems)
+    lines = []
+    for number, system in enumerate(systems):
+        colour, offset = colours[number % len(colours)], (number - (len(systems) - 1) / 2) * width
+        own = [value for _, name, value in table if name == system]
+        shares = [100 * own.count(value) / len(own) for value in values]
+        left.bar([value + offset for value in values], shares, width, color=colour, label=f"{system} (n = {len(own)})")
+        left.axvline(sum(own) / len(own), color=colour, linestyle="--", linewidth=1)
+        for place, person in enumerate(people):
+            given = [value for who, name, value in table if who == person and name == system]
+            lines += [f"{person},{system},{value:g},{given.count(value)}" for value in sorted(set(given))]
+            if given:
+                box = right.boxplot(
+                    [given], positions=[place + offset], widths=0.85 * width, patch_artist=True, showmeans=True,
+                    manage_ticks=False, boxprops={"facecolor": colour, "alpha": 0.6}, medianprops={"color": "black"},
+                    meanprops={"marker": "D", "markersize": 3, "markerfacecolor": "white", "markeredgecolor": "black"},
+                    flierprops={"marker": ".", "markersize": 3, "markeredgecolor": colour},
+                )  # fmt: skip
+                for name in ("whiskers", "caps"):
+                    for line in box[name]:
+                        line.set_color(colour)
+    left.set(xlabel="rating", ylabel="share of the system's ratings (%)", title="overall (dashed: means)")
+    left.set_xticks(range(1, 11))
+    left.legend(frameon=False, fontsize="small")
+    right.set(xlabel="participant", ylabel="rating", title="by participant (diamond: mean)", ylim=(0.5, 10.5))
+    right.set_xticks(range(len(people)), people, rotation=90, fontsize="small")
+    right.set_yticks(range(1, 11))
+    right.grid(axis="y", alpha=0.3)
+    _save(figure, path, ["participant,system,rating,count", *lines])
+
+
+def power(rows: Sequence[tuple[int, float, float, float]], effect: float, path: Path) -> None:
+    """Power by number of listeners into ``path``.png and ``path``.pdf, data in ``path``.csv.
+
+    Args:
+        rows: (listeners, power, low, high), the ends those of a 95% interval.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    listeners, shares, low, high = zip(*rows, strict=True)
+    axes.fill_between(listeners, low, high, alpha=0.25, linewidth=0)
+    axes.plot(listeners, shares, marker="o", label="power, 95% interval of the simulation")
+    axes.axhline(0.8, color="grey", linestyle="--", linewidth=1, label="0.8")
+    axes.set(xlabel="listeners", ylabel=f"share of studies with p < 0.05 (effect {effect:g})", ylim=(0, 1.02))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, loc="lower right")
+    _save(figure, path, ["listeners,power,low,high", *(",".join(f"{value:g}" for value in row) for row in rows)])
+
+
+def _save(figure: Any, path: Path, lines: Sequence[str]) -> None:
+    """A figure as PNG and PDF, and beside it the lines of a CSV that it was drawn from."""
+    figure.savefig(path.with_suffix(".png"), dpi=150)
+    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
+    path.with_suffix(".csv").write_text("\n".join([*lines, ""]), encoding="utf-8")
