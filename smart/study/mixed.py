@@ -253,7 +253,13 @@ class Fit:
 
 
 def fit(
-    y: Array, x: Array, terms: Sequence[Term], *, reml: bool = True, thorough: bool = True, problem: Problem | None = None
+    y: Array,
+    x: Array,
+    terms: Sequence[Term],
+    *,
+    reml: bool = True,
+    thorough: bool = True,
+    problem: Problem | None = None,
 ) -> Fit:
     """Fit ``y`` (n,) on ``x`` (n, p) and random ``terms``.
 
