@@ -59,7 +59,7 @@ def timeline(trace: Path) -> Path:
 
 
 def ratings(table: Sequence[tuple[str, str, float]], systems: Sequence[str], path: Path) -> None:
-    """Ratings overall and by participant (the paper's figure 5) into ``path``.png and ``path``.pdf, data in ``path``.csv.
+    """Ratings overall and by participant (the paper's figure 5) as ``path``.png and ``path``.pdf, data in ``path``.csv.
 
     Args:
         table: (participant, system, rating) of each rating.
@@ -95,7 +95,8 @@ def ratings(table: Sequence[tuple[str, str, float]], systems: Sequence[str], pat
                         line.set_color(colour)
     left.set(xlabel="rating", ylabel="share of the system's ratings (%)", title="overall (dashed: means)")
     left.set_xticks(range(1, 11))
-    left.legend(frameon=False, fontsize="small")
+    left.set_ylim(0, 1.2 * left.get_ylim()[1])  # room for the legend
+    left.legend(frameon=False, fontsize="small", ncols=2, loc="upper center")
     right.set(xlabel="participant", ylabel="rating", title="by participant (diamond: mean)", ylim=(0.5, 10.5))
     right.set_xticks(range(len(people)), people, rotation=90, fontsize="small")
     right.set_yticks(range(1, 11))

@@ -1,7 +1,7 @@
 """Small data sets whose mixed models are published, as arrays.
 
 sleepstudy: Belenky et al. (2003), J. Sleep Res. 12, 1-12; mean reaction time in ms of 18 subjects on days 0 to 9.
-Penicillin: Davies and Goldsmith (1972), Statistical Methods in Research and Production, section 6.6; 24 plates x 6 samples.
+Penicillin: Davies and Goldsmith (1972), Statistical Methods in Research and Production, section 6.6; 24 x 6.
 Dyestuff, Dyestuff2: Davies and Goldsmith (1972), section 6.4; Box and Tiao (1973), section 5.1.2; 6 batches x 5.
 wine: Randall (1989), Biometrical J. 31, 781-793; bitterness from 1 to 5, 9 judges x 8 bottles.
 

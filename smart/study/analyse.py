@@ -2,15 +2,15 @@
 
 The paper's model is ``rating ~ system + (1 + system | participant)`` (Table 5). Beside it: the same with prompts and
 excerpts as crossed random effects, which the paper leaves out; cumulative link models, since ratings are ordered
-categories; and the t-test on participants' means. Everything is given for all ratings and again without those that a rule
-excludes; every exclusion is counted.
+categories; and the t-test on participants' means. Everything is given for all ratings and again without those that a
+rule excludes; every exclusion is counted.
 """
 
 import base64
 import csv
-import json
+import io
 import math
-from collections import Counter
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,16 +23,12 @@ from smart import UserError, plots
 from smart.files import write_atomically
 from smart.study.mixed import Array, Fit, Term, fit, minimise, profile_interval, simulate
 from smart.study.ordinal import OrdinalFit, fit_ordinal
+from smart.study.ratings import HIGH, LOW, Excluded, Rating, Rules, exclude, read_ratings, read_study
 from smart.track import progress
 
-NEEDED = ("participant", "system", "rating")
-OPTIONAL = ("session", "position", "excerpt", "prompt", "seed", "play_count", "listened_s", "response_ms", "repeat")
-OPTIONAL += ("check", "user_agent", "utc", "version")
-LOW, HIGH = 1.0, 10.0
-SHOWN = 10  # lines that an error names
-
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#111;background:#fff}
-table{border-collapse:collapse;margin:.5rem 0 1rem}th,td{padding:.2rem .7rem;border-bottom:1px solid #ccc;text-align:right}
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}
+body{color:#111;background:#fff}table{border-collapse:collapse;margin:.5rem 0 1rem}
+th,td{padding:.2rem .7rem;border-bottom:1px solid #ccc;text-align:right;vertical-align:top}
 th:first-child,td:first-child{text-align:left}caption{text-align:left;font-weight:600;padding:.3rem 0}
 .wide{overflow-x:auto}.note{color:#444}img{max-width:100%}
 @media(prefers-color-scheme:dark){body{background:#111;color:#eee}.note{color:#bbb}img{background:#fff}}"""
@@ -47,38 +43,6 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 <tbody>{% for row in table.text() %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</tbody>
 </table></div>{% for note in table.notes %}<p class="note">{{ note }}</p>{% endfor %}{% endfor %}{% endfor %}
 </body></html>"""
-
-
-class Rating(NamedTuple):
-    """A row of the table. What a column that is missing would hold is empty, or NaN; ``line`` is that of the file."""
-
-    line: int
-    participant: str
-    system: str
-    rating: float
-    excerpt: str = ""
-    prompt: str = ""
-    listened: float = math.nan
-    repeat: bool = False
-    check: str = ""
-
-
-class Rules(NamedTuple):
-    """What is excluded; the numbers of the rules are written into the report."""
-
-    silence_max: float  # a higher rating of the silent check excludes the participant
-    repeat_max: float  # a larger mean difference between two hearings of one excerpt excludes the participant
-    listened_min: float  # seconds; less excludes the rating
-    silent: frozenset[str]  # excerpts without sound
-
-
-class Excluded(NamedTuple):
-    """One rule and what it took out: ``lines`` of the file."""
-
-    rule: str
-    judged: str
-    participants: tuple[str, ...]
-    lines: frozenset[int]
 
 
 class Table(NamedTuple):
@@ -99,190 +63,13 @@ class Table(NamedTuple):
         widths = [max(len(line[column]) for line in lines) for column in range(len(self.columns))]
         shown = []
         for line in lines:
-            cells = [f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)]
-            cells[0] = f"{line[0]:<{widths[0]}}"
+            cells = [
+                f"{cell:<{width}}" if isinstance(first, str) else f"{cell:>{width}}"
+                for cell, width, first in zip(line, widths, self.rows[0], strict=True)
+            ]
             shown.append("  " + "  ".join(cells).rstrip())
-        return "\n".join([self.title, *shown, *(f"  {note}" for note in self.notes)])
-
-
-# --- Reading ------------------------------------------------------------------------------------------------------
-
-
-def read_ratings(path: Path) -> tuple[list[Rating], list[str]]:
-    """The rows of a CSV as ``smart study export`` writes it, and the names of optional columns that it lacks.
-
-    Raises ``UserError`` that names the file, and every line that is wrong (the first ten in full), or columns that are
-    missing.
-    """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            columns = [name.strip() for name in reader.fieldnames or []]
-            reader.fieldnames = columns
-            rows = [(reader.line_num, row) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"ratings {path} cannot be read as a CSV in UTF-8 ({reason})") from None
-    absent = [name for name in NEEDED if name not in columns]
-    if absent:
-        raise UserError(
-            f"ratings {path}: no column {' or '.join(absent)}; at least {', '.join(NEEDED)} are needed, "
-            f"and it has {', '.join(columns) or 'none'}"
-        )
-    doubled = [name for name, count in Counter(columns).items() if count > 1]
-    if doubled:
-        raise UserError(f"ratings {path}: column {doubled[0]} is there twice; keep one")
-    found: list[Rating] = []
-    wrong: list[str] = []
-    heard: dict[tuple[str, ...], int] = {}
-    for line, row in rows:
-        try:
-            rating = _rating(line, row, columns)
-            for key in _keys(rating, row, columns):
-                if key in heard:
-                    raise ValueError(f"rates again what line {heard[key]} rates ({', '.join(key[1:])})")
-                heard[key] = line
-        except ValueError as error:
-            wrong.append(f"line {line}: {error}")
-        else:
-            found.append(rating)
-    if wrong:
-        more = f"\n... and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-        raise UserError(
-            f"ratings {path}: {len(wrong)} of {len(rows)} rows are wrong; mend or remove them:\n"
-            + "\n".join(wrong[:SHOWN])
-            + more
-        )
-    if not found:
-        raise UserError(f"ratings {path}: has no rows")
-    return found, [name for name in OPTIONAL if name not in columns]
-
-
-def _rating(line: int, row: dict[str | None, Any], columns: Sequence[str]) -> Rating:
-    """One row; ``ValueError`` says what is wrong with it."""
-    if None in row or None in row.values():
-        raise ValueError(f"expected {len(columns)} cells")
-    cells = {name: str(value).strip() for name, value in row.items()}
-    check = cells.get("check", "")
-    check = "" if check.lower() in ("", "0", "false", "no", "none") else check
-    for name in ("participant", "rating", *(() if check else ("system",))):
-        if not cells[name]:
-            raise ValueError(f"{name} is empty")
-    rating = _number(cells, "rating")
-    if not LOW <= rating <= HIGH:
-        raise ValueError(f"rating must lie in {LOW:g} to {HIGH:g}, got {cells['rating']}")
-    if not check:
-        for name in ("prompt", "excerpt"):
-            if name in columns and not cells[name]:
-                raise ValueError(f"{name} is empty")
-    repeat = cells.get("repeat", "").lower()
-    if repeat not in ("", "0", "1", "false", "true", "no", "yes"):
-        raise ValueError(f"repeat must be 0 or 1, got {cells['repeat'][:20]}")
-    listened = _number(cells, "listened_s") if cells.get("listened_s") else math.nan
-    if "seed" in columns and "prompt" in columns and "excerpt" not in columns:
-        cells["excerpt"] = "/".join((cells["system"], cells["prompt"], cells["seed"]))
-    return Rating(
-        line, cells["participant"], cells["system"], rating, cells.get("excerpt", ""), cells.get("prompt", ""), listened,
-        repeat in ("1", "true", "yes"), check,
-    )  # fmt: skip
-
-
-def _number(cells: dict[Any, str], name: str) -> float:
-    try:
-        value = float(cells[name])
-    except ValueError:
-        raise ValueError(f"{name} must be a number, got {cells[name][:20]!r}") from None
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be a number, got {cells[name]}")
-    return value
-
-
-def _keys(rating: Rating, row: dict[str | None, Any], columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """What may be there only once: a participant's position in a session, and an excerpt that is no repeat."""
-    keys: list[tuple[str, ...]] = []
-    if "position" in columns and row["position"]:
-        session = str(row.get("session") or "")
-        keys.append(
-            ("position", f"participant {rating.participant}", f"session {session}", f"position {row['position']}")
-        )
-    if rating.excerpt and not rating.repeat and not rating.check:
-        keys.append(("excerpt", f"participant {rating.participant}", f"excerpt {rating.excerpt}"))
-    return keys
-
-
-def read_study(folder: Path) -> tuple[frozenset[str], float]:
-    """Names of a study's silent excerpts, and how long each excerpt lasts (s)."""
-    try:
-        with (folder / "key.csv").open(encoding="utf-8", newline="") as file:
-            silent = frozenset(row["excerpt"] for row in csv.DictReader(file) if int(row["silent"] or 0))
-        seconds = float(json.loads((folder / "study.json").read_text(encoding="utf-8"))["seconds"])
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise UserError(f"--study {folder}: its key.csv and study.json cannot be read ({error})") from None
-    return silent, seconds
-
-
-# --- Exclusions ---------------------------------------------------------------------------------------------------
-
-
-def exclude(ratings: Sequence[Rating], rules: Rules) -> tuple[list[Rating], list[Rating], list[Excluded]]:
-    """All ratings of excerpts at their first hearing; those that no rule excludes; and what each rule did.
-
-    The silent check and second hearings are no ratings of a system: they judge the participant, and are set aside.
-    """
-    main = [each for each in ratings if not each.check and not each.repeat]
-    checks = [each for each in ratings if each.check]
-    repeats = [each for each in ratings if each.repeat and not each.check]
-    first = {(each.participant, each.excerpt): each for each in main}
-    lines: dict[str, set[int]] = {}
-    for each in main:
-        lines.setdefault(each.participant, set()).add(each.line)
-
-    def of(people: Sequence[str]) -> frozenset[int]:
-        return frozenset().union(*(lines.get(person, set()) for person in people)) if people else frozenset()
-
-    failed = sorted({each.participant for each in checks if each.rating > rules.silence_max})
-    apart: dict[str, list[float]] = {}
-    for each in repeats:
-        if (each.participant, each.excerpt) in first:
-            apart.setdefault(each.participant, []).append(
-                abs(each.rating - first[each.participant, each.excerpt].rating)
-            )
-    judged = {person: values for person, values in apart.items() if len(values) > 1}
-    unlike = sorted(person for person, values in judged.items() if np.mean(values) > rules.repeat_max)
-    given: dict[str, list[float]] = {}
-    for each in main:
-        given.setdefault(each.participant, []).append(each.rating)
-    same = sorted(person for person, values in given.items() if len(values) > 5 and len(set(values)) == 1)
-    timed = [each for each in main if not math.isnan(each.listened)]
-    short = [each for each in timed if each.listened < rules.listened_min]
-    silent = [each for each in main if each.excerpt in rules.silent]
-
-    def people(rows: Sequence[Rating]) -> tuple[str, ...]:
-        return tuple(sorted({each.participant for each in rows}))
-
-    found = [
-        Excluded(
-            f"silence rated above {rules.silence_max:g}: the participant",
-            f"{len(people(checks))} participants with a silent check", tuple(failed), of(failed),
-        ),
-        Excluded(
-            f"second hearings differ by more than {rules.repeat_max:g} on average: the participant",
-            f"{len(judged)} participants with two or more repeats", tuple(unlike), of(unlike),
-        ),
-        Excluded(
-            "more than five ratings, all the same: the participant", f"{len(given)} participants", tuple(same), of(same)
-        ),
-        Excluded(
-            f"listened for less than {rules.listened_min:g} s: the rating",
-            f"{len(timed)} ratings with listened_s", people(short), frozenset(each.line for each in short),
-        ),
-        Excluded(
-            "the excerpt is silent: the rating", f"{len(rules.silent)} excerpts named as silent",
-            people(silent), frozenset(each.line for each in silent),
-        ),
-    ]  # fmt: skip
-    gone = frozenset().union(*(each.lines for each in found))
-    return main, [each for each in main if each.line not in gone], found
+        notes = [textwrap.fill(note, 118, initial_indent="  ", subsequent_indent="  ") for note in self.notes]
+        return "\n".join([self.title, *shown, *notes])
 
 
 def exclusion_table(ratings: Sequence[Rating], main: Sequence[Rating], kept: int, found: Sequence[Excluded]) -> Table:
@@ -345,9 +132,9 @@ def codes(values: Sequence[str], name: str) -> Term:
 def crossed_terms(ratings: Sequence[Rating]) -> tuple[list[tuple[str, list[Term]]], list[str]]:
     """Random effects of prompts and excerpts that the data can tell apart, and why any are left out.
 
-    A prompt is shared by the systems: its effect cancels from their difference, so ``(1 | prompt)`` only takes its share
-    out of the residual. An excerpt is one system's piece: only with ``(1 | excerpt)`` does the interval hold for other
-    pieces of these systems, and not for these pieces alone.
+    A prompt is shared by the systems: its effect cancels from their difference, so ``(1 | prompt)`` only takes its
+    share out of the residual. An excerpt is one system's piece: only with ``(1 | excerpt)`` does the interval hold for
+    other pieces of these systems, and not for these pieces alone.
     """
     found: list[tuple[str, list[Term]]] = []
     left: list[str] = []
@@ -414,10 +201,12 @@ def analyse(
     tables = [_means(data, size), _fixed(data, main, size), _components(main, replicates, seed, size)]
     crossed, left = crossed_terms(ratings)
     models: list[tuple[str, Fit]] = [("rating ~ system + (1 + system | participant)", main)]
-    models += [(f"... {name}", fit(data.y, data.x, [data.by_participant, *terms])) for name, terms in crossed]
+    models += [
+        (f"{models[0][0]} {name}", fit(data.y, data.x, [data.by_participant, *terms])) for name, terms in crossed
+    ]
     tables.append(_fits(models, size))
     if crossed:
-        tables.append(_crossed(data, models, size, left))
+        tables.append(_crossed(data, models, size))
     ordinal, why = _ordinal(data, size)
     if ordinal is not None:
         tables.append(ordinal)
@@ -452,13 +241,15 @@ def _fixed(data: Design, fitted: Fit, size: str) -> Table:
             float(fitted.beta[number] / fitted.errors[number]), float(fitted.p_values[number]),
             float(t[number, 0]), float(t[number, 1]), float(wald[number, 0]), float(wald[number, 1]), low, high,
         ))  # fmt: skip
-    columns = ("term", "estimate", "SE", "df", "t", "p", "t 2.5%", "t 97.5%", "Wald 2.5%", "Wald 97.5%")
-    columns += ("profile 2.5%", "profile 97.5%")
+    columns = (
+        "term", "estimate", "SE", "df", "t", "p", "t 2.5%", "t 97.5%", "Wald 2.5%", "Wald 97.5%", "profile 2.5%",
+        "profile 97.5%",
+    )  # fmt: skip
     notes = (
         f"Intercept: the mean rating of {data.systems[0]}. The other rows: how far that system lies above it.",
-        "t: Satterthwaite's degrees of freedom, the interval that belongs to p. Wald: the normal quantile 1.96 instead, too "
-        "narrow for few participants; it is the kind that the paper prints. Profile: of the likelihood (ML), as lme4's "
-        "confint.",
+        "t: Satterthwaite's degrees of freedom, the interval that belongs to p. Wald: the normal quantile instead, "
+        "too narrow for few participants; it is the kind that the paper prints. Profile: of the likelihood (ML), as "
+        "lme4's confint.",
     )
     return Table(
         f"Fixed effects of rating ~ system + (1 + system | participant), by REML ({size})", columns, rows, notes
@@ -482,14 +273,16 @@ def _components(fitted: Fit, replicates: int, seed: int, size: str) -> Table:
         rows.append((label, value**2, value, float(ends[0, number]), float(ends[1, number])))
     for number, (i, j) in enumerate(zip(*np.tril_indices(k, -1), strict=True), start=k + 1):
         label = f"correlation of {names[j]} and {names[i]}"
-        rows.append((label, "", float(estimate[number]), float(ends[0, number]), float(ends[1, number])))
+        rows.append((label, math.nan, float(estimate[number]), float(ends[0, number]), float(ends[1, number])))
     notes = [
         f"Intervals of the deviations: {replicates} studies drawn from the fitted model and fitted again (seed {seed})."
     ]
     notes += [
         f"SINGULAR: {what}; the data do not support so rich a model, or the value is small." for what in fitted.singular
     ]
-    return Table(f"Random effects ({size})", ("component", "variance", "SD", "2.5%", "97.5%"), rows, tuple(notes))
+    return Table(
+        f"Random effects ({size})", ("component", "variance", "SD or correlation", "2.5%", "97.5%"), rows, tuple(notes)
+    )
 
 
 def _fits(models: Sequence[tuple[str, Fit]], size: str) -> Table:
@@ -502,8 +295,8 @@ def _fits(models: Sequence[tuple[str, Fit]], size: str) -> Table:
             len(apart), "yes" if fitted.singular else "no",
         ))  # fmt: skip
         notes += [
-            f"{name}: {run.optimiser} from the start '{run.start}' stopped {run.criterion - fitted.criterion:.3f} above the "
-            "best criterion."
+            f"{name}: {run.optimiser} from the start '{run.start}' stopped {run.criterion - fitted.criterion:.3f} "
+            "above the best criterion."
             for run in apart
         ]
         notes += [f"{name}: SINGULAR, {what}." for what in fitted.singular]
@@ -521,7 +314,7 @@ def _fits(models: Sequence[tuple[str, Fit]], size: str) -> Table:
     return Table(f"Fits ({size})", columns, rows, tuple(notes))
 
 
-def _crossed(data: Design, models: Sequence[tuple[str, Fit]], size: str, left: Sequence[str]) -> Table:
+def _crossed(data: Design, models: Sequence[tuple[str, Fit]], size: str) -> Table:
     rows: list[tuple[Any, ...]] = []
     for name, fitted in models:
         t = fitted.interval("t")
@@ -530,7 +323,7 @@ def _crossed(data: Design, models: Sequence[tuple[str, Fit]], size: str, left: S
             rows.append((
                 name, term, float(fitted.beta[number]), float(fitted.errors[number]), float(fitted.df[number]),
                 float(fitted.p_values[number]), float(t[number, 0]), float(t[number, 1]),
-                others.get("prompt", ""), others.get("excerpt", ""), fitted.sigma2,
+                others.get("prompt", math.nan), others.get("excerpt", math.nan), fitted.sigma2,
             ))  # fmt: skip
     columns = (
         "model",
@@ -546,8 +339,8 @@ def _crossed(data: Design, models: Sequence[tuple[str, Fit]], size: str, left: S
         "var residual",
     )
     notes = (
-        "Prompts are shared by the systems, so their variance cancels from the difference. Excerpts are each system's own "
-        "pieces: with (1 | excerpt) the interval holds for other pieces of these systems, without it for these pieces only.",
+        "Prompts are shared by the systems, so their variance cancels from the difference. Excerpts are each system's "
+        "own pieces: with (1 | excerpt) the interval is for other pieces of these systems, without it for these only.",
     )
     return Table(f"Prompts and excerpts as crossed random effects ({size})", columns, rows, notes)
 
@@ -573,9 +366,9 @@ def _ordinal(data: Design, size: str) -> tuple[Table | None, str]:
         for number, system in enumerate(data.names[1:]):
             beta = float(fitted.beta[number])
             rows.append((
-                name, system, beta, float(fitted.errors[number]), float(fitted.p_values[number]), float(ends[number, 0]),
-                float(ends[number, 1]), math.exp(beta), float(np.sqrt(fitted.variance[0, 0])), fitted.log_likelihood,
-                fitted.aic,
+                name, system, beta, float(fitted.errors[number]), float(fitted.p_values[number]),
+                float(ends[number, 0]), float(ends[number, 1]), math.exp(beta), float(np.sqrt(fitted.variance[0, 0])),
+                fitted.log_likelihood, fitted.aic,
             ))  # fmt: skip
         notes += [f"{name}: SINGULAR, {what}." for what in fitted.singular]
         notes += [f"{name}: {run.optimiser} from {run.start} stopped elsewhere." for run in fitted.disagreeing]
@@ -583,11 +376,13 @@ def _ordinal(data: Design, size: str) -> tuple[Table | None, str]:
         notes.append(f"Categories without a rating, merged with their neighbours: {', '.join(map(str, unused))}.")
     notes.append(
         "On the logit scale: the odds of a rating above any threshold are multiplied by the odds ratio. Adaptive "
-        f"Gauss-Hermite quadrature; Wald intervals. {kinds[0][0]} takes every participant to feel the same difference, and is "
-        "too sure where they do not."
+        f"Gauss-Hermite quadrature; Wald intervals. {kinds[0][0]} takes every participant to feel the same difference, "
+        "and is too sure where they do not."
     )
-    columns = ("random effects", "term", "estimate", "SE", "p", "2.5%", "97.5%", "odds ratio", "SD intercept")
-    columns += ("log-likelihood", "AIC")
+    columns = (
+        "random effects", "term", "estimate", "SE", "p", "2.5%", "97.5%", "odds ratio", "SD intercept",
+        "log-likelihood", "AIC",
+    )  # fmt: skip
     return Table(f"Cumulative link (logit) mixed models ({size})", columns, rows, tuple(notes)), ""
 
 
@@ -629,13 +424,9 @@ def _words(data: Design, models: Sequence[tuple[str, Fit]], ratings: Sequence[Ra
         if len(last.terms) > 1 and last.terms[-1].name == "excerpt":
             low, high = last.interval("t")[number]
             words.append(
-                f"For other excerpts of the same systems ({pieces} were heard) the interval is {low:+.2f} to {high:+.2f} "
-                f"(p {_p(last.p_values[number])})."
+                f"For other excerpts of the same systems ({pieces} were heard) the interval is {low:+.2f} to "
+                f"{high:+.2f} (p {_p(last.p_values[number])})."
             )
-    words.append(
-        "This says nothing of listeners of another kind, of other soundfonts or lengths, or of why the ratings differ. p is "
-        "how often so large a difference would come up if there were none; it is not the probability that there is none."
-    )
     for name, fitted in models:
         if fitted.singular:
             words.append(f"Singular fit ({name}): {'; '.join(fitted.singular)}.")
@@ -662,7 +453,7 @@ def _cell(value: Any, column: str) -> str:
 def write_report(
     out: Path, title: str, summary: Sequence[str], sections: Sequence[tuple[str, Sequence[Table]]], alt: str
 ) -> None:
-    """``report.html`` (one file, with the figure ``figure5.png`` in it) and ``tables.csv``, full precision, a value a row."""
+    """``report.html``, one file with ``figure5.png`` in it, and ``tables.csv``: a value a row, in full precision."""
     from jinja2 import Environment
 
     picture = base64.b64encode((out / "figure5.png").read_bytes()).decode()
@@ -671,8 +462,6 @@ def write_report(
     write_atomically(out / "report.html", html.encode())
 
     def write(file: Any) -> None:
-        import io
-
         text = io.TextIOWrapper(file, encoding="utf-8", newline="")
         table = csv.writer(text, lineterminator="\n")
         table.writerow(["ratings", "table", "row", "label", "column", "value"])
@@ -780,6 +569,10 @@ def main(
             continue
         sections.append((name, tables))
         summary += [f"{name}. {words[0]}", *words[1:]]
+    summary.append(
+        "This says nothing of listeners of another kind, of other soundfonts or lengths, or of why the ratings differ. "
+        "p is how often a difference this large would come up if there were none; it is not the probability of that."
+    )
     try:
         out.mkdir(parents=True, exist_ok=True)
         drawn = [(each.participant, each.system, each.rating) for each in every]

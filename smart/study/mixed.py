@@ -2,13 +2,14 @@
 
     y = X beta + sum_t Z_t b_t + e,   b_t ~ N(0, sigma^2 T_t T_t') for each group of term t,   e ~ N(0, sigma^2)
 
-``theta`` holds the lower triangles of the relative covariance factors T_t, as in lme4 (Bates, Maechler, Bolker and Walker
-2015, "Fitting linear mixed-effects models using lme4", J. Stat. Softw. 67(1), section 3). Given ``theta``, beta and sigma
-follow from one Cholesky factor, so only ``theta`` is searched for. The first term's groups do not meet each other: they
-are eliminated as J small blocks at once, and only what is crossed with them is factored as a whole.
+``theta`` holds the lower triangles of the relative covariance factors T_t, as in lme4 (Bates, Maechler, Bolker and
+Walker 2015, "Fitting linear mixed-effects models using lme4", J. Stat. Softw. 67(1), section 3). Given ``theta``, beta
+and sigma follow from one Cholesky factor, so only ``theta`` is searched for. The first term's groups do not meet each
+other: they are eliminated as J small blocks at once, and only what is crossed with them is factored as a whole.
 
-One optimiser from one start can stop at a wrong place and say nothing. ``fit`` runs three from several starts, keeps the
-best, and returns what each of them found.
+One optimiser from one start can stop at a wrong place and say nothing: the criterion does not depend on the sign of a
+diagonal entry of T, so where that is 0 the slope along it is 0 too, optimum or not. ``fit`` runs three optimisers from
+several starts, keeps the best, and returns what each of them found.
 
 Degrees of freedom as in lmerTest (Kuznetsova, Brockhoff and Christensen 2017, J. Stat. Softw. 82(13), section 2), with
 numerical derivatives.
@@ -19,7 +20,7 @@ Axes: n observations, p fixed effects, J groups of the first term with k columns
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +35,7 @@ SINGULAR = 1e-4  # relative standard deviation below which a direction of random
 
 
 class Term(NamedTuple):
-    """Random effects of the columns ``z`` (n, k) for each group; ``groups`` (n,) are numbers from 0 on, none left out."""
+    """Random effects of the columns ``z`` (n, k) for each group; ``groups`` (n,) are numbers from 0, none left out."""
 
     name: str
     columns: tuple[str, ...]
@@ -69,7 +70,7 @@ class Solution(NamedTuple):
 class Problem:
     """Cross products of one data set: the criterion costs nothing that grows with n.
 
-    Raises ``UserError`` where the fixed effects cannot be told apart, or there is nothing left to estimate a variance from.
+    Raises ``UserError`` where the fixed effects cannot be told apart, or nothing is left to estimate a variance from.
     """
 
     def __init__(self, y: Array, x: Array, terms: Sequence[Term]) -> None:
@@ -317,7 +318,7 @@ def minimise(
     for name, start in starts.items():
         for optimiser in ("L-BFGS-B", "Nelder-Mead", "Powell") if thorough else ("L-BFGS-B",):
             if optimiser == "L-BFGS-B":
-                options = {"ftol": 1e-13, "gtol": 1e-6, "maxiter": 500}
+                options: dict[str, Any] = {"ftol": 1e-13, "gtol": 1e-6, "maxiter": 500}
                 done = optimize.minimize(value, start, jac=slope, method=optimiser, bounds=bounds, options=options)
             elif optimiser == "Nelder-Mead":
                 simplex = np.vstack([start, start + np.diag(np.where(diagonal, 0.2 * start + 0.05, 0.1))])
@@ -334,7 +335,7 @@ def minimise(
 
 
 def profile_interval(fitted: Fit, column: int, level: float = 0.95) -> tuple[float, float]:
-    """Where the likelihood (not the restricted one, which does not compare fixed effects) falls by the quantile of chi^2.
+    """Where the likelihood (the restricted one does not compare fixed effects) falls by the quantile of chi^2.
 
     Both ends are found by halving; NaN for an end that is not there within 20 standard errors.
     """

@@ -2,10 +2,10 @@
 
     logit P(y <= c) = alpha_c - x' beta - z' T u,   u ~ N(0, I) for each group
 
-The integral over u is taken by adaptive Gauss-Hermite quadrature around each group's mode (Pinheiro and Bates 1995); one
-node is the Laplace approximation, which is what R's ``ordinal::clmm`` does by default (Christensen, package vignette).
+The integral over u is taken by adaptive Gauss-Hermite quadrature around each group's mode (Pinheiro and Bates 1995,
+J. Comput. Graph. Stat. 4(1)); one node is the Laplace approximation, R's ``ordinal::clmm`` by default (Christensen).
 
-Axes: n observations, p effects (no intercept: the thresholds are it), C categories, J groups, k random effects, Q nodes.
+Axes: n observations, p effects (the thresholds are the intercept), C categories, J groups, k random effects, Q nodes.
 """
 
 import itertools
@@ -24,7 +24,7 @@ from smart.study.mixed import DISAGREE, SINGULAR, Array, Run, Term, hessian
 class OrdinalFit:
     """``levels`` are the categories that were used, in order; ``alpha`` (C - 1,) the thresholds between them.
 
-    ``covariance`` is that of (alpha, beta), from the curvature of the log-likelihood; ``variance`` (k, k) of the groups.
+    ``covariance`` is that of (alpha, beta), from the curvature of the log-likelihood; ``variance`` (k, k) the groups'.
     """
 
     levels: Array
@@ -70,7 +70,10 @@ class Likelihood:
     """The marginal log-likelihood of one data set. It remembers the groups' modes, where the next call begins."""
 
     def __init__(self, category: npt.NDArray[np.int64], categories: int, x: Array, term: Term, nodes: int) -> None:
-        self.category, self.categories, self.x, self.term = category, categories, x, term
+        order = np.argsort(term.groups, kind="stable")  # sums over groups are then sums over stretches
+        term = term._replace(groups=term.groups[order], z=term.z[order])
+        self.category, self.categories, self.x, self.term = category[order], categories, x[order], term
+        self.starts = np.searchsorted(term.groups, np.arange(term.size))
         k = term.z.shape[1]
         points, weights = np.polynomial.hermite_e.hermegauss(nodes)
         self.points = np.array(list(itertools.product(points, repeat=k)))  # (Q^k, k)
@@ -125,9 +128,7 @@ class Likelihood:
         return -2 * float((logs + np.log(np.abs(np.linalg.det(spread)))).sum())
 
     def _by_group(self, values: Array) -> Array:
-        summed = np.zeros((self.term.size, *values.shape[1:]))
-        np.add.at(summed, self.term.groups, values)
-        return summed
+        return np.add.reduceat(values, self.starts, axis=0)
 
 
 def fit_ordinal(ratings: Array, x: Array, term: Term, *, nodes: int = 9) -> OrdinalFit:
@@ -135,8 +136,8 @@ def fit_ordinal(ratings: Array, x: Array, term: Term, *, nodes: int = 9) -> Ordi
 
     Two optimisers run from three starts each; the best is kept.
 
-    Raises ``UserError`` for fewer than two categories, and where the effects cannot be estimated since one system got only
-    the lowest or the highest ratings.
+    Raises ``UserError`` for fewer than two categories, and where the effects cannot be estimated since one system got
+    only the lowest or the highest ratings.
     """
     levels, category = np.unique(ratings, return_inverse=True)
     if len(levels) < 2:

@@ -2,10 +2,10 @@
 
 Studies are drawn from ``rating ~ system + (1 + system | participant)`` with the variances of the paper's Table 5, or
 others, analysed as ``smart study analyse`` does (REML, Satterthwaite's t), and counted. So the same run also says how
-often the 95% interval holds the planted effect, and, with an effect of 0, how often a difference is found where none is.
+often the 95% interval holds the planted effect and, with an effect of 0, how often a difference is found where none is.
 
-The residual of the paper's model holds all that excerpts differ in. ``excerpts`` takes a part of it out, as what an
-excerpt is to every listener: more listeners do not make up for few excerpts then.
+The residual of the paper's model holds all that excerpts differ in. ``excerpt_variance`` takes a part out, as what
+an excerpt is to every listener: more listeners do not make up for few excerpts then.
 """
 
 import math
@@ -40,7 +40,7 @@ class Population:
 class Power(NamedTuple):
     """Of ``studies`` simulated studies of one size; shares, with exact (Clopper-Pearson) 95% intervals.
 
-    ``effect`` is what the simulated ratings differ by on average: rounding to 1 to 10 takes a little from what was planted.
+    ``effect`` is what the ratings differ by on average: rounding to 1 to 10 takes a little from what was planted.
     """
 
     listeners: int
@@ -62,8 +62,8 @@ def simulate_power(
 ) -> Power:
     """Power of a study in which each of ``listeners`` rates two systems' excerpts of ``prompts`` prompts.
 
-    A study's draws depend on ``seed``, its number, ``listeners`` and ``prompts`` alone. The analysis has random excerpts
-    where the population has.
+    A study's draws depend on ``seed``, its number, ``listeners`` and ``prompts`` alone. The analysis has random
+    excerpts where the population has. ``show``: with a progress bar.
 
     Raises ``UserError`` for sizes that no such model can be fitted to.
     """
@@ -77,7 +77,6 @@ def simulate_power(
     if population.excerpt_variance:
         terms.append(Term("excerpt", ("Intercept",), excerpt, x[:, :1]))
     problem = Problem(np.zeros(len(x)), x, terms)
-    # rounding is a function of what is drawn, so the mean difference that it leaves can be computed once, with many draws
     truth = _rounded_effect(population) if population.rounded else population.effect
     found = held = singular = 0
     widths = []
@@ -151,7 +150,9 @@ def table(rows: Sequence[Power]) -> str:
 
 @click.command("power", context_settings={"show_default": True})
 @click.option("--listeners", default=14, type=click.IntRange(3), help="Planned number; others around it are shown too.")
-@click.option("--prompts", default=15, type=click.IntRange(2), help="Prompts; each listener rates two excerpts of each.")
+@click.option(
+    "--prompts", default=15, type=click.IntRange(2), help="Prompts; each listener rates two excerpts of each."
+)
 @click.option("--effect", default=1.221, help="Difference of the systems' mean ratings.")
 @click.option("--intercept", default=4.075, help="Mean rating of the reference (matters with --rounded).")
 @click.option("--intercept-variance", default=0.830, type=click.FloatRange(0), help="Of participants' mean ratings.")
@@ -182,7 +183,9 @@ def main(
 ) -> None:
     """Simulate studies; the variances are those of the paper's Table 5 unless others are given."""
     if excerpt_variance >= residual_variance:
-        raise UserError(f"--excerpt-variance {excerpt_variance:g}: is a part of --residual-variance {residual_variance:g}")
+        raise UserError(
+            f"--excerpt-variance {excerpt_variance:g}: is a part of --residual-variance {residual_variance:g}"
+        )
     population = Population(
         effect, intercept, intercept_variance, slope_variance, correlation, residual_variance, excerpt_variance, rounded
     )
@@ -193,8 +196,8 @@ def main(
         click.echo(f"rounded to 1 to 10, the planted {effect:g} is a difference of {rows[0].effect:.3f}")
     planned = next(row for row in rows if row.listeners == listeners)
     click.echo(
-        f"With {listeners} listeners and {prompts} prompts, {planned.power:.0%} of studies find an effect of {effect:g} "
-        f"(95% interval {planned.power_low:.0%} to {planned.power_high:.0%}), if ratings vary as was assumed."
+        f"With {listeners} listeners and {prompts} prompts, {planned.power:.0%} of studies find an effect of "
+        f"{effect:g} (95% interval {planned.power_low:.0%} to {planned.power_high:.0%}), if ratings vary as assumed."
     )
     if out is None:
         return
