@@ -163,6 +163,8 @@ class Problem:
             found = self.solve(theta)
         except np.linalg.LinAlgError:
             return math.inf
+        if found.residual <= 0:
+            return math.inf
         free = self.n - self.p if reml else self.n
         value = found.log_det + free * (1 + math.log(2 * math.pi * found.residual / free))
         return value + found.log_det_x if reml else value
@@ -271,13 +273,15 @@ def fit(
 
     Raises ``UserError`` for data that such a model cannot be fitted to.
     """
+    if np.ptp(y) == 0:
+        raise UserError(f"every rating is {y[0]:g}: there is nothing to fit")
     problem = problem or Problem(y, x, terms)
     theta, runs = minimise(problem, reml=reml, thorough=thorough)
     solution = problem.solve(theta)
     free = problem.n - problem.p if reml else problem.n
     sigma2 = solution.residual / free
     if sigma2 <= 1e-12 * float(np.var(y)) or not math.isfinite(problem.criterion(theta, reml=reml)):
-        raise UserError("nothing is left for the residual variance: the ratings are constant, or fitted exactly")
+        raise UserError("nothing is left for the residual variance: the model fits every rating exactly")
     covariances = dict(zip(problem.order, [sigma2 * t @ t.T for t in problem.factors(theta)], strict=True))
     return Fit(
         problem=problem,
@@ -306,7 +310,7 @@ def minimise(
     bounds = [(0.0, None) if on else (None, None) for on in diagonal]
 
     def value(theta: Array) -> float:
-        return problem.criterion(np.asarray(theta, float), reml=reml)
+        return min(problem.criterion(np.asarray(theta, float), reml=reml), 1e12)  # optimisers subtract what they get
 
     def slope(theta: Array) -> Array:
         return gradient(value, np.asarray(theta, float))
@@ -438,7 +442,7 @@ def _polish(value: Value, theta: Array, diagonal: npt.NDArray[np.bool_]) -> Arra
         if (moved[diagonal] < 0).any() or value(moved) > best:
             break
         change, theta, best = float(np.abs(moved - theta).max()), moved, value(moved)
-        if change < 1e-9:
+        if change < 1e-6:
             break
     return theta
 
