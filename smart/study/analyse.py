@@ -245,12 +245,14 @@ def _fixed(data: Design, fitted: Fit, size: str) -> Table:
         "term", "estimate", "SE", "df", "t", "p", "t 2.5%", "t 97.5%", "Wald 2.5%", "Wald 97.5%", "profile 2.5%",
         "profile 97.5%",
     )  # fmt: skip
-    notes = (
+    notes: tuple[str, ...] = (
         f"Intercept: the mean rating of {data.systems[0]}. The other rows: how far that system lies above it.",
         "t: Satterthwaite's degrees of freedom, the interval that belongs to p. Wald: the normal quantile instead, "
         "too narrow for few participants; it is the kind that the paper prints. Profile: of the likelihood (ML), as "
         "lme4's confint.",
     )
+    if len(data.systems) > 2:
+        notes += ("Several systems are compared with the reference; p is not corrected for that.",)
     return Table(
         f"Fixed effects of rating ~ system + (1 + system | participant), by REML ({size})", columns, rows, notes
     )
@@ -274,9 +276,8 @@ def _components(fitted: Fit, replicates: int, seed: int, size: str) -> Table:
     for number, (i, j) in enumerate(zip(*np.tril_indices(k, -1), strict=True), start=k + 1):
         label = f"correlation of {names[j]} and {names[i]}"
         rows.append((label, math.nan, float(estimate[number]), float(ends[0, number]), float(ends[1, number])))
-    notes = [
-        f"Intervals of the deviations: {replicates} studies drawn from the fitted model and fitted again (seed {seed})."
-    ]
+    drawn_from = f"{replicates} studies drawn from the fitted model and fitted again (seed {seed})"
+    notes = [f"Intervals of the deviations: {drawn_from if replicates else 'not asked for (--bootstrap 0)'}."]
     notes += [
         f"SINGULAR: {what}; the data do not support so rich a model, or the value is small." for what in fitted.singular
     ]

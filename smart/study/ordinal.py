@@ -134,7 +134,7 @@ class Likelihood:
 def fit_ordinal(ratings: Array, x: Array, term: Term, *, nodes: int = 9) -> OrdinalFit:
     """Fit ``ratings`` (n,), of which each different value is a category, on ``x`` (n, p) with random effects ``term``.
 
-    Two optimisers run from three starts each; the best is kept.
+    BFGS runs from three starts and L-BFGS-B from one; the best is kept.
 
     Raises ``UserError`` for fewer than two categories, and where the effects cannot be estimated since one system got
     only the lowest or the highest ratings.
@@ -164,7 +164,7 @@ def fit_ordinal(ratings: Array, x: Array, term: Term, *, nodes: int = 9) -> Ordi
     runs, found = [], []
     for size in (0.3, 1.0, 3.0):
         start = np.concatenate([alpha[:1], np.log(np.diff(alpha)), np.zeros(p), (size * np.eye(k))[lower]])
-        for optimiser in ("BFGS", "L-BFGS-B"):
+        for optimiser in ("BFGS", "L-BFGS-B") if size == 1 else ("BFGS",):
             likelihood.modes = np.zeros_like(likelihood.modes)
             done = optimize.minimize(value, start, method=optimiser, options={"maxiter": 500})
             runs.append(Run(optimiser, f"deviation {size:g}", float(done.fun), int(done.nfev)))
