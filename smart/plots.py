@@ -101,11 +101,13 @@ def ratings(table: Sequence[tuple[str, str, float]], systems: Sequence[str], pat
     right.set_xticks(range(len(people)), people, rotation=90, fontsize="small")
     right.set_yticks(range(1, 11))
     right.grid(axis="y", alpha=0.3)
-    _save(figure, path, ["participant,system,rating,count", *lines])
+    _save(figure, path)
+    data = "\n".join(["participant,system,rating,count", *lines, ""])
+    path.with_suffix(".csv").write_text(data, encoding="utf-8")
 
 
 def power(rows: Sequence[tuple[int, float, float, float]], effect: float, path: Path) -> None:
-    """Power by number of listeners into ``path``.png and ``path``.pdf, data in ``path``.csv.
+    """Power by number of listeners as ``path``.png and ``path``.pdf.
 
     Args:
         rows: (listeners, power, low, high), the ends those of a 95% interval.
@@ -121,11 +123,10 @@ def power(rows: Sequence[tuple[int, float, float, float]], effect: float, path: 
     axes.set(xlabel="listeners", ylabel=f"share of studies with p < 0.05 (effect {effect:g})", ylim=(0, 1.02))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="lower right")
-    _save(figure, path, ["listeners,power,low,high", *(",".join(f"{value:g}" for value in row) for row in rows)])
+    _save(figure, path)
 
 
-def _save(figure: Any, path: Path, lines: Sequence[str]) -> None:
-    """A figure as PNG and PDF, and beside it the lines of a CSV that it was drawn from."""
+def _save(figure: Any, path: Path) -> None:
+    """As PNG and PDF."""
     figure.savefig(path.with_suffix(".png"), dpi=150)
     figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
-    path.with_suffix(".csv").write_text("\n".join([*lines, ""]), encoding="utf-8")
