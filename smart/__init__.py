@@ -16,6 +16,10 @@ class UserError(click.ClickException, ValueError):
     exit_code = 2
 
 
+class Failure(click.ClickException, RuntimeError):
+    """Why work cannot go on, through no mistake of the user's: one line, exit code 1; what was saved is kept."""
+
+
 def require(*finders: Callable[[], Any]) -> list[Any]:
     """What each of ``finders`` returns; or one ``UserError`` that lists everything that they could not find."""
     found, problems = [], []

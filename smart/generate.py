@@ -23,9 +23,10 @@ import torch
 from symusic.core import NoteTick, ScoreTick, TempoTick, TimeSignatureTick, TrackTick
 
 from smart import UserError, checkpoint, require, track
+from smart.compare import find_system
 from smart.midi import Limits
 from smart.midi_pool import Pool
-from smart.model import find_base, load_base, pick_device
+from smart.model import load_base, pick_device
 from smart.render import RenderError, RenderPool, score_notes
 from smart.reward import Reward, load_reward
 from smart.sampler import Sampler
@@ -37,21 +38,6 @@ WINDOW = 512  # tokens that the model sees at once: the crops that bases are tra
 CONTEXT = WINDOW * 3 // 4  # of these, at most, stand before what is drawn
 ROWS = 64  # pieces, candidates included, that are written together
 SETTINGS, TABLE = "settings.json", "pieces.csv"
-
-
-def find_model(name: str) -> Path:
-    """The folder of a model: of a run (its tuned model, its base, or its newest checkpoint), or as ``find_base``."""
-    run = Path(name)
-    if not (run / track.CONFIG).is_file():
-        return find_base(name)
-    for made in ("tuned", "base"):
-        if (run / made).is_dir():
-            return find_base(str(run / made))
-    newest = checkpoint.latest(run / "checkpoints")
-    if newest is None:
-        raise UserError(f"--model {run}: this run has made no model yet")
-    click.echo(f"{run} is not finished: its checkpoint {newest.name} is used", err=True)
-    return newest
 
 
 # --- Tokens -------------------------------------------------------------------------------------------------------
@@ -349,7 +335,7 @@ def generate(
             raise UserError(f"--continue {song}: no such file; expected a MIDI file")
 
     where, folder, soundfont_file, rates, *_ = require(
-        lambda: pick_device(device), lambda: find_model(model), sound, reward, song_file, track.check_packages
+        lambda: pick_device(device), lambda: find_system(model).model, sound, reward, song_file, track.check_packages
     )
     network, tokenizer = load_base(folder, device=where)
     facts, grammar = vocabulary(tokenizer), build_grammar(tokenizer)

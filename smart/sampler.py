@@ -31,7 +31,7 @@ positions, H heads, K key-value heads, D size of a head, R rotated part of D, L 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
@@ -71,6 +71,13 @@ class Rollout(NamedTuple):
     tokens: Tensor
     mask: Tensor
     logprobs: Tensor
+
+    def rows(self, which: slice) -> Rollout:
+        """Some of the rows, cut to the longest completion among them: views."""
+        length, longest = self.tokens.shape[1] - self.mask.shape[1], int(self.mask[which].any(0).sum())
+        return Rollout(
+            self.tokens[which, : length + longest], self.mask[which, :longest], self.logprobs[which, :longest]
+        )
 
 
 # ---------------------------------------------------------------------------------------------- one draw
@@ -604,7 +611,7 @@ class Sampler:
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         grammar: Grammar | None = None,
         watch: Watch | None = None,
         share: tuple[int, int] | None = None,
@@ -619,6 +626,8 @@ class Sampler:
         top_p: share of the probability to draw from, in (0, 1].
         generator: source of all randomness, on any device; it is advanced by N x max_new_tokens numbers.
             None takes a fresh seed from the operating system: never the global generator, never repeatable.
+            Or one for each sequence, advanced by max_new_tokens numbers each: then what decides a sequence's tokens
+            is its own generator alone.
         grammar: of the model's vocabulary (``smart.tokens.build_grammar``). With it only tokens are drawn that can
             be played after their prompt, whatever the prompt is: ``smart.tokens.unplayable`` marks none of them.
             All others get the logit -inf before the temperature, so that log-probabilities are, here too, those
@@ -661,13 +670,9 @@ class Sampler:
 
         if not bool(logprobs.isfinite().all()):
             raise FloatingPointError("the model's logits are not finite: its parameters hold NaN or infinity")
-        longest = int(mask.any(0).sum())
-        return Rollout(
-            *(
-                part.clone(memory_format=torch.contiguous_format)  # not the memory of the next batch
-                for part in (tokens[:, : length + longest], mask[:, :longest], logprobs[:, :longest])
-            )
-        )
+        cut = Rollout(tokens, mask, logprobs).rows(slice(None))
+        # not the memory of the next batch
+        return Rollout(*(part.clone(memory_format=torch.contiguous_format) for part in cut))
 
     def _graph(self, start: _Start, choice: _Choice) -> _Graph | None:
         """The captured step for such a batch, captured now if need be; None where that is not to be had."""
@@ -743,8 +748,14 @@ class Sampler:
         return real
 
 
-def _uniforms(steps: int, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+def _uniforms(
+    steps: int, n: int, generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device
+) -> Tensor:
     """(steps, N) float64 in [0, 1), drawn on the generator's device: a CPU one gives any device the same."""
+    if isinstance(generator, Sequence):
+        if len(generator) != n:
+            raise ValueError(f"generator: expected one, or one for each of {n} sequences, got {len(generator)}")
+        return torch.cat([_uniforms(steps, 1, own, device) for own in generator], dim=1)
     if generator is None:
         generator = torch.Generator()
         generator.seed()

@@ -89,6 +89,12 @@ def find_soundfont(name_or_path: str | os.PathLike[str]) -> Path:
     return found
 
 
+def package_of(name: str) -> str:
+    """The Debian package that installs the soundfont of a short name; empty where there is none."""
+    known = _KNOWN.get(name.lower())
+    return known.debian if known else ""
+
+
 def _folders() -> list[Path]:
     """Where soundfonts are looked for, first come first served."""
     own = [folder for folder in os.environ.get("SMART_SOUNDFONTS", "").split(os.pathsep) if folder]

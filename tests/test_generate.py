@@ -274,22 +274,3 @@ def test_other_settings_do_not_mix_with_what_is_there(tmp_path: Path) -> None:
     assert generate("--out", tmp_path / "out", "-n", 1, "--tokens", 8).exit_code == 0
     result = generate("--out", tmp_path / "out", "-n", 1, "--tokens", 9)
     assert result.exit_code == 2 and "other settings" in result.output
-
-
-def test_a_run_is_a_model(tmp_path: Path) -> None:
-    """A finished run gives its tuned model, an unfinished one its newest checkpoint, one without either is refused."""
-    from smart.checkpoint import save
-    from smart.generate import find_model
-    from smart.model import find_base, load_base, save_base
-
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.toml").write_text("")
-    with pytest.raises(UserError, match="has made no model yet"):
-        find_model(str(run))
-    model, tokenizer = load_base("piano-small")
-    newest = save(run / "checkpoints", 7, lambda folder: save_base(model, tokenizer, folder))
-    assert find_model(str(run)) == newest
-    save_base(model, tokenizer, run / "tuned")
-    assert find_model(str(run)) == run / "tuned"
-    assert find_model("piano-small") == find_base("piano-small")

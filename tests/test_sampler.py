@@ -293,6 +293,22 @@ def test_generator_advances_alike_whatever_is_drawn(model: Phi3ForCausalLM) -> N
     assert torch.equal(*states)
 
 
+def test_each_sequence_may_have_a_generator_of_its_own(model: Phi3ForCausalLM) -> None:
+    """What a sequence draws then depends on that one alone, not on its neighbours."""
+    sampler = Sampler(model, pad_id=PAD, eos_id=EOS)
+    prompts = random_prompts([3, 3, 3])
+    options: dict[str, Any] = {"max_new_tokens": 12}
+    whole = sampler.sample(prompts, generator=[seeded(1), seeded(2), seeded(3)], **options)
+    for row, seed in enumerate((1, 2, 3)):
+        alone = sampler.sample(prompts[row : row + 1], generator=seeded(seed), **options)
+        length = alone.mask.shape[1]
+        assert torch.equal(alone.tokens[0], whole.tokens[row, : 3 + length])
+    turned = sampler.sample(prompts.flip(0), generator=[seeded(3), seeded(2), seeded(1)], **options)
+    assert torch.equal(turned.tokens.flip(0), whole.tokens)
+    with pytest.raises(ValueError, match="one for each of 3 sequences, got 2"):
+        sampler.sample(prompts, generator=[seeded(1), seeded(2)], **options)
+
+
 def test_without_a_generator_runs_differ(model: Phi3ForCausalLM) -> None:
     sampler = Sampler(model, pad_id=PAD, eos_id=None)
     # uniform enough over 23 tokens x 160 draws that agreement by chance is out of the question

@@ -43,11 +43,16 @@ PARTICIPANTS = sa.Table(
     sa.Column("code", sa.Text),
     sqlite_autoincrement=True,  # the number of a participant who withdrew is not given again
 )
-PERSON = sa.ForeignKey("participants.id", ondelete="CASCADE")
+
+
+def person() -> sa.Column[int]:
+    return sa.Column("participant", sa.Integer, sa.ForeignKey("participants.id"), primary_key=True)
+
+
 TRIALS = sa.Table(
     "trials",
     TABLES,
-    sa.Column("participant", sa.Integer, PERSON, primary_key=True),
+    person(),
     sa.Column("position", sa.Integer, primary_key=True),
     sa.Column("excerpt", sa.Text, nullable=False),
     sa.Column("kind", sa.Text, nullable=False),
@@ -56,7 +61,7 @@ TRIALS = sa.Table(
 RATINGS = sa.Table(
     "ratings",
     TABLES,
-    sa.Column("participant", sa.Integer, PERSON.copy(), primary_key=True),
+    person(),
     sa.Column("position", sa.Integer, primary_key=True),
     sa.Column("rating", sa.Integer, nullable=False),
     sa.Column("client_id", sa.Text, nullable=False),

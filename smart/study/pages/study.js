@@ -58,9 +58,11 @@
     const answer = kept(localStorageOrNone(), queued);
     if (answer === null) return;
     const headers = { "content-type": "application/json" };
-    await ask(`${link}/ratings`, { method: "POST", headers, body: answer });
-    // a refusal is final too: the server says where the participant is, and the page is shown anew
+    const response = await ask(`${link}/ratings`, { method: "POST", headers, body: answer });
+    const reply = await response.json().catch(() => ({ error: `error ${response.status}` }));
     keep(localStorageOrNone(), queued, null);
+    // a refusal is final: the page is shown anew, as the server says where the participant is
+    say(response.ok ? "" : `This rating was not accepted: ${reply.error}.`);
   }
 
   let ahead = { url: "", sound: null };
@@ -78,7 +80,8 @@
     } catch { /* it is asked for again when it is needed */ }
   }
 
-  async function player(url, button, words) {
+  // A button that plays and pauses; `starting` is called, with the place, before the sound begins.
+  async function player(url, button, words, starting = () => {}) {
     const audio = new Audio();
     try {
       audio.src = URL.createObjectURL(await sound(url));
@@ -86,8 +89,11 @@
       say("The sound could not be loaded. Please load this page again.");
       return null;
     }
-    const toggle = () => { audio.paused ? audio.play().catch(() => say("The sound could not be played.")) : audio.pause(); };
-    button.addEventListener("click", toggle);
+    button.addEventListener("click", () => {
+      if (!audio.paused) { audio.pause(); return; }
+      starting(audio.currentTime);
+      audio.play().catch(() => say("The sound could not be played."));
+    });
     audio.addEventListener("play", () => { button.textContent = "Pause"; });
     audio.addEventListener("pause", () => { button.textContent = audio.ended ? words.again : words.resume; });
     button.textContent = words.first;
@@ -100,11 +106,11 @@
     const find = (id) => main.querySelector(`#${id}`);
     const [form, scale, send, playback] = ["trial", "scale", "send", "playback"].map(find);
     const words = { first: "Play", resume: "Go on", again: "Play again" };
-    const audio = await player(`${base}/audio/${position}`, find("play"), words);
-    if (!audio) return;
     let [plays, listened, from, heardAt] = [0, 0, 0, null];
+    const starting = (place) => { from = place; if (place === 0) plays += 1; };
+    const audio = await player(`${base}/audio/${position}`, find("play"), words, starting);
+    if (!audio) return;
     const stopped = () => { listened += audio.currentTime - from; from = audio.currentTime; };
-    audio.addEventListener("play", () => { from = audio.currentTime; if (from === 0) plays += 1; });
     audio.addEventListener("pause", stopped);
     audio.addEventListener("timeupdate", () => { playback.value = audio.currentTime / (audio.duration || 1); });
     audio.addEventListener("ended", () => {
@@ -136,7 +142,6 @@
       send.disabled = scale.disabled = true;
       say("Saving …");
       await deliver();
-      say("");
       URL.revokeObjectURL(audio.src);
       await advance();
     });
@@ -155,7 +160,7 @@
   // An answer that is still here was not acknowledged when the page was closed.
   if (document.querySelector("main").dataset.page === "trial" && kept(localStorageOrNone(), queued) !== null) {
     say("Saving …");
-    deliver().then(() => { say(""); return advance(); });
+    deliver().then(advance);
   } else {
     start();
   }

@@ -1,0 +1,321 @@
+"""The same prompts and seeds from several models, rendered and rated: what every comparison of systems starts from.
+
+Prompt i has a seed of its own, derived from (seed, i); prompt and completion are drawn from one generator of that
+seed. So each system gets the same prompt and the same random numbers, and a piece is the same whichever slice of the
+prompts it is drawn in.
+
+Axes: N prompts of a block, P prompt length, T completion length, C = 2 channels, S audio samples.
+"""
+
+import os
+import tomllib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from smart import UserError, checkpoint, track
+from smart.bank import open_renderer
+from smart.model import find_base, load_base, pick_device, pick_precision
+from smart.prompts import draw
+from smart.render import RenderError, usable_cores
+from smart.reward import Reward
+from smart.sampler import Sampler
+from smart.scoring import Scorer
+from smart.shards import Corpus
+from smart.tokens import decode, load_tokenizer, vocabulary
+
+Audio = npt.NDArray[np.float32]  # (2, S)
+BLOCK = 64  # prompts that are drawn together
+
+
+class System(NamedTuple):
+    """A model that is compared, and the name that tables show."""
+
+    name: str
+    model: Path  # folder in the form of a base
+    run: Path | None  # the run that it belongs to, if any
+    step: int | None  # of the run: 0 is the base; None where there is no run, or it has no steps of tuning
+
+
+class Piece(NamedTuple):
+    """What one system wrote for one prompt."""
+
+    system: str
+    prompt: int  # index
+    seed: int  # of this prompt, whatever the system
+    tokens: list[int]  # prompt and completion, up to and including the end-of-sequence
+    prompt_length: int
+    score: Any  # symusic.Score
+    audio: Audio | None  # (2, S); None where it could not be rendered
+    scores: dict[str, float]  # "reward.axis" -> rating; NaN where the clip failed or could not be rated
+    logprobs: float  # of the completion's tokens in the distribution that they were drawn from, summed
+    length: int  # tokens of the completion
+
+
+def find_system(text: str) -> System:
+    """A system by its name: a run's folder, or a base (folder, shipped name, or hub id).
+
+    A run is its tuned model, or the base that a pretraining made, or, while unfinished, its newest checkpoint, which is
+    said on stderr. RUN@base is the base that it started from (or made), RUN@STEP a checkpoint. NAME=TEXT gives the
+    name that tables show; else it is the folder's. Raises ``UserError`` where there is no such model.
+    """
+    name, separator, rest = text.partition("=")
+    if separator and name and not set(name) & set("/@"):
+        return find_system(rest)._replace(name=name)
+    path, _, which = text.rpartition("@")
+    if path and _is_run(Path(path)):
+        return _of_run(Path(path), which)
+    if _is_run(Path(text)):
+        return _of_run(Path(text), "")
+    folder = find_base(text)
+    return System(Path(text).name or folder.name, folder, None, None)
+
+
+def find_systems(texts: Sequence[str]) -> list[System]:
+    """``find_system`` of each. Raises ``UserError`` where two have one name, or there is none."""
+    systems = [find_system(text) for text in texts]
+    if not systems:
+        raise UserError("no model was given; expected a run, a base's folder or a shipped name")
+    names = [system.name for system in systems]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two models are called {name!r}; give one another name, as in {name}-2=PATH")
+    return systems
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / track.CONFIG).is_file()
+
+
+def _of_run(run: Path, which: str) -> System:
+    name = run.resolve().name + (f"@{which}" if which else "")
+    checkpoints = run / "checkpoints"
+    if which == "base":
+        folder = run / "base" if (run / "base").is_dir() else find_base(_setting(run, "model", "base"))
+        return System(name, folder, run, 0)
+    if which:
+        steps = checkpoint.steps(checkpoints)
+        if not which.isdecimal() or int(which) not in steps:
+            known = ", ".join(map(str, steps)) or "none"
+            raise UserError(f"{run}@{which}: expected {run}@base or a checkpoint's step; this run has {known}")
+        folder = checkpoints / f"{int(which):08d}"
+        checkpoint.verify(folder)
+        return System(name, folder, run, int(which))
+    if (run / "tuned").is_dir():
+        return System(name, find_base(str(run / "tuned")), run, _setting(run, "grpo", "iterations"))
+    if (run / "base").is_dir():
+        return System(name, find_base(str(run / "base")), run, None)
+    newest = checkpoint.latest(checkpoints)
+    if newest is None:
+        raise UserError(f"{run}: this run has made no model yet")
+    click.echo(f"{run} is not finished: its checkpoint {newest.name} is used", err=True)
+    return System(name, newest, run, int(newest.name))
+
+
+def _setting(run: Path, section: str, key: str) -> Any:
+    """One value of a run's configuration, which always holds them all."""
+    try:
+        return tomllib.loads((run / track.CONFIG).read_text(encoding="utf-8"))[section][key]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"run {run}: {track.CONFIG} holds no {section}.{key} ({type(error).__name__})") from None
+
+
+def seed_of(seed: int, prompt: int) -> int:
+    """The seed of a prompt, 32 bits (a CPU generator takes no more)."""
+    return int(np.random.SeedSequence([seed, prompt]).generate_state(1)[0])
+
+
+class _Voice(NamedTuple):
+    """A system that is ready to write."""
+
+    system: System
+    tokenizer: Any
+    vocab: dict[str, int]
+    sampler: Sampler
+    scorers: list[Scorer]  # the first one listens; all that have a reward rate
+
+
+def compose(
+    systems: Sequence[System],
+    *,
+    prompts: str = "procedural",
+    corpus: str | Path | None = None,
+    split: str = "test",
+    count: int,
+    first: int = 0,
+    seed: int = 1,
+    soundfont: str | os.PathLike[str],
+    rewards: Sequence[Reward] = (),
+    max_new_tokens: int = 256,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seconds: float = 10.0,
+    sample_rate: int = 44100,
+    workers: int = 0,
+    backend: str = "pool",
+    device: str = "auto",
+    batch: int = BLOCK,
+) -> Iterator[Piece]:
+    """Pieces of every system for prompts ``first`` .. ``first + count - 1``, rendered, and rated by every reward.
+
+    They come block by block of ``batch`` prompts, within a block system by system, within a system by prompt.
+    Rendering overlaps with drawing as in training (``smart.scoring``); a block is rated while workers render the next.
+
+    A block is always drawn whole, also where a part of it was asked for, since rounding depends on how many rows are
+    multiplied at once: so tokens and audio of a prompt are the same, bit for bit, in any slice of the same ``batch``.
+    For few pieces give a small ``batch``. ``workers`` 0 is one for each usable core.
+
+    ``prompts`` is a kind of ``smart.prompts``; "dataset" takes them from the ``split`` of a ``corpus`` folder. They are
+    drawn in the vocabulary of the corpus, or else of the first system, and said in that of each.
+
+    What is missing, or does not fit, is a ``UserError`` of this call, before the first piece is asked for.
+    """
+    if first < 0 or count < 0 or batch < 1:
+        raise ValueError(f"expected first >= 0, count >= 0 and batch >= 1, got {first}, {count} and {batch}")
+    names = [reward.name for reward in rewards]
+    if len(set(names)) < len(names):
+        raise UserError(f"rewards: expected each once, got {', '.join(names)}")
+    pieces = tokenizer = None
+    if prompts == "dataset":
+        if corpus is None:
+            raise UserError("prompts of kind 'dataset' need a corpus: a folder written by `smart corpus build`")
+        opened = Corpus(corpus)
+        pieces, tokenizer = opened.split(split), opened.tokenizer
+        if not len(pieces):
+            raise UserError(f"corpus {corpus}: its split {split!r} has no pieces")
+    where = pick_device(device)
+    loaded = [(system, *load_base(system.model, device=where)) for system in systems]
+    for system, model, _ in loaded:
+        if max_new_tokens > (room := model.config.max_position_embeddings - 8):  # the longest prompt has seven tokens
+            raise UserError(f"{system.name}: {max_new_tokens} new tokens are asked for, it has room for {room}")
+    speaker = tokenizer or load_tokenizer(systems[0].model)
+    said = {number: token for token, number in speaker.vocab.items()}
+
+    def start(index: int) -> tuple[list[str], torch.Generator]:
+        """A prompt, and the generator that goes on to draw its completion."""
+        generator = torch.Generator().manual_seed(seed_of(seed, index))
+        row = draw(prompts, 1, speaker, generator, pieces=pieces)
+        return [said[token] for token in row[0].tolist()], generator
+
+    indices = range(first, first + count)
+    for system, _, own in loaded:  # all that could not be said, before any work
+        if own.vocab != speaker.vocab:
+            for index in indices:
+                for token in start(index)[0]:
+                    if token not in own.vocab:
+                        raise UserError(f"{system.name}: its vocabulary has no {token}, which prompt {index} holds")
+
+    def work() -> Iterator[Piece]:
+        with open_renderer(
+            backend,
+            soundfont,
+            sample_rate=sample_rate,
+            seconds=seconds,
+            workers=workers or usable_cores(),
+            device=where,
+        ) as pool:
+            voices = []
+            for system, model, own in loaded:
+                facts = vocabulary(own)
+                sampler = Sampler(model, pad_id=facts.pad_id, eos_id=facts.eos_id, dtype=pick_precision("auto", where))
+                scorers = [
+                    Scorer(own, pool, reward, sample_rate=sample_rate, seconds=seconds) for reward in rewards or (None,)
+                ]
+                voices.append(_Voice(system, own, own.vocab, sampler, scorers))
+            waiting: list[_Drawn] = []
+            for number in range(first // batch, -(-(first + count) // batch)):
+                block = range(number * batch, (number + 1) * batch)
+                for voice in voices:
+                    starts = [start(index) for index in block]
+                    drawn = _draw(
+                        voice, block, starts, indices,
+                        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+                    )  # fmt: skip
+                    for before in waiting:
+                        yield from _pieces(before, seed)
+                    waiting = [drawn]
+            for before in waiting:
+                yield from _pieces(before, seed)
+
+    return work()
+
+
+class _Drawn(NamedTuple):
+    """The pieces of one system for a block, being rendered."""
+
+    voice: _Voice
+    indices: list[int]
+    tokens: list[list[int]]
+    prompt_length: int
+    logprobs: list[float]
+    clips: list[Future[Audio]]
+
+
+def _draw(
+    voice: _Voice,
+    block: range,
+    starts: Sequence[tuple[list[str], torch.Generator]],
+    indices: range,
+    **options: Any,
+) -> _Drawn:
+    """Draw a whole block and have those of ``indices`` rendered, each as soon as it has settled."""
+    rows = [row for row, index in enumerate(block) if index in indices]
+    clips = voice.scorers[0].listen()
+
+    def look(tokens: torch.Tensor, ended: torch.Tensor) -> None:
+        clips.look(tokens[rows], ended[rows])
+
+    rollout = voice.sampler.sample(
+        torch.tensor([[voice.vocab[token] for token in prompt] for prompt, _ in starts]),
+        generator=[generator for _, generator in starts],
+        watch=look,
+        **options,
+    )
+    rollout = type(rollout)(*(part[rows].cpu() for part in rollout))
+    prompt_length = len(starts[0][0])
+    lengths = rollout.mask.sum(dim=1).tolist()
+    return _Drawn(
+        voice=voice,
+        indices=[block[row] for row in rows],
+        tokens=[row[: prompt_length + length] for row, length in zip(rollout.tokens.tolist(), lengths, strict=True)],
+        prompt_length=prompt_length,
+        logprobs=rollout.logprobs.double().sum(dim=1).tolist(),
+        clips=clips.finish(rollout),
+    )
+
+
+def _pieces(drawn: _Drawn, seed: int) -> Iterator[Piece]:
+    """Wait for the clips, rate them, and hand out the pieces."""
+    scores: dict[str, list[float]] = {}
+    for scorer in drawn.voice.scorers:
+        if scorer.reward is not None:
+            rated = scorer.collect(drawn.clips)
+            scores |= {f"{scorer.reward.name}.{axis}": values.tolist() for axis, values in rated.scores.items()}
+    for row, index in enumerate(drawn.indices):
+        tokens = drawn.tokens[row]
+        yield Piece(
+            system=drawn.voice.system.name,
+            prompt=index,
+            seed=seed_of(seed, index),
+            tokens=tokens,
+            prompt_length=drawn.prompt_length,
+            score=decode(drawn.voice.tokenizer, tokens),
+            audio=_audio(drawn.clips[row]),
+            scores={axis: values[row] for axis, values in scores.items()},
+            logprobs=drawn.logprobs[row],
+            length=len(tokens) - drawn.prompt_length,
+        )
+
+
+def _audio(clip: Future[Audio]) -> Audio | None:
+    try:
+        return clip.result()
+    except RenderError:
+        return None

@@ -1,0 +1,280 @@
+"""How varied a set of pieces is, and how near each is to a training piece.
+
+A policy that has found what its reward likes may write it again and again. Four views of that, each from 0 or 1
+(all the same) upwards:
+
+- the Vendi score (Friedman and Dieng 2023): the effective number of different pieces, exp of the entropy of the
+  eigenvalues of K/N, for a kernel K of symbolic vectors or of audio vectors;
+- the mean distance of two piano rolls, 0 for copies and 1 where nothing sounds in common;
+- the share of different n-grams of notes, written so that transposition changes nothing.
+
+Pitch is what drums do not have: drum tracks are left out of all symbolic measures. A piece without other notes is
+"empty"; all empty pieces are copies of each other and unlike any other piece.
+"""
+
+import itertools
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from symusic.core import ScoreTick
+
+BEATS = 16  # quarter notes from the beginning: about what ten seconds hold, and the paper's figure 6
+PER_BEAT = 4
+STEPS = 12  # a quarter note for n-grams: the vocabulary's own grid
+RUN = 8  # transitions between notes that count as copied: shorter runs are in every scale and trill
+
+WINDOW_SECONDS, MEL_BANDS, MEL_HZ, FLOOR_DB = 0.064, 64, (50.0, 7500.0), -60.0
+
+Floats = npt.NDArray[np.float32]
+Hashes = npt.NDArray[np.uint64]
+
+
+class Nearest(NamedTuple):
+    """For each of N pieces, what in the corpus is most like it."""
+
+    piece: npt.NDArray[np.int64]  # (N,) number of the corpus piece whose opening is most alike; -1 without a corpus
+    similarity: npt.NDArray[np.float64]  # (N,) 0..1, cosine of the openings in the best transposition
+    copied: npt.NDArray[np.float64]  # (N,) 0..1, share of the piece's runs of notes that some corpus piece holds
+    longest: npt.NDArray[np.int64]  # (N,) notes of the longest passage that one corpus piece holds; 0: none of RUN + 1
+
+
+def piano_roll(score: ScoreTick, *, beats: int = BEATS, per_beat: int = PER_BEAT) -> Floats:
+    """(beats * per_beat, 128) float32: 1 where a pitch sounds in a cell of time, counted from the beginning.
+
+    A note fills each cell that it sounds in, and at least the one in which it begins.
+    """
+    notes, cells = _notes(score), beats * per_beat
+    first = notes["time"] * per_beat // score.ticks_per_quarter
+    last = -(-(notes["time"] + notes["duration"]) * per_beat // score.ticks_per_quarter)  # rounded up
+    last = np.maximum(last, first + 1)
+    edges = np.zeros((cells + 1, 128), np.int64)
+    np.add.at(edges, (np.minimum(first, cells), notes["pitch"]), 1)
+    np.add.at(edges, (np.minimum(last, cells), notes["pitch"]), -1)
+    return (np.cumsum(edges, axis=0)[:cells] > 0).astype(np.float32)
+
+
+def symbolic_vector(score: ScoreTick, *, beats: int = BEATS) -> Floats:
+    """(beats * 4 * 12,) float32: onsets by sixteenth and pitch class, of unit length; zero for an empty piece.
+
+    Octave, loudness and duration play no part; transposition does (``nearest`` looks past it).
+    """
+    notes, cells = _notes(score), beats * PER_BEAT
+    cell = notes["time"] * PER_BEAT // score.ticks_per_quarter
+    place = (cell * 12 + notes["pitch"] % 12)[cell < cells]
+    return _unit(np.bincount(place, minlength=cells * 12))
+
+
+def audio_vector(audio: npt.NDArray[Any], sample_rate: int) -> Floats:
+    """(128,) float32 of unit length: mean and standard deviation over time in each of 64 mel bands; zero for silence.
+
+    ``audio`` is (C, S) or (S,). Levels are decibels above -60 dB of the clip's strongest band and frame, so gain does
+    not matter. Frames last 64 ms, half overlapping, so that pitch is resolved in all but the lowest bands.
+    """
+    signal = np.atleast_2d(np.asarray(audio, np.float32)).mean(axis=0)
+    size = round(WINDOW_SECONDS * sample_rate)
+    signal = np.pad(signal, (0, max(size - len(signal), 0)))
+    frames = np.lib.stride_tricks.sliding_window_view(signal, size)[:: size // 2]
+    power = np.abs(np.fft.rfft(frames * np.hanning(size).astype(np.float32), axis=1)) ** 2
+    bands = power @ _mel_filters(size, sample_rate)
+    if not bands.max() > 0:
+        return np.zeros(2 * MEL_BANDS, np.float32)
+    level = np.maximum(10 * np.log10(np.maximum(bands / bands.max(), 1e-30)) - FLOOR_DB, 0)
+    return _unit(np.concatenate([level.mean(axis=0), level.std(axis=0)]))
+
+
+def kernel(vectors: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Cosine similarities (N, N) of vectors (N, D) of unit length without negative entries, such as those above.
+
+    In [0, 1], 1 on the diagonal. Zero vectors (empty pieces, silent clips) are like each other and like nothing else.
+    """
+    vectors = np.asarray(vectors, np.float64)
+    empty = ~vectors.any(axis=1)
+    vectors = vectors / np.where(empty, 1, np.linalg.norm(vectors, axis=1))[:, None]  # unit length in float64, too
+    similar = np.clip(vectors @ vectors.T, 0, 1)
+    similar[np.ix_(empty, empty)] = 1
+    np.fill_diagonal(similar, 1)
+    return similar
+
+
+def vendi_score(similarities: npt.NDArray[Any]) -> float:
+    """exp of the entropy of the eigenvalues of K/N (Friedman and Dieng 2023, definition 3.1): 1 to N.
+
+    ``similarities`` is K (N, N), symmetric, with ones on the diagonal. m different pieces, k copies of each, give m.
+    Raises ``ValueError`` for another shape or no piece.
+    """
+    count = len(similarities)
+    if not count or similarities.shape != (count, count):
+        raise ValueError(f"similarities: expected (N, N) with N >= 1, got {similarities.shape}")
+    shares = np.linalg.eigvalsh(similarities / count)
+    shares = shares[shares > 0]
+    return float(np.clip(np.exp(-(shares * np.log(shares)).sum()), 1, count))
+
+
+def mean_pairwise_distance(rolls: npt.NDArray[Any]) -> float:
+    """Mean over all pairs of 1 - |both| / |either|, cells of two piano rolls (Jaccard): 0 for copies, 1 for disjoint.
+
+    ``rolls`` is (N, T, 128), zeros and ones. Two empty rolls are copies. Without a pair it is 0.
+    """
+    cells = np.asarray(rolls, np.float32).reshape(len(rolls), -1)
+    if len(cells) < 2:
+        return 0.0
+    both, filled = cells @ cells.T, cells.sum(axis=1)
+    either = filled[:, None] + filled[None] - both
+    alike = np.where(either > 0, both / np.maximum(either, 1), 1.0)
+    return float(1 - alike[np.triu_indices(len(cells), 1)].mean())
+
+
+def distinct_ngrams(pieces: Sequence[ScoreTick], n: int = 4) -> float:
+    """Different n-grams over all n-grams of notes in ``pieces``, 0 to 1; 0 where no piece has any.
+
+    A note is written as its interval to the note before it, the onset difference and its duration, both in twelfths of
+    a quarter note, so transposition and place do not matter; n such notes in a row are an n-gram (n + 1 notes).
+    """
+    grams = np.concatenate([np.empty(0, np.uint64), *(_runs(piece, n) for piece in pieces)])
+    return len(np.unique(grams)) / max(len(grams), 1)
+
+
+def nearest(pieces: Sequence[ScoreTick], corpus_pieces: Iterable[ScoreTick], *, chunk: int = 2048) -> Nearest:
+    """Is it composed or copied? The most alike of ``corpus_pieces``, read once and in order, for each of ``pieces``.
+
+    Two measures, both blind to transposition: how alike the openings are (``symbolic_vector``, the best of twelve
+    rotations of the pitch classes), and which runs of ``RUN`` transitions (nine notes, as in ``distinct_ngrams``)
+    occur anywhere in a corpus piece. An empty piece is like an empty corpus piece alone, and copies nothing.
+    """
+    count = len(pieces)
+    vectors = np.stack([symbolic_vector(piece) for piece in pieces]) if count else np.empty((0, BEATS * PER_BEAT * 12))
+    cells = vectors.reshape(count, BEATS * PER_BEAT, 12)
+    turned = np.concatenate([np.roll(cells, shift, axis=2) for shift in range(12)]).reshape(
+        12 * count, BEATS * PER_BEAT * 12
+    )
+    empty = ~vectors.any(axis=1)
+    runs = [_runs(piece, RUN) for piece in pieces]
+    owner = np.repeat(np.arange(count), [len(part) for part in runs])  # of each run, its piece
+    wanted = np.concatenate([np.empty(0, np.uint64), *runs])
+    found = np.zeros(len(wanted), bool)
+    index, best, longest = np.full(count, -1), np.full(count, -1.0), np.zeros(count, np.int64)
+    begin = 0
+    corpus = iter(corpus_pieces)
+    while batch := list(itertools.islice(corpus, chunk)):
+        theirs = np.stack([symbolic_vector(piece) for piece in batch])
+        similar = np.clip(turned @ theirs.T, 0, 1).reshape(12, count, len(batch)).max(axis=0).astype(np.float64)
+        similar[np.ix_(empty, ~theirs.any(axis=1))] = 1
+        if count:
+            most = similar.argmax(axis=1)
+            value = similar[np.arange(count), most]
+            index, best = np.where(value > best, begin + most, index), np.maximum(best, value)
+        for piece in batch:
+            hit = np.isin(wanted, _runs(piece, RUN))
+            if hit.any():
+                found |= hit
+                longest = np.maximum(longest, _longest_streaks(hit, owner, count))
+        begin += len(batch)
+    runs_of = np.bincount(owner, minlength=count)
+    copied = np.bincount(owner, weights=found, minlength=count) / np.maximum(runs_of, 1)
+    return Nearest(index, np.maximum(best, 0.0), copied, np.where(longest > 0, longest + RUN, 0))
+
+
+def summary(
+    scores: Sequence[ScoreTick],
+    audio: Sequence[npt.NDArray[Any] | None] | None = None,
+    sample_rate: int | None = None,
+    groups: Sequence[Hashable] | None = None,
+) -> dict[str, float]:
+    """All of the above by name, over all pieces: ``vendi``, ``distance``, ``distinct_4grams``, ``empty_rate``.
+
+    With ``audio``, a clip a piece (None where there is none: left out), also ``vendi_audio``. With ``groups``, a label
+    a piece, such as its prompt, also ``*_within``: the mean over groups of each measure within one; a group without
+    a clip is left out of ``vendi_audio_within``. Raises ``ValueError`` where there is no piece, or the lengths differ.
+    """
+    count = len(scores)
+    if not count or any(part is not None and len(part) != count for part in (audio, groups)):
+        raise ValueError(f"expected at least one piece, and as many clips and labels, got {count} pieces")
+    if audio is not None and sample_rate is None:
+        raise ValueError("audio needs its sample_rate")
+    vectors = np.stack([symbolic_vector(score) for score in scores])
+    rolls = np.stack([piano_roll(score) for score in scores])
+    heard = {
+        row: audio_vector(clip, sample_rate)
+        for row, clip in enumerate(audio or ())
+        if clip is not None and sample_rate is not None
+    }
+
+    def measure(rows: Sequence[int]) -> dict[str, float]:
+        found = {
+            "vendi": vendi_score(kernel(vectors[rows])),
+            "distance": mean_pairwise_distance(rolls[rows]),
+            "distinct_4grams": distinct_ngrams([scores[row] for row in rows]),
+        }
+        if clips := [heard[row] for row in rows if row in heard]:
+            found["vendi_audio"] = vendi_score(kernel(np.stack(clips)))
+        return found
+
+    result = measure(range(count)) | {"empty_rate": float((rolls.any(axis=(1, 2)) == 0).mean())}
+    if groups is not None:
+        members: dict[Hashable, list[int]] = {}
+        for row, label in enumerate(groups):
+            members.setdefault(label, []).append(row)
+        within = [measure(rows) for rows in members.values()]
+        for name in [name for name in result if name != "empty_rate"]:
+            values = [found[name] for found in within if name in found]
+            result[f"{name}_within"] = float(np.mean(values))
+    return result
+
+
+def _notes(score: ScoreTick) -> dict[str, npt.NDArray[np.int64]]:
+    """Columns time, duration and pitch of all notes that are no drums."""
+    columns = [track.notes.numpy() for track in score.tracks if not track.is_drum]
+    none = np.empty(0, np.int64)
+    return {
+        name: np.concatenate([none, *(part[name] for part in columns)]).astype(np.int64)
+        for name in ("time", "duration", "pitch")
+    }
+
+
+def _runs(score: ScoreTick, n: int) -> Hashes:
+    """A 64-bit hash of each n transitions in a row, (max(notes - n, 0),); equal runs have equal hashes."""
+    notes, division = _notes(score), score.ticks_per_quarter
+    order = np.lexsort((notes["duration"], notes["pitch"], notes["time"]))
+    time, duration, pitch = (notes[name][order] for name in ("time", "duration", "pitch"))
+    if len(pitch) <= n:
+        return np.empty(0, np.uint64)
+    # rounded half up to STEPS a quarter, after the difference was taken: the same wherever the passage stands
+    onset, length = ((ticks * 2 * STEPS + division) // (2 * division) for ticks in (np.diff(time), duration[1:]))
+    code = np.diff(pitch) + 128 | np.minimum(onset, 0xFFFF) << 8 | np.minimum(length, 0xFFFF) << 24
+    mixed = code.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # wraps around: a multiplicative hash
+    mixed ^= mixed >> np.uint64(29)
+    total = np.zeros(len(code) - n + 1, np.uint64)
+    for step in range(n):
+        total = total * np.uint64(0xBF58476D1CE4E5B9) + mixed[step : len(mixed) - n + 1 + step]
+        total ^= total >> np.uint64(32)
+    return total
+
+
+def _longest_streaks(hit: npt.NDArray[np.bool_], owner: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
+    """(count,) the longest row of True in ``hit`` within each owner; owners are in order."""
+    same = np.append(False, (owner[1:] == owner[:-1]) & hit[1:] & hit[:-1])
+    place = np.arange(len(hit))
+    begun = np.maximum.accumulate(np.where(same, 0, place))  # where the streak at hand began
+    longest = np.zeros(count, np.int64)
+    np.maximum.at(longest, owner[hit], (place - begun + 1)[hit])
+    return longest
+
+
+def _mel_filters(size: int, sample_rate: int) -> Floats:
+    """(size // 2 + 1, MEL_BANDS) triangles, evenly spaced on the mel scale."""
+
+    def mel(hertz: Any) -> Any:
+        return 2595 * np.log10(1 + np.asarray(hertz) / 700)
+
+    lowest, highest = mel(MEL_HZ)
+    edges = np.linspace(lowest, highest, MEL_BANDS + 2)
+    bins = mel(np.fft.rfftfreq(size, 1 / sample_rate))[:, None]
+    rising, falling = (bins - edges[:-2]) / (edges[1] - edges[0]), (edges[2:] - bins) / (edges[1] - edges[0])
+    return np.maximum(np.minimum(rising, falling), 0).astype(np.float32)
+
+
+def _unit(vector: npt.NDArray[Any]) -> Floats:
+    length = float(np.sqrt((vector.astype(np.float64) ** 2).sum()))
+    return (vector / (length or 1.0)).astype(np.float32)
