@@ -70,8 +70,8 @@ def ratings(table: Sequence[tuple[str, str, float]], systems: Sequence[str], pat
     people = sorted({person for person, _, _ in table})
     values = sorted({value for _, _, value in table} | set(map(float, range(1, 11))))
     colours = ["C3", "C0", "C2", "C1", "C4", "C5", "C6", "C7"]
-    figure = Figure(figsize=(max(10.0, 4.5 + 0.42 * len(people)), 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[1, max(1.6, 0.11 * len(people))])
+    figure = Figure(figsize=(min(max(10.0, 4.5 + 0.42 * len(people)), 60.0), 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1, min(max(1.6, 0.11 * len(people)), 14)])
     width = 0.8 / len(systems)
     lines = []
     for number, system in enumerate(systems):

@@ -458,3 +458,18 @@ def test_the_problem_with_another_response_is_the_problem_built_anew() -> None:
     theta = np.array([0.7, 0.2, 0.5, 0.9])
     moved = Problem(y, x, terms).with_response(y[::-1].copy())
     assert moved.criterion(theta) == pytest.approx(Problem(y[::-1].copy(), x, terms).criterion(theta), rel=1e-12)
+
+
+def test_the_columns_are_those_of_the_export_and_a_study_tells_what_is_silent(tmp_path: Path) -> None:
+    from smart.study.export import COLUMNS
+    from smart.study.folder import KEY_COLUMNS
+
+    assert set(ratings.NEEDED + ratings.OPTIONAL) == set(COLUMNS)
+    with (tmp_path / "key.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, KEY_COLUMNS, restval="0")
+        table.writeheader()
+        table.writerows([{"excerpt": "a", "silent": 1}, {"excerpt": "b", "silent": 0}])
+    with pytest.raises(UserError, match="cannot be read"):
+        ratings.read_study(tmp_path)
+    (tmp_path / "study.json").write_text('{"seconds": 4.5}')
+    assert ratings.read_study(tmp_path) == (frozenset({"a"}), 4.5)

@@ -139,7 +139,9 @@ def crossed_terms(ratings: Sequence[Rating]) -> tuple[list[tuple[str, list[Term]
     found: list[tuple[str, list[Term]]] = []
     left: list[str] = []
     prompts, excerpts = [each.prompt for each in ratings], [each.excerpt for each in ratings]
-    systems = {each.excerpt: {other.system for other in ratings if other.excerpt == each.excerpt} for each in ratings}
+    systems: dict[str, set[str]] = {}
+    for each in ratings:
+        systems.setdefault(each.excerpt, set()).add(each.system)
     shared = len(set(prompts)) < len(set(zip(prompts, (each.system for each in ratings), strict=True)))
     with_prompt = all(prompts) and 1 < len(set(prompts)) < len(ratings) / 1.5 and shared
     if with_prompt:
@@ -197,13 +199,13 @@ def analyse(
         raise UserError("a model with participants as random effects needs at least three participants")
     data = design(ratings, systems)
     size = f"n = {len(data.y)} ratings of {len(data.people)} participants"
-    main = fit(data.y, data.x, [data.by_participant])
-    tables = [_means(data, size), _fixed(data, main, size), _components(main, replicates, seed, size)]
     crossed, left = crossed_terms(ratings)
-    models: list[tuple[str, Fit]] = [("rating ~ system + (1 + system | participant)", main)]
-    models += [
-        (f"{models[0][0]} {name}", fit(data.y, data.x, [data.by_participant, *terms])) for name, terms in crossed
-    ]
+    models: list[tuple[str, Fit]] = []
+    for name, terms in progress([("", []), *crossed], desc="models", unit="model"):
+        fitted = fit(data.y, data.x, [data.by_participant, *terms])
+        models.append((f"rating ~ system + (1 + system | participant) {name}".strip(), fitted))
+    main = models[0][1]
+    tables = [_means(data, size), _fixed(data, main, size), _components(main, replicates, seed, size)]
     tables.append(_fits(models, size))
     if crossed:
         tables.append(_crossed(data, models, size))
@@ -357,7 +359,7 @@ def _ordinal(data: Design, size: str) -> tuple[Table | None, str]:
     kinds = [("(1 | participant)", 1, 9)]
     if len(data.systems) == 2:
         kinds.append(("(1 + system | participant)", 2, 5))
-    for name, k, nodes in kinds:
+    for name, k, nodes in progress(kinds, desc="ordinal models", unit="model"):
         term = Term("participant", data.names[:k], data.participant, data.x[:, :k])
         try:
             fitted: OrdinalFit = fit_ordinal(data.y, data.x[:, 1:], term, nodes=nodes)
