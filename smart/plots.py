@@ -79,7 +79,7 @@ def ratings(table: Sequence[tuple[str, str, float]], systems: Sequence[str], pat
         own = [value for _, name, value in table if name == system]
         shares = [100 * own.count(value) / len(own) for value in values]
         left.bar([value + offset for value in values], shares, width, color=colour, label=f"{system} (n = {len(own)})")
-        left.axvline(sum(own) / len(own), color=colour, linestyle="--", linewidth=1)
+        left.axvline(sum(own) / len(own), ymax=1 / 1.2, color=colour, linestyle="--", linewidth=1)
         for place, person in enumerate(people):
             given = [value for who, name, value in table if who == person and name == system]
             lines += [f"{person},{system},{value:g},{given.count(value)}" for value in sorted(set(given))]
