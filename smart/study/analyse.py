@@ -573,8 +573,8 @@ def main(
         sections.append((name, tables))
         summary += [f"{name}. {words[0]}", *words[1:]]
     summary.append(
-        "This says nothing of listeners of another kind, of other soundfonts or lengths, or of why the ratings differ. p "
-        "is how often a difference this large would come up if there were none, not the probability that there is none."
+        "This says nothing of listeners of another kind, of other soundfonts or lengths, or of why the ratings differ. "
+        "p is how often a difference this large would come up if there were none, not how likely it is that there is none."
     )
     try:
         out.mkdir(parents=True, exist_ok=True)
