@@ -574,7 +574,7 @@ def main(
         summary += [f"{name}. {words[0]}", *words[1:]]
     summary.append(
         "This says nothing of listeners of another kind, of other soundfonts or lengths, or of why the ratings differ. "
-        "p is how often a difference this large would come up if there were none, not how likely it is that there is none."
+        "p is how often so large a difference would come up if there were none, not the probability that there is none."
     )
     try:
         out.mkdir(parents=True, exist_ok=True)
