@@ -9,6 +9,7 @@ PROGRAMS = {
     "pretrain": "Train a base model on a tokenised corpus.",
     "generate": "Write music with a base or a tuned run.",
     "corpus": "Turn a folder of MIDI files into a tokenised corpus.",
+    "demo": "Make a page to listen to: pairs from two models.",
     "calibrate": "Fit the ce_proxy reward to clips that were rated.",
 }
 MODULES = {"calibrate": "smart.reward.calibrate"}
