@@ -37,6 +37,7 @@ SHORT = {
 }  # fmt: skip
 SMALL = {
     "smart.generate": "--tokens 24",
+    "smart.demo": "--prompts 2 --tokens 24 --seconds 2 --sample-rate 22050",
     "benchmarks/reward.py": "--clips 2 --rounds 1 --dtypes float32",
     "benchmarks/sampler.py": "--repeats 1",
 }

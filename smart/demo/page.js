@@ -47,7 +47,7 @@
     node.addEventListener("click", act);
     return node;
   };
-  const pitchName = (pitch) =>
+  const pitchName = (pitch) => // as it is said: a sign would not be read aloud
     ["C", "C sharp", "D", "E flat", "E", "F", "F sharp", "G", "A flat", "A", "B flat", "B"][pitch % 12]
     + (Math.floor(pitch / 12) - 1);
   const number = (value) => value === null || value === undefined ? "none" : value.toFixed(2);
@@ -241,8 +241,9 @@
     const notes = heardNotes(clip);
     const pitches = notes.map((note) => note[2]);
     const later = clip.notes.length - notes.length;
-    return (notes.length ? `${notes.length} ${notes.length === 1 ? "note" : "notes"} `
-        + `from ${pitchName(Math.min(...pitches))} to ${pitchName(Math.max(...pitches))}` : "No notes")
+    const [low, high] = [Math.min(...pitches), Math.max(...pitches)].map(pitchName);
+    return (!notes.length ? "No notes" : notes.length === 1 ? `1 note, ${low},`
+        : `${notes.length} notes from ${low} to ${high}`)
       + ` in ${clip.seconds.toFixed(1)} seconds` + (later ? `, ${later} more after that in the MIDI file` : "")
       + (clip.silent ? ". The clip is silent." : ".");
   }
@@ -340,7 +341,7 @@
 
     ballot(names, heard) {
       const hint = make("p", { className: "note" }, "Play both before you choose.");
-      hint.id = "hint-" + slug(this.key);
+      hint.id = `hint-${this.section.number}-${this.pair.prompt}`;
       const vote = (text, side) => {
         const node = button(text, `${text}, ${this.where}`, () => {
           if (node.getAttribute("aria-disabled") === "true") say("Play both pieces before you choose.");
@@ -395,11 +396,12 @@
       const both = section.pairs.map((pair) => [section.first, other]
         .map((name) => data.clips[pair.clips[name]].ratings[axis.key] ?? null)).filter((two) => !two.includes(null));
       const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
-      if (!both.length) return [axisName(axis), "none", "none", "none", "0"];
-      return [axisName(axis), number(mean(both.map((two) => two[0]))), number(mean(both.map((two) => two[1]))),
-        signed(mean(both.map((two) => two[1] - two[0]))), String(both.length)];
+      const head = axisName(axis) + (both.length < section.pairs.length ? ` (${both.length} pairs)` : "");
+      if (!both.length) return [head, "none", "none", "none"];
+      return [head, number(mean(both.map((two) => two[0]))), number(mean(both.map((two) => two[1]))),
+        signed(mean(both.map((two) => two[1] - two[0])))];
     });
-    box.replaceChildren(rows("Mean ratings of the pairs below", ["Axis", section.first, other, "Difference", "Pairs"], table));
+    box.replaceChildren(rows("Mean ratings of the pairs below", ["Axis", section.first, other, "Difference"], table));
   }
 
   const sections = data.sections.map((section, index) => {
