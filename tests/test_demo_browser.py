@@ -181,7 +181,7 @@ def test_the_slider_goes_through_training(page: Any, parsed: Parsed) -> None:
     assert slider.get_attribute("aria-valuetext").endswith("(perturbed)")
     slider.focus()
     page.keyboard.press("ArrowLeft")
-    assert slider.get_attribute("aria-valuetext") == "1 (perturbed at 1)" == page.locator("output").inner_text()
+    assert slider.get_attribute("aria-valuetext") == "1 (perturbed at 1)" == page.locator(".at").inner_text()
     second = clips(page).nth(1)
     assert second.locator("h4").inner_text() == "perturbed at 1"
     piece = parsed.pieces()["perturbed at 1", 0]

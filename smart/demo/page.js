@@ -414,7 +414,7 @@
         const { name, step } = section.others[section.step];
         const text = step === null ? name : `${step} (${name})`;
         slider.setAttribute("aria-valuetext", text);
-        section.node.querySelector("output").textContent = text;
+        section.node.querySelector(".at").textContent = text;
       };
       slider.addEventListener("input", () => { section.step = Number(slider.value); label(); show(section); });
       label();
