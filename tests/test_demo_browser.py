@@ -18,6 +18,7 @@ from test_demo import Parsed, a_piece, decode85, pcm
 
 from smart.demo.page import Page, Section
 from smart.render import score_notes
+from smart.reward import load_reward
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 BROWSER = shutil.which("chromium")
@@ -149,7 +150,7 @@ def test_blind_listening_records_before_it_reveals(page: Any, parsed: Parsed) ->
     assert choice["choice"] == "B" and choice["preferred"] == choice["b"] and not choice["heard_open"]
     assert {choice["a"], choice["b"]} == {"piano-small", "perturbed"}
     assert choice["heard_a_s"] > 0.1
-    ratings = [parsed.pieces()[choice[side], 0]["ratings"]["ce_proxy.CE"] for side in "ab"]
+    ratings = [parsed.pieces()[choice[side], 0]["ratings"]["CE"] for side in "ab"]
     said = f"You prefer B, {choice['b']}. A is {choice['a']}, B is {choice['b']}. "
     said += f"CE: A {ratings[0]:.2f}, B {ratings[1]:.2f}."
     assert pair.locator(".reveal").inner_text() == said
@@ -186,13 +187,12 @@ def test_the_slider_goes_through_training(page: Any, parsed: Parsed) -> None:
     assert second.locator("h4").inner_text() == "perturbed at 1"
     piece = parsed.pieces()["perturbed at 1", 0]
     table = page.locator(".pair").first.get_by_role("table").inner_text()
-    assert f"{piece['ratings']['ce_proxy.CE']:.2f}" in table
+    assert f"{piece['ratings']['CE']:.2f}" in table
     second.locator("button.play").click()
     wait(page, second, "audio.currentTime > 0.1")
     assert audio(second, "duration") == pytest.approx(piece["seconds"], abs=1e-3)
     means = [
-        [parsed.pieces()[name, i]["ratings"]["ce_proxy.CE"] for i in range(2)]
-        for name in ("piano-small", "perturbed at 1")
+        [parsed.pieces()[name, i]["ratings"]["CE"] for i in range(2)] for name in ("piano-small", "perturbed at 1")
     ]
     row = page.locator(".means tbody tr").inner_text().split()
     assert row[:3] == ["CE", *(f"{np.mean(values):.2f}" for values in means)]
@@ -279,7 +279,7 @@ def test_what_failed_or_is_silent_can_be_looked_at(browser: Any, tmp_path: Path)
     from smart.compare import System
 
     systems = [System(name, Path(name), None, None) for name in ("one", "two")]
-    made = Page([], 22050)
+    made = Page(load_reward("ce_proxy"), 22050)
     made.add_section(Section("Pairs", systems[0], systems[1:], "procedural", None))
     made.add(a_piece("one", 0, None, 3), "a prompt")
     made.add(a_piece("two", 0, np.zeros((2, 22050), np.float32), 0), "a prompt")

@@ -5,7 +5,6 @@
 The pieces are not chosen: they are those of prompts 0 to n-1 of the seed, whatever became of them.
 """
 
-import json
 import subprocess
 import tomllib
 from collections.abc import Sequence
@@ -19,9 +18,10 @@ from smart import UserError, require, track
 from smart.checkpoint import sha256, steps, write_atomically
 from smart.compare import System, compose, find_system
 from smart.demo.page import Page, Section
+from smart.model import pick_device
 from smart.prompts import KINDS
 from smart.render import RenderError
-from smart.reward import Reward, load_reward
+from smart.reward import load_reward, read_options
 from smart.soundfonts import check_soundfont, find_soundfont
 from smart.tokens import load_tokenizer
 
@@ -64,12 +64,8 @@ WEIGHTS = "model.safetensors"
 @click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(0, 100, min_open=True))
 @click.option("--top-k", default=0, show_default=True, type=click.IntRange(min=0), help="0: all tokens.")
 @click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True))
-@click.option(
-    "--reward", "kinds", default=("ce_proxy",), show_default=True, multiple=True, help="Rates the pieces; repeat it."
-)
-@click.option(
-    "--reward-option", "options", multiple=True, metavar="REWARD.KEY=VALUE", help="For example audiobox.model=FOLDER."
-)
+@click.option("--reward", "rated_by", default="ce_proxy", show_default=True, help="Rates the pieces.")
+@click.option("--reward-option", "options", multiple=True, metavar="KEY=VALUE", help="Of the reward; repeat it.")
 @click.option("--soundfont", default="timgm", show_default=True, help="A short name or a file.")
 @click.option("--sample-rate", default=44100, show_default=True, type=click.IntRange(8000, 48000), help="Hz.")
 @click.option("--seconds", default=10.0, show_default=True, type=click.FloatRange(0, 600, min_open=True))
@@ -103,7 +99,7 @@ def demo(
     temperature: float,
     top_k: int,
     top_p: float,
-    kinds: Sequence[str],
+    rated_by: str,
     options: Sequence[str],
     soundfont: str,
     sample_rate: int,
@@ -131,8 +127,13 @@ def demo(
     def pairs() -> list[Section]:
         return [_section(name, first, second, wanted, kind, corpus) for name, first, second in asked]
 
-    font, chosen, rewards, *_ = require(sound, pairs, lambda: _rewards(kinds, options), track.check_packages)
-    page = Page(rewards, sample_rate)
+    font, chosen, reward, *_ = require(
+        sound,
+        pairs,
+        lambda: load_reward(rated_by, device=pick_device(device), **read_options(options)),
+        track.check_packages,
+    )
+    page = Page(reward, sample_rate)
     total = count * sum(1 + len(section.others) for section in chosen)
     with track.progress(total=total, unit="piece") as bar:
         for section in chosen:
@@ -164,14 +165,14 @@ def demo(
         "piece for each model and prompt, drawn once. Pieces that are silent or could not be rendered are shown too.",
         "Both pieces of a pair were written from the same prompt with the same random numbers.",
         "The ratings are of exactly the audio that you hear: rendered in stereo, rounded to 16 bits, kept without loss "
-        "as FLAC. Rewards rate the mean of its two channels.",
+        "as FLAC. The reward rates the mean of its two channels.",
     ]
     settings = {
         "Seed": seed,
         "Sampling": f"up to {tokens} new tokens, temperature {temperature:g}, top-k {top_k or 'off'}, top-p {top_p:g}",
         "Rendering": f"{sample_rate} Hz, stereo, {seconds:g} s at most, divided by its peak, 16 bits",
         "Soundfont": f"{font.name}, SHA-256 {sha256(font)}",
-        **{f"Reward {reward.name}": reward.provenance for reward in rewards},
+        "Reward": reward.provenance,
         "Made by": f"smart {version('smart')}, {_commit()}",
     }
     text = page.html(title=title, rule=rule, facts=settings, models=_models(chosen), configs=_configs(chosen)).encode()
@@ -218,21 +219,6 @@ def _checkpoints(system: System, wanted: str) -> list[System]:
     own = sha256(system.model / WEIGHTS)
     found = [find_system(f"{system.run}@{step}")._replace(name=f"{system.name} at {step}") for step in numbers]
     return [checkpoint for checkpoint in found if sha256(checkpoint.model / WEIGHTS) != own]
-
-
-def _rewards(kinds: Sequence[str], options: Sequence[str]) -> list[Reward]:
-    """The rewards, each with its own options."""
-    given: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
-    for text in options:
-        name, separator, value = text.partition("=")
-        kind, dot, key = name.partition(".")
-        if not separator or not dot or kind not in given:
-            raise UserError(f"--reward-option {text!r}: expected REWARD.KEY=VALUE with one of {', '.join(given)}")
-        try:
-            given[kind][key] = json.loads(value)
-        except ValueError:
-            given[kind][key] = value
-    return [load_reward(kind, **found) for kind, found in given.items()]
 
 
 def _systems(sections: Sequence[Section]) -> list[System]:

@@ -53,8 +53,6 @@
   const number = (value) => value === null || value === undefined ? "none" : value.toFixed(2);
   const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
   const slug = (text) => text.normalize("NFKD").replace(/[^A-Za-z0-9]+/g, "-").replace(/^-|-$/g, "").toLowerCase();
-  const axisName = (axis) =>
-    data.axes.filter((other) => other.name === axis.name).length > 1 ? axis.key : axis.name;
 
   // Bytes of RFC 1924's base 85, with "," for "<": a quarter more than the bytes, where base 64 takes a third more.
   const alphabet = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%&()*+-;,=>?@^_`{|}~";
@@ -135,7 +133,7 @@
   let playing = null; // the one clip that plays
 
   // One clip: heading, roll, player, downloads. `label` is what it is called, `hidden` keeps all but the sound back.
-  function clipView({ clip, role, label, hidden, axis, range, where, name, heard, began }) {
+  function clipView({ clip, role, label, hidden, span, range, where, name, heard, began }) {
     const node = make("div", { className: "clip", role: "group", "aria-label": `${label}, ${where}` },
       make("h4", {}, label));
     node.dataset.role = hidden ? "hidden" : role;
@@ -145,10 +143,10 @@
       return node;
     }
     const audio = make("audio", { preload: "none" });
-    const roll = rollView(clip, label, where, hidden, axis, range);
+    const roll = rollView(clip, label, where, hidden, span, range);
     const playhead = roll.querySelector(".playhead");
     const time = make("span", { className: "time" });
-    const seek = make("input", { type: "range", min: 0, max: axis, step: 0.05, value: 0 });
+    const seek = make("input", { type: "range", min: 0, max: span, step: 0.05, value: 0 });
     seek.setAttribute("aria-label", `Position in ${label}, ${where}`);
     const play = button("Play", `Play ${label}, ${where}`, () => (audio.paused ? start() : audio.pause()));
     play.className = "play";
@@ -212,7 +210,7 @@
     seek.addEventListener("input", () => move(Number(seek.value)));
     roll.addEventListener("click", (event) => {
       const box = roll.getBoundingClientRect();
-      move((event.clientX - box.left) / box.width * axis);
+      move((event.clientX - box.left) / box.width * span);
     });
     node.append(roll, seek, make("div", { className: "row" }, play, time), audio);
     if (!hidden) {
@@ -248,19 +246,19 @@
       + (clip.silent ? ". The clip is silent." : ".");
   }
 
-  function rollView(clip, label, where, hidden, axis, [low, high]) {
+  function rollView(clip, label, where, hidden, span, [low, high]) {
     const roll = draw("svg", {
-      class: "roll", role: "img", viewBox: `0 0 ${axis} ${high - low + 1}`, preserveAspectRatio: "none",
+      class: "roll", role: "img", viewBox: `0 0 ${span} ${high - low + 1}`, preserveAspectRatio: "none",
       "aria-label": `Piano roll of ${label}, ${where}: ` + (hidden ? "hidden until you have chosen." : describe(clip)),
     }, document.createDocumentFragment());
-    for (let second = 1; second < axis; second += 1) {
+    for (let second = 1; second < span; second += 1) {
       draw("line", { x1: second, x2: second, y1: 0, y2: high - low + 1 }, roll);
     }
     for (let pitch = Math.ceil(low / 12) * 12; pitch <= high; pitch += 12) { // under every C
-      draw("line", { x1: 0, x2: axis, y1: high - pitch + 1, y2: high - pitch + 1 }, roll);
+      draw("line", { x1: 0, x2: span, y1: high - pitch + 1, y2: high - pitch + 1 }, roll);
     }
-    if (clip.seconds < axis) {
-      draw("rect", { class: "after", x: clip.seconds, y: 0, width: axis - clip.seconds, height: high - low + 1 }, roll);
+    if (clip.seconds < span) {
+      draw("rect", { class: "after", x: clip.seconds, y: 0, width: span - clip.seconds, height: high - low + 1 }, roll);
     }
     for (const [onset, length, pitch, velocity] of hidden ? [] : heardNotes(clip)) {
       draw("rect", {
@@ -308,14 +306,14 @@
       const clips = names.map((name) => this.clip(name));
       const pitches = hidden ? [21, 108] : clips.flatMap((clip) => clip.notes.map((note) => note[2]));
       const range = [Math.min(48, ...pitches), Math.max(72, ...pitches)];
-      const axis = Math.max(...clips.map((clip) => clip.seconds || 0), 0.1);
+      const span = Math.max(...clips.map((clip) => clip.seconds || 0), 0.1);
       const heard = clips.map((clip) => ({ started: clip.audio === null, seconds: 0 }));
       const began = () => {
         this.unlock(heard);
         if (!hidden && !choice) { state.open[key] = true; keep(); }
       };
       const views = clips.map((clip, side) => clipView({
-        clip, role: roles[side], hidden, axis, range, where: this.where, heard: heard[side], began,
+        clip, role: roles[side], hidden, span, range, where: this.where, heard: heard[side], began,
         label: !state.blind ? names[side] : hidden ? "AB"[side] : `${"AB"[side]}: ${names[side]}`,
         name: slug(`${section.title} prompt ${String(pair.prompt).padStart(2, "0")} ${names[side]}`),
       }));
@@ -372,16 +370,16 @@
 
     verdict(choice) {
       const [axis] = data.axes;
-      const [a, b] = [choice.a, choice.b].map((name) => number(this.clip(name).ratings[axis && axis.key]));
+      const [a, b] = [choice.a, choice.b].map((name) => number(this.clip(name).ratings[axis]));
       return (choice.choice === "none" ? "You have no preference. " : `You prefer ${choice.choice}, ${choice.preferred}. `)
-        + `A is ${choice.a}, B is ${choice.b}.` + (axis ? ` ${axisName(axis)}: A ${a}, B ${b}.` : "");
+        + `A is ${choice.a}, B is ${choice.b}.` + ` ${axis}: A ${a}, B ${b}.`;
     }
 
     ratings() {
       const [first, other] = [this.section.first, this.other].map((name) => this.clip(name).ratings);
       return rows("Ratings", ["Axis", this.section.first, this.other, "Difference"], data.axes.map((axis) => {
-        const [a, b] = [first[axis.key], other[axis.key]].map((value) => value ?? null);
-        return [axisName(axis), number(a), number(b), a === null || b === null ? "none" : signed(b - a)];
+        const [a, b] = [first[axis], other[axis]].map((value) => value ?? null);
+        return [axis, number(a), number(b), a === null || b === null ? "none" : signed(b - a)];
       }));
     }
   }
@@ -394,9 +392,9 @@
     if (state.blind) { box.replaceChildren(make("p", { className: "note" }, "Mean ratings are hidden in blind listening.")); return; }
     const table = data.axes.map((axis) => {
       const both = section.pairs.map((pair) => [section.first, other]
-        .map((name) => data.clips[pair.clips[name]].ratings[axis.key] ?? null)).filter((two) => !two.includes(null));
+        .map((name) => data.clips[pair.clips[name]].ratings[axis] ?? null)).filter((two) => !two.includes(null));
       const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
-      const head = axisName(axis) + (both.length < section.pairs.length ? ` (${both.length} pairs)` : "");
+      const head = axis + (both.length < section.pairs.length ? ` (${both.length} pairs)` : "");
       if (!both.length) return [head, "none", "none", "none"];
       return [head, number(mean(both.map((two) => two[0]))), number(mean(both.map((two) => two[1]))),
         signed(mean(both.map((two) => two[1] - two[0])))];
@@ -443,14 +441,14 @@
       const none = made.filter(({ choice }) => choice.choice === "none").length;
       let agreed = 0, compared = 0;
       for (const { choice, view } of made) {
-        const [a, b] = [choice.a, choice.b].map((name) => view.clip(name).ratings[axis && axis.key] ?? null);
+        const [a, b] = [choice.a, choice.b].map((name) => view.clip(name).ratings[axis] ?? null);
         if (choice.choice !== "none" && a !== null && b !== null && a !== b) {
           compared += 1;
           agreed += (a > b) === (choice.choice === "A");
         }
       }
       return [`${section.title}: ${made.length} chosen. You preferred ${counts.join(", ")}; no preference ${none}.`
-        + (compared ? ` ${axisName(axis)} agrees with you in ${agreed} of ${compared}.` : "")];
+        + (compared ? ` ${axis} agrees with you in ${agreed} of ${compared}.` : "")];
     });
     box.replaceChildren(...(lines.length ? lines : ["You have chosen nothing yet."]).map((text) => make("p", {}, text)));
   }

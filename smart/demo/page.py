@@ -50,7 +50,7 @@ def rate(reward: Reward, audio: npt.NDArray[np.int16], sample_rate: int) -> dict
     """The rating on each axis of 16-bit audio (C, S), which the reward hears as training's does: the mean channel."""
     wave = torch.from_numpy(audio.astype(np.float32) / FULL_SCALE).mean(0)
     scores = reward.score(resample(wave, sample_rate, reward.sample_rate)[None])
-    return {f"{reward.name}.{axis}": values.item() for axis, values in scores.items()}
+    return {axis: values.item() for axis, values in scores.items()}
 
 
 class Section(NamedTuple):
@@ -66,8 +66,8 @@ class Section(NamedTuple):
 class Page:
     """Collects the pieces of all sections; ``html`` is the page."""
 
-    def __init__(self, rewards: Sequence[Reward], sample_rate: int) -> None:
-        self.rewards = rewards
+    def __init__(self, reward: Reward, sample_rate: int) -> None:
+        self.reward = reward
         self.sample_rate = sample_rate
         self.sections: list[dict[str, Any]] = []
         self.clips: list[dict[str, Any]] = []
@@ -109,9 +109,7 @@ class Page:
         if piece.audio is None:
             return clip
         audio = quantise(piece.audio)
-        ratings: dict[str, float] = {}
-        for reward in self.rewards:
-            ratings |= rate(reward, audio, self.sample_rate)
+        ratings = rate(self.reward, audio, self.sample_rate)
         flac = to_flac(audio, self.sample_rate)
         return clip | {
             "audio": self.audio.setdefault(flac, len(self.audio)),
@@ -133,12 +131,12 @@ class Page:
 
         The same arguments and pieces give the same bytes.
         """
-        axes = [
-            {"key": f"{reward.name}.{axis}", "name": axis, "reward": reward.name, "stand_in": reward.is_stand_in}
-            for reward in self.rewards
-            for axis in reward.axes
-        ]
-        data = {"axes": axes, "sections": self.sections, "clips": self.clips, "sample_rate": self.sample_rate}
+        data: dict[str, Any] = {
+            "axes": self.reward.axes,
+            "sections": self.sections,
+            "clips": self.clips,
+            "sample_rate": self.sample_rate,
+        }
         audio = [_text(flac) for flac in self.audio]
         # by which the listener's browser keeps choices: those of another page are not mixed with these
         data["id"] = hashlib.sha256(json.dumps([data, audio]).encode()).hexdigest()[:16]
@@ -155,7 +153,7 @@ class Page:
             facts=facts,
             models=models,
             configs=configs,
-            rewards=self.rewards,
+            reward=self.reward,
             style=Markup(style),  # files of this package
             script=Markup(script),
             hashes={"style": _hash(style), "script": _hash(script)},
