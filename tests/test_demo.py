@@ -131,7 +131,7 @@ def test_its_ratings_are_those_of_its_audio(parsed: Parsed, pieces: dict[tuple[s
         wave = torch.from_numpy(pcm(parsed.audio[clip["audio"]]) / np.float32(32768)).mean(0)
         again = reward.score(resample(wave, RATE, reward.sample_rate)[None])["CE"].item()
         assert clip["ratings"] == {"CE": pytest.approx(again, abs=1e-6)}
-        assert again == pytest.approx(pieces[key].scores["ce_proxy.CE"], abs=0.002)  # before the rounding
+        assert again == pytest.approx(pieces[key].scores["ce_proxy.CE"], abs=0.01)  # before the rounding
     assert len({clip["ratings"]["CE"] for clip in parsed.data["clips"]}) > COUNT
 
 
@@ -240,7 +240,7 @@ WRONG: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "no steps": (lambda run: ["--runs", str(run), "piano-small", "--steps", "all"], "it has no checkpoints"),
     "no corpus": (lambda run: ["--runs", "piano-small", str(run), "--kind", "dataset"], "as --corpus"),
     "no reward": (lambda run: ["--runs", "piano-small", str(run), "--reward", "loudness"], "loudness"),
-    "option": (lambda run: ["--runs", "piano-small", str(run), "--reward-option", "model=x"], "model=x"),
+    "option": (lambda run: ["--runs", "piano-small", str(run), "--reward-option", "model=x"], "no option"),
     "soundfont": (lambda run: ["--runs", "piano-small", str(run), "--soundfont", "grand"], "grand"),
 }
 

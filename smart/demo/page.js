@@ -47,9 +47,10 @@
     node.addEventListener("click", act);
     return node;
   };
-  const pitchName = (pitch) => // as it is said: a sign would not be read aloud
-    ["C", "C sharp", "D", "E flat", "E", "F", "F sharp", "G", "A flat", "A", "B flat", "B"][pitch % 12]
-    + (Math.floor(pitch / 12) - 1);
+  const pitchName = (pitch) => { // as it is said: a sign would not be read aloud
+    const name = ["C", "C sharp ", "D", "E flat ", "E", "F", "F sharp ", "G", "A flat ", "A", "B flat ", "B"][pitch % 12];
+    return name + (Math.floor(pitch / 12) - 1);
+  };
   const number = (value) => value === null || value === undefined ? "none" : value.toFixed(2);
   const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
   const slug = (text) => text.normalize("NFKD").replace(/[^A-Za-z0-9]+/g, "-").replace(/^-|-$/g, "").toLowerCase();
