@@ -10,7 +10,6 @@ Axes: N pieces that are written together, P prompt length, T completion length.
 """
 
 import csv
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -37,7 +36,7 @@ from smart.tokens import Grammar, Vocabulary, build_grammar, decode, unplayable,
 WINDOW = 512  # tokens that the model sees at once: the crops that bases are trained on (paper section 3.1)
 CONTEXT = WINDOW * 3 // 4  # of these, at most, stand before what is drawn
 ROWS = 64  # pieces, candidates included, that are written together
-SETTINGS, TABLE = "settings.json", "pieces.csv"
+TABLE = "pieces.csv"
 
 
 # --- Tokens -------------------------------------------------------------------------------------------------------
@@ -224,18 +223,10 @@ def read_table(folder: Path) -> list[dict[str, str]]:
 
 def prepare(out: Path, settings: dict[str, Any]) -> int:
     """Make the folder ``out``, or go on with one of the same settings; how many pieces it holds already."""
-    text = json.dumps(settings, indent=1) + "\n"
+    track.claim(out, settings)
+    rows = read_table(out)
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)] if rows else []
     try:
-        if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / SETTINGS).is_file())):
-            raise UserError(f"--out {out}: holds something else; give a new folder")
-        if (out / SETTINGS).is_file():
-            if (out / SETTINGS).read_text(encoding="utf-8") != text:
-                raise UserError(f"--out {out}: holds pieces made with other settings; give a new folder")
-        else:
-            out.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_atomically(out / SETTINGS, text.encode())
-        rows = read_table(out)
-        lines = [list(rows[0]), *(list(row.values()) for row in rows)] if rows else []
         checkpoint.write_atomically(out / TABLE, "".join(",".join(line) + "\n" for line in lines).encode())
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None

@@ -89,6 +89,12 @@ def find_soundfont(name_or_path: str | os.PathLike[str]) -> Path:
     return found
 
 
+def package_of(name: str) -> str:
+    """The Debian package that installs the soundfont of a short name; empty where there is none."""
+    known = _KNOWN.get(name.lower())
+    return known.debian if known else ""
+
+
 def short_name(path: str | os.PathLike[str]) -> str | None:
     """The short name of a soundfont's file, by its file name; None where it has none."""
     stem = _plain(Path(path).stem)
@@ -98,12 +104,6 @@ def short_name(path: str | os.PathLike[str]) -> str | None:
 def available_soundfonts() -> dict[str, Path]:
     """Those with a short name that are on this machine: short name -> file."""
     return {name: path for name, known in _KNOWN.items() if (path := _search(known)) is not None}
-
-
-def package_of(name: str) -> str:
-    """The Debian package that installs the soundfont of a short name; empty where there is none."""
-    known = _KNOWN.get(name.lower())
-    return known.debian if known else ""
 
 
 def _folders() -> list[Path]:
