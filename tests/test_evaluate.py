@@ -161,8 +161,9 @@ def test_the_verdict_on_the_papers_silence_and_noise(
 ) -> None:
     reward = Published()
     reward.name, reward.shift, reward.is_published = "audiobox", shift, is_published
-    monkeypatch.setattr(ratings, "load_reward", lambda kind, **_: reward)
-    output = run("rate", "--reward", "audiobox").output
+    others = load_reward("ce_proxy")  # its axis is called CE too
+    monkeypatch.setattr(ratings, "load_reward", lambda kind, **_: reward if kind == "audiobox" else others)
+    output = run("rate", "--reward", "audiobox", "--reward", "ce_proxy").output
     assert expected in output
     assert f"{3.24 + shift:.2f} (paper 3.24)" in output and f"{4.79 + shift:.2f} (paper 4.79)" in output
 

@@ -207,10 +207,11 @@ def main(
     click.echo(_shown(rows))
     for reward in rewards:
         if reward.name == "audiobox":
-            ours = {
-                name: {row["rating"].partition(".")[2]: row["mean"] for row in rows if row["file"] == name}
-                for name in PAPER
-            }
+            ours: dict[str, dict[str, float]] = {name: {} for name in PAPER}
+            for row in rows:
+                kind, _, axis = row["rating"].partition(".")
+                if row["file"] in PAPER and kind == reward.name:
+                    ours[row["file"]][axis] = row["mean"]
             click.echo(_beside_the_paper(ours))
             click.echo(verdict(reward, ours))
     if out is not None:
