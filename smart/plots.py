@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -217,10 +218,12 @@ def _save(figure: Any, stem: Path, table: Sequence[Mapping[str, Any]]) -> list[P
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows as CSV, with the columns of all of them in order of appearance."""
+    """Rows as CSV, with the columns of all of them in order of appearance; what is not finite is left empty."""
     text = io.StringIO()
     names = list(dict.fromkeys(name for row in rows for name in row))
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    for row in rows:
+        undefined = {key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
+        writer.writerow({key: "" if key in undefined else value for key, value in row.items()})
     write_atomically(path, text.getvalue().encode())

@@ -283,7 +283,7 @@ def test_a_single_piece_of_a_single_model(make: Make, tmp_path: Path) -> None:
     assert "against" not in page.split('id="reading"')[0] and "nan" not in re.sub(r'"data:[^"]*"', "", page).lower()
     assert rows_of(tmp_path / "out" / "t-comparisons.csv") == []
     means = {row["measure"]: row for row in rows_of(tmp_path / "out" / "t-means.csv")}
-    assert means["ce_proxy.CE"]["n"] == "1" and means["ce_proxy.CE"]["mean_low"] == "nan"
+    assert means["ce_proxy.CE"]["n"] == "1" and means["ce_proxy.CE"]["mean_low"] == ""
     assert "figure 7" in page and "figure 3" not in page
 
 
