@@ -5,7 +5,6 @@ folder beside it, flushed to the disk, listed with their SHA-256 in ``manifest.j
 crash at any instant leaves the previous checkpoint as it was. Only safetensors and JSON are read back.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,7 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import click
 import torch
@@ -21,35 +20,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from smart import UserError
+from smart.files import sha256, sync
+from smart.files import write_atomically as write_atomically  # where others look for it
 
 MANIFEST = "manifest.json"
 STATE = "state.safetensors"
+BEST = "best"
 
 
-def write_atomically(path: Path, write: bytes | Callable[[IO[bytes]], object]) -> None:
-    """Replace ``path`` in one rename by bytes, or by what ``write(file)`` writes, flushed to the disk.
-
-    Whenever the machine stops, the file is absent, as before, or whole.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            if isinstance(write, bytes):
-                file.write(write)
-            else:
-                write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
-def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int = 0) -> Path:
+def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int = 0, best: int | None = None) -> Path:
     """Make checkpoint ``step`` of what ``write(folder)`` writes; then delete all but the ``keep`` newest (0: none).
 
+    The checkpoint of step ``best`` is never deleted, and the link ``<root>/best`` leads to it (None: no link).
     Raises ``OSError`` when it cannot be written (disk full, read-only, quota); what was there before stays.
     """
     root.mkdir(parents=True, exist_ok=True)
@@ -73,9 +55,15 @@ def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int = 0)
         if isinstance(error, SafetensorError):  # how that library reports a full disk
             raise OSError(f"{final}: {error}") from error
         raise
+    if best is not None:
+        link = root / f".{BEST}.link"
+        link.unlink(missing_ok=True)
+        link.symlink_to(f"{best:08d}")
+        os.replace(link, root / BEST)
     if keep:
         for old in steps(root)[:-keep]:
-            shutil.rmtree(root / f"{old:08d}", ignore_errors=True)
+            if old != best:
+                shutil.rmtree(root / f"{old:08d}", ignore_errors=True)
     return final
 
 
@@ -181,18 +169,3 @@ class StopRequest:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = number
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Have the disk hold a file's bytes, or a folder's names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

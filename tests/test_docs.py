@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from test_runs import HELD_OUT
 
 from smart.config import shipped
 
@@ -38,6 +39,7 @@ SHORT = {
 SMALL = {
     "smart.generate": "--tokens 24",
     "smart.evaluate sample": "-n 4 --tokens 24 --seconds 2 --workers 1",
+    "smart.reproduce": "--list",
     "benchmarks/reward.py": "--clips 2 --rounds 1 --dtypes float32",
     "benchmarks/sampler.py": "--repeats 1",
 }
@@ -81,6 +83,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         soundfile.write(folder / "my-clips" / f"{clip}.wav", 0.1 * np.sum(notes, axis=0), 16000)
         rows.append(f"{clip}.wav,{3 + 0.5 * clip}")
     (folder / "my-scores.csv").write_text("\n".join(rows))
+    rows = ["participant,excerpt,system,prompt,rating"]
+    for person in range(4):
+        for number in range(12):
+            excerpt = f"{number},{('base', 'tuned')[number % 2]},{number // 2}"
+            rows.append(f"p{person},{excerpt},{3 + person + number % 2 + random_.integers(3)}")
+    (folder / "my-ratings.csv").write_text("\n".join(rows))
     return folder
 
 
@@ -138,10 +146,11 @@ def test_every_logged_metric_is_defined() -> None:
     """docs/metrics.md names each metric that the code logs."""
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     logged = set()
-    for name in ("grpo.py", "scoring.py", "pretrain.py"):
+    for name in ("grpo.py", "guard.py", "scoring.py", "pretrain.py"):
         code = (ROOT / "smart" / name).read_text(encoding="utf-8")
         logged |= set(re.findall(r'"((?:reward|completions|clips|seconds|policy|render|samples)/[a-z_]+)"', code))
     logged |= {"loss", "validation_loss", "validation_perplexity", "gradient_norm", "tokens", "tokens_per_second"}
     logged |= {f"policy/{key}" for key in ("kl", "ratio", "clip_fraction", "dlogp_max", "loss", "entropy", "grad_norm")}
+    logged |= HELD_OUT
     assert len(logged) > 15
     assert not {metric for metric in logged if f"`{metric}`" not in page}
