@@ -84,10 +84,13 @@ class Panel(NamedTuple):
 
 
 def edges_of(values: Iterable[npt.NDArray[Any]], bins: int = 30) -> npt.NDArray[np.float64]:
-    """Equal bins from the least to the greatest finite value of several arrays."""
+    """Equal bins from the least to the greatest finite value of several arrays; of whole width for whole numbers."""
     together = np.concatenate([np.asarray(part, np.float64) for part in values])
     together = together[np.isfinite(together)]
     low, high = (together.min(), together.max()) if len(together) else (0.0, 1.0)
+    if len(together) and not (together % 1).any():  # else some bins would hold more of the numbers than others
+        width = (high - low) // bins + 1
+        return np.arange(low - 0.5, high + width, width)
     if low == high:
         low, high = low - 0.5, high + 0.5
     return np.linspace(low, high, bins + 1)
