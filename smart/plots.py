@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,10 +84,13 @@ class Panel(NamedTuple):
 
 
 def edges_of(values: Iterable[npt.NDArray[Any]], bins: int = 30) -> npt.NDArray[np.float64]:
-    """Equal bins from the least to the greatest finite value of several arrays."""
+    """Equal bins from the least to the greatest finite value of several arrays; of whole width for whole numbers."""
     together = np.concatenate([np.asarray(part, np.float64) for part in values])
     together = together[np.isfinite(together)]
     low, high = (together.min(), together.max()) if len(together) else (0.0, 1.0)
+    if len(together) and not (together % 1).any():  # else some bins would hold more of the numbers than others
+        width = (high - low) // bins + 1
+        return np.arange(low - 0.5, high + width, width)
     if low == high:
         low, high = low - 0.5, high + 0.5
     return np.linspace(low, high, bins + 1)
@@ -265,12 +269,14 @@ def save(figure: Any, stem: Path, table: Sequence[Mapping[str, Any]]) -> list[Pa
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows as CSV, with the columns of all of them in order of appearance."""
+    """Rows as CSV, with the columns of all of them in order of appearance; what is not finite is left empty."""
     text = io.StringIO()
     names = list(dict.fromkeys(name for row in rows for name in row))
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    for row in rows:
+        undefined = {key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
+        writer.writerow({key: "" if key in undefined else value for key, value in row.items()})
     write_atomically(path, text.getvalue().encode())
 
 
