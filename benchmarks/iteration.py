@@ -4,14 +4,16 @@
     python benchmarks/iteration.py --config paper.toml --random-weights --set render.soundfont=timgm
     python benchmarks/iteration.py --config paper.toml ... --peer PYTHON [--rounds 3]
 
-It runs ``smart.grpo.train`` itself and reads the run's metrics.jsonl; the first iteration warms up and is left out;
-figures are medians. What a configuration sets, it measures; only the number of iterations and what a run does at its
-end are changed. ``--random-weights`` puts random weights of the same architecture (the paper's base, Audiobox
-Aesthetics) in place of those that lie on a hub: they take as long a token and a clip, but write few notes.
+It runs ``smart.grpo.train`` itself and reads the run's metrics.jsonl; the first iteration warms up and is left out, as
+is, with ``grpo.rollouts_ahead``, the last one, which draws nothing; figures are medians. What a configuration sets, it
+measures; only the number of iterations and what a run does at its end are changed. ``--random-weights`` puts random
+weights of the same architecture (the paper's base, Audiobox Aesthetics) in place of those that lie on a hub: they take
+as long a token and a clip, but write few notes.
 
 Then each stage runs by itself on the last iteration's completions. A resource's own time is the sum of the stages
 that need it: on CUDA the GPU generates, scores and learns and the CPU renders; without it the CPU does all. No order
-of the same stages can make an iteration shorter than its busiest resource's own time.
+of the same stages can make an iteration shorter than its busiest resource's own time; with ``grpo.rollouts_ahead`` this
+holds on the average of iterations, since some of their work is done in the one before.
 
 ``--peer`` names the interpreter of an environment made from benchmarks/peers/requirements.txt; TRL's trainer with the
 recipe of the paper's public code then runs on the same base, reward and sizes, in a process of its own, alternating
@@ -62,7 +64,7 @@ def resolve(options: argparse.Namespace, folder: Path) -> Config:
             weights = str(common.random_audiobox(folder / "audiobox"))
             reward = dataclasses.replace(config.reward, options=config.reward.options | {"model": weights})
             config = dataclasses.replace(config, reward=reward)
-    many = options.iterations + 1
+    many = 1 + options.iterations + config.grpo.rollouts_ahead
     return dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, folder=str(folder / "runs"), device=options.device),
@@ -77,9 +79,10 @@ def named(config: Config, name: str) -> Config:
     return dataclasses.replace(config, run=dataclasses.replace(config.run, name=name))
 
 
-def stages(run: Path) -> dict[str, list[float]]:
-    """Seconds of each stage of a run's iterations, warm-up left out; "iteration" is all of them."""
-    rows = read_metrics(run)[1:]
+def stages(config: Config) -> dict[str, list[float]]:
+    """Seconds of each stage of a run's iterations that count; "iteration" is all of them."""
+    run, end = Path(config.run.folder) / config.run.name, config.grpo.iterations - config.grpo.rollouts_ahead
+    rows = read_metrics(run)[1:end]
     keys = [key for key in rows[0] if key.startswith("seconds/")]
     return {key.removeprefix("seconds/"): [row[key] for row in rows] for key in keys}
 
@@ -136,12 +139,12 @@ def alone(config: Config, run: Path) -> dict[str, float]:
             "score": score,
         }
         times = {name: common.alternate({name: way}, 1, device.type)[name][0] for name, way in ways.items()}
-    return times | {"learn": statistics.median(stages(run)["learn"])}
+    return times | {"learn": statistics.median(stages(config)["learn"])}
 
 
 def measure(options: argparse.Namespace, config: Config) -> dict[str, Any]:
     run = train(config)
-    times = stages(run)
+    times = stages(config)
     medians = {stage: statistics.median(taken) for stage, taken in times.items()}
     by_itself = alone(config, run)
     on_gpu = ("generate", "reference", "score", "learn") if options.device == "cuda" else ()
@@ -193,7 +196,7 @@ def against_peer(options: argparse.Namespace, config: Config, folder: Path) -> d
         file = folder / f"round-{index}.toml"
         file.write_text(dumps(target), encoding="utf-8")
         call(sys.executable, "-m", "smart.grpo", "--config", str(file))
-        return stages(Path(target.run.folder) / target.run.name)["iteration"]
+        return stages(target)["iteration"]
 
     def peers(index: int) -> list[float]:
         out = folder / "peer-out.json"

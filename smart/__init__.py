@@ -17,6 +17,10 @@ class UserError(click.ClickException, ValueError):
     exit_code = 2
 
 
+class Failure(click.ClickException, RuntimeError):
+    """Why work cannot go on, through no mistake of the user's: one line, exit code 1; what was saved is kept."""
+
+
 def require(*finders: Callable[[], Any]) -> list[Any]:
     """What each of ``finders`` returns; or one ``UserError`` that lists everything that they could not find."""
     found, problems = [], []
@@ -55,7 +59,16 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.programs:
             return None
-        command: click.Command = import_module(self.modules.get(cmd_name, f"{self.package}.{cmd_name}")).main
+        module = self.modules.get(cmd_name, f"{self.package}.{cmd_name}")
+        try:
+            command: click.Command = import_module(module).main
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package in ("", "smart"):
+                raise
+            raise UserError(
+                f"{cmd_name} needs the package {package}, which is missing: pip install {package}"
+            ) from error
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -8,9 +8,10 @@ PROGRAMS = {
     "grpo": "Tune a base model by how its music sounds.",
     "pretrain": "Train a base model on a tokenised corpus.",
     "generate": "Write music with a base or a tuned run.",
-    "evaluate": "Measure what models write: tables, figures, tests.",
+    "evaluate": "Sample, rate and compare; reports with the paper's figures.",
     "corpus": "Turn a folder of MIDI files into a tokenised corpus.",
     "reproduce": "Every experiment, table and figure of the paper, on one page.",
+    "doctor": "Say whether this machine is ready for a run.",
     "calibrate": "Fit the ce_proxy reward to clips that were rated.",
 }
 MODULES = {"calibrate": "smart.reward.calibrate"}

@@ -87,6 +87,7 @@ class RewardConfig:
     weights: dict[str, float] = field(default_factory=dict)
     # handed to the reward: model, dtype, ...
     options: dict[str, Any] = field(default_factory=dict, metadata={"reserved": ("kind", "weights", "device")})
+    deadline: float = _number(600.0, above=0.0, high=86_400.0)  # seconds that a batch of 16 clips may take
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class Grpo:
     beta: float = _number(0.04, low=0.0)  # weight of the KL term
     clip: float = _number(0.2, above=0.0, high=1.0)
     inner_epochs: int = _number(1, low=1)  # optimiser steps a batch (mu)
+    rollouts_ahead: int = _number(0, low=0, high=1)  # batches drawn before the update that comes before their own
     micro_batch: int = _number(16, low=1)  # completions a forward and backward pass
     average: str = _choice("token", "token", "sequence", "constant")
     scale: str = _choice("group", "group", "none")

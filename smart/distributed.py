@@ -52,6 +52,13 @@ class World:
         self._exchange(lambda: dist.all_gather_object(values, value, group=self.hosts))
         return values
 
+    def gather_rows(self, rows: torch.Tensor, filler: float = 0) -> torch.Tensor:
+        """The rows (n, L) of all processes, (N, longest L), on this one's device: by rank, filled up on the right."""
+        parts = self.gather(rows.cpu())
+        longest = max(part.shape[1] for part in parts)
+        pad = torch.nn.functional.pad
+        return torch.cat([pad(part, (0, longest - part.shape[1]), value=filler) for part in parts]).to(self.device)
+
     def sum(self, *values: float) -> list[float]:
         """Each value added up over all processes, in float64; every process gets the same answer."""
         if self.size == 1:

@@ -13,9 +13,12 @@ with its own group:
 
 How this differs from its sources, and why:
 - The paper prints (r_i + mean(r)) / std(r); the plus is a misprint.
-- Its equation 1 shows no clip. The clip is there for ``inner_epochs`` > 1: with one step a batch rho is 1.
+- Its equation 1 shows no clip. The clip is there for ``inner_epochs`` > 1 and for ``rollouts_ahead``: with one step a
+  batch, drawn by the policy that takes it, rho is 1.
 - pi_old is the distribution that the tokens were drawn from, as the sampler reports it, not a second forward pass.
   With top-k or top-p that is the truncated distribution; with neither, both agree to rounding (``policy/dlogp_max``).
+- With ``rollouts_ahead`` = 1 the next batch is drawn before this one is learnt from, so that this one's clips are
+  rendered meanwhile: from the second iteration on pi_old is the policy as it was one iteration ago.
 - A completion that could not be rated has reward NaN: it is left out of its group's mean and std, has advantage 0,
   and is counted. It is never rated 0.
 - One loss, with two choices: how it is averaged (``average``) and whether advantages are divided by the group's
@@ -29,13 +32,14 @@ Axes: B prompts, G completions a prompt, N = B x G sequences, P prompt length, T
 import copy
 import math
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import click
 import torch
+from safetensors.torch import save_file
 
-from smart import UserError, checkpoint, distributed, require, track
+from smart import Failure, UserError, checkpoint, distributed, require, track
 from smart.bank import BankPool, open_renderer
 from smart.config import Config, Grpo, RewardConfig, dumps, load
 from smart.distributed import World
@@ -46,10 +50,12 @@ from smart.prompts import Pieces, draw
 from smart.render import usable_cores
 from smart.reward import Reward, load_reward
 from smart.sampler import Rollout, Sampler
-from smart.scoring import Scorer, completion_metrics, together
+from smart.scoring import Clips, Scorer, completion_metrics, gather_rollout, together
 from smart.shards import Corpus
 from smart.soundfonts import check_soundfont, find_soundfont
 from smart.tokens import build_grammar, decode, vocabulary
+
+AHEAD = "ahead.safetensors"  # in a checkpoint: what was drawn ahead
 
 
 def group_advantages(
@@ -204,7 +210,7 @@ def update(
     """``inner_epochs`` optimiser steps on one batch, in micro-batches whose size does not change the gradient.
 
     Each process of ``world`` (None: this one alone) has the whole batch, learns from its share of the rows, and steps
-    on the sum of all gradients. Returns the stats of the first epoch (the policy that sampled) and the last
+    on the sum of all gradients. Returns the stats of the first epoch (before any step) and the last
     ``grad_norm`` before clipping. Raises ``FloatingPointError`` before a step when the loss or the gradient is not
     finite.
     """
@@ -307,12 +313,39 @@ def preflight(config: Config, world: World) -> Parts:
     return Parts(*found[:6])
 
 
+def open_guard(
+    config: Config,
+    world: World,
+    parts: Parts,
+    scorer: Scorer,
+    base_logprobs: Callable[[Rollout], torch.Tensor],
+    drawing: dict[str, Any],
+) -> Guard:
+    """What watches the run on held-out prompts: a set of its own, drawn with a generator of its own."""
+    every, held_out = config.track.held_out_every, None
+    if every:
+        seed = config.run.seed + 2**32
+        generator = torch.Generator().manual_seed(seed)
+        kind, count = config.prompts.kind, config.track.held_out_prompts
+        held_out = HeldOut(
+            draw(kind, count, scorer.tokenizer, generator, pieces=parts.unseen).to(world.device),
+            seed=seed,
+            scorer=scorer,
+            judge=Judge(parts.reward, parts.judge),
+            base_logprobs=base_logprobs,
+            kl=kl_k3,
+            world=world,
+            drawing=drawing,
+        )
+    return Guard(held_out, every=every, kl_budget=config.grpo.kl_budget, stop_on_collapse=config.grpo.stop_on_collapse)
+
+
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Tune a base by ``config``; returns the folder of the run, whose ``tuned/`` holds the model in the form of a base.
 
     With ``resume`` it goes on from the last checkpoint, exactly. Started by ``torchrun``, each process draws, renders
     and rates whole groups of its own, and learns from them. Raises ``UserError`` for what the user can mend and
-    ``click.ClickException`` where training cannot go on.
+    ``Failure`` where training cannot go on.
     """
     with distributed.join(pick_device(config.run.device)) as world:
         return _train(config, world, resume=resume, overwrite=overwrite)
@@ -340,17 +373,24 @@ def _train(config: Config, world: World, *, resume: bool, overwrite: bool) -> Pa
         "prompts": torch.Generator().manual_seed(config.run.seed),
         "sampler": torch.Generator(device).manual_seed(config.run.seed),
     }
-    done = 0
+    groups = world.share(settings.prompts)  # this process's part of a batch, and the rows that they are
+    rows = slice(groups.start * settings.group_size, groups.stop * settings.group_size)
+    done, restored = 0, None
     last = checkpoint.latest(folder / "checkpoints") if resume else None
     if last is not None:
         policy.load_state_dict(load_base(last, device=device)[0].state_dict())
         checkpoint.read_state(last, policy, optimizer, **generators)
         done = int(last.name)
+        if (last / AHEAD).is_file():
+            drawn = Rollout(**checkpoint.read_tensors(last / AHEAD)).rows(rows)
+            restored = Rollout(*(part.to(device) for part in drawn))
 
     def save(target: Path) -> None:
         save_base(policy, tokenizer, target)
         checkpoint.write_state(target, policy, optimizer, **generators)
         guard.write(target)
+        if kept is not None:
+            save_file(kept._asdict(), target / AHEAD)
 
     def prompts(count: int, generator: torch.Generator) -> torch.Tensor:
         return draw(config.prompts.kind, count, tokenizer, generator, pieces=parts.pieces).to(device)
@@ -394,31 +434,38 @@ def _train(config: Config, world: World, *, resume: bool, overwrite: bool) -> Pa
         track.progress(total=settings.iterations, initial=done, unit="iteration", show=world.lead) as bar,
         checkpoint.StopRequest() as stop,
     ):
-        scorer = Scorer(tokenizer, pool, parts.reward, sample_rate=render.sample_rate, seconds=render.seconds)
-        held_out = None
-        if config.track.held_out_every:
-            seed = config.run.seed + 2**32
-            generator = torch.Generator().manual_seed(seed)
-            starts = draw(config.prompts.kind, config.track.held_out_prompts, tokenizer, generator, pieces=parts.unseen)
-            held_out = HeldOut(
-                starts.to(device),
-                seed=seed,
-                scorer=scorer,
-                judge=Judge(parts.reward, parts.judge),
-                base_logprobs=base_logprobs,
-                kl=kl_k3,
-                pad_id=facts.pad_id,
-                world=world,
-                drawing=drawing,
-            )
-        guard = Guard(
-            held_out,
-            every=config.track.held_out_every,
-            kl_budget=settings.kl_budget,
-            stop_on_collapse=settings.stop_on_collapse,
+        scorer = Scorer(
+            tokenizer,
+            pool,
+            parts.reward,
+            sample_rate=render.sample_rate,
+            seconds=render.seconds,
+            deadline=config.reward.deadline,
         )
+        guard = open_guard(config, world, parts, scorer, base_logprobs, drawing)
         if last is not None:
             guard.read(last)
+        watch = track.Stopwatch()
+
+        def draw_batch() -> tuple[Rollout, Clips]:
+            """Have the policy write this process's part of a batch; what has settled is being rendered already."""
+            starts = prompts(settings.prompts, generators["prompts"])
+            clips = scorer.listen(watch)
+            rollout = samplers["tuned"].sample(
+                starts[groups.start : groups.stop],
+                group_size=settings.group_size,
+                generator=generators["sampler"],
+                share=(rows.start, settings.prompts * settings.group_size),
+                watch=clips.look,
+                **drawing,
+            )
+            clips.finish(rollout)
+            return rollout, clips
+
+        ahead: tuple[Rollout, Clips] | None = None
+        if restored is not None:
+            ahead = restored, scorer.listen(watch)
+            ahead[1].finish(restored)
         run.say(f"run {folder}: base {parts.base} on {device}, {done} of {settings.iterations} iterations done")
         run.say(f"reward: {parts.reward.provenance}")
         if guard.held_out:
@@ -431,26 +478,16 @@ def _train(config: Config, world: World, *, resume: bool, overwrite: bool) -> Pa
             rate = settings.learning_rate * (1 - (step - 1) / settings.iterations)  # linear to 0
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            watch = track.Stopwatch()
+            watch.restart()
             try:
-                starts = prompts(settings.prompts, generators["prompts"])
-                mine = world.share(settings.prompts)  # whole groups
-                first, whole = mine.start * settings.group_size, settings.prompts * settings.group_size
-                clips = scorer.listen(watch)  # which has a completion rendered as soon as it has settled
-                rollout = samplers["tuned"].sample(
-                    starts[mine.start : mine.stop],
-                    group_size=settings.group_size,
-                    generator=generators["sampler"],
-                    share=(first, whole),
-                    watch=clips.look,
-                    **drawing,
-                )
-                clips.finish(rollout)
+                rollout, clips = ahead or draw_batch()
+                more = settings.rollouts_ahead and step < settings.iterations
+                ahead = draw_batch() if more else None  # while the workers render ``clips``
                 watch.lap("generate")
                 ref_logp = base_logprobs(rollout)  # while the workers render
                 watch.lap("reference")
                 heard = range(config.track.samples) if step % config.track.samples_every == 0 else range(0)
-                rated = clips.rate(keep=[row - first for row in heard])
+                rated = clips.rate(keep=[row - rows.start for row in heard])
                 rollout, rated, ref_logp = together(world, rollout, rated, ref_logp, pad_id=facts.pad_id)
                 rated.check()
                 watch.lap("score")
@@ -472,8 +509,8 @@ def _train(config: Config, world: World, *, resume: bool, overwrite: bool) -> Pa
                     world=world,
                 )
                 watch.lap("learn")
-            except FloatingPointError as error:
-                raise click.ClickException(
+            except (FloatingPointError, Failure) as error:
+                raise Failure(
                     f"iteration {step} stopped before it changed the weights: {error}. "
                     f"The last good checkpoint is {checkpoint.latest(folder / 'checkpoints')}."
                 ) from None
@@ -492,21 +529,26 @@ def _train(config: Config, world: World, *, resume: bool, overwrite: bool) -> Pa
                 run.say(f"iteration {step}: the pieces have become alike: {guard.collapse}")
             if world.lead and config.track.trace_every and step % config.track.trace_every == 0:
                 timeline(watch.write(folder / "traces" / f"{step:08d}.json"))
-            rows = rated.rows(rollout, settings.group_size)
+            table = rated.rows(rollout, settings.group_size)
             run.completions(
                 row | {"step": step, "advantage": advantage}
-                for row, advantage in zip(rows, advantages.tolist(), strict=True)
+                for row, advantage in zip(table, advantages.tolist(), strict=True)
             )
             for row in heard:
                 listen(f"samples/{step:08d}/{row:02d}", rollout.tokens[row], rated.audio[row])
             bar.update()
             bar.set_postfix(reward=f"{metrics['reward/mean']:.3f}", kl=f"{stats['kl']:.4f}")
             stopping = world.any(bool(stop.requested))
-            due = step % config.track.checkpoint_every == 0 or step in (settings.iterations, guard.best) or guard.stop
-            if world.lead and (due or stopping):
+            saving = bool(
+                step % config.track.checkpoint_every == 0
+                or step in (settings.iterations, guard.best)
+                or guard.stop
+                or stopping
+            )
+            kept = gather_rollout(world, ahead[0], pad_id=facts.pad_id) if saving and ahead else None
+            if world.lead and saving:
                 run.flush(step)
-                kept = config.track.keep_checkpoints
-                checkpoint.save(folder / "checkpoints", step, save, keep=kept, best=guard.best)
+                checkpoint.save(folder / "checkpoints", step, save, keep=config.track.keep_checkpoints, best=guard.best)
                 curves(folder, ("reward/mean",), "reward")
                 run.say(
                     f"iteration {step}: reward {metrics['reward/mean']:.3f}, KL {stats['kl']:.4f}, "

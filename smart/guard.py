@@ -31,7 +31,7 @@ from smart.features import midi_features
 from smart.reward import Reward
 from smart.sampler import Rollout, Sampler
 from smart.scoring import Audio, Rated, Scorer, together
-from smart.tokens import decode
+from smart.tokens import decode, vocabulary
 
 COMPLETIONS = 4  # of each held-out prompt, so that pieces for one prompt can be compared
 STATE = "guard.json"  # in a checkpoint
@@ -128,7 +128,6 @@ class HeldOut:
         judge: Judge,
         base_logprobs: Callable[[Rollout], torch.Tensor],
         kl: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-        pad_id: int,
         world: World,
         drawing: Mapping[str, Any],
     ) -> None:
@@ -138,7 +137,6 @@ class HeldOut:
         self.judge = judge
         self.base_logprobs = base_logprobs
         self.kl = kl
-        self.pad_id = pad_id
         self.world = world
         self.drawing = drawing
 
@@ -160,7 +158,9 @@ class HeldOut:
         rated = clips.rate(keep=range(len(futures)))
         judged = self.judge.rate(futures, self.scorer, rated, plausibility)
         judged, plausibility = (torch.cat(self.world.gather(part)) for part in (judged, plausibility))
-        rollout, rated, base_logp = together(self.world, rollout, rated, base_logp, pad_id=self.pad_id)
+        rollout, rated, base_logp = together(
+            self.world, rollout, rated, base_logp, pad_id=vocabulary(self.scorer.tokenizer).pad_id
+        )
         kl = (self.kl(rollout.logprobs, base_logp) * rollout.mask).sum(1)  # (N,)
         length = rollout.mask.sum(1)
         pieces = [decode(self.scorer.tokenizer, row) for row in rollout.tokens.cpu()]

@@ -39,7 +39,7 @@ import numpy as np
 import numpy.typing as npt
 from tinysoundfont import _tinysoundfont as tsf
 
-from smart import UserError
+from smart import Failure, UserError
 from smart.soundfonts import check_soundfont, find_soundfont
 
 Notes = npt.NDArray[np.float64]  # (n, 6), columns NOTE_COLUMNS
@@ -50,6 +50,7 @@ _HIGHEST = (86_400.0, 86_400.0, 127.0, 127.0, 127.0, 1.0)  # of each column; a d
 MAX_VOICES = 1024  # bounds the work of one clip; a piano soundfont spends 2 to 4 voices on a note
 DRUM_BANK = 128  # where General MIDI soundfonts keep their drum kits
 PEAK_EPS = 1e-6
+GIVE_UP = 16  # clips that fail in a row, each of them twice, before a pool stops trying
 
 
 class Renderer(Protocol):
@@ -524,6 +525,9 @@ class RenderPool:
     A worker is a fresh Python interpreter that imports this module alone, not the caller's main program: no
     ``if __name__ == "__main__"`` is needed, and neither torch nor the caller's threads come along.
 
+    When ``GIVE_UP`` clips fail with none rendered in between, the soundfont or the machine is to blame: then every clip
+    gets ``Failure``, which says so, instead of being tried.
+
     A worker that dies, gives no answer within ``deadline`` seconds (also because it was stopped), or answers
     nonsense is killed and replaced, and its clip rendered once more; if that fails too, the clip's future
     gets ``RenderError``. ``retries`` counts clips that were tried again, ``failures`` clips that failed,
@@ -555,6 +559,7 @@ class RenderPool:
         self.sample_rate, self.seconds = int(sample_rate), float(seconds)
         self.deadline, self.load_deadline = deadline, load_deadline
         self.retries = self.failures = self.restarts = 0
+        self._failed_in_a_row, self._hopeless = 0, ""
         self._lock = threading.Lock()  # of the counters, _closed and _workers
         self._closed = False
         self._workers: list[_Worker | None] = [None] * workers
@@ -684,10 +689,16 @@ class RenderPool:
 
     def _render(self, place: int, notes: Notes) -> Audio:
         """Render with the worker at ``place``, and once more if that fails."""
-        reasons = []
+        reasons: list[str] = []
+        with self._lock:
+            if self._failed_in_a_row >= GIVE_UP:
+                raise Failure(self._hopeless)
         for attempt in range(2):
             try:
-                return self._living_worker(place).render(notes, self.deadline)
+                audio = self._living_worker(place).render(notes, self.deadline)
+                with self._lock:
+                    self._failed_in_a_row = 0
+                return audio
             except (
                 _WorkerFailure,
                 OSError,
@@ -702,6 +713,11 @@ class RenderPool:
                     self.retries += 1
                 else:
                     self.failures += 1
+                    self._failed_in_a_row += 1
+                    self._hopeless = (
+                        f"the last {self._failed_in_a_row} clips could all not be rendered with soundfont "
+                        f"{self.soundfont} (the last one: {'; again: '.join(reasons)}); choose another soundfont"
+                    )
         raise RenderError(f"this clip could not be rendered: {reasons[0]}; again: {reasons[1]}")
 
     def _living_worker(self, place: int) -> _Worker:

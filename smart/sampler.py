@@ -72,6 +72,13 @@ class Rollout(NamedTuple):
     mask: Tensor
     logprobs: Tensor
 
+    def rows(self, which: slice) -> Rollout:
+        """Some of the rows, cut to the longest completion among them: views."""
+        length, longest = self.tokens.shape[1] - self.mask.shape[1], int(self.mask[which].any(0).sum())
+        return Rollout(
+            self.tokens[which, : length + longest], self.mask[which, :longest], self.logprobs[which, :longest]
+        )
+
 
 # ---------------------------------------------------------------------------------------------- one draw
 
@@ -663,13 +670,9 @@ class Sampler:
 
         if not bool(logprobs.isfinite().all()):
             raise FloatingPointError("the model's logits are not finite: its parameters hold NaN or infinity")
-        longest = int(mask.any(0).sum())
-        return Rollout(
-            *(
-                part.clone(memory_format=torch.contiguous_format)  # not the memory of the next batch
-                for part in (tokens[:, : length + longest], mask[:, :longest], logprobs[:, :longest])
-            )
-        )
+        cut = Rollout(tokens, mask, logprobs).rows(slice(None))
+        # not the memory of the next batch
+        return Rollout(*(part.clone(memory_format=torch.contiguous_format) for part in cut))
 
     def _graph(self, start: _Start, choice: _Choice) -> _Graph | None:
         """The captured step for such a batch, captured now if need be; None where that is not to be had."""

@@ -10,11 +10,14 @@ clips arrive: batches are made of neighbouring rows.
 """
 
 import math
+import os
+import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, as_completed
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +26,9 @@ import torch
 from miditok.constants import TIME_SIGNATURE
 from symusic.core import TempoTick
 
+from smart import Failure
 from smart.distributed import World
+from smart.hub import brief
 from smart.render import Renderer, RenderError
 from smart.reward import Reward, resample
 from smart.sampler import Rollout
@@ -88,6 +93,12 @@ class Rated(NamedTuple):
         ]
 
 
+def gather_rollout(world: World, rollout: Rollout, *, pad_id: int) -> Rollout:
+    """The whole batch, of which each process has a part; padded to the longest completion."""
+    tokens = world.gather_rows(rollout.tokens, pad_id)
+    return Rollout(tokens, world.gather_rows(rollout.mask), world.gather_rows(rollout.logprobs))
+
+
 def together(
     world: World, rollout: Rollout, rated: Rated, ref_logp: torch.Tensor, *, pad_id: int
 ) -> tuple[Rollout, Rated, torch.Tensor]:
@@ -97,14 +108,7 @@ def together(
     """
     if world.size == 1:
         return rollout, rated, ref_logp
-    parts = world.gather([part.cpu() for part in (*rollout, ref_logp)])
     ratings = world.gather(rated)
-    length = max(mask.shape[1] for _, mask, *_ in parts)
-
-    def joined(place: int, filler: float) -> torch.Tensor:
-        padded = [torch.nn.functional.pad(p[place], (0, length - p[1].shape[1]), value=filler) for p in parts]
-        return torch.cat(padded).to(world.device)
-
     whole = Rated(
         rewards=torch.cat([part.rewards for part in ratings]),
         scores={axis: torch.cat([part.scores[axis] for part in ratings]) for axis in rated.scores},
@@ -112,7 +116,7 @@ def together(
         failed=sum(part.failed for part in ratings),
         silent=sum(part.silent for part in ratings),
     )
-    return Rollout(joined(0, pad_id), joined(1, False), joined(2, 0.0)), whole, joined(3, 0.0)
+    return gather_rollout(world, rollout, pad_id=pad_id), whole, world.gather_rows(ref_logp)
 
 
 def completion_metrics(rollout: Rollout, eos_id: int, grammar: Grammar) -> dict[str, float]:
@@ -232,7 +236,6 @@ class Clips:
         self.scorer = scorer
         self.stopwatch = stopwatch
         self.futures: dict[int, Future[Audio]] = {}  # by row
-        self._busy_until: dict[str, float] = {}  # of each worker
 
     def look(self, tokens: torch.Tensor, ended: torch.Tensor) -> None:
         """Submit the rows of ``tokens`` (N, P+t) that have settled or ``ended`` (N,), and were not before."""
@@ -264,9 +267,9 @@ class Clips:
     def _rendered(self, submitted: float) -> None:
         """In the thread of the worker that did it, which began when it was free."""
         assert self.stopwatch is not None
-        worker, now = threading.current_thread().name, time.perf_counter()
-        self.stopwatch.span("render", max(submitted, self._busy_until.get(worker, 0.0)), now, worker)
-        self._busy_until[worker] = now
+        worker, now, busy_until = threading.current_thread().name, time.perf_counter(), self.scorer.busy_until
+        self.stopwatch.span("render", max(submitted, busy_until.get(worker, 0.0)), now, worker)
+        busy_until[worker] = now
 
 
 class Scorer:
@@ -274,6 +277,10 @@ class Scorer:
 
     ``sample_rate`` (Hz) and ``seconds`` are those of the pool; the shorter ``seconds``, the sooner a completion is
     settled, and clips must not be longer. Without a ``reward`` it only listens: it cannot ``collect``.
+
+    A reward that raises is ``smart.Failure``, which names it. One that gives no answer within ``deadline`` seconds for
+    a batch ends the process with a line that says so: nothing else stops a computation that hangs, and a run keeps
+    what it saved.
     """
 
     def __init__(
@@ -285,6 +292,7 @@ class Scorer:
         sample_rate: int,
         seconds: float = math.inf,
         batch: int = 16,
+        deadline: float = math.inf,
     ) -> None:
         self.tokenizer = tokenizer
         self.pool = pool
@@ -292,6 +300,8 @@ class Scorer:
         self.sample_rate = sample_rate
         self.horizon = Horizon(tokenizer, seconds=seconds)
         self.batch = batch
+        self.busy_until: dict[str, float] = {}  # of each worker: when it rendered its last clip
+        self.deadline = deadline
 
     def listen(self, stopwatch: Stopwatch | None = None) -> Clips:
         """To be shown a batch while it is drawn (``Clips.look``), and once at its end (``Clips.finish``)."""
@@ -340,7 +350,8 @@ class Scorer:
                     awaited[number] -= 1
                     if not awaited[number]:
                         rows = range(number * self.batch, min((number + 1) * self.batch, len(clips)))
-                        _rate(reward, mono, rows, scores)
+                        with _within(self.deadline, f"reward {reward.name}"):
+                            _rate(reward, mono, rows, scores)
         return Rated(
             rewards=reward.combine(scores),
             scores=scores,
@@ -350,6 +361,26 @@ class Scorer:
         )
 
 
+@contextmanager
+def _within(seconds: float, what: str) -> Iterator[None]:
+    """End the process if this takes longer than ``seconds``. A computation that never lets go of the GIL escapes it."""
+
+    def end() -> None:
+        sys.stderr.write(
+            f"Error: {what} gave no answer within {seconds:g} s; this process ends, what was saved is kept\n"
+        )
+        sys.stderr.flush()
+        os._exit(1)
+
+    timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
 def _rate(reward: Reward, mono: list[torch.Tensor | None], rows: range, scores: dict[str, torch.Tensor]) -> None:
     """Rate one batch of ``mono``, which is forgotten, and write into ``scores``; a clip that failed stays NaN."""
     heard = {row: wave for row in rows if (wave := mono[row]) is not None}
@@ -357,7 +388,11 @@ def _rate(reward: Reward, mono: list[torch.Tensor | None], rows: range, scores: 
         return
     padded = torch.nn.utils.rnn.pad_sequence(list(heard.values()), batch_first=True)
     lengths = torch.tensor([len(wave) for wave in heard.values()])
-    for axis, values in reward.score(padded, lengths).items():
+    try:
+        rated = reward.score(padded, lengths)
+    except Exception as error:  # whatever is wrong with it, nothing can be learnt without it
+        raise Failure(f"reward {reward.name} failed on {len(heard)} clips ({brief(error)})") from error
+    for axis, values in rated.items():
         scores[axis][list(heard)] = values.cpu()
     for row in rows:
         mono[row] = None

@@ -89,6 +89,12 @@ def find_soundfont(name_or_path: str | os.PathLike[str]) -> Path:
     return found
 
 
+def package_of(name: str) -> str:
+    """The Debian package that installs the soundfont of a short name; empty where there is none."""
+    known = _KNOWN.get(name.lower())
+    return known.debian if known else ""
+
+
 def short_name(path: str | os.PathLike[str]) -> str | None:
     """The short name of a soundfont's file, by its file name; None where it has none."""
     stem = _plain(Path(path).stem)

@@ -134,6 +134,7 @@ MAY_CHANGE = (
     "run.name",
     "render.workers",
     "render.deadline",
+    "reward.deadline",
     "track.trace_every",
 )  # without changing what comes out
 
@@ -353,12 +354,19 @@ class Stopwatch:
     """Where the time of an iteration went.
 
     ``laps`` are the stages of the main thread, one after another, in seconds; ``spans`` all that was timed, also what
-    went on within a lap or beside it in other threads.
+    went on within a lap or beside it in other threads. A span belongs to the iteration in which it ended.
     """
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
         self.spans: list[Span] = []
+        self._last = time.perf_counter()
+
+    def restart(self) -> None:
+        """Begin the next iteration; what other threads have finished since the last lap belongs to it."""
+        # in one step, since they may be adding spans; spans lie in the order of their ends
+        del self.spans[: sum(span.end <= self._last for span in self.spans)]
+        self.laps = {}
         self._last = time.perf_counter()
 
     def lap(self, stage: str) -> None:
@@ -383,7 +391,7 @@ class Stopwatch:
         """Seconds of each lap, their sum ``seconds/iteration``, and the seconds of the other stages, added up."""
         beside: dict[str, float] = {}
         for stage, start, end, lane in list(self.spans):
-            if lane != "main":
+            if lane != "main" and end <= self._last:
                 beside[f"seconds/{stage}"] = beside.get(f"seconds/{stage}", 0.0) + end - start
         return self.laps | {"seconds/iteration": sum(self.laps.values())} | beside
 

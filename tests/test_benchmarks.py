@@ -111,7 +111,9 @@ SHORT = (
 
 
 def test_iteration(tmp_path: Path) -> None:
-    table, found = run("iteration.py", f"--config quickstart.toml {SHORT}", cwd=tmp_path)
+    ahead = "--set grpo.rollouts_ahead=1"
+    table, found = run("iteration.py", f"--config quickstart.toml {SHORT} {ahead}", cwd=tmp_path)
+    assert len(found["seconds_all"]["iteration"]) == 1 and found["seconds"]["generate"] > 0
     assert "share" in table and "busiest" in table
     assert sum(found["share"].values()) == pytest.approx(1, abs=0.02)  # of medians
     assert set(found["seconds_alone"]) == {"generate", "reference", "render", "score", "learn"}
@@ -140,3 +142,13 @@ def test_peer(tmp_path: Path) -> None:
     assert found["ratio"] == pytest.approx(found["peer_seconds"] / found["smart_seconds"])
     assert found["completions"] == found["peer"]["completions"] == 4
     assert {"generate", "render", "score", "learn_and_rest"} <= set(found["peer"]["seconds"])
+
+
+def test_soak(tmp_path: Path) -> None:
+    """Nothing is opened and not closed, and nothing piles up, from the second third of 60 iterations on."""
+    table, found = run("soak.py", "--iterations 60 --parts 3", cwd=tmp_path)
+    assert "workers MiB" in table
+    _, middle, last = found["parts"]
+    assert last["files"] == middle["files"] and last["workers"] == middle["workers"] == 1
+    assert last["threads"] < 40  # libraries start those of their pools one by one
+    assert last["mib"] < middle["mib"] + 8 and last["workers_mib"] < middle["workers_mib"] + 2

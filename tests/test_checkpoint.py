@@ -83,6 +83,58 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["00000001"]
 
 
+def test_a_crash_at_any_operation_leaves_a_checkpoint_that_loads(tmp_path: Path, tiny_model: Any) -> None:
+    """The process dies before its k-th operation on files, for every k, with and without an older one of that step."""
+    optimizer = torch.optim.AdamW(tiny_model.parameters())
+    names = ("open", "mkdir", "replace", "rename", "unlink", "rmdir", "fsync")
+
+    def write(folder: Path) -> None:
+        (folder / "weights").write_bytes(b"x" * 100_000)
+        checkpoint.write_state(folder, tiny_model, optimizer)
+
+    def dies_at(operation: int, root: Path) -> bool:
+        """Save step 2 in a child that dies there; whether it got so far."""
+        child = os.fork()
+        if child == 0:
+            seen = 0
+
+            def counted(function: Any) -> Any:
+                def call(*args: Any, **options: Any) -> Any:
+                    nonlocal seen
+                    seen += 1
+                    if seen == operation:
+                        os._exit(9)
+                    return function(*args, **options)
+
+                return call
+
+            import builtins
+            import io
+
+            for name in names:
+                setattr(os, name, counted(getattr(os, name)))
+            builtins.open = io.open = counted(open)
+            checkpoint.save(root, 2, write, keep=1)
+            os._exit(0)
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+    for before in ((1,), (1, 2)):
+        operation, died = 0, True
+        while died:
+            operation += 1
+            root = tmp_path / f"{len(before)}-{operation}"
+            for step in before:
+                checkpoint.save(root, step, write)
+            died = dies_at(operation, root)
+            newest = checkpoint.latest(root)
+            assert newest is not None and int(newest.name) in (1, 2), operation
+            assert int(newest.name) == 2 or died
+            checkpoint.read_tensors(newest / checkpoint.STATE)
+            checkpoint.save(root, 3, write)  # and the next one is made
+            assert checkpoint.latest(root) == root / "00000003" and not list(root.glob(".*"))
+        assert operation > 15
+
+
 def test_killed_while_writing(tmp_path: Path) -> None:
     """SIGKILL at many instants of an endless series of saves: the newest checkpoint is always whole."""
     code = """

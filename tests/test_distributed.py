@@ -42,6 +42,9 @@ with join(torch.device("cpu")) as world:
     assert world.any(world.rank == 1) and not world.any(False)
     parts = world.gather({"rank": world.rank, "rows": torch.arange(world.rank + 1)})
     assert [part["rank"] for part in parts] == [0, 1] and parts[1]["rows"].tolist() == [0, 1]
+    rows = world.gather_rows(torch.full((1, world.rank + 1), world.rank), 7)
+    assert rows.tolist() == [[0, 7], [1, 1]]
+    assert world.gather_rows(torch.ones(1, 2 - world.rank, dtype=torch.bool)).tolist() == [[True, True], [True, False]]
     weights = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))]
     for weight in weights:
         weight.grad = torch.full_like(weight, 10.0 ** world.rank)
@@ -127,21 +130,34 @@ def workers_of(launcher: int) -> dict[int, int]:
 
 
 @pytest.fixture(scope="module")
-def together(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811 (the fixture)
-    """A run of two processes that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("together")
-    process = launch("--config", "quickstart.toml", *arguments(base, folder, **{"grpo.prompts": 3}))
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    return folder / "r"
+def together(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:  # noqa: F811 (the fixture)
+    """Two runs of two processes that nothing interrupted, by their ``grpo.rollouts_ahead``."""
+    folders = []
+    for ahead in (0, 1):
+        folder = tmp_path_factory.mktemp("together")
+        changes = {"grpo.prompts": 3, "grpo.rollouts_ahead": ahead}
+        process = launch("--config", "quickstart.toml", *arguments(base, folder, **changes))
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+        folders.append(folder / "r")
+    return folders
 
 
-def test_two_processes_tune_as_one_does(base: Path, together: Path, tmp_path: Path) -> None:  # noqa: F811 (the fixture)
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_two_processes_tune_as_one_does(
+    base: Path,  # noqa: F811 (the fixture)
+    together: list[Path],
+    tmp_path: Path,
+    ahead: int,
+) -> None:
     """Three prompts for two processes: one writes for both, and the samples are those of one process."""
-    status, output = run("grpo", "--config", "quickstart.toml", *arguments(base, tmp_path, **{"grpo.prompts": 3}))
+    changes = {"grpo.prompts": 3, "grpo.rollouts_ahead": ahead}
+    status, output = run("grpo", "--config", "quickstart.toml", *arguments(base, tmp_path, **changes))
     assert status == 0, output
-    one, two = metrics(tmp_path / "r"), metrics(together)
-    assert [row["step"] for row in two] == [row["step"] for row in one] == [1, 2, 3, 4, 5, 6]
+    one, two = metrics(tmp_path / "r"), metrics(together[ahead])
+    assert [row["step"] for row in two] == [row["step"] for row in one] == [0, 1, 2, 3, 4, 5, 6]
+    for key in (key for key in one[0] if key.startswith("held_out/")):  # of the base: shares of one set of pieces
+        assert two[0][key] == pytest.approx(one[0][key], rel=1e-3, abs=1e-6), key
     for key in (
         "reward/mean",
         "reward/std",
@@ -150,18 +166,24 @@ def test_two_processes_tune_as_one_does(base: Path, together: Path, tmp_path: Pa
         "completions/length",
         "clips/silent_rate",
     ):
-        assert two[0][key] == pytest.approx(one[0][key], rel=1e-4, abs=1e-7), key
-    tokens = [pq.read_table(folder / "completions")["tokens"].to_pylist() for folder in (tmp_path / "r", together)]
-    assert tokens[0][:9] == tokens[1][:9] and len({tuple(row) for row in tokens[1][:9]}) > 5  # distinct samples
-    first, second = (sorted(p.name for p in (f / "final").iterdir()) for f in (tmp_path / "r", together))
+        assert two[1][key] == pytest.approx(one[1][key], rel=1e-4, abs=1e-7), key
+    tokens = [pq.read_table(f / "completions")["tokens"].to_pylist() for f in (tmp_path / "r", together[ahead])]
+    by_the_base = 9 * (1 + ahead)
+    assert tokens[0][:by_the_base] == tokens[1][:by_the_base]
+    assert len({tuple(row) for row in tokens[1][:9]}) > 5  # distinct samples
+    if ahead:  # the gradient of samples that another policy drew
+        for key in ("policy/kl", "policy/grad_norm", "policy/ratio", "policy/clip_fraction", "policy/dlogp_mean"):
+            assert two[1][key] == pytest.approx(one[1][key], rel=1e-2, abs=1e-3), key
+    first, second = (sorted(p.name for p in (f / "final").iterdir()) for f in (tmp_path / "r", together[ahead]))
     assert first == second
-    a, b = (load_file(folder / "tuned" / "model.safetensors") for folder in (tmp_path / "r", together))
+    a, b = (load_file(folder / "tuned" / "model.safetensors") for folder in (tmp_path / "r", together[ahead]))
     for name, weights in a.items():
         torch.testing.assert_close(b[name], weights, atol=2e-3, rtol=0)
 
 
-def test_a_process_that_dies_ends_the_run_with_its_name(base: Path, together: Path, tmp_path: Path) -> None:  # noqa: F811
-    more = arguments(base, tmp_path, **{"grpo.prompts": 3})
+def test_a_process_that_dies_ends_the_run_with_its_name(base: Path, together: list[Path], tmp_path: Path) -> None:  # noqa: F811
+    """Each process finds its part of what was drawn ahead again."""
+    more = arguments(base, tmp_path, **{"grpo.prompts": 3, "grpo.rollouts_ahead": 1})
     process = launch("--config", "quickstart.toml", *more)
     while not list(tmp_path.glob("r/checkpoints/0*")):
         assert process.poll() is None
@@ -173,9 +195,9 @@ def test_a_process_that_dies_ends_the_run_with_its_name(base: Path, together: Pa
     process = launch("--config", "quickstart.toml", *more, "--resume")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    assert metrics(tmp_path / "r") == metrics(together)
+    assert metrics(tmp_path / "r") == metrics(together[1])
     weights = "tuned/model.safetensors"
-    assert (tmp_path / "r" / weights).read_bytes() == (together / weights).read_bytes()
+    assert (tmp_path / "r" / weights).read_bytes() == (together[1] / weights).read_bytes()
 
 
 def test_fewer_prompts_than_processes_are_refused(base: Path, tmp_path: Path) -> None:  # noqa: F811 (the fixture)

@@ -184,8 +184,8 @@ def held_out(tokenizer: Any, base: Any, pool: RenderPool, **changes: Any) -> Hel
 
     settings = {
         "seed": 5, "scorer": Scorer(tokenizer, pool, reward, sample_rate=44100, seconds=2.0), "judge": Judge(reward),
-        "base_logprobs": base_logprobs, "kl": kl_k3, "pad_id": vocabulary(tokenizer).pad_id,
-        "world": World(torch.device("cpu")), "drawing": {"max_new_tokens": 48},
+        "base_logprobs": base_logprobs, "kl": kl_k3, "world": World(torch.device("cpu")),
+        "drawing": {"max_new_tokens": 48},
     }  # fmt: skip
     prompts = draw("procedural", 3, tokenizer, torch.Generator().manual_seed(5))
     return HeldOut(prompts, **settings | changes)

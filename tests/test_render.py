@@ -21,7 +21,7 @@ import symusic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smart import UserError, render, soundfonts
+from smart import Failure, UserError, render, soundfonts
 from smart.render import RenderError, RenderPool, render_notes, score_notes
 
 RATE = 44100
@@ -691,6 +691,24 @@ def test_a_clip_that_fails_twice_fails_alone(
         for future in (futures[0], futures[2]):
             np.testing.assert_array_equal(future.result(30), render_notes(sine, good))
         assert (one.retries, one.failures, one.restarts) == (1, 1, restarts)
+
+
+def test_a_pool_whose_every_clip_fails_stops_trying(sine_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render, "_BOOT", POISON.format(effect="os.kill(os.getpid(), signal.SIGSEGV)"))
+    monkeypatch.setattr(render, "GIVE_UP", 3)
+    poison, good = notes((0, 1, 13)), notes((0, 1, 60))
+    with RenderPool(sine_file, workers=1) as one:
+        futures = [one.submit(rows) for rows in (poison, poison, good, poison, poison, poison, good, poison)]
+        for future, fails in zip(futures[:6], (True, True, False, True, True, True), strict=True):
+            if fails:
+                with pytest.raises(RenderError, match="died of signal 11"):
+                    future.result(60)
+            else:
+                assert future.result(60).any()  # which starts the count anew
+        for future in futures[6:]:
+            with pytest.raises(Failure, match=r"last 3 clips could all not.*sine\.sf2.*signal 11.*choose another"):
+                future.result(60)
+        assert (one.failures, one.restarts) == (5, 9)  # nothing was tried in vain after that
 
 
 IMPOSTOR = """

@@ -8,7 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +22,14 @@ import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
-from smart.checkpoint import sha256
+from smart.bank import open_renderer
+from smart.checkpoint import read_tensors, sha256
 from smart.config import load, shipped
+from smart.grpo import AHEAD, train
 from smart.model import build_model, load_base, save_base
+from smart.prompts import draw
+from smart.render import RenderError
+from smart.sampler import Sampler
 from smart.tokens import vocabulary
 
 SMALL = {
@@ -109,13 +118,23 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def either(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two runs that nothing interrupted, by their ``grpo.rollouts_ahead``."""
+    folders = []
+    for ahead in (0, 1):
+        folder = tmp_path_factory.mktemp("finished")
+        changes = {"grpo.rollouts_ahead": ahead}
+        status, output = run("grpo", "--config", "quickstart.toml", *arguments(base, folder, **changes))
+        assert status == 0, output
+        assert "stand-in" in output and "standard errors" in output
+        folders.append(folder / "r")
+    return folders
+
+
+@pytest.fixture(scope="module")
+def finished(either: list[Path]) -> Path:
     """A run that nothing interrupted."""
-    folder = tmp_path_factory.mktemp("finished")
-    status, output = run("grpo", "--config", "quickstart.toml", *arguments(base, folder))
-    assert status == 0, output
-    assert "stand-in" in output and "standard errors" in output
-    return folder / "r"
+    return either[0]
 
 
 def assert_same_run(folder: Path, finished: Path) -> None:
@@ -194,19 +213,23 @@ def test_an_existing_run_is_kept(finished: Path, base: Path) -> None:
     assert status == 2 and "exists already; continue it with --resume, replace it with --overwrite" in output
     status, output = run("grpo", *again, "--resume", "--overwrite")
     assert status == 2 and "contradict" in output
-    status, output = run("grpo", *again, "--resume", "--set", "grpo.beta=0.5")
-    assert status == 2 and "grpo.beta" in output and "0.04" in output
+    status, output = run("grpo", *again, "--resume", "--set", "grpo.beta=0.5", "--set", "grpo.rollouts_ahead=1")
+    assert status == 2 and "grpo.beta" in output and "0.04" in output and "grpo.rollouts_ahead was 0" in output
     assert (finished / "metrics.jsonl").read_bytes() == before
     status, output = run("grpo", *again, "--resume")  # nothing is left to do but the comparison
     assert status == 0, output
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
-def test_killed_again_and_again_then_resumed_is_the_same_run(base: Path, finished: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_killed_again_and_again_then_resumed_is_the_same_run(
+    base: Path, either: list[Path], tmp_path: Path, ahead: int
+) -> None:
     """SIGKILL at random instants; what is resumed ends bit for bit like what was never interrupted."""
     instants = random.Random(7)
     shared_memory = set(os.listdir("/dev/shm"))
-    args = ("--config", "quickstart.toml", *arguments(base, tmp_path), "--resume")
+    changes = {"grpo.rollouts_ahead": ahead}
+    args = ("--config", "quickstart.toml", *arguments(base, tmp_path, **changes), "--resume")
     for attempt in range(8):
         process = start("grpo", *args)
         # the first seconds are imports; later attempts are given time to get further
@@ -217,16 +240,17 @@ def test_killed_again_and_again_then_resumed_is_the_same_run(base: Path, finishe
             break
     status, output = run("grpo", *args)
     assert status == 0, output
-    assert_same_run(tmp_path / "r", finished)
+    assert_same_run(tmp_path / "r", either[ahead])
     assert set(os.listdir("/dev/shm")) <= shared_memory
     assert not [path for path in (tmp_path / "r").rglob("*") if ".tmp" in path.name]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("number", "ahead"), [(signal.SIGTERM, 0), (signal.SIGINT, 1)])
 def test_asked_to_stop_it_saves_and_says_how_to_go_on(
-    base: Path, finished: Path, tmp_path: Path, number: signal.Signals
+    base: Path, either: list[Path], tmp_path: Path, number: signal.Signals, ahead: int
 ) -> None:
-    process = start("grpo", "--config", "quickstart.toml", *arguments(base, tmp_path))
+    changes = {"grpo.rollouts_ahead": ahead}
+    process = start("grpo", "--config", "quickstart.toml", *arguments(base, tmp_path, **changes))
     path = tmp_path / "r" / "metrics.jsonl"
     while not (path.exists() and path.stat().st_size):
         assert process.poll() is None
@@ -238,7 +262,106 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(
     assert (tmp_path / "r" / "checkpoints" / f"{metrics(tmp_path / 'r')[-1]['step']:08d}").is_dir()
     status, output = run("grpo", "--config", str(tmp_path / "r" / "config.toml"), "--resume")
     assert status == 0, output
-    assert_same_run(tmp_path / "r", finished)
+    assert_same_run(tmp_path / "r", either[ahead])
+
+
+def test_whose_music_an_iteration_learns_from(either: list[Path], base: Path) -> None:
+    """Its own policy's; with a batch drawn ahead, that of the policy one iteration ago."""
+    import pyarrow.parquet as pq
+
+    now, behind = map(metrics, either)
+    assert now[0] == behind[0] != now[1]  # the first is on-policy either way
+    assert behind[0]["policy/dlogp_max"] < 1e-4 and behind[0]["policy/clip_fraction"] == 0
+    assert all(row["policy/dlogp_mean"] > 1e-3 and row["policy/ratio"] != 1 for row in behind[1:])
+
+    for ahead, folder in enumerate(either):
+        written: dict[int, list[list[int]]] = {}
+        for row in pq.read_table(folder / "completions").to_pylist():
+            written.setdefault(row["step"], []).append(row["tokens"])
+
+        def trimmed(rollout: Any) -> list[list[int]]:
+            return [row[: 4 + n].tolist() for row, n in zip(rollout.tokens, rollout.mask.sum(1).tolist(), strict=True)]
+
+        # a checkpoint's policy, from the checkpoint's random state, writes what comes next
+        for done, model in [(0, base), *((step, folder / "checkpoints" / f"{step:08d}") for step in (2, 4, 6))]:
+            policy, tokenizer = load_base(model)
+            facts = vocabulary(tokenizer)
+            generators = [torch.Generator().manual_seed(1) for _ in range(2)]
+            sampler = Sampler(policy, pad_id=facts.pad_id, eos_id=facts.eos_id)
+            kept = model / AHEAD
+            assert kept.exists() == (0 < done < 6 and ahead == 1)
+            if done:
+                state = read_tensors(model / "state.safetensors")
+                for name, generator in zip(("prompts", "sampler"), generators, strict=True):
+                    generator.set_state(state[f"rng.{name}"])
+            for step in [done + 1 + ahead] if done else range(1, 2 + ahead):
+                prompts = draw("procedural", 2, tokenizer, generators[0])
+                drawn = sampler.sample(prompts, max_new_tokens=40, group_size=3, generator=generators[1])
+                assert trimmed(drawn) == written.get(step, trimmed(drawn))
+
+
+class Late:
+    """The pool, but no clip of a batch arrives before all of the next batch have been asked for."""
+
+    def __init__(self, pool: Any, *, batch: int, batches: int) -> None:
+        self.pool, self.batch, self.batches = pool, batch, batches
+        self.asked: list[tuple[Future[Any], Future[Any]]] = []
+        self.events: list[tuple[str, int]] = []
+
+    def submit(self, score: Any) -> Future[Any]:
+        number = len(self.asked) // self.batch
+        if number >= self.batches:  # base against tuned
+            return self.pool.submit(score)  # type: ignore[no-any-return]  # a Future
+        late: Future[Any] = Future()
+        self.asked.append((late, self.pool.submit(score)))
+        self.events.append(("asked", number))
+        if len(self.asked) % self.batch == 0:
+            self.arrive(number - 1)
+            if number == self.batches - 1:
+                self.arrive(number)
+        return late
+
+    def arrive(self, number: int) -> None:
+        for late, clip in self.asked[max(number, 0) * self.batch : (number + 1) * self.batch]:
+            audio = clip.result()
+            self.events.append(("arrived", number))
+            late.set_result(audio)
+
+    def give_up(self) -> None:
+        for late, _ in self.asked:
+            if not late.done():
+                late.set_exception(RenderError("it would have waited for ever"))
+
+
+def test_rendering_is_hidden_behind_the_next_batch(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow: a batch's clips need not arrive before the whole next batch has been written."""
+    pools = []
+
+    @contextmanager
+    def open_late(*args: Any, **options: Any) -> Iterator[Late]:
+        with open_renderer(*args, **options) as pool:
+            pools.append(late := Late(pool, batch=6, batches=4))
+            watchdog = threading.Timer(60, late.give_up)
+            watchdog.start()
+            yield late
+            watchdog.cancel()
+
+    monkeypatch.setattr("smart.grpo.open_renderer", open_late)
+    changes = {"grpo.rollouts_ahead": 1, "grpo.iterations": 4, "track.trace_every": 1}
+    train(load("quickstart.toml", arguments(base, tmp_path, **changes)[1::2]))
+    one = [("asked", 0)] * 6
+    for number in range(1, 4):
+        one += [("asked", number)] * 6 + [("arrived", number - 1)] * 6
+    assert pools[0].events == one + [("arrived", 3)] * 6
+    rows = metrics(tmp_path / "r")
+    assert all(row["clips/failed"] == 0 for row in rows)
+    rendered = 0
+    for path in (tmp_path / "r" / "traces").glob("*.json"):
+        events = json.loads(path.read_text())["traceEvents"]
+        spans = [(e["ts"], e["ts"] + e["dur"], e["name"]) for e in events if e["ph"] == "X" and e["tid"] == 0]
+        assert [name for *_, name in sorted(spans)] == ["generate", "reference", "score", "learn"]
+        rendered += sum(e["name"] == "render" for e in events)
+    assert rendered == 4 * 6  # each belongs to the iteration in which it arrived
 
 
 def test_looking_on_changes_nothing(base: Path, finished: Path, tmp_path: Path) -> None:

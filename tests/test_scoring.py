@@ -2,6 +2,8 @@
 
 import math
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from smart import Failure
 from smart.model import build_model
 from smart.prompts import draw
 from smart.render import RenderError, RenderPool, load_soundfont, played_notes, render_notes, score_notes
@@ -108,6 +111,57 @@ def test_a_clip_that_failed_is_nan_and_counted(tokenizer: Any, pool: RenderPool)
         listening.rate().check()
     assert nothing.failed == 2 and nothing.rewards.isnan().all()
     assert all(math.isnan(value) for key, value in nothing.metrics(2).items() if key == "reward/mean")
+
+
+class Broken(Reward):
+    """Raises, or answers with the wrong shape."""
+
+    axes = ("X",)
+    sample_rate = RATE
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def rate(self, audio: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self.how == "raises":
+            raise OSError("the rater is out of order")
+        return {"X": torch.zeros(len(audio) + 1)}
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"), [("raises", "OSError: the rater is out of order"), ("shape", r"must be float32 of shape \(2,\)")]
+)
+def test_a_reward_that_breaks_is_named(tokenizer: Any, pool: RenderPool, how: str, reason: str) -> None:
+    scorer = Scorer(tokenizer, pool, Broken(how), sample_rate=RATE)
+    with pytest.raises(Failure, match=f"reward Broken failed on 2 clips .*{reason}"):
+        scorer.collect(scorer.submit(rollout_of(tokenizer, NOTE, HIGH)))
+
+
+def test_a_reward_that_hangs_ends_the_process_in_one_line() -> None:
+    code = """
+import time, torch, numpy as np
+from concurrent.futures import Future
+from smart.reward import Reward
+from smart.scoring import Scorer
+from smart.tokens import build_tokenizer
+class Hangs(Reward):
+    axes, sample_rate = ("X",), 16000
+    def rate(self, audio, lengths):
+        if len(audio) == 1: time.sleep(60)
+        return {"X": torch.ones(len(audio))}
+scorer = Scorer(build_tokenizer(), None, Hangs(), sample_rate=16000, batch=2, deadline=0.5)
+clip = Future()
+clip.set_result(np.ones((2, 16000), np.float32))
+print(scorer.collect([clip, clip]).rewards.tolist(), flush=True)
+time.sleep(0.6)  # nothing is left over from a batch that was in time
+print("alive", flush=True)
+scorer.collect([clip])
+print("not reached")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout) == (1, "[1.0, 1.0]\nalive\n")
+    assert done.stderr == "Error: reward Hangs gave no answer within 0.5 s; this process ends, what was saved is kept\n"
 
 
 def test_metrics_by_hand() -> None:

@@ -111,9 +111,12 @@ def test_stopwatch_adds_up() -> None:
     assert all(value >= 0 for value in watch.laps.values())
     watch.span("render", 1.0, 3.0, "worker-1")
     watch.span("render", 2.0, 2.5, "worker-2")
+    watch.span("render", 3.0, math.inf, "worker-1")  # it goes on into the next iteration
     metrics = watch.metrics()
     assert metrics["seconds/iteration"] == sum(watch.laps.values())  # what went on beside is not counted twice
     assert metrics["seconds/render"] == 2.5 and 0 <= metrics["seconds/within_two"] <= metrics["seconds/two"]
+    watch.restart()
+    assert [span.start for span in watch.spans] == [3.0] and not watch.laps
 
 
 def test_a_trace_holds_every_span_in_its_lane(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What models are worth, measured: ``smart evaluate COMMAND``; a command is imported only when it is asked for."""
+"""Measurements: ``python -m smart.evaluate COMMAND``; a command's module is imported only when it is asked for."""
 
 import click
 
@@ -6,7 +6,7 @@ from smart import LazyGroup
 
 COMMANDS = {
     "sample": "Pieces of several models for the same prompts, rated, as one table.",
-    "report": "Figures, statistics and a page from such tables.",
+    "report": "The paper's figures, statistics and a page from such tables.",
     "rate": "Rate audio and MIDI files, silence and noise.",
     "soundfonts": "How ratings depend on the soundfont.",
     "hacks": "What else than music a reward likes.",
@@ -16,4 +16,4 @@ COMMANDS = {
 
 @click.group(cls=LazyGroup, programs=COMMANDS, package="smart.evaluate")
 def main() -> None:
-    """Measure what models write: tables, figures, tests."""
+    """Sample, rate and compare; reports with the paper's figures."""

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from smart import UserError, checkpoint, require, track
 from smart.compare import BLOCK, Piece, System, compose, find_systems
 from smart.diversity import audio_vector
-from smart.evaluate.ratings import load_rewards
+from smart.evaluate.ratings import load_rewards, reward_options
 from smart.features import SCALARS, is_empty, midi_features
 from smart.model import pick_device
 from smart.prompts import KINDS
@@ -126,10 +126,6 @@ def describe(table: pa.Table, names: Sequence[str], axes: Sequence[str]) -> str:
 @click.option("--split", default="test", show_default=True, type=click.Choice(SPLITS), help="Of the corpus.")
 @click.option("-n", "--n", "count", default=1000, show_default=True, type=click.IntRange(min=1), help="Prompts.")
 @click.option("--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1))
-@click.option("--reward", "kinds", multiple=True, default=("ce_proxy",), show_default=True, help="Repeatable.")
-@click.option(
-    "--reward-option", "options", multiple=True, metavar="[REWARD.]KEY=VALUE", help="For a reward; repeatable."
-)
 @click.option("--soundfont", default="timgm", show_default=True, help="Short name or path.")
 @click.option("--sample-rate", default=44100, show_default=True, type=click.IntRange(8000, 192_000))
 @click.option("--seconds", default=10.0, show_default=True, type=click.FloatRange(0, 600, min_open=True))
@@ -142,7 +138,7 @@ def describe(table: pa.Table, names: Sequence[str], axes: Sequence[str]) -> str:
 @click.option("--audio", type=click.Path(path_type=Path), help="Folder for every piece as MIDI and WAV.")
 @click.option("--backend", default="pool", show_default=True, type=click.Choice(["pool", "bank"]), help="Renderer.")
 @click.option("--workers", default=0, show_default=True, type=click.IntRange(0, 1024), help="Renderers; 0: one a core.")
-@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@reward_options
 def main(**given: Any) -> None:
     """Have each MODEL write a piece for the same prompts and seeds; rate the pieces; put them into one table.
 

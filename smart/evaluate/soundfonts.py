@@ -4,8 +4,8 @@
 
 Two questions: how far apart the soundfonts are in the mean, and whether they agree on which piece is better than which,
 which is all that a reward normalised within a group can use. Agreement is Spearman's rank correlation of the ratings of
-the pieces for each two soundfonts, and Kendall's W over all. Intervals are 95% bootstraps over pieces; all soundfonts
-get the same pieces, so they are compared pair by pair of clips.
+the pieces for each two soundfonts, and Kendall's W over all. Intervals are 95% bootstraps over pieces. All soundfonts
+get the same pieces, so their differences, to the first soundfont, are taken piece by piece.
 """
 
 import math
@@ -201,16 +201,22 @@ def main(
                 return rate_scores(list(scores.values()), pool, rewards, label=font.name)
 
         ratings[font.name] = kept.get(font.name, work)
-    means = [
-        {
-            "soundfont": font.name,
-            "rating": column,
-            **estimate(ratings[font.name][column]),
-            "paper": _paper(font, column),
-        }
-        for column in columns(rewards)
-        for font in fonts
-    ]
+    means = []
+    for column in columns(rewards):
+        for font in fonts:
+            found = ratings[font.name][column]
+            difference = estimate(found - ratings[fonts[0].name][column])
+            means.append(
+                {
+                    "soundfont": font.name,
+                    "rating": column,
+                    **estimate(found),
+                    "difference": difference["mean"],
+                    "difference_low": difference["low"],
+                    "difference_high": difference["high"],
+                    "paper": _paper(font, column),
+                }
+            )
     agreed = [
         row
         for column in columns(rewards)
@@ -219,7 +225,8 @@ def main(
     write_csv(out / "soundfonts.csv", means)
     write_csv(out / "agreement.csv", agreed)
     _draw(out / "soundfonts", fonts, columns(rewards), means, agreed)
-    click.echo(f"{len(scores)} pieces, the first {seconds:g} s; means and 95% intervals over pieces")
+    click.echo(f"{len(scores)} pieces, the first {seconds:g} s; 95% intervals over pieces")
+    click.echo(f"means, and differences to {fonts[0].name} piece by piece:")
     click.echo(_means_shown(means))
     if len(fonts) > 1:
         click.echo("agreement on the ranking of the pieces:")
@@ -240,6 +247,9 @@ def _means_shown(rows: Sequence[Row]) -> str:
         line = lines.setdefault(row["soundfont"], {"soundfont": row["soundfont"]})
         paper = f" (paper {row['paper']:.2f})" if math.isfinite(row["paper"]) else ""
         line[row["rating"]] = with_interval(row) + paper
+        if row["soundfont"] != rows[0]["soundfont"]:
+            difference = {"mean": row["difference"], "low": row["difference_low"], "high": row["difference_high"]}
+            line[row["rating"]] += f", {with_interval(difference, sign=True)}"
     return table(list(lines.values()))
 
 
@@ -282,10 +292,12 @@ def _draw(stem: Path, fonts: Sequence[Font], names: Sequence[str], means: list[R
             if row["rating"] == column and row["measure"] == "spearman":
                 one, two = labels.index(row["a"]), labels.index(row["b"])
                 matrix[one, two] = matrix[two, one] = row["mean"]
-        bottom.imshow(matrix, vmin=-1, vmax=1, cmap="RdBu")
+        bottom.imshow(matrix, vmin=-1, vmax=1, cmap="coolwarm_r")
         for one in range(len(fonts)):
             for two in range(len(fonts)):
-                bottom.text(two, one, f"{matrix[one, two]:.2f}", ha="center", va="center", fontsize="small")
+                bottom.text(
+                    two, one, f"{matrix[one, two]:.2f}", ha="center", va="center", fontsize="small", color="white"
+                )
         bottom.set_xticks(range(len(fonts)), labels, rotation=45, ha="right")
         bottom.set_yticks(range(len(fonts)), labels)
         bottom.set_title("Spearman over pieces", fontsize="small")

@@ -1,0 +1,285 @@
+"""``smart doctor``: is this machine ready for a run? One table: what is there, what is missing, and how to mend it.
+
+It asks for what the given configuration needs, and nothing else: the network is touched only where that names a model
+on the Hugging Face hub which is not in the local cache, and then nothing is downloaded.
+"""
+
+import math
+import platform
+import shlex
+import shutil
+import sys
+import tempfile
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import numpy as np
+
+from smart import UserError, hub
+from smart.config import Config, load
+from smart.soundfonts import check_soundfont, find_soundfont, package_of
+from smart.track import NEEDED
+
+READY, MISSING, NOTE = "ready", "MISSING", "note"
+FEWEST_BYTES = 2 << 30  # of memory: the quickstart's processes take 1.8 GiB together
+
+
+class Finding(NamedTuple):
+    """One row: a state, what was found in words, and a command (or, where there is none, a sentence) that mends it."""
+
+    state: str
+    found: str
+    mend: str = ""
+
+
+def _python() -> Finding:
+    found = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13) or platform.system() != "Linux":
+        return Finding(NOTE, f"{found}: tested on Linux with Python 3.11 to 3.13", "PYTHON=python3.11 sh install.sh")
+    return Finding(READY, found)
+
+
+def _packages() -> Finding:
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        return Finding(
+            MISSING, f"a run needs {', '.join(missing)}", f"{sys.executable} -m pip install " + " ".join(missing)
+        )
+    return Finding(READY, f"smart {version('smart')}, transformers {version('transformers')}, all that a run needs")
+
+
+def _study() -> Finding:
+    needed = ("pandas", "pyloudnorm", "sqlalchemy", "starlette", "statsmodels", "uvicorn")
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        return Finding(NOTE, f"listening studies need {', '.join(missing)}; runs do not", "sh install.sh study")
+    return Finding(READY, "listening studies can be served and analysed")
+
+
+def _torch(config: Config | None) -> Finding:
+    import torch
+
+    found = f"torch {torch.__version__}"
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0)
+        return Finding(
+            READY, f"{found}, {torch.cuda.device_count()} CUDA device(s): {card.name}, {card.total_memory >> 30} GiB"
+        )
+    if config is not None and config.run.device == "cuda":
+        return Finding(
+            MISSING, f"{found} finds no CUDA device, and the configuration asks for one", "--set run.device=cpu"
+        )
+    built = (
+        "built for CUDA, but no device is visible (nvidia-smi shows the driver)" if torch.version.cuda else "CPU build"
+    )
+    return Finding(READY, f"{found}, {built}: runs use the CPU")
+
+
+def _cores(config: Config | None) -> Finding:
+    from smart.render import usable_cores
+
+    cores = usable_cores()
+    if config is not None and config.render.workers > cores:
+        found = f"{cores} usable, and render.workers = {config.render.workers}: workers will wait for each other"
+        return Finding(NOTE, found, "--set render.workers=0")
+    return Finding(READY, f"{cores} usable")
+
+
+def _memory() -> Finding:
+    free = _available_memory()
+    if free < FEWEST_BYTES:
+        found = f"{free / 2**30:.1f} GiB available, less than the quickstart takes ({FEWEST_BYTES >> 30} GiB)"
+        return Finding(NOTE, found, "--set grpo.micro_batch=4 --set render.workers=1")
+    return Finding(READY, f"{free / 2**30:.1f} GiB available")
+
+
+def _available_memory() -> int:
+    """Bytes that this process may still take: the machine's, or its control group's where that is less."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text(encoding="ascii").strip()
+        if limit != "max":
+            free = min(free, int(limit) - int((group / "memory.current").read_text(encoding="ascii")))
+    except (OSError, ValueError):  # no control groups of version 2 here
+        pass
+    return free
+
+
+def _disk(config: Config, base: Path | None) -> Finding:
+    folder = Path(config.run.folder)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b"x")
+    except OSError as error:
+        return Finding(MISSING, f"{there} cannot be written ({error.strerror})", "--set run.folder=FOLDER")
+    free = shutil.disk_usage(there).free
+    weights = (base / "model.safetensors").stat().st_size if base else 0
+    kept = config.track.keep_checkpoints or math.ceil(config.grpo.iterations / config.track.checkpoint_every)
+    clips = (
+        config.track.samples * (config.grpo.iterations // config.track.samples_every) + 2 * config.track.final_listen
+    )
+    clip = config.render.seconds * config.render.sample_rate * 4  # stereo, 16 bits
+    need = int(3 * weights * (kept + 1) + weights + clips * clip)  # AdamW keeps two moments of every weight
+    found = f"{free / 2**30:.1f} GiB free at {there}; the run writes about {need / 2**30:.2f} GiB"
+    if free < need:
+        return Finding(MISSING, found, "--set track.keep_checkpoints=2, or --set run.folder=FOLDER on a larger disk")
+    return Finding(READY, found)
+
+
+def _soundfont(config: Config) -> Finding:
+    try:
+        path = find_soundfont(config.render.soundfont)
+        check_soundfont(path)
+    except UserError as error:
+        package = package_of(config.render.soundfont)
+        return Finding(MISSING, error.message, f"sudo apt-get install {package}" if package else "")
+    return Finding(READY, f"{path}, {path.stat().st_size / 2**20:.0f} MiB")
+
+
+def _render(config: Config, soundfont: Finding) -> Finding:
+    from smart.render import RenderPool
+
+    if soundfont.state != READY:
+        return Finding(NOTE, "not tried: there is no soundfont")
+    path = find_soundfont(config.render.soundfont)
+    note = np.array([[0.0, 0.5, 60, 100, 0, 0]])  # smart.render.NOTE_COLUMNS: half a second of middle C
+    try:
+        with RenderPool(path, sample_rate=config.render.sample_rate, seconds=1.0, workers=1) as pool:
+            audio = pool.submit(note).result()
+    except (UserError, RuntimeError) as error:
+        return Finding(MISSING, f"the synthesiser cannot play it: {error}", "--set render.soundfont=timgm")
+    if not abs(audio).max() > 0:
+        return Finding(NOTE, "the synthesiser plays it, but middle C is silent", "--set render.soundfont=timgm")
+    return Finding(READY, f"a worker process rendered middle C, {audio.shape[1] / config.render.sample_rate:.2f} s")
+
+
+def _base(config: Config) -> tuple[Finding, Path | None]:
+    from smart.model import FILES, find_base, load_base
+
+    name = config.model.base
+    if hub.is_hub_id(name) and not Path(name).is_dir() and hub.find_cached(name, FILES) is None:
+        return _on_the_hub(name, FILES, "model.base"), None
+    try:
+        folder = find_base(name)
+        model, _ = load_base(folder)
+    except UserError as error:
+        return Finding(MISSING, error.message, "--set model.base=piano-small"), None
+    return Finding(
+        READY, f"{folder}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters"
+    ), folder
+
+
+def _on_the_hub(name: str, files: tuple[str, ...], key: str) -> Finding:
+    """A model that a run would download; nothing is downloaded here."""
+    download = f"{Path(sys.executable).parent / 'hf'} download {shlex.quote(name)}"
+    try:
+        hub.ask(name, files)
+    except UserError as error:
+        elsewhere = f"on a machine with access: {download} --local-dir FOLDER; copy it here; --set {key}=FOLDER"
+        return Finding(MISSING, f"{name} is not in the cache, and {error.message}", elsewhere)
+    return Finding(NOTE, f"{name} is not in the cache yet: the first run downloads it", download)
+
+
+def _reward(config: Config) -> Finding:
+    from smart.reward import audiobox, load_reward
+
+    wanted = config.reward
+    if wanted.kind == "audiobox":
+        model = str(wanted.options.get("model", audiobox.HUB_ID))
+        here = Path(model).expanduser().exists() or not hub.is_hub_id(model)
+        files = (audiobox.CONFIG_FILE, audiobox.WEIGHTS_FILE)
+        if not here and hub.find_cached(model, files) is None:
+            return _on_the_hub(model, files, "reward.options.model")
+        try:
+            audiobox.check(model)
+        except UserError as error:
+            return Finding(MISSING, error.message, f"hf download {audiobox.HUB_ID}")
+        return Finding(READY, f"audiobox with the weights of {model}")
+    try:
+        reward = load_reward(wanted.kind, weights=wanted.weights or None, **wanted.options)
+    except UserError as error:
+        return Finding(MISSING, error.message, "--set reward.kind=ce_proxy")
+    return Finding(
+        NOTE if reward.is_stand_in else READY, reward.provenance + (": a stand-in" if reward.is_stand_in else "")
+    )
+
+
+def _prompts(config: Config) -> Finding:
+    from smart.shards import Corpus
+
+    if config.prompts.kind != "dataset":
+        return Finding(READY, f"{config.prompts.kind}: no corpus needed")
+    try:
+        if not config.prompts.corpus:
+            raise UserError("prompts.kind is dataset, and prompts.corpus is empty")
+        pieces = Corpus(Path(config.prompts.corpus)).split(config.prompts.split)
+    except UserError as error:
+        return Finding(MISSING, error.message, "smart corpus build --midi FOLDER --out CORPUS")
+    return Finding(READY, f"{len(pieces):,} pieces in {config.prompts.corpus}, split {config.prompts.split}")
+
+
+def _run(config: Config) -> Finding:
+    folder = Path(config.run.folder) / config.run.name
+    if folder.exists():
+        return Finding(
+            NOTE, f"{folder} exists: go on with --resume", f"--set run.name={shlex.quote(config.run.name)}-2"
+        )
+    return Finding(READY, f"{folder} will be made")
+
+
+def examine(path: str, overrides: tuple[str, ...]) -> dict[str, Finding]:
+    """What each check found, in the order of the table."""
+    config: Config | None = None
+    try:
+        config = load(path, overrides)
+        findings = {"configuration": Finding(READY, path)}
+    except UserError as error:
+        findings = {"configuration": Finding(MISSING, error.message, "correct that line")}
+    findings |= {
+        "python": _python(),
+        "packages": _packages(),
+        "torch": _torch(config),
+        "cores": _cores(config),
+        "memory": _memory(),
+    }
+    if config is not None:
+        findings["base"], base = _base(config)
+        findings["prompts"] = _prompts(config)
+        findings["soundfont"] = _soundfont(config)
+        findings["synthesiser"] = _render(config, findings["soundfont"])
+        findings["reward"] = _reward(config)
+        findings["disk"] = _disk(config, base)
+        findings["run"] = _run(config)
+    findings["study"] = _study()
+    return findings
+
+
+@click.command()
+@click.option("--config", "path", default="quickstart.toml", show_default=True, help="The run that is meant.")
+@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one key.")
+def main(path: str, overrides: tuple[str, ...]) -> None:
+    """Say whether this machine is ready for a run, and how to mend what is not. Exit code 1 if something is missing."""
+    findings = examine(path, overrides)
+    width = max(map(len, findings))
+    for name, finding in findings.items():
+        click.echo(f"{finding.state:7}  {name:{width}}  {finding.found}")
+        if finding.mend:
+            click.echo(f"{'':7}  {'':{width}}  -> {finding.mend}")
+    missing = [name for name, finding in findings.items() if finding.state == MISSING]
+    if missing:
+        click.echo(f"\nnot ready: {', '.join(missing)}")
+        raise SystemExit(1)
+    click.echo(
+        f"\nready: python -m smart.grpo --config {shlex.quote(path)}"
+        + "".join(f" --set {shlex.quote(o)}" for o in overrides)
+    )
+
+
+if __name__ == "__main__":
+    main()

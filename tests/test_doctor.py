@@ -1,0 +1,97 @@
+"""smart doctor: what is not there is named with a command that mends it, and the exit code says so."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+import smart.doctor
+from smart.model import SHIPPED
+
+READY = ["--set", "render.workers=1"]
+
+
+def ask(*arguments: str) -> tuple[int, dict[str, list[str]]]:
+    """Exit code, and of each row its state and text; the line with its remedy is the third."""
+    done = CliRunner().invoke(smart.doctor.main, list(arguments))
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.output
+    rows: dict[str, list[str]] = {}
+    name = ""
+    for line in done.output.splitlines():
+        if line.strip().startswith("-> "):
+            rows[name].append(line.strip()[3:])
+        elif line and line.split()[0] in ("ready", "MISSING", "note"):
+            state, name, text = line.split(maxsplit=2)
+            rows[name] = [state, text]
+    return done.exit_code, rows
+
+
+def test_a_machine_that_is_ready(tmp_path: Path) -> None:
+    """In a process of its own, from an empty folder, with no network to be had: and it leaves nothing behind."""
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "smart.doctor"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "MISSING" not in done.stdout and "a worker process rendered middle C" in done.stdout
+    assert done.stdout.endswith("ready: python -m smart.grpo --config quickstart.toml\n")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "row", "found", "mend"),
+    [
+        ("grpo.beta=-1", "configuration", "grpo.beta = -1", "correct that line"),
+        ("model.base=nowhere", "base", "nowhere", "--set model.base=piano-small"),
+        ("model.base=owner/model", "base", "owner/model is not in the cache", "download owner/model"),
+        ("render.soundfont=musescore", "soundfont", "is not on this machine", "apt-get install musescore-general"),
+        ("render.soundfont=no.sf2", "soundfont", "does not exist", None),
+        ("reward.kind=none", "reward", 'no reward "none"', "--set reward.kind=ce_proxy"),
+        ("reward.kind=audiobox", "reward", "is not in the cache", "download facebook/audiobox-aesthetics"),
+        ("prompts.kind=dataset", "prompts", "prompts.corpus is empty", "smart corpus build"),
+        ("run.folder=/proc/none", "disk", "cannot be written", "--set run.folder="),
+    ],
+)
+def test_what_is_missing_is_named_with_its_remedy(
+    override: str, row: str, found: str, mend: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(smart.soundfonts, "_folders", lambda: [tmp_path])
+    code, rows = ask("--set", override, *READY)
+    assert code == 1 and rows[row][0] == "MISSING" and found in rows[row][1], rows
+    assert [name for name in rows if rows[name][0] == "MISSING"] == [row]
+    assert mend is None or mend in rows[row][2]
+
+
+def test_a_small_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(smart.doctor, "_available_memory", lambda: 1 << 30)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
+    code, rows = ask("--set", f"run.folder={tmp_path}", "--set", "render.workers=999")
+    assert code == 1 and rows["disk"][0] == "MISSING" and "0.0 GiB free" in rows["disk"][1]
+    assert rows["memory"][0] == "note" and "micro_batch" in rows["memory"][2]
+    assert rows["cores"][0] == "note" and "render.workers=0" in rows["cores"][2]
+
+
+def test_a_base_that_is_damaged_and_a_run_that_exists(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(SHIPPED / "piano-small", base)
+    weights = (base / "model.safetensors").read_bytes()
+    (base / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    overrides: list[Any] = [f"model.base={base}", f"run.folder={tmp_path / 'runs'}", "run.name=mine"]
+    code, rows = ask(*(word for text in overrides for word in ("--set", text)), *READY)
+    assert code == 1 and rows["base"][0] == "MISSING" and "cannot be read" in rows["base"][1]
+    assert rows["run"][0] == "note" and "--resume" in rows["run"][1]
+
+
+def test_memory_of_the_control_group_counts() -> None:
+    total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
+    assert 0 < smart.doctor._available_memory() <= total
