@@ -48,8 +48,7 @@ SILENCE, NOISE = "silence", "white noise"
 BUILT_IN_RATE = 16000  # Hz of the two rows
 NOISE_LEVEL = 0.1  # standard deviation
 PAPER = {name: dict(zip(paper.AXES, paper.TABLE_1[name], strict=True)) for name in (SILENCE, NOISE)}
-# the paper rounds to 0.01 and does not say how loud its noise was or how its files were coded
-TOLERANCE = {SILENCE: 0.1, NOISE: 0.3}
+TOLERANCE = {name: paper.tolerance(name) for name in PAPER}
 
 
 class Unreadable(NamedTuple):

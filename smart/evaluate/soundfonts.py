@@ -44,10 +44,7 @@ from smart.tokens import decode
 
 Ratings = npt.NDArray[np.float64]
 
-PAPER = {
-    name: dict(zip(paper.AXES, means, strict=True)) | {MEAN: sum(means) / len(means)}
-    for name, means in paper.TABLE_2.items()
-}
+PAPER = {name: dict(zip((*paper.AXES, MEAN), means, strict=True)) for name, means in paper.TABLE_2.items()}
 
 
 class Font(NamedTuple):
