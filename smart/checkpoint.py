@@ -5,7 +5,6 @@ folder beside it, flushed to the disk, listed with their SHA-256 in ``manifest.j
 crash at any instant leaves the previous checkpoint as it was. Only safetensors and JSON are read back.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,7 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import click
 import torch
@@ -21,31 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from smart import UserError
+from smart.files import sha256, sync
+from smart.files import write_atomically as write_atomically  # where others look for it
 
 MANIFEST = "manifest.json"
 STATE = "state.safetensors"
 BEST = "best"
-
-
-def write_atomically(path: Path, write: bytes | Callable[[IO[bytes]], object]) -> None:
-    """Replace ``path`` in one rename by bytes, or by what ``write(file)`` writes, flushed to the disk.
-
-    Whenever the machine stops, the file is absent, as before, or whole.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            if isinstance(write, bytes):
-                file.write(write)
-            else:
-                write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
 
 
 def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int = 0, best: int | None = None) -> Path:
@@ -189,18 +169,3 @@ class StopRequest:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = number
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Have the disk hold a file's bytes, or a folder's names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

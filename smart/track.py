@@ -25,7 +25,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from smart import UserError
-from smart.checkpoint import write_atomically
+from smart.files import write_atomically
 
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"

@@ -1,0 +1,394 @@
+"""The pages of a study, as an ASGI application.
+
+A participant's link, ``/s/TOKEN``, is all that there is of a session: it shows the step at which they are, in any
+browser, and everything below it is theirs alone. Audio is asked for by position; no page, name or header tells two
+excerpts apart, only their sound does. Pages are rendered here; ``study.js`` plays, sends answers until they are
+acknowledged, and fetches the next page. Nothing is loaded from elsewhere, and no cookie is set.
+"""
+
+import json
+import re
+import threading
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from importlib.resources import files
+from typing import Any
+from urllib.parse import parse_qs
+
+import click
+import jinja2
+import sqlalchemy as sa
+from sqlalchemy.engine import RowMapping
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.routing import Route
+
+from smart.study.export import ratings_csv
+from smart.study.folder import CHECK
+from smart.study.store import Answer, Refused, Store
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+LONGEST_BODY = 16 * 1024  # bytes
+ASSETS = {"study.css": "text/css", "study.js": "text/javascript", "icon.svg": "image/svg+xml"}
+HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "media-src blob:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "cache-control": "no-store",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+    "permissions-policy": "camera=(), microphone=(), geolocation=()",
+    "referrer-policy": "no-referrer",  # an address holds the participant's token
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "x-robots-tag": "noindex, nofollow",
+}
+RAW_HEADERS = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+NAME = re.compile(r"[0-9a-f]{32}")  # what the browser makes: of an answer, of a sitting
+BYTES = re.compile(r"bytes=(\d*)-(\d*)")
+
+
+class Buckets:
+    """How often something may happen for each key: ``burst`` times at once, then ``rate`` times a second."""
+
+    def __init__(self, rate: float, burst: float) -> None:
+        self.rate, self.burst = rate, burst
+        self._levels: dict[str, tuple[float, float]] = {}
+        self._lock = threading.Lock()
+
+    def wait(self, key: str) -> float:
+        """Seconds until it may happen again; 0 where it may now, which is then counted."""
+        with self._lock:
+            instant = time.monotonic()
+            if len(self._levels) > 10_000:  # forget those who have been quiet for long enough to be full again
+                full = self.burst / self.rate
+                self._levels = {name: each for name, each in self._levels.items() if instant - each[1] < full}
+            level, before = self._levels.get(key, (self.burst, instant))
+            level = min(level + (instant - before) * self.rate, self.burst)
+            if level < 1:
+                self._levels[key] = (level, instant)
+                return (1 - level) / self.rate
+            self._levels[key] = (level - 1, instant)
+            return 0.0
+
+
+class Limits:
+    """Rates for a study whose excerpts last ``seconds``. A participant makes three requests an excerpt.
+
+    A link may make twenty, an address a thousand (it may be that of a whole classroom). Guessed links, admin tokens and
+    enrolments are counted apart, by address, so that whoever guesses locks out nobody who has a link.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.links = Buckets(20 / seconds, 60)
+        self.addresses = Buckets(1000 / seconds, 2000)
+        self.guesses = Buckets(1 / 6, 20)
+        self.enrolments = Buckets(1, 100)
+
+
+def too_many(wait: float) -> HTTPException:
+    return HTTPException(429, "Too many requests. Please wait a moment.", {"retry-after": str(int(wait) + 1)})
+
+
+class Guard:
+    """Around everything: the address's rate, the size of what is sent, headers, and a database that fails."""
+
+    def __init__(self, app: Any, limits: Limits) -> None:
+        self.app, self.limits = app, limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        begun = False
+
+        async def send_with_headers(message: MutableMapping[str, Any]) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                given = {name for name, _ in message["headers"]}
+                more = [(name, value) for name, value in RAW_HEADERS if name not in given]
+                message = {**message, "headers": [*message["headers"], *more]}
+            await send(message)
+
+        wait = self.limits.addresses.wait(scope["client"][0] if scope.get("client") else "")
+        body = b"" if wait else await read_body(receive)
+        response: Response | None = None
+        if wait:
+            error = too_many(wait)
+            response = Response(error.detail, error.status_code, error.headers)
+        elif body is None:
+            response = Response(f"At most {LONGEST_BODY} bytes may be sent.", 413, {"connection": "close"})
+        if response is not None:
+            await response(scope, receive, send_with_headers)
+            return
+        scope["body"] = body  # so that endpoints need not wait for it
+        try:
+            await self.app(scope, receive, send_with_headers)
+        except sa.exc.SQLAlchemyError as failure:  # disk full, database gone: the browser keeps the answer and retries
+            reason = str(getattr(failure, "orig", failure)).strip().splitlines()[0]
+            click.echo(f"the database failed: {reason}", err=True)
+            if begun:
+                raise
+            answer = Response("The server cannot store answers at the moment.", 503, {"retry-after": "5"})
+            await answer(scope, receive, send_with_headers)
+
+
+async def read_body(receive: Receive) -> bytes | None:
+    """What was sent; None where it is too long."""
+    body = b""
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if len(body) > LONGEST_BODY:
+            return None
+        if message["type"] != "http.request" or not message.get("more_body"):
+            return body
+
+
+class Pages:
+    """The endpoints. They are plain functions, which Starlette runs in threads."""
+
+    def __init__(self, store: Store, limits: Limits, *, open_enrolment: bool = False) -> None:
+        self.store, self.limits, self.open = store, limits, open_enrolment
+        self.study, self.design = store.study, store.study.design
+        self.templates = jinja2.Environment(
+            loader=jinja2.PackageLoader("smart.study", "pages"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+            undefined=jinja2.StrictUndefined,
+        )  # fmt: skip
+        pages = files("smart.study") / "pages"
+        self.assets = {name: (pages / name).read_bytes() for name in ASSETS}
+        self.check_sound = (self.study.folder / CHECK).read_bytes()
+
+    def html(self, name: str, status: int = 200, **values: Any) -> Response:
+        text = self.templates.get_template(name).render(design=self.design, **values)
+        return Response(text, status, media_type="text/html")
+
+    def message(self, title: str, text: str, status: int = 200, **values: Any) -> Response:
+        return self.html("message.html", status, title=title, text=text, **({"join": False} | values))
+
+    # --- Participants
+
+    def person(self, request: Request) -> RowMapping:
+        """Whose link it is; 404 for nobody's."""
+        person = self.store.find(request.path_params["token"])
+        if person is None:
+            self.count(self.limits.guesses, request)
+            raise HTTPException(404, "This link is not valid, or not any more. Please check that it is complete.")
+        wait = self.limits.links.wait(person["token_hash"])
+        if wait:
+            raise too_many(wait)
+        return person
+
+    def count(self, buckets: Buckets, request: Request) -> None:
+        wait = buckets.wait(request.client.host if request.client else "")
+        if wait:
+            raise too_many(wait)
+
+    def consented(self, person: RowMapping) -> bool:
+        """Whether a participant agreed to the text as it is now, so that a changed one is shown again."""
+        return bool(person["version"] == self.study.consent[0])
+
+    def step(self, request: Request) -> Response:
+        """The page of the step at which a participant is."""
+        person = self.person(request)
+        base = f"/s/{request.path_params['token']}"
+        version, paragraphs = self.study.consent
+        if not self.consented(person):
+            return self.html("consent.html", base=base, version=version, paragraphs=paragraphs, again=person["version"])
+        if person["headphones"] is None:
+            return self.html("check.html", base=base, wrong=False)
+        position = self.store.next_position(person["id"])
+        if position is None:
+            return self.html("thanks.html", base=base, code=person["code"])
+        return self.html("trial.html", base=base, position=position)
+
+    def consent(self, request: Request) -> Response:
+        person, form = self.person(request), read_form(request)
+        version = self.study.consent[0]
+        if form.get("agree") == "yes" and form.get("version") == version:
+            self.store.consent(person["id"], version)
+        return RedirectResponse(f"/s/{request.path_params['token']}", 303)
+
+    def check(self, request: Request) -> Response:
+        """The second tone is the one on the left; a first wrong answer may be mended."""
+        person, form = self.person(request), read_form(request)
+        base = f"/s/{request.path_params['token']}"
+        answer = form.get("tone")
+        if answer not in ("first", "second", "third", "unsure"):
+            return RedirectResponse(base, 303)
+        if answer in ("first", "third") and form.get("again") != "yes":
+            return self.html("check.html", base=base, wrong=True)
+        if person["headphones"] is None:
+            self.store.checked(person["id"], {"second": "passed", "unsure": "unsure"}.get(answer, "failed"))
+        return RedirectResponse(base, 303)
+
+    def sound(self, request: Request) -> Response:
+        self.person(request)
+        return send_wav(request, self.check_sound)
+
+    def audio(self, request: Request) -> Response:
+        """The excerpt at a position of this participant's order."""
+        person, position = self.person(request), request.path_params["position"]
+        excerpt = None
+        if self.consented(person) and re.fullmatch(r"-?\d{1,6}", position, re.ASCII):
+            excerpt = self.store.serve(person["id"], int(position))
+        if excerpt is None:
+            raise HTTPException(404, "There is nothing to be heard here yet.")
+        return send_wav(request, self.study.audio(excerpt).read_bytes())
+
+    def rate(self, request: Request) -> Response:
+        """Store an answer; the reply says which rating of the excerpt counts."""
+        person = self.person(request)
+        if not self.consented(person):
+            raise HTTPException(409, "The consent is missing.")
+        agent = "".join(letter for letter in request.headers.get("user-agent", "") if letter.isprintable())[:300]
+        counted = self.store.rate(person["id"], read_answer(request), agent, person["version"])
+        return JSONResponse({"rating": counted})
+
+    def withdraw(self, request: Request) -> Response:
+        person = self.person(request)
+        if request.method == "POST":
+            self.store.withdraw(person["id"])
+            return self.message("Your data are deleted", "Everything that was stored about you has been deleted.")
+        return self.html("withdraw.html", base=f"/s/{request.path_params['token']}")
+
+    # --- Everybody
+
+    def index(self, request: Request) -> Response:
+        text = "To take part, please open the link that was given to you."
+        return self.message("Listening study", "Thank you for your interest." if self.open else text, join=self.open)
+
+    def join(self, request: Request) -> Response:
+        """A link for whoever asks, where the study is open. Made by a form, so that no link preview makes one."""
+        if not self.open:
+            raise HTTPException(404, "This study is open to invited participants only.")
+        if request.method != "POST":
+            return self.index(request)
+        self.count(self.limits.enrolments, request)
+        return RedirectResponse(f"/s/{self.store.invite(1)[0]}", 303)
+
+    def asset(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in self.assets:
+            raise HTTPException(404, "There is no such page.")
+        return Response(self.assets[name], media_type=ASSETS[name], headers={"cache-control": "no-cache"})
+
+    # --- Who runs the study
+
+    def admin(self, request: Request) -> Response:
+        """A form, and what it asks for; the token comes with every request."""
+        if request.method != "POST":
+            return self.html("admin.html", **NOTHING)
+        form = read_form(request)
+        self.authorise(request, form.get("token", ""))
+        action = form.get("action")
+        if action == "export":
+            return self.csv()
+        shown: dict[str, Any] = dict(NOTHING)
+        number = re.sub(r"^p", "", form.get("number", "").strip())
+        if action == "invite":
+            if not number.isdecimal() or not 1 <= int(number) <= 1000:
+                raise HTTPException(400, "Expected a number of links from 1 to 1000.")
+            origin = f"{request.url.scheme}://{request.url.netloc}"
+            shown["links"] = [f"{origin}/s/{token}" for token in self.store.invite(int(number))]
+        elif action == "withdraw":
+            if not number.isdecimal() or int(number) not in {each["id"] for each in self.store.overview()}:
+                raise HTTPException(400, "There is no participant of this number.")
+            self.store.withdraw(int(number))
+        shown |= {"people": self.store.overview(), "withdrawn": self.store.withdrawals()}
+        return self.html("admin.html", **shown)
+
+    def export(self, request: Request) -> Response:
+        kind, _, token = request.headers.get("authorization", "").partition(" ")
+        self.authorise(request, token if kind.lower() == "bearer" else "")
+        return self.csv()
+
+    def authorise(self, request: Request, token: str) -> None:
+        if not self.store.is_admin(token.strip()):
+            self.count(self.limits.guesses, request)
+            raise HTTPException(401, "The admin token is missing or wrong.", {"www-authenticate": "Bearer"})
+
+    def csv(self) -> Response:
+        headers = {"content-disposition": 'attachment; filename="ratings.csv"'}
+        return Response(ratings_csv(self.store), media_type="text/csv", headers=headers)
+
+    # --- Errors
+
+    def failed(self, request: Request, error: Exception) -> Response:
+        if isinstance(error, Refused):
+            error = HTTPException(409, str(error), {"retry-after": "1"} if error.later else None)
+        assert isinstance(error, HTTPException)
+        if request.url.path.endswith("/ratings"):
+            return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+        response = self.message("This did not work", error.detail, error.status_code)
+        response.headers.update(error.headers or {})
+        return response
+
+
+NOTHING: dict[str, Any] = {"people": None, "links": None, "withdrawn": 0}  # that the admin page shows at first
+
+
+def read_form(request: Request) -> dict[str, str]:
+    text = request.scope["body"].decode("utf-8", "replace")
+    return {name: values[0] for name, values in parse_qs(text, max_num_fields=20).items()}
+
+
+def read_answer(request: Request) -> Answer:
+    """The JSON that ``study.js`` sends, every field checked; 400 names the one that is wrong."""
+    try:
+        sent = json.loads(request.scope["body"])
+        values = {name: sent[name] for name in Answer._fields}
+    except (ValueError, KeyError, TypeError):
+        raise HTTPException(400, "Expected a JSON object with " + ", ".join(Answer._fields)) from None
+    bounds = {"position": (-1000, 10**6), "rating": (1, 10), "play_count": (0, 10**6), "response_ms": (0, 10**9)}
+    for name, (least, most) in bounds.items():
+        if type(values[name]) is not int or not least <= values[name] <= most:
+            raise HTTPException(400, f"{name}: expected a whole number from {least} to {most}")
+    if type(values["listened_s"]) not in (int, float) or not 0 <= values["listened_s"] <= 10**6:
+        raise HTTPException(400, "listened_s: expected a number of seconds")
+    for name in ("client_id", "session"):
+        if not isinstance(values[name], str) or not NAME.fullmatch(values[name]):
+            raise HTTPException(400, f"{name}: expected 32 hexadecimal digits")
+    return Answer(**values)
+
+
+def send_wav(request: Request, data: bytes) -> Response:
+    """A sound, or the part of it that is asked for (one range of bytes; several are answered with the whole)."""
+    headers = {"accept-ranges": "bytes"}
+    asked = BYTES.fullmatch(request.headers.get("range", ""))
+    if asked is None or asked.groups() == ("", ""):
+        return Response(data, media_type="audio/wav", headers=headers)
+    first, last = asked.groups()
+    start = int(first) if first else max(len(data) - int(last), 0)
+    end = min(int(last), len(data) - 1) if first and last else len(data) - 1
+    if start > end:
+        return Response(status_code=416, headers=headers | {"content-range": f"bytes */{len(data)}"})
+    headers["content-range"] = f"bytes {start}-{end}/{len(data)}"
+    return Response(data[start : end + 1], 206, media_type="audio/wav", headers=headers)
+
+
+def make_app(store: Store, *, limits: Limits | None = None, open_enrolment: bool = False) -> Starlette:
+    """The application; ``open_enrolment`` lets everybody make a link at ``/join``."""
+    limits = limits or Limits(store.study.design.seconds)
+    pages = Pages(store, limits, open_enrolment=open_enrolment)
+    routes = [
+        Route("/", pages.index),
+        Route("/join", pages.join, methods=["GET", "POST"]),
+        Route("/static/{name}", pages.asset),
+        Route("/admin", pages.admin, methods=["GET", "POST"]),
+        Route("/export", pages.export),
+        Route("/s/{token}", pages.step),
+        Route("/s/{token}/consent", pages.consent, methods=["POST"]),
+        Route("/s/{token}/check", pages.check, methods=["POST"]),
+        Route("/s/{token}/sound", pages.sound),
+        Route("/s/{token}/audio/{position}", pages.audio),
+        Route("/s/{token}/ratings", pages.rate, methods=["POST"]),
+        Route("/s/{token}/withdraw", pages.withdraw, methods=["GET", "POST"]),
+    ]
+    handlers: Any = {HTTPException: pages.failed, Refused: pages.failed}
+    return Starlette(routes=routes, exception_handlers=handlers, middleware=[Middleware(Guard, limits=limits)])

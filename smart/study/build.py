@@ -1,0 +1,325 @@
+"""``smart study build``: excerpts of several systems for the same prompts and seeds, ready to be listened to.
+
+Each excerpt is padded with silence or cut to one length, brought to one loudness (``smart.study.loudness``), and
+written as 16-bit stereo WAV. So all files have one size and one header; their times of change are set to one instant,
+and they are written in the order of their names. A name is the keyed hash of system and prompt; the key comes from the
+operating system's random source and is not kept: from a seed that can be guessed, names could be computed again.
+
+The folder appears in one rename, after everything in it has been written. Until then the work lies in a hidden folder
+beside it; the same command goes on from there after an interruption.
+"""
+
+import fcntl
+import hmac
+import io
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import numpy as np
+import numpy.typing as npt
+
+from smart import UserError
+from smart.files import sha256, sync, write_atomically
+from smart.study import loudness
+from smart.study.folder import AUDIO, CHECK, CONSENT, FORMAT, KEY, KEY_COLUMNS, Design, write_csv, write_design
+from smart.track import progress, write_wav
+
+QUESTION = "How much do you enjoy this audio? Rate from 1 to 10."  # the paper's
+LOW, HIGH = "not at all", "very much"
+INSTANT = 1577836800  # 2020-01-01: when every file of audio/ says that it was changed
+
+
+class Clip(NamedTuple):
+    """What a system made of a prompt: audio (2, S), float32 in [-1, 1]."""
+
+    system: int
+    prompt: int
+    seed: int
+    audio: npt.NDArray[np.float32]
+
+
+class Recordings(NamedTuple):
+    """A system that is a folder of WAV files: the n-th in the order of names belongs to prompt n."""
+
+    name: str
+    files: list[Path]
+
+
+def recordings(text: str) -> Recordings | None:
+    """``NAME=FOLDER`` or ``FOLDER`` as a folder of WAV files; None where it is not one."""
+    name, equals, path = text.rpartition("=")
+    folder = Path(path)
+    found = sorted(folder.glob("*.wav")) if folder.is_dir() else []
+    return Recordings(name if equals else folder.name, found) if found else None
+
+
+def read_wav(path: Path, sample_rate: int) -> npt.NDArray[np.float32]:
+    """Audio (2, S) of a mono or stereo file. Raises ``UserError`` for anything else."""
+    import soundfile
+
+    try:
+        audio, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (OSError, soundfile.SoundFileError) as error:
+        raise UserError(f"{path}: cannot be read as audio ({error})") from None
+    if rate != sample_rate:
+        raise UserError(f"{path}: has {rate} samples a second, expected {sample_rate}: see --sample-rate")
+    if audio.shape[1] > 2 or not np.isfinite(audio).all():
+        raise UserError(f"{path}: expected one or two channels of finite samples, found {audio.shape[1]} channels")
+    stereo: npt.NDArray[np.float32] = np.broadcast_to(audio.T, (2, len(audio))).copy()
+    return stereo
+
+
+def fit(audio: npt.NDArray[np.float32], samples: int) -> npt.NDArray[np.float32]:
+    """The first ``samples`` of a clip (2, S), with silence after it where it is shorter."""
+    return np.pad(audio[:, :samples], ((0, 0), (0, max(samples - audio.shape[1], 0))))
+
+
+# --- Work that may be interrupted ---------------------------------------------------------------------------------
+
+
+class Work:
+    """The hidden folder of an unfinished build: its settings, and one file for each clip that is there already."""
+
+    def __init__(self, out: Path, settings: dict[str, Any]) -> None:
+        self.folder = out.with_name(f".{out.name}.work")
+        self.clips = self.folder / "clips"
+        try:
+            self.clips.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.folder / "lock", "w")  # noqa: SIM115  # held as long as the process lives
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out {out}: another build is writing it; wait for it") from None
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+        path = self.folder / "settings.json"
+        text = json.dumps(settings, sort_keys=True)
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            raise UserError(
+                f"--out {out}: an unfinished build with other settings is in {self.folder}; "
+                "give the same options to go on with it, or delete it"
+            )
+        write_atomically(path, text.encode())
+
+    def path(self, system: int, prompt: int) -> Path:
+        return self.clips / f"{system}-{prompt}.npz"
+
+    def put(self, clip: Clip) -> None:
+        packed = io.BytesIO()
+        np.savez(packed, audio=clip.audio, seed=clip.seed)
+        write_atomically(self.path(clip.system, clip.prompt), packed.getvalue())
+
+    def get(self, system: int, prompt: int) -> Clip:
+        with np.load(self.path(system, prompt), allow_pickle=False) as found:
+            return Clip(system, prompt, int(found["seed"]), found["audio"])
+
+    def close(self) -> None:
+        self._lock.close()
+
+
+# --- The folder ---------------------------------------------------------------------------------------------------
+
+
+def check_sound(sample_rate: int) -> npt.NDArray[np.float32]:
+    """Three soft tones for the headphone check (2, S): the first and third on the right, the second on the left."""
+    samples = int(0.5 * sample_rate)
+    time = np.arange(samples) / sample_rate
+    edge = np.minimum(1, np.minimum(time, time[::-1]) / 0.03)  # no clicks
+    tone = 0.1 * edge * (np.sin(2 * np.pi * 440 * time) + 0.5 * np.sin(2 * np.pi * 880 * time))
+    sound = np.zeros((2, 3 * samples + 2 * (samples // 2)), np.float32)
+    for number, side in enumerate((1, 0, 1)):
+        start = number * (samples + samples // 2)
+        sound[side, start : start + samples] = tone
+    return sound
+
+
+def assemble(folder: Path, design: Design, clips: Sequence[Clip], target: float) -> tuple[Design, list[str]]:
+    """Write a study's whole folder; returns the design, with the loudness that was reached, and what to tell."""
+    audio = folder / AUDIO
+    audio.mkdir(parents=True)
+    samples = round(design.seconds * design.sample_rate)
+    key = secrets.token_bytes(32)
+
+    def name(*parts: object) -> str:
+        return hmac.digest(key, json.dumps(parts).encode(), "sha256").hex()[:24]
+
+    fitted = [fit(clip.audio, samples) for clip in progress(clips, desc="measuring")]
+    before = [loudness.measure(clip, design.sample_rate) for clip in fitted]
+    common, gains = loudness.gains(before, target)
+    design = replace(design, lufs=common)
+    rows: dict[str, tuple[Any, ...]] = {}
+    told = []
+    for clip, sound, was, gain in zip(clips, fitted, before, gains, strict=True):
+        kind = "main" if clip.prompt < design.prompts else "practice"
+        changed = (sound * 10 ** (gain / 20)).astype(np.float32)
+        limited = not was.silent and gain < common - was.lufs - 1e-9
+        excerpt = name(clip.system, clip.prompt)
+        rows[excerpt] = (changed, [kind, design.systems[clip.system], clip.prompt, clip.seed], was, gain, limited, clip)
+    if design.silence:
+        nothing = np.zeros((2, samples), np.float32)
+        was = loudness.measure(nothing, design.sample_rate)
+        rows[name("silence")] = (nothing, ["silence", "", "", ""], was, 0.0, False, None)
+    table = []
+    for excerpt, (changed, origin, was, gain, limited, source) in progress(sorted(rows.items()), desc="writing"):
+        path = audio / f"{excerpt}.wav"
+        write_wav(path, changed, design.sample_rate)
+        os.utime(path, (INSTANT, INSTANT))
+        now = loudness.measure(read_wav(path, design.sample_rate), design.sample_rate)
+        length = min(source.audio.shape[1], samples) / design.sample_rate if source else 0.0
+        table.append([
+            excerpt, *origin, int(was.silent), int(limited), f"{was.lufs:.2f}", f"{was.peak:.2f}", f"{gain:.2f}",
+            f"{now.lufs:.2f}", f"{now.peak:.2f}", f"{length:.3f}", sha256(path),
+        ])  # fmt: skip
+        which = f"{origin[1]}, prompt {origin[2]}"
+        if was.silent and source:
+            told.append(f"silent, and left so: {which}")
+        if limited:
+            told.append(f"less loud than the others by {common - was.lufs - gain:.1f} dB, or it would clip: {which}")
+    if common < target:
+        told.append(f"the excerpts are at {common:.1f} LUFS and not at {target:.1f}, so that none of them clips")
+    write_csv(folder / KEY, KEY_COLUMNS, table)
+    os.chmod(folder / KEY, 0o600)
+    write_design(folder, design)
+    tone = check_sound(design.sample_rate)
+    measured = loudness.measure(tone, design.sample_rate)
+    write_wav(
+        folder / CHECK, tone * np.float32(10 ** (loudness.gains([measured], common)[1][0] / 20)), design.sample_rate
+    )
+    # practice is no secret; everything else is, so the manifests show nothing but names
+    public = [(f"{AUDIO}/{row[0]}.wav", row[0], int(row[1] == "practice"), design.seconds) for row in table]
+    columns = ("stimulus", "excerpt", "practice", "seconds")
+    write_csv(folder / "manifest.csv", columns, public)
+    variables = [dict(zip(columns, row, strict=True)) for row in public]
+    (folder / "manifest.json").write_text(json.dumps(variables, indent=1) + "\n", encoding="utf-8")
+    return design, told
+
+
+def write_texts(folder: Path, design: Design, provenance: Sequence[str]) -> None:
+    """The consent text, to be completed by who runs the study, and the preregistration, filled with the design."""
+    import jinja2
+
+    pages = files("smart.study") / "pages"
+    (folder / CONSENT).write_text((pages / "consent.txt").read_text(encoding="utf-8"), encoding="utf-8")
+    template = (pages / "preregistration.md").read_text(encoding="utf-8")
+    environment = jinja2.Environment(  # no autoescape: this is Markdown, not HTML
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    text = environment.from_string(template).render(design=design, provenance=provenance, version=version("smart"))
+    (folder / "preregistration.md").write_text(text, encoding="utf-8")
+
+
+def publish(temporary: Path, out: Path) -> None:
+    """Flush a finished folder to the disk and give it its name."""
+    for path in [*temporary.rglob("*"), temporary]:
+        sync(path)
+    os.rename(temporary, out)
+    sync(out.parent)
+
+
+def refuse(out: Path) -> None:
+    if out.is_symlink() or out.exists():
+        raise UserError(f"--out {out}: exists already, and a study is never overwritten; choose another name")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: its folder does not exist")
+
+
+def build(
+    out: Path, systems: Sequence[Recordings], design: Design, *, target: float, options: dict[str, Any]
+) -> list[str]:
+    """Make the study's folder ``out``; returns what the person who builds it should know."""
+    wanted = design.prompts + design.practice
+    sources = {each.name: [str(path.resolve()) for path in each.files] for each in systems}
+    work = Work(out, {"design": design.systems, "sources": sources, "target": target, **options})
+    try:
+        for number, system in enumerate(systems):
+            if len(system.files) < wanted:
+                raise UserError(
+                    f"--runs {system.name}: has {len(system.files)} WAV files, and {wanted} are needed "
+                    f"(--prompts {design.prompts} --practice {design.practice})"
+                )
+            for prompt in range(wanted):
+                if not work.path(number, prompt).exists():
+                    work.put(Clip(number, prompt, 0, read_wav(system.files[prompt], design.sample_rate)))
+        pairs = [(system, prompt) for prompt in range(design.prompts) for system in range(len(systems))]
+        pairs += [(prompt % len(systems), prompt) for prompt in range(design.prompts, wanted)]
+        clips = [work.get(system, prompt) for system, prompt in pairs]
+        made = work.folder / "study"
+        shutil.rmtree(made, ignore_errors=True)
+        design, told = assemble(made, design, clips, target)
+        write_texts(made, design, [f"{name}: {source}" for name, source in sources.items()])
+        publish(made, out)
+        shutil.rmtree(work.folder)
+    except OSError as error:
+        if isinstance(error, UserError):
+            raise
+        raise click.ClickException(
+            f"the study could not be written ({error}); what was made is kept: make room, then give the same command"
+        ) from error
+    finally:
+        work.close()
+    return told
+
+
+@click.command("build")
+@click.option("--runs", multiple=True, required=True, metavar="SYSTEM ...", help="What to compare; NAME=PATH names it.")
+@click.argument("more", nargs=-1, metavar="")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the study, new.")
+@click.option("--prompts", default=15, show_default=True, type=click.IntRange(min=1), help="Excerpts of each system.")
+@click.option("--practice", default=2, show_default=True, type=click.IntRange(min=0), help="Trials that do not count.")
+@click.option("--repeats", default=0, show_default=True, type=click.IntRange(min=0), help="Excerpts heard twice.")
+@click.option("--silence", is_flag=True, help="Add one silent excerpt, to see who rates without listening.")
+@click.option("--seconds", default=10.0, show_default=True, type=click.FloatRange(min=0.1, max=600))
+@click.option("--sample-rate", default=44100, show_default=True, type=click.IntRange(min=8000, max=192000))
+@click.option("--lufs", default=loudness.TARGET, show_default=True, type=click.FloatRange(max=-5), help="Loudness.")
+@click.option("--seed", default=1, show_default=True, type=click.IntRange(min=0), help="Of music and of orders.")
+@click.option("--listeners", default=20, show_default=True, type=click.IntRange(min=2), help="How many you plan.")
+@click.option("--completion-code", is_flag=True, help="Show everyone who finishes a code of their own.")
+def main(
+    runs: tuple[str, ...],
+    more: tuple[str, ...],
+    out: Path,
+    prompts: int,
+    practice: int,
+    repeats: int,
+    silence: bool,
+    seconds: float,
+    sample_rate: int,
+    lufs: float,
+    seed: int,
+    listeners: int,
+    completion_code: bool,
+) -> None:
+    """Make a study. A SYSTEM is a run's folder, a model's folder or shipped name, or a folder of WAV files."""
+    refuse(out)
+    systems = []
+    for text in (*runs, *more):
+        found = recordings(text)
+        if found is None:
+            raise UserError(f"--runs {text}: is no folder of WAV files")
+        systems.append(found)
+    names = [each.name for each in systems]
+    if len(set(names)) < len(names):
+        raise UserError(f"--runs: two systems are called {max(names, key=names.count)}; name them apart: NAME=PATH")
+    if repeats > prompts * len(names) // 2:
+        raise UserError(f"--repeats {repeats}: at most half of the {prompts * len(names)} excerpts can be heard again")
+    design = Design(
+        format=FORMAT, study=secrets.token_hex(8), question=QUESTION, low=LOW, high=HIGH, systems=names,
+        prompts=prompts, practice=practice, repeats=repeats, silence=silence, seconds=seconds,
+        sample_rate=sample_rate, lufs=lufs, seed=seed, listeners=listeners, completion_code=completion_code,
+    )  # fmt: skip
+    options = {name: getattr(design, name) for name in ("prompts", "practice", "seconds", "sample_rate", "seed")}
+    for line in build(out, systems, design, target=lufs, options=options):
+        click.echo(line)
+    click.echo(f"{out}: {prompts} prompts x {len(names)} systems, {practice} practice, {repeats} repeats")
+    click.echo(f"complete {out / CONSENT} and {out / 'preregistration.md'}, then: smart study serve {out}")

@@ -1,0 +1,67 @@
+"""``smart study export``: the ratings as CSV, one row a rating, in the order in which each participant gave them."""
+
+import csv
+import io
+from pathlib import Path
+
+import click
+
+from smart import UserError
+from smart.files import write_atomically
+from smart.study.folder import Study
+from smart.study.store import Store, iso
+
+COLUMNS = [
+    "participant", "session", "position", "excerpt", "system", "prompt", "seed", "rating", "play_count", "listened_s",
+    "response_ms", "repeat", "check", "user_agent", "utc", "version",
+]  # fmt: skip
+
+
+def plain(text: str) -> str:
+    """Text that no spreadsheet takes for a formula: an apostrophe stands before what could begin one."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else text
+
+
+def ratings_csv(store: Store) -> str:
+    """All ratings but those of practice. ``repeat``: 1 where an excerpt was heard again; ``check``: "silence" or empty.
+
+    The silent check has no system, prompt or seed. ``version`` is of the consent under which a rating was given.
+    """
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(COLUMNS)
+    for row in store.rows():
+        made = store.study.excerpts[row["excerpt"]]
+        table.writerow([
+            f"p{row['participant']:04d}", row["session"], row["position"], made.name, plain(made.system), made.prompt,
+            made.seed, row["rating"], row["play_count"], f"{row['listened_s']:.3f}", row["response_ms"],
+            int(row["kind"] == "repeat"), "silence" if row["kind"] == "silence" else "", plain(row["user_agent"]),
+            iso(row["stored"]), plain(row["version"]),
+        ])  # fmt: skip
+    return text.getvalue()
+
+
+@click.command("export")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--database", metavar="URL", envvar="SMART_STUDY_DATABASE", help="If the ratings are not in FOLDER.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="CSV file to write.")
+@click.option("--overwrite", is_flag=True, help="Replace the file.")
+def main(folder: Path, database: str | None, out: Path, overwrite: bool) -> None:
+    """Write the ratings of the study in FOLDER as CSV, one row a rating."""
+    if out.exists() and not overwrite:
+        raise UserError(f"--out {out}: exists already; replace it with --overwrite")
+    store = Store(Study(folder), database)
+    try:
+        text = ratings_csv(store)
+        people, withdrawn = store.overview(), store.withdrawals()
+    finally:
+        store.close()
+    try:
+        write_atomically(out, text.encode())
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+    finished = sum(person["finished"] is not None for person in people)
+    click.echo(
+        f"{text.count(chr(10)) - 1} ratings of {len(people)} participants, {finished} of whom finished; "
+        f"{withdrawn} withdrew and were deleted -> {out}"
+    )

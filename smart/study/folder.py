@@ -1,0 +1,154 @@
+"""What is in a study's folder.
+
+``study.json`` the design, ``consent.txt``, ``audio/`` (excerpts under names that say nothing), ``check.wav``,
+``manifest.csv`` and ``manifest.json`` (what a page may know), ``key.csv`` (what made which excerpt: never served),
+``preregistration.md``; the server adds ``ratings.sqlite``.
+"""
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+from smart import UserError
+from smart.files import sha256
+from smart.study.order import Trial, order, with_checks
+
+DESIGN, KEY, CONSENT, CHECK, AUDIO = "study.json", "key.csv", "consent.txt", "check.wav", "audio"
+FORMAT = 1
+# what made an excerpt, what matching did to it, and the hash of its file
+KEY_COLUMNS = [
+    "excerpt", "kind", "system", "prompt", "seed", "silent", "limited", "lufs_before", "peak_before", "gain_db",
+    "lufs_after", "peak_after", "seconds_of_audio", "sha256",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Design:
+    """``study.json``. ``question``, ``low`` and ``high`` may be edited until the first participant has come."""
+
+    format: int
+    study: str  # an id, drawn once
+    question: str
+    low: str  # what 1 means, and what 10 means
+    high: str
+    systems: list[str]
+    prompts: int
+    practice: int
+    repeats: int
+    silence: bool
+    seconds: float
+    sample_rate: int
+    lufs: float  # of every excerpt that is not silent
+    seed: int
+    listeners: int  # planned
+    completion_code: bool
+
+    @property
+    def rated(self) -> int:
+        """Trials of one participant, practice left out."""
+        return self.prompts * len(self.systems) + self.repeats + self.silence
+
+
+class Excerpt(NamedTuple):
+    """A row of ``key.csv``. ``kind``: "main", "practice" or "silence"; ``system``... are empty for the silence."""
+
+    name: str
+    kind: str
+    system: str
+    prompt: str
+    seed: str
+
+
+class Study:
+    """A study's folder, checked. Raises ``UserError`` naming what is missing or not what was built."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.design = read_design(folder)
+        self.excerpts: dict[str, Excerpt] = {}
+        try:
+            with open(folder / KEY, encoding="utf-8", newline="") as file:
+                for row in csv.DictReader(file):
+                    name = row["excerpt"]
+                    self.excerpts[name] = Excerpt(name, row["kind"], row["system"], row["prompt"], row["seed"])
+                    if sha256(self.audio(name)) != row["sha256"]:
+                        raise UserError(f"{self.audio(name)}: is not the file that was built; build the study again")
+        except (OSError, KeyError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"study {folder}: {KEY} or an excerpt cannot be read ({error})") from None
+        made = {(each.system, each.prompt) for each in self.excerpts.values() if each.kind == "main"}
+        if len(made) != self.design.prompts * len(self.design.systems):
+            raise UserError(f"study {folder}: {KEY} does not list every prompt of every system")
+        self.consent  # noqa: B018  # read now, so that a mistake in it is found before anyone comes
+
+    def audio(self, excerpt: str) -> Path:
+        return self.folder / AUDIO / f"{excerpt}.wav"
+
+    def trials(self, slot: int) -> list[Trial]:
+        """What the participant of number ``slot`` hears: practice, then everything that is rated."""
+        design = self.design
+        practice = sorted(name for name, each in self.excerpts.items() if each.kind == "practice")
+        silence = next((name for name, each in self.excerpts.items() if each.kind == "silence"), None)
+        heard = [
+            self._names[design.systems[system], str(prompt)]
+            for prompt, system in order(design.prompts, len(design.systems), slot, design.seed)
+        ]
+        rated = with_checks(heard, design.repeats, silence, slot, design.seed)
+        return [*(Trial(name, "practice") for name in practice), *rated]
+
+    @cached_property
+    def _names(self) -> dict[tuple[str, str], str]:
+        return {(each.system, each.prompt): name for name, each in self.excerpts.items() if each.kind == "main"}
+
+    @cached_property
+    def consent(self) -> tuple[str, list[str]]:
+        """The version of the consent text (the one that it states, and a hash of the text), and its paragraphs."""
+        path = self.folder / CONSENT
+        try:
+            text = path.read_text(encoding="utf-8").strip()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: cannot be read ({error})") from None
+        first, _, rest = text.partition("\n")
+        if not first.lower().startswith("version:") or not rest.strip():
+            raise UserError(f"{path}: expected a first line 'Version: NAME', then the text")
+        version = f"{first.partition(':')[2].strip()} ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
+        return version, [" ".join(part.split()) for part in rest.split("\n\n") if part.strip()]
+
+
+def read_design(folder: Path) -> Design:
+    """``study.json``; raises ``UserError`` where it is not one."""
+    path = folder / DESIGN
+    if not path.is_file():
+        raise UserError(f"study {folder}: has no {DESIGN}; make a study with smart study build")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        design = Design(**values)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    for each in fields(Design):
+        value = getattr(design, each.name)
+        expected = (int, float) if each.type is float else each.type if isinstance(each.type, type) else list
+        if not isinstance(value, expected) or (isinstance(value, bool) and each.type is not bool):
+            raise UserError(f"{path}: {each.name} = {value!r} is not a {each.type}")
+    if design.format != FORMAT:
+        raise UserError(
+            f"{path}: format {design.format} is not known (expected {FORMAT}); use the version that built it"
+        )
+    return design
+
+
+def write_design(folder: Path, design: Design) -> None:
+    (folder / DESIGN).write_text(json.dumps(asdict(design), indent=1) + "\n", encoding="utf-8")
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(columns)
+        table.writerows(rows)

@@ -1,0 +1,167 @@
+// Plays excerpts, keeps an answer on this device until the server has acknowledged it, and fetches the next page.
+"use strict";
+(() => {
+  const link = location.pathname;
+  const status = document.getElementById("status");
+  const say = (text) => { status.textContent = text; };
+  const sleep = (seconds) => new Promise((done) => setTimeout(done, 1000 * seconds));
+  const name = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (b) => b.toString(16).padStart(2, "0")).join("");
+
+  // Storage may be forbidden: then an answer lives as long as the page.
+  const memory = {};
+  const keep = (store, key, value) => {
+    memory[key] = value;
+    try { value === null ? store.removeItem(key) : store.setItem(key, value); } catch { /* forbidden */ }
+  };
+  const kept = (store, key) => {
+    try { return store.getItem(key) ?? memory[key] ?? null; } catch { return memory[key] ?? null; }
+  };
+  const session = kept(sessionStorageOrNone(), "session") ?? name();
+  keep(sessionStorageOrNone(), "session", session);
+  function sessionStorageOrNone() { try { return sessionStorage; } catch { return null; } }
+  function localStorageOrNone() { try { return localStorage; } catch { return null; } }
+  const queued = `answer ${link}`;
+
+  // Ask until there is an answer. Without a network, or with a server that is down or busy, wait and ask again.
+  async function ask(url, options = {}) {
+    for (let tries = 0; ; tries += 1) {
+      let pause = Math.min(0.5 * 2 ** tries, 10);
+      try {
+        const response = await fetch(url, { cache: "no-store", credentials: "omit", ...options });
+        const wait = response.headers.get("retry-after");
+        if (!(response.status >= 500 || response.status === 429 || (response.status === 409 && wait))) {
+          if (tries) say("");
+          return response;
+        }
+        if (wait) pause = Number(wait) || pause;
+        if (response.status >= 500) say("The server does not answer. Your answers are kept; trying again …");
+      } catch {
+        say("There is no connection. Your answers are kept on this device; trying again …");
+      }
+      await Promise.race([sleep(pause), new Promise((done) => addEventListener("online", done, { once: true }))]);
+    }
+  }
+
+  // Show what the server says is next, without leaving this page.
+  async function advance() {
+    const response = await ask(link);
+    const page = new DOMParser().parseFromString(await response.text(), "text/html");
+    document.title = page.title;
+    document.querySelector("main").replaceWith(document.adoptNode(page.querySelector("main")));
+    scrollTo(0, 0);
+    document.querySelector("h1").focus();
+    start();
+  }
+
+  // Send what is queued; it leaves the queue when the server has it.
+  async function deliver() {
+    const answer = kept(localStorageOrNone(), queued);
+    if (answer === null) return;
+    const headers = { "content-type": "application/json" };
+    const response = await ask(`${link}/ratings`, { method: "POST", headers, body: answer });
+    const reply = await response.json().catch(() => ({ error: `error ${response.status}` }));
+    keep(localStorageOrNone(), queued, null);
+    // a refusal is final: the page is shown anew, as the server says where the participant is
+    say(response.ok ? "" : `This rating was not accepted: ${reply.error}.`);
+  }
+
+  let ahead = { url: "", sound: null };
+  async function sound(url) {
+    if (ahead.url === url && ahead.sound) return ahead.sound;
+    const response = await ask(url);
+    if (!response.ok) throw new Error(`${response.status}`);
+    return response.blob();
+  }
+  async function fetchAhead(url) {
+    if (ahead.url === url) return;
+    try {
+      const response = await fetch(url, { cache: "no-store", credentials: "omit" });
+      if (response.ok) ahead = { url, sound: await response.blob() };
+    } catch { /* it is asked for again when it is needed */ }
+  }
+
+  // A button that plays and pauses; `starting` is called, with the place, before the sound begins.
+  async function player(url, button, words, starting = () => {}) {
+    const audio = new Audio();
+    try {
+      audio.src = URL.createObjectURL(await sound(url));
+    } catch {
+      say("The sound could not be loaded. Please load this page again.");
+      return null;
+    }
+    button.addEventListener("click", () => {
+      if (!audio.paused) { audio.pause(); return; }
+      starting(audio.currentTime);
+      audio.play().catch(() => say("The sound could not be played."));
+    });
+    audio.addEventListener("play", () => { button.textContent = "Pause"; });
+    audio.addEventListener("pause", () => { button.textContent = audio.ended ? words.again : words.resume; });
+    button.textContent = words.first;
+    button.disabled = false;
+    return audio;
+  }
+
+  async function trial(main) {
+    const { position, seconds, base, next } = main.dataset;
+    const find = (id) => main.querySelector(`#${id}`);
+    const [form, scale, send, playback] = ["trial", "scale", "send", "playback"].map(find);
+    const words = { first: "Play", resume: "Go on", again: "Play again" };
+    let [plays, listened, from, heardAt] = [0, 0, 0, null];
+    const starting = (place) => { from = place; if (place === 0) plays += 1; };
+    const audio = await player(`${base}/audio/${position}`, find("play"), words, starting);
+    if (!audio) return;
+    const stopped = () => { listened += audio.currentTime - from; from = audio.currentTime; };
+    audio.addEventListener("pause", stopped);
+    audio.addEventListener("timeupdate", () => { playback.value = audio.currentTime / (audio.duration || 1); });
+    audio.addEventListener("ended", () => {
+      if (heardAt === null && listened > 0.97 * Number(seconds)) {
+        heardAt = performance.now();
+        scale.disabled = false;
+        say("Excerpt heard. You can rate it now.");
+      }
+      audio.currentTime = from = 0;
+    });
+    form.addEventListener("change", () => { send.disabled = false; });
+    form.addEventListener("keydown", (event) => {
+      if (scale.disabled || event.ctrlKey || event.altKey || event.metaKey || !/^[0-9]$/.test(event.key)) return;
+      const choice = form.querySelector(`[name=rating][value="${event.key === "0" ? 10 : event.key}"]`);
+      choice.checked = true;
+      choice.focus();
+      send.disabled = false;
+    });
+    form.addEventListener("submit", async (event) => {
+      event.preventDefault();
+      const chosen = form.querySelector("[name=rating]:checked");
+      if (!chosen || send.disabled) return;
+      audio.pause();
+      const answer = {
+        position: Number(position), rating: Number(chosen.value), client_id: name(), session, play_count: plays,
+        listened_s: listened, response_ms: Math.round(performance.now() - heardAt),
+      };
+      keep(localStorageOrNone(), queued, JSON.stringify(answer));
+      send.disabled = scale.disabled = true;
+      say("Saving …");
+      await deliver();
+      URL.revokeObjectURL(audio.src);
+      await advance();
+    });
+    if (next) fetchAhead(`${base}/audio/${next}`);
+  }
+
+  function start() {
+    const main = document.querySelector("main");
+    if (main.dataset.page === "trial") trial(main);
+    if (main.dataset.page === "check") {
+      const words = { first: "Play the sound", resume: "Go on", again: "Play the sound again" };
+      player(main.dataset.sound, main.querySelector("#play"), words);
+    }
+  }
+
+  // An answer that is still here was not acknowledged when the page was closed.
+  if (document.querySelector("main").dataset.page === "trial" && kept(localStorageOrNone(), queued) !== null) {
+    say("Saving …");
+    deliver().then(advance);
+  } else {
+    start();
+  }
+})();

@@ -1,0 +1,68 @@
+"""``smart study serve``: the pages of a study, over HTTP, from one process."""
+
+import errno
+import signal
+import socket
+import threading
+from pathlib import Path
+
+import click
+
+from smart import UserError
+from smart.study.folder import Study
+from smart.study.store import Store
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises ``UserError`` where the address cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+            listening.listen(1024)
+        except OSError:
+            listening.close()
+            raise
+    except OSError as error:
+        reason = "is in use already" if error.errno == errno.EADDRINUSE else f"cannot be had ({error.strerror})"
+        raise UserError(f"--host {host} --port {port}: {reason}; choose another one") from None
+    return listening
+
+
+@click.command("serve")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any that is free.")
+@click.option("--database", metavar="URL", envvar="SMART_STUDY_DATABASE", help="PostgreSQL, if not a file in FOLDER.")
+@click.option("--open", "open_enrolment", is_flag=True, help="Let everybody take part, at /join.")
+@click.option("--new-admin-token", is_flag=True, help="Make another admin token; the old one ends.")
+def main(folder: Path, host: str, port: int, database: str | None, open_enrolment: bool, new_admin_token: bool) -> None:
+    """Serve the pages of the study in FOLDER until Ctrl-C or SIGTERM; requests that have come are answered first."""
+    import uvicorn
+
+    from smart.study.app import make_app
+
+    listening = listen(host, port)
+    store = Store(Study(folder), database)
+    token = store.admin_token(renew=new_admin_token)
+    if token is not None:
+        click.echo(f"admin token, shown this once: {token}")
+    name, number = listening.getsockname()[:2]
+    address = f"http://{f'[{name}]' if ':' in name else name}:{number}"
+    click.echo(f"study:  {address}/" + ("join" if open_enrolment else ""))
+    click.echo(f"admin:  {address}/admin (export, links, withdrawal)")
+    app = make_app(store, open_enrolment=open_enrolment)
+    # no access log: the paths hold the participants' tokens
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, lifespan="off", server_header=False, timeout_graceful_shutdown=10
+    )
+    if threading.current_thread() is threading.main_thread():
+        # uvicorn ends at either signal, then raises it again: it has been obeyed by then
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, lambda *_: None)
+    try:
+        uvicorn.Server(config).run(sockets=[listening])
+    finally:
+        store.close()
