@@ -35,6 +35,7 @@ import click
 
 from smart import UserError, checkpoint, paper, require, track
 from smart.config import Config, dumps, load
+from smart.files import is_empty
 from smart.model import find_base
 from smart.reward import Reward, load_reward
 from smart.shards import MANIFEST, Corpus
@@ -88,7 +89,7 @@ class Book:
     def __init__(self, out: Path) -> None:
         self.out = out
         try:
-            if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / STATE).is_file())):
+            if out.exists() and (not out.is_dir() or (not is_empty(out) and not (out / STATE).is_file())):
                 raise UserError(f"--out {out}: holds something else; give a new folder")
             out.mkdir(parents=True, exist_ok=True)
             self.rows: dict[str, dict[str, Any]] = {}
