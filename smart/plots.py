@@ -325,7 +325,7 @@ def ratings(table: Sequence[tuple[str, str, float]], systems: Sequence[str], pat
     right.set_xticks(range(len(people)), people, rotation=90, fontsize="small")
     right.set_yticks(range(1, 11))
     right.grid(axis="y", alpha=0.3)
-    _save(figure, path, lines)
+    save(figure, path, lines)
 
 
 def power(rows: Sequence[Mapping[str, float]], effect: float, path: Path) -> None:
@@ -346,4 +346,4 @@ def power(rows: Sequence[Mapping[str, float]], effect: float, path: Path) -> Non
     axes.set(xlabel="listeners", ylabel=f"share of studies with p < 0.05 (effect {effect:g})", ylim=(0, 1.02))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="lower right")
-    _save(figure, path, rows)
+    save(figure, path, rows)
