@@ -9,11 +9,8 @@ PROGRAMS = {
     "pretrain": "Train a base model on a tokenised corpus.",
     "generate": "Write music with a base or a tuned run.",
     "corpus": "Turn a folder of MIDI files into a tokenised corpus.",
-<<<<<<< HEAD
-    "study": "Run a listening study: build it, serve it, export and analyse its ratings.",
-=======
     "doctor": "Say whether this machine is ready for a run.",
->>>>>>> main
+    "study": "Run a listening study: build it, serve it, export and analyse its ratings.",
     "calibrate": "Fit the ce_proxy reward to clips that were rated.",
 }
 MODULES = {"calibrate": "smart.reward.calibrate"}

@@ -13,12 +13,8 @@ PACKAGE = Path(smart.__file__).parent
 GROUND = {"config", "tokens", "model", "checkpoint", "track", "shards", "hub", "soundfonts"}
 GROUND |= {"files", "remi", "midi", "midi_pool", "distributed", "regions"}
 ROOMS = {"prompts", "sampler", "render", "bank", "scoring", "reward", "reward.audiobox", "reward.ce_proxy", "plots"}
-<<<<<<< HEAD
-PROGRAMS = {"grpo", "pretrain", "generate", "corpus", "study", "reward.calibrate"}
-=======
 ROOMS |= {"compare", "features", "diversity"}
-PROGRAMS = {"grpo", "pretrain", "generate", "corpus", "doctor", "reward.calibrate"}
->>>>>>> main
+PROGRAMS = {"grpo", "pretrain", "generate", "corpus", "doctor", "study", "reward.calibrate"}
 
 
 def modules() -> dict[str, Path]:
@@ -76,13 +72,8 @@ def test_importing_the_programs_opens_no_connection() -> None:
 import socket, sys
 def refuse(*args, **kwargs): raise AssertionError(f"network at import: {args}")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-<<<<<<< HEAD
-import smart.__main__, smart.grpo, smart.pretrain, smart.generate, smart.corpus
-import smart.reward.audiobox, smart.reward.calibrate, smart.study
-=======
 import smart.__main__, smart.grpo, smart.pretrain, smart.generate, smart.corpus, smart.doctor
-import smart.reward.audiobox, smart.reward.calibrate
->>>>>>> main
+import smart.reward.audiobox, smart.reward.calibrate, smart.study
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
