@@ -37,6 +37,7 @@ SHORT = {
 }  # fmt: skip
 SMALL = {
     "smart.generate": "--tokens 24",
+    "smart.evaluate sample": "-n 4 --tokens 24 --seconds 2 --workers 1",
     "benchmarks/reward.py": "--clips 2 --rounds 1 --dtypes float32",
     "benchmarks/sampler.py": "--repeats 1",
 }
@@ -97,7 +98,9 @@ def test_every_command_works_in_the_order_of_the_pages(place: Path) -> None:
             words += ["--collect-only", "tests/test_config.py"]
         for key, value in SHORT.get(program, {}).items():
             words += ["--set", f"{key}={value}"]
-        words += SMALL.get(program, "").split()
+        place_of = words.index(program)
+        for named in (program, " ".join(words[place_of : place_of + 2])):  # a program, or one of its commands
+            words += SMALL.get(named, "").split()
         if "--resume" in words:  # its own configuration is the short one already
             words = words[: words.index("--resume") + 1]
         done = subprocess.run(words, cwd=place, env=env, capture_output=True, text=True, timeout=300)
