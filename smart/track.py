@@ -422,7 +422,8 @@ def progress(rows: Iterable[Any] | None = None, *, show: bool = True, **options:
 def _cut_back(folder: Path, step: int) -> None:
     """Drop what was written after ``step``: it is going to be written again."""
     if (folder / METRICS).exists():
-        rows = [json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= step]
+        # step 0, the base's own values, is written by the run's first process
+        rows = [json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= step and step > 0]
         write_atomically(folder / METRICS, "".join(rows).encode())
     for path in (folder / "completions").glob("*"):
         if path.suffix != ".parquet" or int(path.stem) > step:

@@ -63,7 +63,9 @@ class Server:
 
     def start(self, *options: str) -> None:
         words = ["serve", str(self.folder), "--port", str(self.port), *self.database, *self.options, *options]
-        self.process = subprocess.Popen([sys.executable, "-m", "smart.study", *words], stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "smart.study", *words], stdout=subprocess.PIPE, text=True
+        )
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("admin token"):

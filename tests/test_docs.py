@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from test_runs import HELD_OUT
 
 from smart.config import shipped
 
@@ -138,10 +139,11 @@ def test_every_logged_metric_is_defined() -> None:
     """docs/metrics.md names each metric that the code logs."""
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     logged = set()
-    for name in ("grpo.py", "scoring.py", "pretrain.py"):
+    for name in ("grpo.py", "guard.py", "scoring.py", "pretrain.py"):
         code = (ROOT / "smart" / name).read_text(encoding="utf-8")
         logged |= set(re.findall(r'"((?:reward|completions|clips|seconds|policy|render|samples)/[a-z_]+)"', code))
     logged |= {"loss", "validation_loss", "validation_perplexity", "gradient_norm", "tokens", "tokens_per_second"}
     logged |= {f"policy/{key}" for key in ("kl", "ratio", "clip_fraction", "dlogp_max", "loss", "entropy", "grad_norm")}
+    logged |= HELD_OUT
     assert len(logged) > 15
     assert not {metric for metric in logged if f"`{metric}`" not in page}

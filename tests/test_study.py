@@ -10,6 +10,7 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ def test_files_tell_nothing_but_their_sound(study: Path) -> None:
     assert len({path.stat().st_size for path in files}) == 1
     assert len({path.stat().st_mtime for path in files}) == 1
     assert len({path.read_bytes()[:44] for path in files}) == 1
-    assert struct.unpack("<I", files[0].read_bytes()[40:44])[0] == files[0].stat().st_size - 44  # no chunk after the data
+    (length,) = struct.unpack("<I", files[0].read_bytes()[40:44])
+    assert length == files[0].stat().st_size - 44  # no chunk after the data
     assert {path.stem for path in files} == {row["excerpt"] for row in key_of(study)}
 
 
@@ -230,7 +232,7 @@ def test_orders_are_balanced_over_positions_and_carry_over(prompts: int, systems
         heard = [order(prompts, systems, block * rows + slot, seed=5) for slot in range(rows)]
         places = Counter((place, excerpt) for row in heard for place, excerpt in enumerate(row))
         assert len(places) == count**2 and set(places.values()) == {rows // count}
-        pairs = Counter(pair for row in heard for pair in zip(row, row[1:], strict=False))
+        pairs = Counter(pair for row in heard for pair in pairwise(row))
         assert len(pairs) == count * (count - 1) and set(pairs.values()) == {rows // count}
         for start in range(0, rows, systems):  # already of these few participants
             for together in zip(*heard[start : start + systems], strict=True):
@@ -242,7 +244,7 @@ def test_orders_differ_between_participants_and_show_no_pattern() -> None:
     heard = [order(15, 2, slot, seed=1) for slot in range(90)]
     assert len({tuple(row) for row in heard}) == 90
     assert order(15, 2, 7, seed=1) == heard[7] and order(15, 2, 7, seed=2) != heard[7]
-    runs = [sum(a[1] != b[1] for a, b in zip(row, row[1:], strict=False)) for row in heard]
+    runs = [sum(a[1] != b[1] for a, b in pairwise(row)) for row in heard]
     assert 10 < np.mean(runs) < 19  # of 29 neighbours; an alternation would have 29
 
 
@@ -371,7 +373,8 @@ def test_what_was_not_heard_cannot_be_rated(server: Server, client: httpx.Client
     assert client.get(f"{link}/audio/1").status_code == 404  # only the one after may be fetched ahead
     assert client.get(f"{link}/audio/0").status_code == 200
     assert client.post(post, json=answer(-1, 5)).status_code == 200
-    assert client.post(post, json=answer(0, 5)).status_code == 409  # fetched long ago, but the one before was just rated
+    # fetched long ago, but the one before was just rated
+    assert client.post(post, json=answer(0, 5)).status_code == 409
 
 
 @pytest.mark.parametrize(
@@ -491,7 +494,8 @@ def test_withdrawal_deletes_everything(server: Server, client: httpx.Client) -> 
     assert len(server.export()) == before - 1
     if not server.database:  # not even in what SQLite keeps of deleted rows
         kept = b"".join(path.read_bytes() for path in server.folder.glob("ratings.sqlite*"))
-        assert sitting.encode() not in kept and hashlib.sha256(link.rpartition("/")[2].encode()).hexdigest().encode() not in kept
+        stored = hashlib.sha256(link.rpartition("/")[2].encode()).hexdigest()
+        assert sitting.encode() not in kept and stored.encode() not in kept
     else:
         import psycopg
 
@@ -504,7 +508,12 @@ def test_withdrawal_deletes_everything(server: Server, client: httpx.Client) -> 
 
 
 def test_admin(server: Server, client: httpx.Client) -> None:
-    for headers in ({}, {"authorization": "Bearer "}, {"authorization": "Bearer wrong"}, {"authorization": server.token}):
+    for headers in (
+        {},
+        {"authorization": "Bearer "},
+        {"authorization": "Bearer wrong"},
+        {"authorization": server.token},
+    ):
         refused = client.get(f"{server.url}/export", headers=headers)
         assert refused.status_code == 401 and "participant" not in refused.text
     url = f"{server.url}/admin"
@@ -521,7 +530,10 @@ def test_admin(server: Server, client: httpx.Client) -> None:
     assert left.count('scope="row"') == number - 1 and client.get(links[0]).status_code == 404
     assert client.post(url, data={"token": server.token, "action": "withdraw", "number": name}).status_code == 400
     csv_page = client.post(url, data={"token": server.token, "action": "export"})
-    assert csv_page.headers["content-type"].startswith("text/csv") and "attachment" in csv_page.headers["content-disposition"]
+    assert (
+        csv_page.headers["content-type"].startswith("text/csv")
+        and "attachment" in csv_page.headers["content-disposition"]
+    )
     assert csv_page.text.splitlines()[0] == ",".join(COLUMNS)
 
 
@@ -579,7 +591,9 @@ def test_no_acknowledged_rating_is_lost_when_the_server_is_killed(kind: str, stu
             async with httpx.AsyncClient(timeout=5) as client:
                 people = [
                     asyncio.create_task(
-                        take_part(client, link, lambda position, n=number: (position + n) % 10 + 1, acknowledged[number])
+                        take_part(
+                            client, link, lambda position, n=number: (position + n) % 10 + 1, acknowledged[number]
+                        )
                     )
                     for number, link in enumerate(links)
                 ]
@@ -656,7 +670,9 @@ def test_invitations_are_links_that_cannot_be_guessed(study: Path, tmp_path: Pat
 # --- Rates --------------------------------------------------------------------------------------------------------
 
 
-def test_a_flood_is_stopped_and_others_are_not(wavs: list[str], study: Path, tmp_path: Path, client: httpx.Client) -> None:
+def test_a_flood_is_stopped_and_others_are_not(
+    wavs: list[str], study: Path, tmp_path: Path, client: httpx.Client
+) -> None:
     """The limits of a study with excerpts of ten seconds."""
     with serving(study, tmp_path) as server:
         design = json.loads((server.folder / "study.json").read_text())
@@ -673,7 +689,9 @@ def test_a_flood_is_stopped_and_others_are_not(wavs: list[str], study: Path, tmp
         tokens = [client.get(f"{server.url}/export").status_code for _ in range(3)]
         assert tokens == [429] * 3  # guesses of any kind are counted together
         assert client.get(calm).status_code == 200  # who has a link is not locked out by them
-        assert client.get(f"{server.url}/export", headers={"authorization": f"Bearer {server.token}"}).status_code == 200
+        assert (
+            client.get(f"{server.url}/export", headers={"authorization": f"Bearer {server.token}"}).status_code == 200
+        )
 
 
 def test_fifty_participants_share_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
