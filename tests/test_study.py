@@ -382,7 +382,8 @@ def test_what_was_not_heard_cannot_be_rated(server: Server, client: httpx.Client
     [
         {"rating": 0}, {"rating": 11}, {"rating": 5.5}, {"rating": "5"}, {"rating": True}, {"rating": None},
         {"position": "x"}, {"position": 2**70}, {"client_id": "short"}, {"client_id": "'; DROP TABLE ratings; --"},
-        {"session": "=1+1"}, {"listened_s": float("nan")}, {"listened_s": -1}, {"play_count": -1}, {"response_ms": 1e99},
+        {"session": "=1+1"}, {"listened_s": float("nan")}, {"listened_s": -1}, {"play_count": -1},
+        {"response_ms": 1e99},
     ],
     ids=str,
 )  # fmt: skip
