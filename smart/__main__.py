@@ -10,8 +10,9 @@ PROGRAMS = {
     "generate": "Write music with a base or a tuned run.",
     "evaluate": "Sample, rate and compare; reports with the paper's figures.",
     "corpus": "Turn a folder of MIDI files into a tokenised corpus.",
-    "doctor": "Say whether this machine is ready for a run.",
     "study": "Run a listening study: build it, serve it, export and analyse its ratings.",
+    "doctor": "Say whether this machine is ready for a run.",
+    "reproduce": "Every experiment, table and figure of the paper, on one page.",
     "calibrate": "Fit the ce_proxy reward to clips that were rated.",
 }
 MODULES = {"calibrate": "smart.reward.calibrate"}

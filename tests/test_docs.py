@@ -39,6 +39,7 @@ SHORT = {
 SMALL = {
     "smart.generate": "--tokens 24",
     "smart.evaluate sample": "-n 4 --tokens 24 --seconds 2 --workers 1",
+    "smart.reproduce": "--list",
     "benchmarks/reward.py": "--clips 2 --rounds 1 --dtypes float32",
     "benchmarks/sampler.py": "--repeats 1",
 }
@@ -82,6 +83,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         soundfile.write(folder / "my-clips" / f"{clip}.wav", 0.1 * np.sum(notes, axis=0), 16000)
         rows.append(f"{clip}.wav,{3 + 0.5 * clip}")
     (folder / "my-scores.csv").write_text("\n".join(rows))
+    rows = ["participant,excerpt,system,prompt,rating"]
+    for person in range(4):
+        for number in range(12):
+            excerpt = f"{number},{('base', 'tuned')[number % 2]},{number // 2}"
+            rows.append(f"p{person},{excerpt},{3 + person + number % 2 + random_.integers(3)}")
+    (folder / "my-ratings.csv").write_text("\n".join(rows))
     return folder
 
 

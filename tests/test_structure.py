@@ -11,10 +11,10 @@ import smart
 
 PACKAGE = Path(smart.__file__).parent
 GROUND = {"config", "tokens", "model", "checkpoint", "track", "shards", "hub", "soundfonts"}
-GROUND |= {"files", "remi", "midi", "midi_pool", "distributed", "regions"}
+GROUND |= {"files", "remi", "midi", "midi_pool", "distributed", "regions", "paper"}
 ROOMS = {"prompts", "sampler", "render", "bank", "scoring", "reward", "reward.audiobox", "reward.ce_proxy", "plots"}
 ROOMS |= {"compare", "features", "diversity", "guard"}
-PROGRAMS = {"grpo", "pretrain", "generate", "corpus", "doctor", "evaluate", "study", "reward.calibrate"}
+PROGRAMS = {"grpo", "pretrain", "generate", "corpus", "doctor", "evaluate", "reproduce", "study", "reward.calibrate"}
 
 
 def modules() -> dict[str, Path]:
@@ -74,7 +74,8 @@ def refuse(*args, **kwargs): raise AssertionError(f"network at import: {args}")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 import smart.__main__, smart.grpo, smart.pretrain, smart.generate, smart.corpus, smart.doctor
 import smart.evaluate.report, smart.evaluate.rate, smart.evaluate.soundfonts, smart.evaluate.hacks
-import smart.reward.audiobox, smart.reward.calibrate, smart.study.build, smart.study.serve, smart.study.app
+import smart.reward.audiobox, smart.reward.calibrate
+import smart.study.build, smart.study.serve, smart.study.app, smart.study.analyse, smart.study.power
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

@@ -87,7 +87,7 @@ class Visitor:
 
     def left(self, position: int) -> None:
         """Wait until that trial is over."""
-        self.page.wait_for_function(f"document.querySelector('main').dataset.position !== '{position}'")
+        self.page.wait_for_function("p => document.querySelector('main').dataset.position !== p", arg=str(position))
 
 
 def ratings(server: Server) -> dict[str, dict[int, int]]:
@@ -173,7 +173,7 @@ def test_a_phone_that_loses_the_network_after_every_trial(browser: Any, server: 
         sent[position] = position % 10 + 1
         visitor.context.set_offline(True)
         visitor.rate(sent[position])
-        visitor.page.wait_for_function("document.querySelector('#status').innerText.includes('no connection')")
+        visitor.page.wait_for_function("() => document.querySelector('#status').innerText.includes('no connection')")
         if position % 10 == 5:
             other = Visitor(browser, server, **options)
             other.page.goto(link)
@@ -252,14 +252,13 @@ def test_half_an_excerpt_is_not_enough_and_a_pause_is_no_play(browser: Any, serv
     visitor.left(0)
     assert visitor.position() == 1
     # the sound is at its end without having been heard: as when somebody seeks with a key of their headphones
-    page.evaluate("HTMLMediaElement.prototype.seek = function (to) { this.currentTime = to; }")
     page.evaluate("""() => {
         const play = HTMLMediaElement.prototype.play;
         HTMLMediaElement.prototype.play = function () { window.sound = this; return play.call(this); };
     }""")
     page.click("#play")
     page.evaluate("() => { sound.currentTime = sound.duration - 0.01; }")
-    page.wait_for_function("document.querySelector('#play').innerText === 'Play again'")
+    page.wait_for_function("() => document.querySelector('#play').innerText === 'Play again'")
     assert page.is_disabled("#scale")
     page.click("#play")  # all of it
     page.wait_for_selector("#scale:not([disabled])")

@@ -13,6 +13,8 @@ COMMANDS = {
     "serve": "Serve a study's pages and keep its ratings.",
     "invite": "Make links for participants.",
     "export": "Write the ratings as CSV, one row a rating.",
+    "analyse": "What the ratings say: models, intervals, figures, exclusions.",
+    "power": "How likely a study of a given size finds an effect of a given size.",
 }
 
 
