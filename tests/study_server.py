@@ -47,7 +47,8 @@ def build(out: Path, runs: list[str], *options: str) -> str:
 
     from smart.study.build import main
 
-    words = ["--runs", *runs, "--out", str(out), "--sample-rate", str(RATE), "--seconds", str(SECONDS), *options]
+    words = ["--runs", *runs, "--out", str(out), "--sample-rate", str(RATE), "--seconds", str(SECONDS)]
+    words += ["--power", "0", *options]
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 0, done.output
     return done.output

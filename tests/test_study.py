@@ -40,7 +40,7 @@ def wavs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def study(tmp_path_factory: pytest.TempPathFactory, wavs: list[str]) -> Path:
     """Three prompts of two systems, two practice items, two repeats and the silence."""
     out = tmp_path_factory.mktemp("built") / "study"
-    build(out, wavs, "--prompts", str(PROMPTS), "--repeats", "2", "--silence", "--completion-code")
+    build(out, wavs, "--prompts", str(PROMPTS), "--repeats", "2", "--silence", "--completion-code", "--power", "4")
     return out
 
 
@@ -157,6 +157,7 @@ def test_preregistration_is_filled_with_the_design(study: Path) -> None:
     text = (study / "preregistration.md").read_text(encoding="utf-8")
     assert "zebra and yak" in text and "all 6 excerpts" in text and "2 practice items" in text
     assert "-23.0 LUFS" in text and "one silent excerpt" in text and "{{" not in text
+    assert "of 4 simulated studies" in text and "a difference of 1.221: " in text
 
 
 def test_a_study_is_never_overwritten_and_goes_on_after_an_interruption(
@@ -165,6 +166,7 @@ def test_a_study_is_never_overwritten_and_goes_on_after_an_interruption(
     runs = make_wavs(tmp_path, ("a", "b"), 2)
     out = tmp_path / "study"
     words = ["--runs", *runs, "--out", str(out), "--prompts", "2", "--practice", "0", "--sample-rate", str(RATE)]
+    words += ["--power", "0"]
     with monkeypatch.context() as patch:
         patch.setattr(building, "assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert CliRunner().invoke(building.main, words).exit_code != 0
@@ -198,7 +200,13 @@ def test_mistakes_of_a_build_are_named_in_one_line(
     change: list[str], told: str, wavs: list[str], tmp_path: Path
 ) -> None:
     words = ["--runs", *wavs, "--out", str(tmp_path / "study"), "--prompts", "3", "--practice", "0"]
-    words += ["--sample-rate", str(RATE), *(each.format(zebra=wavs[0], there=tmp_path) for each in change)]
+    words += [
+        "--power",
+        "0",
+        "--sample-rate",
+        str(RATE),
+        *(each.format(zebra=wavs[0], there=tmp_path) for each in change),
+    ]
     done = CliRunner().invoke(building.main, words)
     assert done.exit_code == 2 and told in done.output, done.output
     assert not (tmp_path / "study").exists()

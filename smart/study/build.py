@@ -32,6 +32,7 @@ from smart.files import sha256, sync, write_atomically
 from smart.soundfonts import check_soundfont, find_soundfont
 from smart.study import loudness
 from smart.study.folder import AUDIO, CHECK, CONSENT, FORMAT, KEY, KEY_COLUMNS, Design, write_csv, write_design
+from smart.study.power import Population, Power, simulate_power
 from smart.track import progress, write_wav
 
 if TYPE_CHECKING:  # it imports torch, which a folder of WAV files does not need
@@ -41,6 +42,7 @@ QUESTION = "How much do you enjoy this audio? Rate from 1 to 10."  # the paper's
 LOW, HIGH = "not at all", "very much"
 SETTINGS = ("prompts", "practice", "repeats", "silence", "seconds", "sample_rate", "seed")  # of a design, by name
 BLOCK = 8  # prompts that are drawn together, and lost together by an interruption
+EFFECTS = (0.4, 0.8, Population().effect)  # differences of mean ratings, the last one the paper's
 INSTANT = 1577836800  # 2020-01-01: when every file of audio/ says that it was changed
 
 
@@ -221,7 +223,19 @@ def assemble(folder: Path, design: Design, clips: Sequence[Clip], target: float)
     return design, told
 
 
-def write_texts(folder: Path, design: Design, sources: Mapping[str, str], options: Mapping[str, Any]) -> None:
+def simulate(design: Design, studies: int) -> list[Power]:
+    """Power for the planned listeners and each of ``EFFECTS``; none where there is nothing to compare."""
+    if not studies or len(design.systems) < 2 or design.prompts < 2:
+        return []
+    return [
+        simulate_power(design.listeners, design.prompts, Population(effect=effect), studies=studies, seed=design.seed)
+        for effect in EFFECTS
+    ]
+
+
+def write_texts(
+    folder: Path, design: Design, sources: Mapping[str, str], options: Mapping[str, Any], power: Sequence[Power]
+) -> None:
     """The consent text, to be completed by who runs the study, and the preregistration, filled with the design."""
     import jinja2
 
@@ -235,7 +249,7 @@ def write_texts(folder: Path, design: Design, sources: Mapping[str, str], option
         undefined=jinja2.StrictUndefined,
     )
     text = environment.from_string(template).render(
-        design=design, sources=sources, options=options, version=version("smart")
+        design=design, sources=sources, options=options, power=power, version=version("smart")
     )
     (folder / "preregistration.md").write_text(text, encoding="utf-8")
 
@@ -285,15 +299,21 @@ def fill(work: Work, systems: Sequence["Recordings | System"], design: Design, o
 
 
 def build(
-    out: Path, systems: Sequence["Recordings | System"], design: Design, *, target: float, options: dict[str, Any]
+    out: Path,
+    systems: Sequence["Recordings | System"],
+    design: Design,
+    *,
+    target: float,
+    studies: int,
+    options: dict[str, Any],
 ) -> list[str]:
     """Make the study's folder ``out``; returns what the person who builds it should know.
 
-    ``options`` go to ``smart.compare.compose``.
+    ``target``: LUFS; ``studies``: how many are simulated for the power; ``options`` go to ``smart.compare.compose``.
     """
     sources = {each.name: str(origin(each).resolve()) for each in systems}
-    settings = {"target": target, "sources": sources, **options}
-    settings |= {name: getattr(design, name) for name in SETTINGS}
+    settings = {"target": target, "sources": sources} | {name: getattr(design, name) for name in SETTINGS}
+    settings |= {name: value for name, value in options.items() if name != "workers"}  # they change nothing
     work = Work(out, settings)
     try:
         fill(work, systems, design, options)
@@ -304,7 +324,8 @@ def build(
         made = work.folder / "study"
         shutil.rmtree(made, ignore_errors=True)
         design, told = assemble(made, design, clips, target)
-        write_texts(made, design, sources, options)
+        power = simulate(design, studies)
+        write_texts(made, design, sources, options, power)
         publish(made, out)
         shutil.rmtree(work.folder)
     except OSError as error:
@@ -313,7 +334,11 @@ def build(
         ) from error
     finally:
         work.close()
-    return told
+    return told + [
+        f"{each.power:.0%} of {each.studies} simulated studies with {design.listeners} listeners find an effect of "
+        f"{each.effect:g} (95% interval {each.power_low:.0%} to {each.power_high:.0%})"
+        for each in power
+    ]
 
 
 @click.command("build")
@@ -329,6 +354,13 @@ def build(
 @click.option("--lufs", default=loudness.TARGET, show_default=True, type=click.FloatRange(max=-5), help="Loudness.")
 @click.option("--seed", default=1, show_default=True, type=click.IntRange(min=0), help="Of music and of orders.")
 @click.option("--listeners", default=20, show_default=True, type=click.IntRange(min=3), help="How many you plan.")
+@click.option(
+    "--power",
+    default=100,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Studies simulated for the power; 0: none.",
+)
 @click.option("--completion-code", is_flag=True, help="Show everyone who finishes a code of their own.")
 @click.option("--corpus", type=click.Path(path_type=Path), help="Prompts from its test split, not procedural ones.")
 @click.option("--soundfont", default="timgm", show_default=True, help="Short name or path.")
@@ -357,7 +389,7 @@ def main(runs: tuple[str, ...], more: tuple[str, ...], out: Path, **given: Any) 
         format=FORMAT, study=secrets.token_hex(8), question=QUESTION, low=LOW, high=HIGH, systems=names,
         **{name: given[name] for name in (*SETTINGS, "lufs", "listeners", "completion_code")},
     )  # fmt: skip
-    for line in build(out, systems, design, target=given["lufs"], options=options):
+    for line in build(out, systems, design, target=given["lufs"], studies=given["power"], options=options):
         click.echo(line)
     click.echo(f"{out}: {design.prompts} prompts x {len(names)} systems, {design.rated} trials for each participant")
     click.echo(f"complete {out / CONSENT} and {out / 'preregistration.md'}, then: smart study serve {out}")
