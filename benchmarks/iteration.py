@@ -69,7 +69,9 @@ def resolve(options: argparse.Namespace, folder: Path) -> Config:
         config,
         run=dataclasses.replace(config.run, folder=str(folder / "runs"), device=options.device),
         grpo=dataclasses.replace(config.grpo, iterations=many),
-        track=dataclasses.replace(config.track, checkpoint_every=many, samples_every=many + 1, final_prompts=2),
+        track=dataclasses.replace(
+            config.track, checkpoint_every=many, samples_every=many + 1, final_prompts=2, held_out_every=0
+        ),
     )
 
 

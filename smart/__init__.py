@@ -1,6 +1,7 @@
 """Tune symbolic music models with reinforcement learning from audio."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
 import click
@@ -33,3 +34,43 @@ def require(*finders: Callable[[], Any]) -> list[Any]:
     if problems:
         raise UserError(problems[0])
     return found
+
+
+class LazyGroup(click.Group):
+    """A group whose commands live in modules of their own, each imported only when it is asked for.
+
+    ``programs`` maps a command's name to its help; its module is ``package`` with that name, or what ``modules`` says.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        programs: Mapping[str, str],
+        package: str,
+        modules: Mapping[str, str] | None = None,
+        **keys: Any,
+    ) -> None:
+        super().__init__(*args, **keys)
+        self.programs, self.package, self.modules = programs, package, modules or {}
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.programs)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.programs:
+            return None
+        module = self.modules.get(cmd_name, f"{self.package}.{cmd_name}")
+        try:
+            command: click.Command = import_module(module).main
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package in ("", "smart"):
+                raise
+            raise UserError(
+                f"{cmd_name} needs the package {package}, which is missing: pip install {package}"
+            ) from error
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Programs"):  # without importing any of them
+            formatter.write_dl(list(self.programs.items()))

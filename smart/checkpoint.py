@@ -25,11 +25,13 @@ from smart.files import write_atomically as write_atomically  # where others loo
 
 MANIFEST = "manifest.json"
 STATE = "state.safetensors"
+BEST = "best"
 
 
-def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int = 0) -> Path:
+def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int = 0, best: int | None = None) -> Path:
     """Make checkpoint ``step`` of what ``write(folder)`` writes; then delete all but the ``keep`` newest (0: none).
 
+    The checkpoint of step ``best`` is never deleted, and the link ``<root>/best`` leads to it (None: no link).
     Raises ``OSError`` when it cannot be written (disk full, read-only, quota); what was there before stays.
     """
     root.mkdir(parents=True, exist_ok=True)
@@ -53,9 +55,15 @@ def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int = 0)
         if isinstance(error, SafetensorError):  # how that library reports a full disk
             raise OSError(f"{final}: {error}") from error
         raise
+    if best is not None:
+        link = root / f".{BEST}.link"
+        link.unlink(missing_ok=True)
+        link.symlink_to(f"{best:08d}")
+        os.replace(link, root / BEST)
     if keep:
         for old in steps(root)[:-keep]:
-            shutil.rmtree(root / f"{old:08d}", ignore_errors=True)
+            if old != best:
+                shutil.rmtree(root / f"{old:08d}", ignore_errors=True)
     return final
 
 

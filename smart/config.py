@@ -107,6 +107,17 @@ class Grpo:
     scale: str = _choice("group", "group", "none")
     max_grad_norm: float = _number(1.0, above=0.0)
     precision: str = _choice("auto", "auto", "float32", "bfloat16")  # auto: bf16 autocast on CUDA only
+    diversity: float = _number(0.0, low=0.0)  # reward points for being unlike the rest of the group; 0: plain GRPO
+    kl_budget: float = _number(0.0, low=0.0)  # nats a token to the base, on held-out prompts; then it stops; 0: none
+    stop_on_collapse: bool = False  # stop where the rule of smart.guard says that pieces have become alike
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What watches for over-optimisation (``smart.guard``), beside the keys of ``Grpo`` and ``Track``."""
+
+    # kind "auto": the reward's axes without weight; where there are none, how likely the base finds the music
+    judge: RewardConfig = field(default_factory=lambda: RewardConfig(kind="auto"))
 
 
 @dataclass(frozen=True)
@@ -120,6 +131,8 @@ class Track:
     final_prompts: int = _number(64, low=2)  # fresh prompts for base against tuned at the end
     final_listen: int = _number(4, low=0)  # of them, how many are written as MIDI and WAV
     trace_every: int = _number(0, low=0)  # write the timeline of each so many-th iteration; 0: of none
+    held_out_every: int = _number(10, low=0)  # measure the policy on held-out prompts; 0: never
+    held_out_prompts: int = _number(8, low=2)  # for each it writes four completions
 
 
 @dataclass(frozen=True)
@@ -133,6 +146,7 @@ class Config:
     render: Render = field(default_factory=Render)
     reward: RewardConfig = field(default_factory=RewardConfig)
     grpo: Grpo = field(default_factory=Grpo)
+    guard: Guard = field(default_factory=Guard)
     track: Track = field(default_factory=Track)
 
 

@@ -10,7 +10,6 @@ Axes: N pieces that are written together, P prompt length, T completion length.
 """
 
 import csv
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from smart.midi import Limits
 from smart.midi_pool import Pool
 from smart.model import load_base, pick_device
 from smart.render import RenderError, RenderPool, score_notes
-from smart.reward import Reward, load_reward
+from smart.reward import Reward, load_reward, read_options
 from smart.sampler import Sampler
 from smart.scoring import Scorer
 from smart.soundfonts import check_soundfont, find_soundfont
@@ -37,7 +36,7 @@ from smart.tokens import Grammar, Vocabulary, build_grammar, decode, unplayable,
 WINDOW = 512  # tokens that the model sees at once: the crops that bases are trained on (paper section 3.1)
 CONTEXT = WINDOW * 3 // 4  # of these, at most, stand before what is drawn
 ROWS = 64  # pieces, candidates included, that are written together
-SETTINGS, TABLE = "settings.json", "pieces.csv"
+TABLE = "pieces.csv"
 
 
 # --- Tokens -------------------------------------------------------------------------------------------------------
@@ -224,18 +223,10 @@ def read_table(folder: Path) -> list[dict[str, str]]:
 
 def prepare(out: Path, settings: dict[str, Any]) -> int:
     """Make the folder ``out``, or go on with one of the same settings; how many pieces it holds already."""
-    text = json.dumps(settings, indent=1) + "\n"
+    track.claim(out, settings)
+    rows = read_table(out)
+    lines = [list(rows[0]), *(list(row.values()) for row in rows)] if rows else []
     try:
-        if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / SETTINGS).is_file())):
-            raise UserError(f"--out {out}: holds something else; give a new folder")
-        if (out / SETTINGS).is_file():
-            if (out / SETTINGS).read_text(encoding="utf-8") != text:
-                raise UserError(f"--out {out}: holds pieces made with other settings; give a new folder")
-        else:
-            out.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_atomically(out / SETTINGS, text.encode())
-        rows = read_table(out)
-        lines = [list(rows[0]), *(list(row.values()) for row in rows)] if rows else []
         checkpoint.write_atomically(out / TABLE, "".join(",".join(line) + "\n" for line in lines).encode())
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
@@ -323,7 +314,7 @@ def generate(
         if best_of == 1:
             return None
         where = "cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda"
-        return load_reward(kind, device=where, **dict(_option(text) for text in options))
+        return load_reward(kind, device=where, **read_options(options))
 
     def sound() -> Path:
         path = find_soundfont(soundfont)
@@ -428,17 +419,6 @@ def _rate(bad: Sequence[int], written: Sequence[Sequence[int]]) -> str:
     total = sum(map(len, written))
     share = sum(bad) / max(total, 1)
     return f"{sum(bad)} of {total} ({share:.2%}), in {sum(map(bool, bad))} of {len(bad)} pieces"
-
-
-def _option(text: str) -> tuple[str, Any]:
-    """KEY=VALUE as a keyword; a value that reads as JSON (a number, true) is that, any other is text."""
-    key, separator, value = text.partition("=")
-    if not separator or not key:
-        raise UserError(f"--reward-option {text!r}: expected KEY=VALUE, for example model=weights/audiobox")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
 
 
 if __name__ == "__main__":

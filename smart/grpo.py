@@ -32,6 +32,7 @@ Axes: B prompts, G completions a prompt, N = B x G sequences, P prompt length, T
 import copy
 import math
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,8 +41,9 @@ from safetensors.torch import save_file
 
 from smart import Failure, UserError, checkpoint, distributed, require, track
 from smart.bank import BankPool, open_renderer
-from smart.config import Config, Grpo, dumps, load
+from smart.config import Config, Grpo, RewardConfig, dumps, load
 from smart.distributed import World
+from smart.guard import Guard, HeldOut, Judge, alikeness
 from smart.model import find_base, load_base, pick_device, pick_precision, save_base
 from smart.plots import curves, timeline
 from smart.prompts import Pieces, draw
@@ -77,6 +79,23 @@ def group_advantages(
         variance = centred.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
         centred = centred / (variance.sqrt() + eps)
     return centred.flatten()
+
+
+def distinct_rewards(rewards: torch.Tensor, alike: torch.Tensor, *, weight: float) -> torch.Tensor:
+    """Rewards (N,) with a bonus for being unlike the rest of one's group: r_i + weight (1 - mean of k_ij over j != i).
+
+    ``alike`` (B, G, G) holds k, 0 to 1, of each group's members, N = B x G. An expected k is of two completions of one
+    policy, so the gradient of these rewards is that of E[r] + weight/2 Q, where Q = E[1 - k(o, o')] is Rao's quadratic
+    entropy (Rao 1982, "Diversity and dissimilarity coefficients"). Members that are all equally alike get what plain
+    GRPO gives them. DRA-GRPO (Chen et al. 2025) divides rewards by 1 + sum of k_ij instead; ratings of 7 that differ by
+    0.3 would be drowned by that. Rewards that are not finite stay so, and are no neighbours of the others.
+    """
+    if alike.ndim != 3 or alike.shape[1] != alike.shape[2] or alike.shape[:2].numel() != len(rewards):
+        raise ValueError(f"alike: expected (B, G, G) for {len(rewards)} rewards, got {tuple(alike.shape)}")
+    rated = rewards.view(alike.shape[:2]).isfinite()
+    others = rated[:, None, :] & ~torch.eye(alike.shape[1], dtype=torch.bool, device=alike.device)
+    mean = alike.where(others, 0).sum(dim=2) / others.sum(dim=2).clamp(min=1)
+    return rewards + weight * (1 - mean).flatten()
 
 
 def completion_logits(
@@ -245,30 +264,80 @@ class Parts(NamedTuple):
     base: Path
     soundfont: Path
     reward: Reward
+    judge: Reward | None  # of held-out completions, where it is a reward of its own
     pieces: Pieces | None  # for prompts of kind "dataset"
+    unseen: Pieces | None  # the same, for held-out prompts
 
 
 def preflight(config: Config, world: World) -> Parts:
     """Find everything that a run needs. Raises one ``UserError`` that lists all that is missing."""
 
-    def reward() -> Reward:
-        wanted = config.reward
+    def reward(wanted: RewardConfig) -> Reward:
         return load_reward(wanted.kind, weights=wanted.weights or None, device=world.device, **wanted.options)
+
+    def judge() -> Reward | None:
+        if config.guard.judge.kind == "auto" or not config.track.held_out_every:
+            return None
+        return reward(config.guard.judge)
 
     def soundfont() -> Path:
         path = find_soundfont(config.render.soundfont)
         check_soundfont(path)
         return path
 
-    def pieces() -> Pieces | None:
+    def pieces(split: str) -> Pieces | None:
         if config.prompts.kind != "dataset":
             return None
         if not config.prompts.corpus:
             raise UserError("prompts.corpus is empty: set it to a folder written by `smart corpus build`")
-        return Corpus(Path(config.prompts.corpus)).split(config.prompts.split)
+        return Corpus(Path(config.prompts.corpus)).split(split)
 
-    found = require(lambda: find_base(config.model.base), soundfont, reward, pieces, track.check_packages)
-    return Parts(*found[:4])
+    def unseen() -> Pieces | None:
+        if not config.track.held_out_every:
+            return None
+        split = "train" if config.prompts.split == "validation" else "validation"
+        found = pieces(split)
+        if found is not None and not len(found):
+            raise UserError(f"the corpus has no {split} pieces for held-out prompts: set track.held_out_every = 0")
+        return found
+
+    found = require(
+        lambda: find_base(config.model.base),
+        soundfont,
+        lambda: reward(config.reward),
+        judge,
+        lambda: pieces(config.prompts.split),
+        unseen,
+        track.check_packages,
+    )
+    return Parts(*found[:6])
+
+
+def open_guard(
+    config: Config,
+    world: World,
+    parts: Parts,
+    scorer: Scorer,
+    base_logprobs: Callable[[Rollout], torch.Tensor],
+    drawing: dict[str, Any],
+) -> Guard:
+    """What watches the run on held-out prompts: a set of its own, drawn with a generator of its own."""
+    every, held_out = config.track.held_out_every, None
+    if every:
+        seed = config.run.seed + 2**32
+        generator = torch.Generator().manual_seed(seed)
+        kind, count = config.prompts.kind, config.track.held_out_prompts
+        held_out = HeldOut(
+            draw(kind, count, scorer.tokenizer, generator, pieces=parts.unseen).to(world.device),
+            seed=seed,
+            scorer=scorer,
+            judge=Judge(parts.reward, parts.judge),
+            base_logprobs=base_logprobs,
+            kl=kl_k3,
+            world=world,
+            drawing=drawing,
+        )
+    return Guard(held_out, every=every, kl_budget=config.grpo.kl_budget, stop_on_collapse=config.grpo.stop_on_collapse)
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
@@ -285,6 +354,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
 def _train(config: Config, world: World, *, resume: bool, overwrite: bool) -> Path:
     parts = preflight(config, world)
     settings, sampling, render, device = config.grpo, config.sampling, config.render, world.device
+    if not config.track.held_out_every and (settings.kl_budget or settings.stop_on_collapse):
+        raise UserError("grpo.kl_budget and grpo.stop_on_collapse need measurements: set track.held_out_every above 0")
     if settings.prompts < world.size:
         raise UserError(f"grpo.prompts = {settings.prompts}: expected at least one for each of {world.size} processes")
     policy, tokenizer = load_base(parts.base, device=device)
@@ -317,11 +388,23 @@ def _train(config: Config, world: World, *, resume: bool, overwrite: bool) -> Pa
     def save(target: Path) -> None:
         save_base(policy, tokenizer, target)
         checkpoint.write_state(target, policy, optimizer, **generators)
+        guard.write(target)
         if kept is not None:
             save_file(kept._asdict(), target / AHEAD)
 
     def prompts(count: int, generator: torch.Generator) -> torch.Tensor:
         return draw(config.prompts.kind, count, tokenizer, generator, pieces=parts.pieces).to(device)
+
+    def base_logprobs(rollout: Rollout) -> torch.Tensor:
+        length = rollout.tokens.shape[1] - rollout.mask.shape[1]
+        with torch.no_grad(), autocast:
+            return token_logprobs(
+                reference,
+                rollout.tokens,
+                length,
+                temperature=sampling.temperature,
+                micro_batch=settings.micro_batch,
+            )
 
     def listen(name: str, tokens: torch.Tensor, audio: Any) -> None:
         run.listen(name, decode(tokenizer, tokens), audio, render.sample_rate)
@@ -359,6 +442,9 @@ def _train(config: Config, world: World, *, resume: bool, overwrite: bool) -> Pa
             seconds=render.seconds,
             deadline=config.reward.deadline,
         )
+        guard = open_guard(config, world, parts, scorer, base_logprobs, drawing)
+        if last is not None:
+            guard.read(last)
         watch = track.Stopwatch()
 
         def draw_batch() -> tuple[Rollout, Clips]:
@@ -382,7 +468,13 @@ def _train(config: Config, world: World, *, resume: bool, overwrite: bool) -> Pa
             ahead[1].finish(restored)
         run.say(f"run {folder}: base {parts.base} on {device}, {done} of {settings.iterations} iterations done")
         run.say(f"reward: {parts.reward.provenance}")
+        if guard.held_out:
+            run.say(f"held-out judge: {guard.held_out.judge.name}")
+        if not done and (measured := guard.look(0, samplers["base"])):
+            run.metrics(0, measured)
         for step in range(done + 1, settings.iterations + 1):
+            if guard.stop:
+                break
             rate = settings.learning_rate * (1 - (step - 1) / settings.iterations)  # linear to 0
             for group in optimizer.param_groups:
                 group["lr"] = rate
@@ -392,21 +484,19 @@ def _train(config: Config, world: World, *, resume: bool, overwrite: bool) -> Pa
                 more = settings.rollouts_ahead and step < settings.iterations
                 ahead = draw_batch() if more else None  # while the workers render ``clips``
                 watch.lap("generate")
-                with torch.no_grad(), autocast:  # while the workers render
-                    ref_logp = token_logprobs(
-                        reference,
-                        rollout.tokens,
-                        rollout.tokens.shape[1] - rollout.mask.shape[1],
-                        temperature=sampling.temperature,
-                        micro_batch=settings.micro_batch,
-                    )
+                ref_logp = base_logprobs(rollout)  # while the workers render
                 watch.lap("reference")
                 heard = range(config.track.samples) if step % config.track.samples_every == 0 else range(0)
                 rated = clips.rate(keep=[row - rows.start for row in heard])
                 rollout, rated, ref_logp = together(world, rollout, rated, ref_logp, pad_id=facts.pad_id)
                 rated.check()
                 watch.lap("score")
-                advantages = group_advantages(rated.rewards, settings.group_size, scale=settings.scale)
+                optimised = rated.rewards
+                if settings.diversity:
+                    pieces = [decode(tokenizer, row) for row in rollout.tokens.cpu()]
+                    alike = alikeness(pieces, settings.group_size)
+                    optimised = distinct_rewards(optimised, alike, weight=settings.diversity)
+                advantages = group_advantages(optimised, settings.group_size, scale=settings.scale)
                 stats = update(
                     policy,
                     optimizer,
@@ -432,8 +522,11 @@ def _train(config: Config, world: World, *, resume: bool, overwrite: bool) -> Pa
                 **completion_metrics(rollout, facts.eos_id, grammar),
                 **({"render/fallback_fraction": pool.fallback_fraction()} if isinstance(pool, BankPool) else {}),
                 **watch.metrics(),
+                **(measured := guard.look(step, samplers["tuned"])),
             }
             run.metrics(step, metrics)
+            if measured and guard.collapse:
+                run.say(f"iteration {step}: the pieces have become alike: {guard.collapse}")
             if world.lead and config.track.trace_every and step % config.track.trace_every == 0:
                 timeline(watch.write(folder / "traces" / f"{step:08d}.json"))
             table = rated.rows(rollout, settings.group_size)
@@ -446,11 +539,16 @@ def _train(config: Config, world: World, *, resume: bool, overwrite: bool) -> Pa
             bar.update()
             bar.set_postfix(reward=f"{metrics['reward/mean']:.3f}", kl=f"{stats['kl']:.4f}")
             stopping = world.any(bool(stop.requested))
-            saving = step % config.track.checkpoint_every == 0 or step == settings.iterations or stopping
+            saving = bool(
+                step % config.track.checkpoint_every == 0
+                or step in (settings.iterations, guard.best)
+                or guard.stop
+                or stopping
+            )
             kept = gather_rollout(world, ahead[0], pad_id=facts.pad_id) if saving and ahead else None
             if world.lead and saving:
                 run.flush(step)
-                checkpoint.save(folder / "checkpoints", step, save, keep=config.track.keep_checkpoints)
+                checkpoint.save(folder / "checkpoints", step, save, keep=config.track.keep_checkpoints, best=guard.best)
                 curves(folder, ("reward/mean",), "reward")
                 run.say(
                     f"iteration {step}: reward {metrics['reward/mean']:.3f}, KL {stats['kl']:.4f}, "
@@ -459,6 +557,12 @@ def _train(config: Config, world: World, *, resume: bool, overwrite: bool) -> Pa
             if stopping and step < settings.iterations:
                 run.say(f"stopped; to go on: python -m smart.grpo --config {folder / track.CONFIG} --resume")
                 raise SystemExit(128 + (stop.requested or signal.SIGTERM))
+
+        if guard.stop:
+            world.sum(0)  # the best checkpoint is there
+            best = folder / "checkpoints" / checkpoint.BEST
+            policy.load_state_dict(load_base(best, device=device)[0].state_dict())
+            run.say(f"stopped early: {guard.stop}; tuned/ is iteration {guard.best}, the best by the held-out judge")
 
         # base against tuned: fresh samples for the same prompts and from the same seed
         bar.set_description("base against tuned")

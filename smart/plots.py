@@ -1,11 +1,17 @@
 """Figures, drawn by matplotlib without a display."""
 
+import csv
+import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 from smart import track
+from smart.files import write_atomically
 
 
 def curves(folder: Path, keys: Sequence[str], unit: str) -> Path:
@@ -58,6 +64,112 @@ def timeline(trace: Path) -> Path:
     return path
 
 
+# --- Figures of an evaluation -------------------------------------------------------------------------------------
+
+# colours that people with any kind of colour blindness can tell apart (Okabe and Ito), and a dash for each besides
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DPI = 150
+DASHES = ("-", "--", "-.", ":")
+
+
+class Panel(NamedTuple):
+    """One set of histograms: a measure of several systems."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    values: Mapping[str, npt.NDArray[Any]]  # by system; what is not finite is left out
+    edges: npt.NDArray[np.float64]
+
+
+def edges_of(values: Iterable[npt.NDArray[Any]], bins: int = 30) -> npt.NDArray[np.float64]:
+    """Equal bins from the least to the greatest finite value of several arrays."""
+    together = np.concatenate([np.asarray(part, np.float64) for part in values])
+    together = together[np.isfinite(together)]
+    low, high = (together.min(), together.max()) if len(together) else (0.0, 1.0)
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    return np.linspace(low, high, bins + 1)
+
+
+def histograms(panels: Sequence[Panel], stem: Path, *, columns: int = 2) -> list[Path]:
+    """Draw panels side by side into ``<stem>.png`` and ``.pdf``; what is drawn stands in ``<stem>.csv``."""
+    from matplotlib.figure import Figure
+
+    columns = min(columns, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(4.0 * columns, 2.5 * lines + 0.5), layout="constrained")
+    cells = figure.subplots(lines, columns, squeeze=False).flatten()
+    table = []
+    for panel, axes in zip(panels, cells, strict=False):
+        table += [{"panel": panel.title, **row} for row in _histogram(axes, panel)]
+    for axes in cells[len(panels) :]:
+        axes.set_axis_off()
+    _legend(figure, list(panels[0].values))
+    return _save(figure, stem, table)
+
+
+def rewards_and_rolls(
+    panel: Panel, rolls: Mapping[str, npt.NDArray[np.float32]], stem: Path, *, per_beat: int
+) -> list[Path]:
+    """For each system the histogram of a rating, and below it the mean of its piano rolls (T, 128), as paper figure 6.
+
+    All rolls share one scale of grey. ``<stem>.png``, ``.pdf``, and the data of both as ``<stem>.csv``.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(panel.values)
+    figure = Figure(figsize=(max(2.6 * len(names) + 1.0, 4.5), 5.2), layout="constrained")
+    grid = figure.subplots(2, len(names), squeeze=False, sharey="row")
+    highest = max([0.0, *(float(roll.max()) for roll in rolls.values())]) or 1.0
+    table = []
+    for number, name in enumerate(names):
+        axes = grid[0][number]
+        one = panel._replace(title=name, values={name: panel.values[name]}, ylabel=panel.ylabel if not number else "")
+        table += [{"part": "rating", **row} for row in _histogram(axes, one, number)]
+        axes, roll = grid[1][number], rolls[name]
+        image = axes.imshow(
+            roll.T, origin="lower", aspect="auto", cmap="magma", vmin=0, vmax=highest, interpolation="nearest",
+            extent=(0, len(roll) / per_beat, -0.5, 127.5),
+        )  # fmt: skip
+        axes.set(xlabel="beat", ylim=(20.5, 108.5), xticks=range(0, len(roll) // per_beat + 1, 4))
+        if not number:
+            axes.set_ylabel("MIDI pitch")
+        table += [
+            {"part": "roll", "system": name, "low": cell / per_beat, "high": (cell + 1) / per_beat, "pitch": pitch,
+             "share": float(roll[cell, pitch])}
+            for cell, pitch in np.argwhere(roll > 0).tolist()
+        ]  # fmt: skip
+    bar = figure.colorbar(image, ax=list(grid[1]), pad=0.01)
+    bar.set_label("share of pieces")
+    return _save(figure, stem, table)
+
+
+def rewards_by_iteration(runs: Mapping[str, Sequence[Mapping[str, Any]]], stem: Path, ylabel: str) -> list[Path]:
+    """Mean reward of each run's metrics by step, one standard deviation of the batch about it, as paper figure 2."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    table = []
+    for number, (name, metrics) in enumerate(runs.items()):
+        rows = [
+            {"run": name, "iteration": row["step"], "mean": row["reward/mean"], "std": row.get("reward/std")}
+            for row in metrics
+            if row.get("reward/mean") is not None
+        ]
+        table += rows
+        step, mean = (np.array([row[key] for row in rows], float) for key in ("iteration", "mean"))
+        spread = np.array([row["std"] or 0.0 for row in rows])
+        colour, dash = _style(number)
+        axes.fill_between(step, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(step, mean, color=colour, linestyle=dash)
+    axes.set(xlabel="iteration", ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    _legend(figure, list(runs))
+    return _save(figure, stem, table)
+
+
 def ratings(table: Sequence[tuple[str, str, float]], systems: Sequence[str], path: Path) -> None:
     """Ratings overall and by participant (the paper's figure 5) as ``path``.png and ``path``.pdf, data in ``path``.csv.
 
@@ -73,7 +185,7 @@ def ratings(table: Sequence[tuple[str, str, float]], systems: Sequence[str], pat
     figure = Figure(figsize=(min(max(10.0, 4.5 + 0.42 * len(people)), 60.0), 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1, min(max(1.6, 0.11 * len(people)), 14)])
     width = 0.8 / len(systems)
-    lines = []
+    data: list[dict[str, Any]] = []
     for number, system in enumerate(systems):
         colour, offset = colours[number % len(colours)], (number - (len(systems) - 1) / 2) * width
         own = [value for _, name, value in table if name == system]
@@ -82,7 +194,10 @@ def ratings(table: Sequence[tuple[str, str, float]], systems: Sequence[str], pat
         left.axvline(sum(own) / len(own), ymax=1 / 1.2, color=colour, linestyle="--", linewidth=1)
         for place, person in enumerate(people):
             given = [value for who, name, value in table if who == person and name == system]
-            lines += [f"{person},{system},{value:g},{given.count(value)}" for value in sorted(set(given))]
+            data += [
+                {"participant": person, "system": system, "rating": value, "count": given.count(value)}
+                for value in sorted(set(given))
+            ]
             if given:
                 box = right.boxplot(
                     [given], positions=[place + offset], widths=0.85 * width, patch_artist=True, showmeans=True,
@@ -101,32 +216,82 @@ def ratings(table: Sequence[tuple[str, str, float]], systems: Sequence[str], pat
     right.set_xticks(range(len(people)), people, rotation=90, fontsize="small")
     right.set_yticks(range(1, 11))
     right.grid(axis="y", alpha=0.3)
-    _save(figure, path)
-    data = "\n".join(["participant,system,rating,count", *lines, ""])
-    path.with_suffix(".csv").write_text(data, encoding="utf-8")
+    _save(figure, path, data)
 
 
-def power(rows: Sequence[tuple[int, float, float, float]], effect: float, path: Path) -> None:
-    """Power by number of listeners as ``path``.png and ``path``.pdf.
+def power(rows: Sequence[Mapping[str, float]], effect: float, path: Path) -> None:
+    """Power by number of listeners as ``path``.png and ``path``.pdf, data in ``path``.csv.
 
     Args:
-        rows: (listeners, power, low, high), the ends those of a 95% interval.
+        rows: with "listeners", "power", and "power_low" and "power_high", the ends of its 95% interval.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
-    listeners, shares, low, high = zip(*rows, strict=True)
+    listeners, shares, low, high = (
+        [row[name] for row in rows] for name in ("listeners", "power", "power_low", "power_high")
+    )
     axes.fill_between(listeners, low, high, alpha=0.25, linewidth=0)
     axes.plot(listeners, shares, marker="o", label="power, 95% interval of the simulation")
     axes.axhline(0.8, color="grey", linestyle="--", linewidth=1, label="0.8")
     axes.set(xlabel="listeners", ylabel=f"share of studies with p < 0.05 (effect {effect:g})", ylim=(0, 1.02))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="lower right")
-    _save(figure, path)
+    _save(figure, path, rows)
 
 
-def _save(figure: Any, path: Path) -> None:
-    """As PNG and PDF."""
-    figure.savefig(path.with_suffix(".png"), dpi=150)
-    figure.savefig(path.with_suffix(".pdf"), metadata={"CreationDate": None})
+def _style(number: int) -> tuple[str, Any]:
+    return COLOURS[number % len(COLOURS)], DASHES[number % len(DASHES)]
+
+
+def _histogram(axes: Any, panel: Panel, first: int = 0) -> list[dict[str, Any]]:
+    """Draw the shares of each system's values as steps; returns what was drawn."""
+    rows = []
+    for number, (name, values) in enumerate(panel.values.items(), first):
+        finite = np.asarray(values, np.float64)
+        finite = finite[np.isfinite(finite)]
+        counts = np.histogram(finite, panel.edges)[0]
+        shares = counts / max(len(finite), 1)
+        colour, dash = _style(number)
+        axes.stairs(shares, panel.edges, fill=True, color=colour, alpha=0.2)
+        axes.stairs(shares, panel.edges, color=colour, linestyle=dash, linewidth=1.5)
+        rows += [
+            {"system": name, "low": low, "high": high, "count": count, "share": share}
+            for low, high, count, share in zip(
+                panel.edges[:-1].tolist(), panel.edges[1:].tolist(), counts.tolist(), shares.tolist(), strict=True
+            )
+        ]
+    axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
+    axes.grid(alpha=0.3)
+    return rows
+
+
+def _legend(figure: Any, names: Sequence[str]) -> None:
+    from matplotlib.lines import Line2D
+
+    lines = []
+    for number in range(len(names)):
+        colour, dash = _style(number)
+        lines.append(Line2D([], [], color=colour, linestyle=dash, linewidth=2))
+    figure.legend(lines, names, loc="outside upper center", ncols=min(len(names), 4), frameon=False, handlelength=3)
+
+
+def _save(figure: Any, stem: Path, table: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Write a figure as PNG and PDF, the same bytes for the same data, and its data as CSV."""
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf", "csv")]
+    write_atomically(paths[0], lambda file: figure.savefig(file, format="png", dpi=DPI))
+    figure.set_layout_engine("none")  # it has been laid out, and need not be again
+    write_atomically(paths[1], lambda file: figure.savefig(file, format="pdf", metadata={"CreationDate": None}))
+    write_csv(paths[2], table)
+    return paths
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows as CSV, with the columns of all of them in order of appearance."""
+    text = io.StringIO()
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue().encode())

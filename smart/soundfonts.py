@@ -95,6 +95,17 @@ def package_of(name: str) -> str:
     return known.debian if known else ""
 
 
+def short_name(path: str | os.PathLike[str]) -> str | None:
+    """The short name of a soundfont's file, by its file name; None where it has none."""
+    stem = _plain(Path(path).stem)
+    return next((name for name, known in _KNOWN.items() if stem in known.stems), None)
+
+
+def available_soundfonts() -> dict[str, Path]:
+    """Those with a short name that are on this machine: short name -> file."""
+    return {name: path for name, known in _KNOWN.items() if (path := _search(known)) is not None}
+
+
 def _folders() -> list[Path]:
     """Where soundfonts are looked for, first come first served."""
     own = [folder for folder in os.environ.get("SMART_SOUNDFONTS", "").split(os.pathsep) if folder]

@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from importlib.util import find_spec
@@ -29,6 +29,7 @@ from smart.files import write_atomically
 
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
+SETTINGS = "settings.json"
 NEEDED = ("pyarrow", "tensorboard", "matplotlib", "soundfile")
 
 
@@ -97,6 +98,37 @@ def prepare(folder: Path, config: str, *, resume: bool, overwrite: bool) -> None
         raise UserError(f"run {folder}: cannot be written ({error.strerror})") from None
 
 
+def claim(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Make ``folder`` for what ``settings`` produce, or go on with one of the same; they are kept in it as JSON.
+
+    Raises ``UserError`` where it holds something else, was begun with other settings, or cannot be written.
+    """
+    text, kept = json.dumps(settings, indent=1) + "\n", folder / SETTINGS
+    try:
+        if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not kept.is_file())):
+            raise UserError(f"--out {folder}: holds something else; give a new folder")
+        if kept.is_file():
+            before = kept.read_text(encoding="utf-8")
+            if before != text:
+                raise UserError(
+                    f"--out {folder}: holds pieces made with other settings ({_changes_in(before, text)}); "
+                    "give a new folder"
+                )
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(kept, text.encode())
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from None
+
+
+def _changes_in(before: str, now: str) -> str:
+    """How two JSON texts of settings differ."""
+    try:
+        return "; ".join(changes(json.loads(before), json.loads(now)))
+    except ValueError:
+        return "they cannot be read"
+
+
 MAY_CHANGE = (
     "run.folder",
     "run.name",
@@ -110,15 +142,10 @@ MAY_CHANGE = (
 def _refuse_changes(folder: Path, config: str) -> None:
     """A run is continued under its own configuration, or it would not be that run."""
     try:
-        before = _flat(tomllib.loads((folder / CONFIG).read_text(encoding="utf-8")))
+        before = tomllib.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"run {folder}: its {CONFIG} cannot be read ({error})") from None
-    now = _flat(tomllib.loads(config))
-    changed = [
-        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key not in MAY_CHANGE
-    ]
+    changed = changes(before, tomllib.loads(config), but=MAY_CHANGE)
     if changed:
         raise UserError(
             f"run {folder}: cannot be continued with another configuration: {'; '.join(changed)}; "
@@ -126,7 +153,17 @@ def _refuse_changes(folder: Path, config: str) -> None:
         )
 
 
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], *, but: Collection[str] = ()) -> list[str]:
+    """How nested settings differ, a clause for each key (dotted), those of ``but`` left out."""
+    old, new = _flat(before), _flat(now)
+    return [
+        f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in but
+    ]
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in table.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -229,6 +266,40 @@ def write_wav(path: Path, audio: npt.NDArray[np.float32], sample_rate: int) -> N
     import soundfile
 
     soundfile.write(path, audio.T, sample_rate, subtype="PCM_16")
+
+
+def read_audio(path: Path, seconds: float = math.inf) -> tuple[npt.NDArray[np.float32], int]:
+    """Mono audio (S,) float32, S >= 0, and its sample rate: the mean of the channels of a wav, flac, mp3 or ogg file.
+
+    No more than the first ``seconds`` are read. Raises ``UserError`` where the file is missing or unreadable, or the
+    package soundfile is.
+    """
+    soundfile = load_soundfile()
+    if not path.is_file():
+        raise UserError(f"audio file {path}: no such file")
+    try:
+        with soundfile.SoundFile(path) as file:
+            rate = int(file.samplerate)
+            most = -1 if math.isinf(seconds) else round(seconds * rate)
+            # a block at a time: an hour of many channels would not fit into memory
+            blocks = file.blocks(10 * rate, dtype="float32", always_2d=True, frames=most) if file.frames else ()
+            return np.concatenate([np.empty(0, np.float32), *(block.mean(axis=1) for block in blocks)]), rate
+    except (RuntimeError, OSError) as error:  # soundfile's own errors are RuntimeErrors
+        reason = " ".join(str(getattr(error, "error_string", error)).split())
+        raise UserError(f"audio file {path} cannot be read as wav, flac, mp3 or ogg ({reason})") from error
+
+
+def load_soundfile() -> Any:
+    """The package soundfile; ``UserError`` where it or its library is not installed."""
+    try:
+        import soundfile
+    except ImportError as error:
+        raise UserError(
+            "reading audio files needs the package soundfile, which is missing; do: pip install soundfile"
+        ) from error
+    except OSError as error:  # the package is there, the library that it wraps is not
+        raise UserError(f"the package soundfile does not find libsndfile ({error}); reinstall it") from error
+    return soundfile
 
 
 def summarise(folder: Path, rewards: Mapping[str, npt.NDArray[np.float32]]) -> str:
@@ -351,7 +422,8 @@ def progress(rows: Iterable[Any] | None = None, *, show: bool = True, **options:
 def _cut_back(folder: Path, step: int) -> None:
     """Drop what was written after ``step``: it is going to be written again."""
     if (folder / METRICS).exists():
-        rows = [json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= step]
+        # step 0, the base's own values, is written by the run's first process
+        rows = [json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= step and step > 0]
         write_atomically(folder / METRICS, "".join(rows).encode())
     for path in (folder / "completions").glob("*"):
         if path.suffix != ".parquet" or int(path.stem) > step:

@@ -142,3 +142,13 @@ def test_peer(tmp_path: Path) -> None:
     assert found["ratio"] == pytest.approx(found["peer_seconds"] / found["smart_seconds"])
     assert found["completions"] == found["peer"]["completions"] == 4
     assert {"generate", "render", "score", "learn_and_rest"} <= set(found["peer"]["seconds"])
+
+
+def test_soak(tmp_path: Path) -> None:
+    """Nothing is opened and not closed, and nothing piles up, from the second third of 60 iterations on."""
+    table, found = run("soak.py", "--iterations 60 --parts 3", cwd=tmp_path)
+    assert "workers MiB" in table
+    _, middle, last = found["parts"]
+    assert last["files"] == middle["files"] and last["workers"] == middle["workers"] == 1
+    assert last["threads"] < 40  # libraries start those of their pools one by one
+    assert last["mib"] < middle["mib"] + 8 and last["workers_mib"] < middle["workers_mib"] + 2

@@ -27,6 +27,15 @@ def test_newest_is_found_and_old_ones_go(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path) == tmp_path / "00000030"
 
 
+def test_the_best_one_stays_and_has_a_link(tmp_path: Path) -> None:
+    for step, best in ((1, 1), (2, 2), (3, 2), (4, 2), (5, 5), (6, 5)):
+        checkpoint.save(tmp_path, step, write_text(str(step)), keep=1, best=best)
+        assert checkpoint.steps(tmp_path) == sorted({best, step})
+        assert (tmp_path / checkpoint.BEST / "weights").read_text() == str(best)
+    assert checkpoint.latest(tmp_path) == tmp_path / "00000006"
+    assert (tmp_path / checkpoint.BEST).readlink() == Path("00000005")  # a run's folder can be moved
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest", "manifest removed"])
 def test_a_damaged_one_is_named_and_the_one_before_used(
     tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]

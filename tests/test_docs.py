@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from test_runs import HELD_OUT
 
 from smart.config import shipped
 
@@ -37,6 +38,7 @@ SHORT = {
 }  # fmt: skip
 SMALL = {
     "smart.generate": "--tokens 24",
+    "smart.evaluate sample": "-n 4 --tokens 24 --seconds 2 --workers 1",
     "benchmarks/reward.py": "--clips 2 --rounds 1 --dtypes float32",
     "benchmarks/sampler.py": "--repeats 1",
 }
@@ -103,7 +105,9 @@ def test_every_command_works_in_the_order_of_the_pages(place: Path) -> None:
             words += ["--collect-only", "tests/test_config.py"]
         for key, value in SHORT.get(program, {}).items():
             words += ["--set", f"{key}={value}"]
-        words += SMALL.get(program, "").split()
+        place_of = words.index(program)
+        for named in (program, " ".join(words[place_of : place_of + 2])):  # a program, or one of its commands
+            words += SMALL.get(named, "").split()
         if "--resume" in words:  # its own configuration is the short one already
             words = words[: words.index("--resume") + 1]
         done = subprocess.run(words, cwd=place, env=env, capture_output=True, text=True, timeout=300)
@@ -141,10 +145,11 @@ def test_every_logged_metric_is_defined() -> None:
     """docs/metrics.md names each metric that the code logs."""
     page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     logged = set()
-    for name in ("grpo.py", "scoring.py", "pretrain.py"):
+    for name in ("grpo.py", "guard.py", "scoring.py", "pretrain.py"):
         code = (ROOT / "smart" / name).read_text(encoding="utf-8")
         logged |= set(re.findall(r'"((?:reward|completions|clips|seconds|policy|render|samples)/[a-z_]+)"', code))
     logged |= {"loss", "validation_loss", "validation_perplexity", "gradient_norm", "tokens", "tokens_per_second"}
     logged |= {f"policy/{key}" for key in ("kl", "ratio", "clip_fraction", "dlogp_max", "loss", "entropy", "grad_norm")}
+    logged |= HELD_OUT
     assert len(logged) > 15
     assert not {metric for metric in logged if f"`{metric}`" not in page}

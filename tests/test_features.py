@@ -107,20 +107,10 @@ def test_tempo_and_time_signature_play_no_part(tmp_path: Path) -> None:
     assert all(plain[name] == midi_features(score)[name] for name in SCALARS)
 
 
-# a file cannot say which of two equal pitches on one channel a note-off ends, so of one pitch the first to begin is the
-# first to end; MIDI velocity 0 is a note-off
+# also notes of one pitch that overlap: the file does not say which note-off ends which, and no feature depends on it
 TRACK = st.lists(
-    st.tuples(st.integers(0, 90), st.integers(1, 60), st.integers(0, 127), st.integers(1, 127)), max_size=25
+    st.tuples(st.integers(0, 90), st.integers(0, 60), st.integers(0, 127), st.integers(1, 127)), max_size=25
 )
-
-
-def first_in_first_out(notes: Notes) -> Notes:
-    kept: Notes = []
-    for pitch in {note[2] for note in notes}:
-        same = sorted(note for note in notes if note[2] == pitch)
-        ends = sorted(time + duration for time, duration, _, _ in same)
-        kept += [(time, end - time, pitch, velocity) for (time, _, _, velocity), end in zip(same, ends, strict=True)]
-    return sorted(kept)
 
 
 @settings(max_examples=60, deadline=None)
@@ -129,8 +119,7 @@ def first_in_first_out(notes: Notes) -> Notes:
 def test_agrees_with_muspy_on_anything(
     tmp_path_factory: Any, first: Notes, second: Notes, drums: Notes, tpq: int, control: int | None
 ) -> None:
-    tracks = [first_in_first_out(notes) for notes in (first, second, drums)]
-    score = build(tracks[0], tracks[1], drums=tracks[2], tpq=tpq, control=control)
+    score = build(first, second, drums=drums, tpq=tpq, control=control)
     assert_alike(score, tmp_path_factory.getbasetemp())
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smart.config import Grpo
-from smart.grpo import group_advantages, grpo_loss, kl_k3, token_logprobs, update
+from smart.grpo import distinct_rewards, group_advantages, grpo_loss, kl_k3, token_logprobs, update
 from smart.sampler import Rollout
 
 NAN = math.nan
@@ -53,6 +53,51 @@ def test_advantages_refuse_a_remainder() -> None:
         group_advantages(torch.zeros(6), 4)
     with pytest.raises(ValueError, match="'group' or 'none'"):
         group_advantages(torch.zeros(6), 3, scale="batch")
+
+
+def test_rewards_for_what_is_unlike_its_group_by_hand() -> None:
+    # the first two alike by half, the third like none; then a group of copies
+    alike = torch.tensor([[[1, 0.5, 0], [0.5, 1, 0], [0, 0, 1]], [[1.0] * 3] * 3])
+    got = distinct_rewards(torch.tensor([5.0, 6, 7, 1, 2, 3]), alike, weight=2)
+    torch.testing.assert_close(got, torch.tensor([6.5, 7.5, 9, 1, 2, 3]))
+    # one that was not rated is no neighbour: the first now shares nothing with the only other
+    got = distinct_rewards(torch.tensor([5.0, NAN, 7, NAN, NAN, 3]), alike, weight=2)
+    torch.testing.assert_close(got, torch.tensor([7, NAN, 9, NAN, NAN, 5]), equal_nan=True)
+    with pytest.raises(ValueError, match=r"\(B, G, G\) for 5 rewards, got \(2, 3, 3\)"):
+        distinct_rewards(torch.zeros(5), alike, weight=1)
+
+
+@pytest.mark.parametrize("like", [0.0, 0.3, 1.0])
+def test_members_that_are_equally_alike_are_plain_grpo(like: float) -> None:
+    rewards = torch.randn(12, generator=torch.Generator().manual_seed(0))
+    alike = torch.full((3, 4, 4), like)
+    alike.diagonal(dim1=1, dim2=2).fill_(1)
+    got = group_advantages(distinct_rewards(rewards, alike, weight=5), 4)
+    torch.testing.assert_close(got, group_advantages(rewards, 4), atol=1e-4, rtol=0)
+
+
+def test_of_equal_rewards_copies_get_less_than_the_odd_one_out() -> None:
+    alike = torch.tensor([[[1, 1, 0.0], [1, 1, 0], [0, 0, 1]]])
+    got = group_advantages(distinct_rewards(torch.full((3,), 7.0), alike, weight=1), 3, scale="none")
+    torch.testing.assert_close(got, torch.tensor([-1, -1, 2]) / 6)
+
+
+def test_the_bonus_is_the_gradient_of_raos_quadratic_entropy() -> None:
+    """Over all groups of three that a policy over four outcomes can write, by enumeration."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, generator=generator, dtype=torch.float64, requires_grad=True)
+    kernel = torch.rand(4, 4, generator=generator, dtype=torch.float64)
+    kernel = ((kernel + kernel.T) / 2).fill_diagonal_(1)
+    reward = torch.randn(4, generator=generator, dtype=torch.float64)
+    probs, weight = logits.softmax(0), 0.7
+    (exact,) = torch.autograd.grad(
+        probs @ reward + weight / 2 * (1 - probs @ kernel @ probs), logits, retain_graph=True
+    )
+    groups = torch.cartesian_prod(*[torch.arange(4)] * 3)  # (64, 3)
+    optimised = distinct_rewards(reward[groups].flatten(), kernel[groups[:, :, None], groups[:, None]], weight=weight)
+    chance = probs[groups].prod(1).detach()
+    surrogate = (chance * (probs.log()[groups] * optimised.view(64, 3)).mean(1)).sum()
+    torch.testing.assert_close(torch.autograd.grad(surrogate, logits)[0], exact)
 
 
 def test_kl_is_zero_at_the_reference_and_unbiased() -> None:

@@ -45,7 +45,17 @@ SMALL = {
     "track.trace_every": 4,
     "track.final_prompts": 4,
     "track.final_listen": 2,
+    "track.held_out_every": 2,
+    "track.held_out_prompts": 2,
 }
+
+HELD_OUT = {
+    f"held_out/{name}" for name in (
+        "reward", "judge", "plausibility", "kl", "kl_sequence", "pitches", "velocities", "silent_rate", "length",
+        "collapsed", *(f"{name}{of}" for name in ("vendi", "vendi_audio", "distance", "distinct_4grams")
+                       for of in ("", "_within")),
+    )
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +147,14 @@ def assert_same_run(folder: Path, finished: Path) -> None:
 
 
 def test_what_a_run_leaves(finished: Path, base: Path) -> None:
-    rows = metrics(finished)
+    at_base, *rows = metrics(finished)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    measured = [at_base, *rows[1::2]]
+    assert all({key for key in row if key.startswith("held_out/")} == HELD_OUT for row in measured)
+    assert not any(key.startswith("held_out/") for row in rows[::2] for key in row)
+    assert at_base["step"] == 0 and abs(at_base["held_out/kl"]) < 1e-5 < measured[1]["held_out/kl"]
+    best = max(rows[1::2], key=lambda row: row["held_out/judge"])["step"]
+    assert (finished / "checkpoints" / "best").readlink() == Path(f"{best:08d}")
     for key in (
         "reward/mean", "reward/std", "reward/min", "reward/max", "reward/axis_CE", "reward/zero_variance_groups",
         "policy/kl", "policy/entropy", "policy/clip_fraction", "policy/grad_norm", "policy/dlogp_max",
@@ -150,7 +166,7 @@ def test_what_a_run_leaves(finished: Path, base: Path) -> None:
     assert all(row["policy/dlogp_mean"] <= row["policy/dlogp_max"] for row in rows)
     stages = ("generate", "reference", "score", "learn", "iteration", "wait", "rate", "render")
     timed = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    for row in timed:
+    for row in timed[1:]:
         seconds = {stage: row[f"seconds/{stage}"] for stage in stages}
         assert seconds["iteration"] == pytest.approx(sum(seconds[stage] for stage in stages[:4]))
         assert seconds["wait"] + seconds["rate"] <= seconds["score"]
@@ -186,6 +202,7 @@ def test_what_a_run_leaves(finished: Path, base: Path) -> None:
         "00000002",
         "00000004",
         "00000006",
+        "best",
     ]
 
 
@@ -242,7 +259,7 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number, output
     assert f"--config {tmp_path}/r/config.toml --resume" in output and "Traceback" not in output
-    assert (tmp_path / "r" / "checkpoints" / f"{len(metrics(tmp_path / 'r')):08d}").is_dir()
+    assert (tmp_path / "r" / "checkpoints" / f"{metrics(tmp_path / 'r')[-1]['step']:08d}").is_dir()
     status, output = run("grpo", "--config", str(tmp_path / "r" / "config.toml"), "--resume")
     assert status == 0, output
     assert_same_run(tmp_path / "r", either[ahead])
@@ -347,6 +364,51 @@ def test_rendering_is_hidden_behind_the_next_batch(base: Path, tmp_path: Path, m
     assert rendered == 4 * 6  # each belongs to the iteration in which it arrived
 
 
+def test_looking_on_changes_nothing(base: Path, finished: Path, tmp_path: Path) -> None:
+    """Without measurements the same is drawn, learnt and saved, to the byte."""
+    quiet = {"track.held_out_every": 0}
+    status, output = run("grpo", "--config", "quickstart.toml", *arguments(base, tmp_path, **quiet))
+    assert status == 0 and "held-out" not in output, output
+
+    def trained(folder: Path) -> list[dict[str, Any]]:
+        rows = [row for row in metrics(folder) if row["step"]]
+        return [{key: value for key, value in row.items() if not key.startswith("held_out/")} for row in rows]
+
+    folder = tmp_path / "r"
+    assert trained(folder) == trained(finished) and len(trained(folder)) == len(metrics(folder)) == 6
+    import pyarrow.parquet as pq
+
+    assert pq.read_table(folder / "completions").equals(pq.read_table(finished / "completions"))
+    for name in ("tuned/model.safetensors", "summary.json", "final/01-tuned.wav"):
+        assert (folder / name).read_bytes() == (finished / name).read_bytes(), name
+    assert not (folder / "checkpoints" / "best").exists()
+
+
+def test_a_spent_budget_ends_the_run_with_the_best(base: Path, finished: Path, tmp_path: Path) -> None:
+    """Its policy reaches the budget between the second and the third measurement; one checkpoint is to be kept."""
+    before, after = (row["held_out/kl"] for row in metrics(finished) if row["step"] in (4, 6))
+    assert before < after
+    budget = (before + after) / 2
+    changes = {"grpo.kl_budget": budget, "grpo.iterations": 8, "track.keep_checkpoints": 1}
+    args = ("--config", "quickstart.toml", *arguments(base, tmp_path, **changes))
+    status, output = run("grpo", *args)
+    assert status == 0, output
+    folder = tmp_path / "r"
+    rows = metrics(folder)
+    *within, over = [row for row in rows[1:] if "held_out/kl" in row]
+    assert within and all(row["held_out/kl"] < budget for row in within) and over["held_out/kl"] >= budget
+    assert over is rows[-1] and over["step"] < 8
+    best = max(within, key=lambda row: row["held_out/judge"])["step"]
+    assert f"tuned/ is iteration {best}, the best by the held-out judge" in output and f"{budget:g}" in output
+    kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert kept == [f"{best:08d}", f"{over['step']:08d}", "best"]
+    tuned = (folder / "tuned" / "model.safetensors").read_bytes()
+    assert tuned == (folder / "checkpoints" / f"{best:08d}" / "model.safetensors").read_bytes()
+    status, output = run("grpo", *args, "--resume")  # it knows that it has ended
+    assert status == 0 and metrics(folder) == rows, output
+    assert (folder / "tuned" / "model.safetensors").read_bytes() == tuned
+
+
 def test_a_render_worker_that_is_killed_costs_nothing(base: Path, finished: Path, tmp_path: Path) -> None:
     process = start("grpo", "--config", "quickstart.toml", *arguments(base, tmp_path))
     killed = 0
@@ -392,6 +454,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(base: Path, finis
         ({"grpo.group_size": 1}, "grpo.group_size = 1: expected a value at least 2"),
         ({"run.folder": "/proc/nowhere"}, "cannot be written"),
         ({"sampling.max_new_tokens": 5000}, "max_new_tokens"),
+        ({"track.held_out_every": 0, "grpo.kl_budget": 0.1}, "need measurements: set track.held_out_every above 0"),
+        ({"guard.judge.kind": "taste"}, "taste"),
     ],
 )
 def test_a_users_mistake_is_one_clear_line(base: Path, tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -13,8 +13,8 @@ PACKAGE = Path(smart.__file__).parent
 GROUND = {"config", "tokens", "model", "checkpoint", "track", "shards", "hub", "soundfonts"}
 GROUND |= {"files", "remi", "midi", "midi_pool", "distributed", "regions"}
 ROOMS = {"prompts", "sampler", "render", "bank", "scoring", "reward", "reward.audiobox", "reward.ce_proxy", "plots"}
-ROOMS |= {"compare", "features", "diversity"}
-PROGRAMS = {"grpo", "pretrain", "generate", "corpus", "study", "doctor", "reward.calibrate"}
+ROOMS |= {"compare", "features", "diversity", "guard"}
+PROGRAMS = {"grpo", "pretrain", "generate", "corpus", "doctor", "evaluate", "study", "reward.calibrate"}
 
 
 def modules() -> dict[str, Path]:
@@ -73,7 +73,8 @@ import socket, sys
 def refuse(*args, **kwargs): raise AssertionError(f"network at import: {args}")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 import smart.__main__, smart.grpo, smart.pretrain, smart.generate, smart.corpus, smart.doctor
-import smart.reward.audiobox, smart.reward.calibrate, smart.study
+import smart.evaluate.report, smart.evaluate.rate, smart.evaluate.soundfonts, smart.evaluate.hacks
+import smart.reward.audiobox, smart.reward.calibrate, smart.study.build, smart.study.serve, smart.study.app
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
@@ -96,3 +97,14 @@ assert "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert all(name in done.stdout for name in SUBCOMMANDS)
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from click.testing import CliRunner
+
+    from smart.__main__ import main
+
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.delitem(sys.modules, "smart.evaluate.rate", raising=False)
+    result = CliRunner().invoke(main, ["evaluate", "rate", "--help"])
+    assert result.exit_code == 2 and "rate needs the package scipy, which is missing" in result.output

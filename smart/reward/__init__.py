@@ -12,10 +12,11 @@ itself gives up on (an infinite rating is taken as given up, too). Its neighbour
 import functools
 import importlib.metadata
 import inspect
+import json
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 
 from smart import UserError
 
-__all__ = ["ENTRY_POINT_GROUP", "Reward", "available_rewards", "load_reward", "resample"]
+__all__ = ["ENTRY_POINT_GROUP", "Reward", "available_rewards", "load_reward", "read_options", "resample"]
 
 ENTRY_POINT_GROUP = "smart.rewards"
 # value of an entry point: imported only when its reward is asked for
@@ -181,6 +182,23 @@ def load_reward(
     reward.name = kind
     reward.set_weights(weights)
     return reward
+
+
+def read_options(texts: Sequence[str]) -> dict[str, Any]:
+    """Options for ``load_reward`` from KEY=VALUE, as they are given to ``--reward-option`` on a command line.
+
+    A value that reads as JSON (a number, true) is that, any other is text. Raises ``UserError`` for another form.
+    """
+    options = {}
+    for text in texts:
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            raise UserError(f"--reward-option {text!r}: expected KEY=VALUE, for example model=weights/audiobox")
+        try:
+            options[key] = json.loads(value)
+        except ValueError:
+            options[key] = value
+    return options
 
 
 def available_rewards() -> dict[str, str]:

@@ -93,6 +93,7 @@ class Audiobox(Reward):
         files = _find_local(model) or _find_cached(str(model)) or _download(str(model))
         network = _build(_read(files), files)
         self.batch_size = batch_size
+        self.is_published = files.hub_id == HUB_ID  # fetched under that id; of a folder or a file nobody can know
         self.provenance = f"Audiobox Aesthetics, {_provenance(files)}, {dtype}"
         self._network = network.to(self.device).eval().requires_grad_(False)
         precision = torch.bfloat16 if dtype == "bfloat16" else torch.float32

@@ -44,7 +44,7 @@ from smart.reward.ce_proxy import (
     describe,
     predict,
 )
-from smart.track import progress
+from smart.track import load_soundfile, progress, read_audio
 
 __all__ = ["Clip", "cross_validate", "fit", "main", "order_pairs", "read_clip", "read_scores", "spearman"]
 
@@ -191,15 +191,10 @@ def read_clip(path: Path) -> torch.Tensor:
     Raises:
         UserError: the file is missing, unreadable, empty or not finite, or the soundfile package is missing.
     """
-    soundfile = _soundfile()
     if not path.is_file():
         raise UserError(f"audio file {path} is missing; it is listed in the scores")
-    try:
-        audio, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (RuntimeError, OSError) as error:  # soundfile's own errors are RuntimeErrors
-        reason = " ".join(str(getattr(error, "error_string", error)).split())
-        raise UserError(f"audio file {path} cannot be read as wav, flac, mp3 or ogg ({reason})") from error
-    mono = torch.from_numpy(audio.mean(axis=1))
+    audio, rate = read_audio(path)
+    mono = torch.from_numpy(audio)
     if len(mono) == 0:
         raise UserError(f"audio file {path} is empty; remove it from the scores")
     if not bool(mono.isfinite().all()):
@@ -360,7 +355,7 @@ def _provenance(clips: Sequence[Clip], audio: Path, source: str, group_column: s
         "files_sha256_of": 'lines "SHA-256  NAME" of the audio files, sorted by name',
         "ratings_sha256": ratings.hexdigest(),
         "program": f"smart {importlib.metadata.version('smart')}, torch {torch.__version__}, "
-        f"libsndfile {_soundfile().__libsndfile_version__}",
+        f"libsndfile {load_soundfile().__libsndfile_version__}",
         "command": "python -m smart.reward.calibrate --audio DIR --scores CSV",
         "date": datetime.date.today().isoformat(),
     }
@@ -409,19 +404,6 @@ def _check_files(clips: Sequence[Clip], audio: Path) -> None:
     if absent:
         shown = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
         raise UserError(f"missing from {audio}, though listed in the scores: {shown}")
-
-
-def _soundfile() -> Any:
-    """The soundfile package, which only this program needs."""
-    try:
-        import soundfile
-    except ImportError as error:
-        raise UserError(
-            "reading audio files needs the package soundfile, which is missing; do: pip install soundfile"
-        ) from error
-    except OSError as error:  # the package is there, the library that it wraps is not
-        raise UserError(f"the package soundfile does not find libsndfile ({error}); reinstall it") from error
-    return soundfile
 
 
 def _ranks(values: torch.Tensor) -> torch.Tensor:

@@ -203,9 +203,7 @@ def main(
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
-        plots.power([(row.listeners, row.power, row.power_low, row.power_high) for row in rows], effect, out / "power")
-        lines = [",".join(Power._fields), *(",".join(f"{value:.10g}" for value in row) for row in rows)]
-        (out / "power.csv").write_text("\n".join([*lines, ""]), encoding="utf-8")
+        plots.power([row._asdict() for row in rows], effect, out / "power")
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
     click.echo(f"figure and table: {out / 'power.png'}, {out / 'power.csv'}")

@@ -1,0 +1,238 @@
+"""Ratings of any audio or MIDI file, beside silence and white noise (paper table 1).
+
+    python -m smart.evaluate rate my-clips/*.wav --reward ce_proxy
+
+A file is cut into windows of ten seconds, the receptive field of Audiobox Aesthetics; its rating is their mean,
+weighted by length, as its own predictor does. Where there are several windows, the interval is Student's t over
+them: it says how even one file is, not how files differ.
+
+With the published weights of ``audiobox`` silence and noise check the whole scorer, since the paper prints their
+ratings. The verdict needs to know whether the weights are the published ones: they are if they came from the hub under
+their published id. Any other folder or file might hold anything, so there only agreement says something: weights
+that are not the published ones do not give eight numbers of the paper by chance.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import click
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from smart import UserError, require
+from smart.evaluate.ratings import (
+    MIDI,
+    Audio,
+    Row,
+    announce,
+    columns,
+    load_rewards,
+    rate,
+    read_score,
+    reward_options,
+    table,
+    with_interval,
+    write_csv,
+)
+from smart.render import RenderError, RenderPool, score_notes
+from smart.reward import Reward
+from smart.reward.audiobox import HUB_ID
+from smart.soundfonts import check_soundfont, find_soundfont
+from smart.track import progress, read_audio
+
+WINDOW_SECONDS = 10
+SILENCE, NOISE = "silence", "white noise"
+BUILT_IN_RATE = 16000  # Hz of the two rows
+NOISE_LEVEL = 0.1  # standard deviation
+# paper table 1
+PAPER = {
+    SILENCE: {"CE": 3.24, "CU": 6.45, "PC": 1.70, "PQ": 6.74},
+    NOISE: {"CE": 2.37, "CU": 4.65, "PC": 1.99, "PQ": 4.79},
+}
+# the paper rounds to 0.01 and does not say how loud its noise was or how its files were coded
+TOLERANCE = {SILENCE: 0.1, NOISE: 0.3}
+
+
+class Unreadable(NamedTuple):
+    """A file that could not be rated, and why."""
+
+    name: str
+    reason: str
+
+
+def windows(audio: Audio, sample_rate: int) -> list[Audio]:
+    """(S,) as parts of ten seconds, the last one shorter; none for no samples."""
+    size = WINDOW_SECONDS * sample_rate
+    return [audio[start : start + size] for start in range(0, len(audio), size)]
+
+
+def summarise(ratings: npt.NDArray[np.float64], lengths: Sequence[int]) -> dict[str, float]:
+    """Mean of windows weighted by length, and its 95% interval by Student's t, NaN for fewer than two windows."""
+    known = np.isfinite(ratings)
+    if not known.any():
+        return {"mean": math.nan, "low": math.nan, "high": math.nan}
+    values, weights = ratings[known], np.asarray(lengths, float)[known]
+    weights = weights / weights.sum()
+    mean = float(weights @ values)
+    count = 1 / float((weights**2).sum())  # of equally long windows that would say as much
+    half = math.nan
+    if len(values) > 1 and count > 1:
+        error = math.sqrt(float(weights @ (values - mean) ** 2) / (count - 1))
+        half = float(stats.t.ppf(0.975, count - 1)) * error
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def built_in(seed: int) -> Iterator[tuple[str, Audio, int]]:
+    samples = WINDOW_SECONDS * BUILT_IN_RATE
+    yield SILENCE, np.zeros(samples, np.float32), BUILT_IN_RATE
+    noise = np.random.default_rng(seed).normal(0, NOISE_LEVEL, samples)
+    yield NOISE, noise.astype(np.float32), BUILT_IN_RATE
+
+
+def read(path: Path, pool: RenderPool | None, seconds: float) -> tuple[Audio, int]:
+    """Mono audio and its rate, of an audio file, or of a MIDI file rendered by ``pool``. Raises ``UserError``."""
+    if path.suffix.lower() not in MIDI:
+        return read_audio(path, seconds)
+    assert pool is not None
+    try:
+        audio = pool.submit(score_notes(read_score(path), max_beats=math.inf)).result()
+    except (RenderError, ValueError) as error:  # ValueError: impossible notes
+        raise UserError(f"MIDI file {path} cannot be rendered ({error})") from error
+    return audio.mean(axis=0), pool.sample_rate
+
+
+def verdict(reward: Reward, found: dict[str, dict[str, float]]) -> str:
+    """Whether the ratings of silence and noise, row -> axis -> rating, are the paper's; one line."""
+    off = {
+        f"{axis} of {name}": found[name][axis] - value
+        for name, expected in PAPER.items()
+        for axis, value in expected.items()
+        if not abs(found[name][axis] - value) <= TOLERANCE[name]
+    }
+    tolerance = ", ".join(f"±{value:g} for {name}" for name, value in TOLERANCE.items())
+    if not off:
+        return (
+            f"audiobox: silence and white noise are rated as in the paper's table 1 ({tolerance}): the scorer is right"
+        )
+    if not getattr(reward, "is_published", False):
+        return (
+            "audiobox: no verdict is possible: silence and white noise are not rated as in the paper's table 1, but "
+            f"these weights did not come from the hub as {HUB_ID}, so they may be others (random ones, say)"
+        )
+    worst = max(off, key=lambda key: abs(off[key]) if math.isfinite(off[key]) else math.inf)
+    return (
+        f"audiobox: {len(off)} of 8 ratings are not the paper's ({tolerance}), the worst is {worst}, "
+        f"{off[worst]:+.2f}: "
+        "the published weights rate otherwise here than in the paper"
+    )
+
+
+@click.command()
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+@reward_options
+@click.option("--soundfont", default="timgm", show_default=True, help="What renders MIDI files: short name or path.")
+@click.option(
+    "--sample-rate", default=44100, show_default=True, type=click.IntRange(8000, 192_000), help="Of MIDI files."
+)
+@click.option(
+    "--seconds", default=3600.0, show_default=True, type=click.FloatRange(0, 3600, min_open=True),
+    help="Rate no more than the beginning of each file.",
+)  # fmt: skip
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Of the white noise.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="CSV file for the ratings.")
+@click.option("--overwrite", is_flag=True, help="Replace --out if it is there.")
+def main(
+    files: tuple[Path, ...],
+    kinds: tuple[str, ...],
+    options: tuple[str, ...],
+    device: str,
+    soundfont: str,
+    sample_rate: int,
+    seconds: float,
+    seed: int,
+    out: Path | None,
+    overwrite: bool,
+) -> None:
+    """Rate FILES (wav, flac, mp3, ogg, mid), silence and white noise, ten seconds at a time."""
+    if out is not None and out.exists() and not overwrite:
+        raise UserError(f"--out {out}: is there already; choose another, or add --overwrite")
+    with_midi = any(path.suffix.lower() in MIDI for path in files)
+
+    def sound() -> Path | None:
+        if with_midi:
+            check_soundfont(path := find_soundfont(soundfont))
+            return path
+        return None
+
+    rewards, soundfont_file = require(lambda: load_rewards(kinds, options, device), sound)
+    announce(rewards)
+    rows: list[Row] = []
+    failed: list[Unreadable] = []
+
+    def add(name: str, audio: Audio, rate_of_audio: int) -> None:
+        parts = windows(audio, rate_of_audio)
+        # a few at a time: an hour holds 360 windows
+        rated = [rate(rewards, parts[start : start + 8], rate_of_audio) for start in range(0, len(parts), 8)]
+        for column in columns(rewards):
+            values = np.concatenate([np.empty(0), *(part[column] for part in rated)])
+            rows.append(
+                {
+                    "file": name,
+                    "seconds": len(audio) / rate_of_audio,
+                    "windows": len(parts),
+                    "rating": column,
+                    **summarise(values, [len(part) for part in parts]),
+                }
+            )
+
+    for name, audio, rate_of_audio in built_in(seed):
+        add(name, audio, rate_of_audio)
+    pool = None
+    try:
+        if soundfont_file is not None:
+            pool = RenderPool(soundfont_file, sample_rate=sample_rate, seconds=seconds, workers=1, deadline=600.0)
+        for path in progress(files, desc="rating", unit="file"):
+            try:
+                add(str(path), *read(path, pool, seconds))
+            except UserError as error:
+                failed.append(Unreadable(str(path), error.message))
+    finally:
+        if pool is not None:
+            pool.close()
+    click.echo(_shown(rows))
+    for reward in rewards:
+        if reward.name == "audiobox":
+            ours = {
+                name: {row["rating"].partition(".")[2]: row["mean"] for row in rows if row["file"] == name}
+                for name in PAPER
+            }
+            click.echo(_beside_the_paper(ours))
+            click.echo(verdict(reward, ours))
+    if out is not None:
+        write_csv(out, rows)
+        click.echo(f"wrote {out}")
+    if failed:
+        raise UserError(
+            "\n- ".join([f"{len(failed)} of {len(files)} files could not be rated:", *(row.reason for row in failed)])
+        )
+
+
+def _shown(rows: Sequence[Row]) -> str:
+    """A line a file, a column a rating."""
+    by_file: dict[str, Row] = {}
+    for row in rows:
+        first = {"file": row["file"], "seconds": f"{row['seconds']:.1f}", "windows": row["windows"]}
+        by_file.setdefault(row["file"], first)[row["rating"]] = with_interval(row)
+    return table(list(by_file.values()))
+
+
+def _beside_the_paper(ours: dict[str, dict[str, float]]) -> str:
+    return table(
+        [
+            {"": name, **{axis: f"{ours[name][axis]:.2f} (paper {value:.2f})" for axis, value in expected.items()}}
+            for name, expected in PAPER.items()
+        ]
+    )

@@ -1,0 +1,274 @@
+"""What the commands share: rewards by their options, ratings of audio and of scores, intervals, tables, figures."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+import torch
+from symusic.core import ScoreTick
+
+from smart import UserError
+from smart.checkpoint import write_atomically
+from smart.midi import Limits, Reject, check_structure
+from smart.model import pick_device
+from smart.render import RenderError, RenderPool
+from smart.reward import Reward, load_reward, read_options, resample
+from smart.track import progress
+
+Audio = npt.NDArray[np.float32]
+Row = dict[str, Any]
+
+MIDI = (".mid", ".midi")
+RESAMPLES = 2000  # of a bootstrap
+TOGETHER = 32  # clips that are in memory at a time
+MEAN = "mean"  # column of the mean over the axes of a reward that has several (the last row of the paper's table 2)
+
+
+def reward_options(function: Callable[..., None]) -> Callable[..., None]:
+    """The options --reward, --reward-option and --device, for ``load_rewards``."""
+    for option in (
+        click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"])),
+        click.option(
+            "--reward-option", "options", multiple=True, metavar="[KIND.]KEY=VALUE",
+            help="Handed to the reward of that kind, or to the only one; repeatable.",
+        ),
+        click.option(
+            "--reward", "kinds", multiple=True, default=("ce_proxy",), show_default=True, metavar="KIND",
+            help="What rates; repeatable.",
+        ),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def load_rewards(kinds: Sequence[str], options: Sequence[str], device: str) -> list[Reward]:
+    """The rewards of ``kinds``, each with its own ``options``.
+
+    Raises ``UserError`` for a kind that is named twice or not there, and an option without a kind where there are
+    several.
+    """
+    if len(set(kinds)) < len(kinds):
+        raise UserError(f"--reward: expected each kind once, got {', '.join(kinds)}")
+    given: dict[str, list[str]] = {kind: [] for kind in kinds}
+    for text in options:
+        kind, separator, _ = text.partition("=")[0].partition(".")
+        if separator and kind in given:
+            given[kind].append(text[len(kind) + 1 :])
+        elif len(kinds) == 1:
+            given[kinds[0]].append(text)
+        else:
+            raise UserError(f"--reward-option {text!r}: say for which reward, as in {kinds[0]}.{text}")
+    where = str(pick_device(device))
+    return [load_reward(kind, device=where, **read_options(texts)) for kind, texts in given.items()]
+
+
+def announce(rewards: Sequence[Reward]) -> None:
+    """Say which weights rate, and which rewards are stand-ins."""
+    for reward in rewards:
+        note = " (a stand-in, not the aesthetic model)" if reward.is_stand_in else ""
+        click.echo(f"{reward.name}{note}: {reward.provenance}", err=True)
+
+
+def columns(rewards: Sequence[Reward]) -> list[str]:
+    """Names of what is rated, "reward.axis"; after several axes of one reward their mean."""
+    return [
+        f"{reward.name}.{axis}" for reward in rewards for axis in (*reward.axes, *([MEAN] * (len(reward.axes) > 1)))
+    ]
+
+
+def rate(
+    rewards: Sequence[Reward], clips: Sequence[Audio | None], sample_rate: int
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Ratings (N,) by column, of mono or stereo clips, (S,) or (2, S); NaN for None and what cannot be rated."""
+    rated = {name: np.full(len(clips), math.nan) for name in columns(rewards)}
+    heard = [row for row, clip in enumerate(clips) if clip is not None]
+    if not heard:
+        return rated
+    mono = [torch.from_numpy(np.atleast_2d(clip).mean(axis=0, dtype=np.float32)) for clip in clips if clip is not None]
+    for reward in rewards:
+        waves = [resample(wave, sample_rate, reward.sample_rate) for wave in mono]
+        padded = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True)
+        scores = reward.score(padded, torch.tensor([len(wave) for wave in waves]))
+        for axis, values in scores.items():
+            rated[f"{reward.name}.{axis}"][heard] = values.double().cpu().numpy()
+        if len(reward.axes) > 1:
+            rated[f"{reward.name}.{MEAN}"] = np.mean([rated[f"{reward.name}.{axis}"] for axis in reward.axes], axis=0)
+    return rated
+
+
+def rate_scores(
+    scores: Sequence[Any],
+    pool: RenderPool,
+    rewards: Sequence[Reward],
+    *,
+    change: Callable[[Audio], Audio] | None = None,
+    label: str = "",
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Ratings (N,) by column of scores or note arrays, rendered by ``pool``; NaN for None and what cannot be rendered.
+
+    ``change`` is done to the audio (2, S) of each clip before it is rated.
+    """
+    parts = []
+    for start in progress(range(0, len(scores), TOGETHER), desc=label, unit="batch"):
+        futures = [None if score is None else pool.submit(score) for score in scores[start : start + TOGETHER]]
+        clips: list[Audio | None] = []
+        for future in futures:
+            try:
+                audio = None if future is None else future.result()
+                clips.append(change(audio) if change is not None and audio is not None else audio)
+            except RenderError:
+                clips.append(None)
+        parts.append(rate(rewards, clips, pool.sample_rate))
+    return {name: np.concatenate([np.empty(0), *(part[name] for part in parts)]) for name in columns(rewards)}
+
+
+class Kept:
+    """Ratings of a long job, kept in ``<folder>/ratings.csv`` so that the same command goes on where it was stopped.
+
+    One line a unit of work (a probe, a soundfont), piece and column. Raises ``UserError`` where the folder holds the
+    ratings of other ``settings``, or something else.
+    """
+
+    FILES = ("settings.json", "ratings.csv")
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], pieces: Sequence[str]) -> None:
+        self.folder, self.pieces = folder, pieces
+        self.units: dict[str, dict[str, npt.NDArray[np.float64]]] = {}
+        settings_file, self._table = (folder / name for name in self.FILES)
+        text = json.dumps(settings, indent=1) + "\n"
+        try:
+            if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not settings_file.is_file())):
+                raise UserError(f"--out {folder}: holds something else; give a new folder")
+            if settings_file.is_file():
+                if settings_file.read_text(encoding="utf-8") != text:
+                    raise UserError(f"--out {folder}: holds ratings made with other settings; give a new folder")
+            else:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(settings_file, text.encode())
+            if self._table.is_file():
+                for line in csv.DictReader(io.StringIO(self._table.read_text(encoding="utf-8"))):
+                    unit = self.units.setdefault(line["unit"], {})
+                    values = unit.setdefault(line["column"], np.full(len(pieces), math.nan))
+                    values[int(line["piece"])] = float(line["rating"] or "nan")
+        except OSError as error:
+            raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from None
+
+    def get(
+        self, unit: str, work: Callable[[], dict[str, npt.NDArray[np.float64]]]
+    ) -> dict[str, npt.NDArray[np.float64]]:
+        """The ratings of ``unit``, (pieces,) by column: those kept, or else what ``work`` gives, which are kept."""
+        if unit not in self.units:
+            self.units[unit] = work()
+            rows = [
+                {"unit": name, "piece": row, "name": self.pieces[row], "column": column, "rating": value}
+                for name, found in self.units.items()
+                for column, values in found.items()
+                for row, value in enumerate(values)
+            ]
+            write_csv(self._table, rows)
+        return self.units[unit]
+
+
+def read_score(path: Path) -> ScoreTick:
+    """The music of a MIDI file. Raises ``UserError`` where it is missing, damaged or no MIDI file."""
+    try:
+        data = path.read_bytes()
+        check_structure(data, Limits())  # the parser would take a truncated file for a short one
+        return ScoreTick.from_midi(data)
+    except OSError as error:
+        raise UserError(f"MIDI file {path}: cannot be read ({error.strerror})") from error
+    except Reject as reject:
+        raise UserError(f"MIDI file {path}: {': '.join(filter(None, reject.args))}") from reject
+    except (RuntimeError, ValueError, OverflowError) as error:  # the parser's own errors
+        raise UserError(f"MIDI file {path}: cannot be parsed ({str(error).splitlines()[0][:200]})") from error
+
+
+# Numbers ----------------------------------------------------------------------------------------------------
+
+
+def bootstrap(
+    values: npt.NDArray[np.float64],
+    statistic: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]] | None = None,
+) -> tuple[float, float]:
+    """95% percentile interval of a statistic of rows (n, ...) by resampling rows, from a fixed seed; NaN for n < 2.
+
+    ``statistic`` takes (resamples, n, ...) and gives (resamples,); by default it is the mean.
+    """
+    if len(values) < 2:
+        return math.nan, math.nan
+    rows = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    found = values[rows].mean(axis=1) if statistic is None else statistic(values[rows])
+    low, high = np.nanpercentile(found, [2.5, 97.5]) if np.isfinite(found).any() else (math.nan, math.nan)
+    return float(low), float(high)
+
+
+def estimate(values: npt.NDArray[np.float64]) -> dict[str, float | int]:
+    """Mean, 95% interval over pieces (``bootstrap``) and n of the values that are numbers."""
+    known = values[np.isfinite(values)]
+    low, high = bootstrap(known)
+    return {"n": len(known), "mean": float(known.mean()) if len(known) else math.nan, "low": low, "high": high}
+
+
+# Tables and figures -----------------------------------------------------------------------------------------
+
+
+def cell(value: Any) -> str:
+    """A value of a table; a number that is none is a dash."""
+    if isinstance(value, float):
+        return f"{value:.3f}" if math.isfinite(value) else "-"
+    return str(value)
+
+
+def with_interval(found: Mapping[str, float], digits: int = 2, sign: bool = False) -> str:
+    """``mean [low, high]`` of an ``estimate``, without the interval where there is none."""
+    form = f"{'+' if sign else ''}.{digits}f"
+    if not math.isfinite(found["mean"]):
+        return "-"
+    text = format(found["mean"], form)
+    if math.isfinite(found["low"]):
+        text += f" [{found['low']:{form}}, {found['high']:{form}}]"
+    return text
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of one shape as aligned text, the first column to the left, the others to the right."""
+    if not rows:
+        return ""
+    lines = [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
+    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join(
+            text.rjust(width) if place else text.ljust(width)
+            for place, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Rows of one shape as CSV, atomically; what is not finite is left empty. Raises ``UserError`` if it cannot be."""
+    rows = list(rows)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(rows[0] if rows else [])
+    for row in rows:
+        writer.writerow(
+            ["" if isinstance(value, float) and not math.isfinite(value) else value for value in row.values()]
+        )
+    try:
+        write_atomically(path, text.getvalue().encode())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror})") from None
+
+
+def save_figure(figure: Any, stem: Path) -> None:
+    """A matplotlib figure as PNG and PDF."""
+    for suffix in (".png", ".pdf"):
+        figure.savefig(stem.with_suffix(suffix), dpi=120)

@@ -1,0 +1,283 @@
+"""``smart evaluate sample MODEL... --out TABLE.parquet``: what several models write for the same prompts, in one table.
+
+A row is a piece: system, prompt, seed, tokens, how likely they were, how long the clip is and whether it failed or is
+silent, the paper's eight MIDI features, and the rating on every axis of every reward. The schema's metadata, under
+``smart``, says what made it: settings, checksums, and each system's tokenizer.
+
+The table appears whole, in one rename. Until then finished blocks of prompts wait beside it in
+``TABLE.parquet.parts``; a command that was killed goes on from there and writes the same bytes.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from smart import UserError, checkpoint, require, track
+from smart.compare import BLOCK, Piece, System, compose, find_systems
+from smart.diversity import audio_vector
+from smart.evaluate.ratings import load_rewards, reward_options
+from smart.features import SCALARS, is_empty, midi_features
+from smart.model import pick_device
+from smart.prompts import KINDS
+from smart.render import RenderError
+from smart.reward import Reward
+from smart.scoring import SILENT
+from smart.shards import MANIFEST, SPLITS, Corpus
+from smart.soundfonts import check_soundfont, find_soundfont
+from smart.tokens import FILE_NAME
+
+METADATA = b"smart"
+WHOLE = ("number_of_notes", "pitch_range", "velocity_range")  # of the features
+
+
+def schema(axes: Sequence[str]) -> pa.Schema:
+    """Columns of a table whose rewards have these axes, each "reward.axis"."""
+    return pa.schema(
+        [
+            ("system", pa.string()),
+            ("prompt", pa.int32()),
+            ("seed", pa.int64()),
+            ("tokens", pa.list_(pa.int32())),
+            ("prompt_length", pa.int32()),
+            ("length", pa.int32()),
+            ("logprobs", pa.float64()),
+            ("seconds", pa.float32()),
+            ("failed", pa.bool_()),
+            ("silent", pa.bool_()),
+            ("empty", pa.bool_()),
+            *((name, pa.int32() if name in WHOLE else pa.float32()) for name in SCALARS),
+            ("pitches", pa.list_(pa.uint8())),
+            ("velocities", pa.list_(pa.uint8())),
+            ("audio_vector", pa.list_(pa.float32())),
+            *((axis, pa.float32()) for axis in axes),
+        ]
+    )
+
+
+def row(piece: Piece, sample_rate: int) -> dict[str, Any]:
+    """One piece as a row; what a clip that failed cannot say is NaN or null."""
+    audio = piece.audio
+    return {
+        **{name: getattr(piece, name) for name in ("system", "prompt", "seed", "tokens", "prompt_length")},
+        "length": piece.length,
+        "logprobs": piece.logprobs,
+        "seconds": float("nan") if audio is None else audio.shape[1] / sample_rate,
+        "failed": audio is None,
+        "silent": audio is not None and bool(np.abs(audio.mean(axis=0)).max() < SILENT),
+        "empty": is_empty(piece.score),
+        **midi_features(piece.score),
+        "audio_vector": None if audio is None else audio_vector(audio, sample_rate),
+        **piece.scores,
+    }
+
+
+def read_settings(table: Path) -> dict[str, Any]:
+    """What made a table. Raises ``UserError`` where it is none of ours."""
+    try:
+        found = (pq.read_schema(table).metadata or {})[METADATA]
+        provenance: dict[str, Any] = json.loads(found)
+        provenance["settings"]["models"]
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
+        raise UserError(f"{table}: expected a table written by `smart evaluate sample`") from None
+    return provenance
+
+
+def finish(parts: Sequence[Path], out: Path, names: Sequence[str], metadata: Mapping[str, Any]) -> pa.Table:
+    """Put the parts together, system after system, each by prompt, and write ``out``."""
+    table = pa.concat_tables([pq.read_table(part) for part in parts])
+    systems = np.array([names.index(name) for name in table["system"].to_pylist()])
+    table = table.take(np.lexsort((table["prompt"].to_numpy(), systems))).combine_chunks()
+    table = table.replace_schema_metadata({METADATA: json.dumps(metadata)})
+    checkpoint.write_atomically(out, lambda file: pq.write_table(table, file, compression="zstd"))
+    return table
+
+
+def describe(table: pa.Table, names: Sequence[str], axes: Sequence[str]) -> str:
+    """A line a system: its mean ratings and what went wrong."""
+    lines = []
+    for name in names:
+        mine = table.filter(pa.compute.equal(table["system"], name))
+        means = []
+        for axis in axes:
+            values = mine[axis].to_numpy()
+            rated = values[np.isfinite(values)]
+            means.append(f"{axis} {rated.mean():.3f}" if len(rated) else f"{axis} not rated")
+        failed, silent, empty = (sum(mine[column].to_pylist()) for column in ("failed", "silent", "empty"))
+        lines.append(
+            f"{name}: {mine.num_rows} pieces, {', '.join(means) or 'not rated'}; "
+            f"{failed} failed, {silent} silent, {empty} without notes"
+        )
+    return "\n".join(lines)
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The table, a Parquet file.")
+@click.option("--prompts", default="procedural", show_default=True, type=click.Choice(KINDS))
+@click.option("--corpus", type=click.Path(path_type=Path), help="Folder of smart corpus, for --prompts dataset.")
+@click.option("--split", default="test", show_default=True, type=click.Choice(SPLITS), help="Of the corpus.")
+@click.option("-n", "--n", "count", default=1000, show_default=True, type=click.IntRange(min=1), help="Prompts.")
+@click.option("--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1))
+@click.option("--soundfont", default="timgm", show_default=True, help="Short name or path.")
+@click.option("--sample-rate", default=44100, show_default=True, type=click.IntRange(8000, 192_000))
+@click.option("--seconds", default=10.0, show_default=True, type=click.FloatRange(0, 600, min_open=True))
+@click.option(
+    "--tokens", default=256, show_default=True, type=click.IntRange(min=1), help="New tokens of each piece, at most."
+)
+@click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(0, 100, min_open=True))
+@click.option("--top-k", default=0, show_default=True, type=click.IntRange(min=0), help="0: all tokens.")
+@click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True))
+@click.option("--audio", type=click.Path(path_type=Path), help="Folder for every piece as MIDI and WAV.")
+@click.option("--backend", default="pool", show_default=True, type=click.Choice(["pool", "bank"]), help="Renderer.")
+@click.option("--workers", default=0, show_default=True, type=click.IntRange(0, 1024), help="Renderers; 0: one a core.")
+@reward_options
+def main(**given: Any) -> None:
+    """Have each MODEL write a piece for the same prompts and seeds; rate the pieces; put them into one table.
+
+    A MODEL is a run (its tuned model), RUN@base, RUN@STEP, a base's folder, shipped name or hub id; NAME=MODEL gives
+    the name that tables show. The same command goes on after an interruption.
+    """
+    try:
+        sample(**given)
+    except KeyboardInterrupt:
+        raise click.ClickException("interrupted; the same command goes on from here") from None
+    except RenderError as error:
+        raise click.ClickException(f"{error}; the same command goes on from here") from None
+    except OSError as error:
+        raise click.ClickException(f"the table could not be written ({error}); the same command goes on") from None
+
+
+def sample(
+    *,
+    models: Sequence[str],
+    out: Path,
+    prompts: str,
+    corpus: Path | None,
+    split: str,
+    count: int,
+    seed: int,
+    kinds: Sequence[str],
+    options: Sequence[str],
+    soundfont: str,
+    sample_rate: int,
+    seconds: float,
+    tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    audio: Path | None,
+    backend: str,
+    workers: int,
+    device: str,
+) -> None:
+    """Write the table ``out``: see the command's help. Raises ``UserError`` for what the user can mend."""
+
+    def sound() -> Path:
+        path = find_soundfont(soundfont)
+        check_soundfont(path)
+        return path
+
+    def source() -> str | None:
+        if prompts != "dataset":
+            return None
+        if corpus is None:
+            raise UserError("--prompts dataset: needs --corpus, a folder written by `smart corpus build`")
+        return checkpoint.sha256(Corpus(corpus).folder / MANIFEST)
+
+    where = pick_device(device)
+    found = require(lambda: find_systems(models), sound, lambda: load_rewards(kinds, options, device), source)
+    systems: list[System] = found[0]
+    rewards: list[Reward] = found[2]
+    names = [system.name for system in systems]
+    axes = [f"{reward.name}.{axis}" for reward in rewards for axis in reward.axes]
+    drawing: dict[str, Any] = {
+        "prompts": prompts,
+        "split": split,
+        "count": count,
+        "seed": seed,
+        "max_new_tokens": tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seconds": seconds,
+        "sample_rate": sample_rate,
+        "backend": backend,
+        "batch": min(BLOCK, count),
+    }
+    settings = {
+        "systems": names,
+        "models": {
+            system.name: {"step": system.step, "sha256": checkpoint.sha256(system.model / "model.safetensors")}
+            for system in systems
+        },
+        **drawing,
+        "corpus_sha256": found[3],
+        "soundfont_sha256": checkpoint.sha256(found[1]),
+        "rewards": {
+            reward.name: {"axes": list(reward.axes), "provenance": reward.provenance, "stand_in": reward.is_stand_in}
+            for reward in rewards
+        },
+        "reward_options": list(options),
+        "device": where.type,
+        "audio": audio is not None,
+        "version": version("smart"),
+    }
+    if out.exists():
+        changed = track.changes(read_settings(out)["settings"], settings)
+        if changed:
+            raise UserError(
+                f"--out {out}: holds pieces made with other settings ({'; '.join(changed)}); give another file"
+            )
+        click.echo(f"{out} is finished; nothing was drawn")
+        return
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}")
+    parts = out.with_name(f"{out.name}.parts")
+    track.claim(parts, settings)
+    batch = drawing["batch"]
+    blocks = [parts / f"{block:06d}.parquet" for block in range(-(-count // batch))]
+    done = next((number for number, path in enumerate(blocks) if not path.is_file()), len(blocks))
+    if audio is not None:
+        audio.mkdir(parents=True, exist_ok=True)
+    first = min(done * batch, count)
+    pieces = compose(
+        systems,
+        corpus=corpus,
+        first=first,
+        soundfont=found[1],
+        rewards=rewards,
+        workers=workers,
+        device=device,
+        **drawing | {"count": count - first},
+    )
+    rows: list[dict[str, Any]] = []
+    with track.progress(total=count * len(systems), initial=first * len(systems), unit="piece") as bar:
+        for piece in pieces if done < len(blocks) else ():
+            rows.append(row(piece, sample_rate))
+            if audio is not None:
+                stem = audio / f"{piece.prompt:04d}-{piece.system}"
+                piece.score.dump_midi(f"{stem}.mid")
+                if piece.audio is not None:
+                    track.write_wav(Path(f"{stem}.wav"), piece.audio, sample_rate)
+            bar.update()
+            if len(rows) == len(systems) * min(batch, count - done * batch):
+                part = pa.Table.from_pylist(rows, schema(axes))
+                checkpoint.write_atomically(blocks[done], lambda file, part=part: pq.write_table(part, file))  # type: ignore[misc]  # bound now
+                rows, done = [], done + 1
+    tokenizers = {system.name: (system.model / FILE_NAME).read_text(encoding="utf-8") for system in systems}
+    provenance = {"settings": settings, "given": list(models), "tokenizers": tokenizers}
+    table = finish(blocks, out, names, provenance)
+    shutil.rmtree(parts)
+    click.echo(describe(table, names, axes))
+    for reward in rewards:
+        if reward.is_stand_in:
+            click.echo(f"{reward.name} is a stand-in, not the aesthetic model: see docs/rewards.md")
+    click.echo(f"{table.num_rows} pieces in {out}")

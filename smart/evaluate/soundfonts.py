@@ -1,0 +1,304 @@
+"""How ratings depend on the soundfont (paper table 2): the same pieces, rendered with each, and rated.
+
+    python -m smart.evaluate soundfonts --out fonts --soundfonts timgm fluidr3 my-midi/*.mid
+
+Two questions: how far apart the soundfonts are in the mean, and whether they agree on which piece is better than which,
+which is all that a reward normalised within a group can use. Agreement is Spearman's rank correlation of the ratings of
+the pieces for each two soundfonts, and Kendall's W over all. Intervals are 95% bootstraps over pieces. All soundfonts
+get the same pieces, so their differences, to the first soundfont, are taken piece by piece.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from smart import UserError, checkpoint, require, track
+from smart.evaluate.ratings import (
+    MEAN,
+    MIDI,
+    Kept,
+    Row,
+    announce,
+    bootstrap,
+    columns,
+    estimate,
+    load_rewards,
+    rate_scores,
+    read_score,
+    reward_options,
+    save_figure,
+    table,
+    with_interval,
+    write_csv,
+)
+from smart.render import RenderPool
+from smart.shards import SPLITS, Corpus
+from smart.soundfonts import check_soundfont, find_soundfont, short_name
+from smart.tokens import decode
+
+Ratings = npt.NDArray[np.float64]
+
+# paper table 2, of ten pieces
+PAPER = {
+    "musescore": {"CE": 5.423, "CU": 7.487, "PC": 2.352, "PQ": 7.323, MEAN: 5.646},
+    "fluidr3": {"CE": 5.347, "CU": 7.408, "PC": 2.355, "PQ": 7.817, MEAN: 5.732},
+    "grandeur": {"CE": 6.385, "CU": 7.693, "PC": 2.376, "PQ": 7.884, MEAN: 6.085},
+    "sgm": {"CE": 6.602, "CU": 7.716, "PC": 2.477, "PQ": 7.695, MEAN: 6.123},
+    "yamaha": {"CE": 6.530, "CU": 7.705, "PC": 2.453, "PQ": 7.883, MEAN: 6.143},
+}
+
+
+class Font(NamedTuple):
+    """A soundfont, the name that tables show, and its short name if it is one of the paper's or of ours."""
+
+    name: str
+    file: Path
+    known: str | None
+
+
+def find_fonts(names: Sequence[str]) -> list[Font]:
+    """The soundfonts of ``names``, each with a name of its own. Raises ``UserError`` for one that is not here."""
+    fonts = []
+    for text in names:
+        file = find_soundfont(text)
+        check_soundfont(file)
+        fonts.append(Font(short_name(file) or file.stem, file, short_name(file)))
+    shown = [font.name for font in fonts]
+    return [
+        font._replace(name=str(font.file)) if shown.count(font.name) > 1 else font for font in fonts
+    ]  # two of one name: by their paths
+
+
+def from_corpus(folder: Path, split: str, count: int, seed: int) -> dict[str, Any]:
+    """``count`` different pieces of a corpus by name, drawn from ``seed``; all where it has fewer."""
+    corpus = Corpus(folder)
+    pieces, tokenizer = corpus.split(split), corpus.tokenizer
+    if not len(pieces):
+        raise UserError(f"corpus {folder}: its split {split!r} has no pieces")
+    chosen = np.random.default_rng(seed).permutation(len(pieces))[:count]
+    return {f"{split} {row}": decode(tokenizer, pieces[row]) for row in sorted(chosen.tolist())}
+
+
+def spearman(a: Ratings, b: Ratings) -> Ratings:
+    """Rank correlation along the last axis of (..., n) arrays; NaN where one is constant."""
+    a, b = (stats.rankdata(values, axis=-1) for values in (a, b))
+    a, b = a - a.mean(axis=-1, keepdims=True), b - b.mean(axis=-1, keepdims=True)
+    size = np.sqrt((a**2).sum(axis=-1) * (b**2).sum(axis=-1))
+    return np.divide((a * b).sum(axis=-1), size, out=np.full(size.shape, math.nan), where=size > 0)
+
+
+def kendall_w(ratings: Ratings) -> Ratings:
+    """Kendall's coefficient of concordance of m judges over n pieces (..., m, n), 0 to 1, corrected for ties.
+
+    NaN where no judge tells pieces apart. W = 12 S / (m^2 (n^3 - n) - m sum(t^3 - t)).
+    """
+    judges, count = ratings.shape[-2:]
+    ranks = stats.rankdata(ratings, axis=-1)
+    spread = ((ranks.sum(axis=-2) - judges * (count + 1) / 2) ** 2).sum(axis=-1)
+    # sum over pieces of (t^2 - 1), t pieces tied with it, is the sum over groups of ties of t^3 - t
+    tied = (ratings[..., :, None] == ratings[..., None, :]).sum(axis=-1).astype(float)
+    whole = judges**2 * (count**3 - count) - judges * (tied**2 - 1).sum(axis=(-2, -1))
+    return np.divide(12 * spread, whole, out=np.full(np.shape(whole), math.nan), where=whole > 0)
+
+
+def agreement(fonts: Sequence[Font], column: str, ratings: Ratings) -> list[Row]:
+    """Spearman of each two soundfonts, and Kendall's W of all; ``ratings`` is (fonts, pieces)."""
+    known = ratings[:, np.isfinite(ratings).all(axis=0)].T  # (n, fonts): pieces that all could rate
+    rows = []
+
+    def add(what: str, a: str, b: str, statistic: Any, values: Ratings) -> None:
+        value = float(statistic(values[None])[0]) if len(values) > 1 else math.nan
+        low, high = bootstrap(values, statistic)
+        rows.append(
+            {
+                "rating": column,
+                "measure": what,
+                "a": a,
+                "b": b,
+                "n": len(values),
+                "mean": value,
+                "low": low,
+                "high": high,
+            }
+        )
+
+    for one in range(len(fonts)):
+        for two in range(one + 1, len(fonts)):
+            pair = known[:, [one, two]]
+            add("spearman", fonts[one].name, fonts[two].name, lambda v: spearman(v[..., 0], v[..., 1]), pair)
+    add("kendall_w", "all", "", lambda values: kendall_w(np.swapaxes(values, -1, -2)), known)
+    return rows
+
+
+@click.command()
+@click.argument("files", nargs=-1)
+@click.option(
+    "--soundfonts", "given", multiple=True, required=True, metavar="SOUNDFONT...",
+    help="Short names or paths; those that follow, up to the MIDI files, are taken too.",
+)  # fmt: skip
+@click.option("--corpus", type=click.Path(path_type=Path), help="Corpus to draw pieces from, instead of MIDI files.")
+@click.option("--split", default="train", show_default=True, type=click.Choice(SPLITS))
+@click.option("--n", "count", default=10, show_default=True, type=click.IntRange(min=1), help="Pieces of the corpus.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Which pieces.")
+@reward_options
+@click.option("--seconds", default=10.0, show_default=True, type=click.FloatRange(0, 3600, min_open=True))
+@click.option("--sample-rate", default=44100, show_default=True, type=click.IntRange(8000, 192_000))
+@click.option(
+    "--workers", default=0, show_default=True, type=click.IntRange(min=0), help="That render; 0: one for each core."
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for tables and figures.")
+def main(
+    files: tuple[str, ...],
+    given: tuple[str, ...],
+    corpus: Path | None,
+    split: str,
+    count: int,
+    seed: int,
+    kinds: tuple[str, ...],
+    options: tuple[str, ...],
+    device: str,
+    seconds: float,
+    sample_rate: int,
+    workers: int,
+    out: Path,
+) -> None:
+    """Rate the same pieces with several soundfonts: MIDI FILES, or pieces of a corpus."""
+    midi = [Path(text) for text in files if text.lower().endswith(MIDI)]
+    names = [*given, *(text for text in files if not text.lower().endswith(MIDI))]
+    if bool(midi) == (corpus is not None):
+        raise UserError("give either MIDI files or --corpus, and not both")
+
+    def pieces() -> dict[str, Any]:
+        if corpus is not None:
+            return from_corpus(corpus, split, count, seed)
+        return {str(path): read_score(path) for path in midi}
+
+    fonts, rewards, scores, _ = require(
+        lambda: find_fonts(names), lambda: load_rewards(kinds, options, device), pieces, track.check_packages
+    )
+    announce(rewards)
+    settings = {
+        "soundfonts": {font.name: checkpoint.sha256(font.file) for font in fonts},
+        "rewards": {reward.name: reward.provenance for reward in rewards},
+        "pieces": {str(path): checkpoint.sha256(path) for path in midi} or [str(corpus), split, count, seed],
+        "seconds": seconds,
+        "sample_rate": sample_rate,
+    }
+    kept = Kept(out, settings, list(scores))
+    ratings: dict[str, dict[str, Ratings]] = {}
+    for font in fonts:
+
+        def work(font: Font = font) -> dict[str, Ratings]:
+            with RenderPool(
+                font.file, sample_rate=sample_rate, seconds=seconds, workers=workers or None, deadline=60 + seconds
+            ) as pool:
+                return rate_scores(list(scores.values()), pool, rewards, label=font.name)
+
+        ratings[font.name] = kept.get(font.name, work)
+    means = []
+    for column in columns(rewards):
+        for font in fonts:
+            found = ratings[font.name][column]
+            difference = estimate(found - ratings[fonts[0].name][column])
+            means.append(
+                {
+                    "soundfont": font.name,
+                    "rating": column,
+                    **estimate(found),
+                    "difference": difference["mean"],
+                    "difference_low": difference["low"],
+                    "difference_high": difference["high"],
+                    "paper": _paper(font, column),
+                }
+            )
+    agreed = [
+        row
+        for column in columns(rewards)
+        for row in agreement(fonts, column, np.stack([ratings[font.name][column] for font in fonts]))
+    ]
+    write_csv(out / "soundfonts.csv", means)
+    write_csv(out / "agreement.csv", agreed)
+    _draw(out / "soundfonts", fonts, columns(rewards), means, agreed)
+    click.echo(f"{len(scores)} pieces, the first {seconds:g} s; 95% intervals over pieces")
+    click.echo(f"means, and differences to {fonts[0].name} piece by piece:")
+    click.echo(_means_shown(means))
+    if len(fonts) > 1:
+        click.echo("agreement on the ranking of the pieces:")
+        click.echo(_agreement_shown(agreed))
+    click.echo(f"wrote soundfonts.csv, agreement.csv, ratings.csv and soundfonts.png and .pdf into {out}")
+
+
+def _paper(font: Font, column: str) -> float:
+    """What the paper's table 2 gives; NaN where it gives nothing."""
+    kind, _, axis = column.partition(".")
+    return PAPER.get(font.known or "", {}).get(axis, math.nan) if kind == "audiobox" else math.nan
+
+
+def _means_shown(rows: Sequence[Row]) -> str:
+    """A line a soundfont, a column a rating."""
+    lines: dict[str, Row] = {}
+    for row in rows:
+        line = lines.setdefault(row["soundfont"], {"soundfont": row["soundfont"]})
+        paper = f" (paper {row['paper']:.2f})" if math.isfinite(row["paper"]) else ""
+        line[row["rating"]] = with_interval(row) + paper
+        if row["soundfont"] != rows[0]["soundfont"]:
+            difference = {"mean": row["difference"], "low": row["difference_low"], "high": row["difference_high"]}
+            line[row["rating"]] += f", {with_interval(difference, sign=True)}"
+    return table(list(lines.values()))
+
+
+def _agreement_shown(rows: Sequence[Row]) -> str:
+    names = {"spearman": "Spearman", "kendall_w": "Kendall's W"}
+    return table(
+        [
+            {
+                "rating": row["rating"],
+                "measure": names[row["measure"]],
+                "soundfonts": f"{row['a']}, {row['b']}" if row["b"] else row["a"],
+                "value": with_interval(row),
+                "n": row["n"],
+            }
+            for row in rows
+        ]
+    )
+
+
+def _draw(stem: Path, fonts: Sequence[Font], names: Sequence[str], means: list[Row], agreed: list[Row]) -> None:
+    """Above, each rating's mean by soundfont; below, the Spearman matrix of each."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(3.2 * len(names), 5), 6.5), layout="constrained")
+    grid = figure.subplots(2, len(names), squeeze=False)
+    labels = [font.name for font in fonts]
+    for place, column in enumerate(names):
+        top, bottom = grid[:, place]
+        rows = [row for row in means if row["rating"] == column]
+        for at, row in enumerate(rows):
+            top.plot(at, row["mean"], "o", color="C0")
+            top.plot([at, at], [row["low"], row["high"]], color="C0")
+            if math.isfinite(row["paper"]):
+                top.plot(at, row["paper"], "x", color="C1", label="paper" if at == 0 else None)
+        top.set_xticks(range(len(rows)), labels, rotation=45, ha="right")
+        top.set_title(f"{column}, n = {max(row['n'] for row in rows)}")
+        top.grid(alpha=0.3)
+        matrix = np.eye(len(fonts))
+        for row in agreed:
+            if row["rating"] == column and row["measure"] == "spearman":
+                one, two = labels.index(row["a"]), labels.index(row["b"])
+                matrix[one, two] = matrix[two, one] = row["mean"]
+        bottom.imshow(matrix, vmin=-1, vmax=1, cmap="coolwarm_r")
+        for one in range(len(fonts)):
+            for two in range(len(fonts)):
+                bottom.text(
+                    two, one, f"{matrix[one, two]:.2f}", ha="center", va="center", fontsize="small", color="white"
+                )
+        bottom.set_xticks(range(len(fonts)), labels, rotation=45, ha="right")
+        bottom.set_yticks(range(len(fonts)), labels)
+        bottom.set_title("Spearman over pieces", fontsize="small")
+    save_figure(figure, stem)
