@@ -12,6 +12,7 @@ PROGRAMS = {
     "corpus": "Turn a folder of MIDI files into a tokenised corpus.",
     "doctor": "Say whether this machine is ready for a run.",
     "study": "Run a listening study: build it, serve it, export and analyse its ratings.",
+    "reproduce": "Every experiment, table and figure of the paper, on one page.",
     "calibrate": "Fit the ce_proxy reward to clips that were rated.",
 }
 MODULES = {"calibrate": "smart.reward.calibrate"}

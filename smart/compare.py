@@ -56,6 +56,7 @@ class Piece(NamedTuple):
     scores: dict[str, float]  # "reward.axis" -> rating; NaN where the clip failed or could not be rated
     logprobs: float  # of the completion's tokens in the distribution that they were drawn from, summed
     length: int  # tokens of the completion
+    sample: int = 0  # number of the completion, where a prompt has several
 
 
 def find_system(text: str) -> System:
@@ -126,9 +127,9 @@ def _setting(run: Path, section: str, key: str) -> Any:
         raise UserError(f"run {run}: {track.CONFIG} holds no {section}.{key} ({type(error).__name__})") from None
 
 
-def seed_of(seed: int, prompt: int) -> int:
-    """The seed of a prompt, 32 bits (a CPU generator takes no more)."""
-    return int(np.random.SeedSequence([seed, prompt]).generate_state(1)[0])
+def seed_of(seed: int, prompt: int, *sample: int) -> int:
+    """The seed of a prompt, or of a further sample of it: 32 bits (a CPU generator takes no more)."""
+    return int(np.random.SeedSequence([seed, prompt, *sample]).generate_state(1)[0])
 
 
 class _Voice(NamedTuple):
@@ -149,6 +150,7 @@ def compose(
     split: str = "test",
     count: int,
     first: int = 0,
+    samples: int = 1,
     seed: int = 1,
     soundfont: str | os.PathLike[str],
     rewards: Sequence[Reward] = (),
@@ -165,7 +167,8 @@ def compose(
 ) -> Iterator[Piece]:
     """Pieces of every system for prompts ``first`` .. ``first + count - 1``, rendered, and rated by every reward.
 
-    They come block by block of ``batch`` prompts, within a block system by system, within a system by prompt.
+    ``samples`` completions of each prompt; the first one is that of ``samples`` = 1. They come block by block of
+    ``batch`` pieces, within a block system by system, within a system by prompt, then by sample.
     Rendering overlaps with drawing as in training (``smart.scoring``); a block is rated while workers render the next.
 
     A block is always drawn whole, also where a part of it was asked for, since rounding depends on how many rows are
@@ -177,8 +180,9 @@ def compose(
 
     What is missing, or does not fit, is a ``UserError`` of this call, before the first piece is asked for.
     """
-    if first < 0 or count < 0 or batch < 1:
-        raise ValueError(f"expected first >= 0, count >= 0 and batch >= 1, got {first}, {count} and {batch}")
+    if first < 0 or count < 0 or samples < 1 or batch < 1:
+        given = f"{first}, {count}, {samples} and {batch}"
+        raise ValueError(f"expected first >= 0, count >= 0, samples >= 1 and batch >= 1, got {given}")
     names = [reward.name for reward in rewards]
     if len(set(names)) < len(names):
         raise UserError(f"rewards: expected each once, got {', '.join(names)}")
@@ -199,18 +203,23 @@ def compose(
     said = {number: token for token, number in speaker.vocab.items()}
 
     def start(index: int) -> tuple[list[str], torch.Generator]:
-        """A prompt, and the generator that goes on to draw its completion."""
-        generator = torch.Generator().manual_seed(seed_of(seed, index))
+        """Prompt of the piece at ``index``, and the generator that draws its completion: at sample 0 the prompt's."""
+        prompt, sample = divmod(index, samples)
+        generator = torch.Generator().manual_seed(seed_of(seed, prompt))
         row = draw(prompts, 1, speaker, generator, pieces=pieces)
+        if sample:
+            generator = torch.Generator().manual_seed(seed_of(seed, prompt, sample))
         return [said[token] for token in row[0].tolist()], generator
 
-    indices = range(first, first + count)
+    indices = range(first * samples, (first + count) * samples)
     for system, _, own in loaded:  # all that could not be said, before any work
         if own.vocab != speaker.vocab:
             for index in indices:
                 for token in start(index)[0]:
                     if token not in own.vocab:
-                        raise UserError(f"{system.name}: its vocabulary has no {token}, which prompt {index} holds")
+                        raise UserError(
+                            f"{system.name}: its vocabulary has no {token}, which prompt {index // samples} holds"
+                        )
 
     def work() -> Iterator[Piece]:
         with open_renderer(
@@ -230,7 +239,7 @@ def compose(
                 ]
                 voices.append(_Voice(system, own, own.vocab, sampler, scorers))
             waiting: list[_Drawn] = []
-            for number in range(first // batch, -(-(first + count) // batch)):
+            for number in range(indices.start // batch, -(-indices.stop // batch)):
                 block = range(number * batch, (number + 1) * batch)
                 for voice in voices:
                     starts = [start(index) for index in block]
@@ -239,10 +248,10 @@ def compose(
                         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                     )  # fmt: skip
                     for before in waiting:
-                        yield from _pieces(before, seed)
+                        yield from _pieces(before, seed, samples)
                     waiting = [drawn]
             for before in waiting:
-                yield from _pieces(before, seed)
+                yield from _pieces(before, seed, samples)
 
     return work()
 
@@ -291,7 +300,7 @@ def _draw(
     )
 
 
-def _pieces(drawn: _Drawn, seed: int) -> Iterator[Piece]:
+def _pieces(drawn: _Drawn, seed: int, samples: int) -> Iterator[Piece]:
     """Wait for the clips, rate them, and hand out the pieces."""
     scores: dict[str, list[float]] = {}
     for scorer in drawn.voice.scorers:
@@ -302,8 +311,8 @@ def _pieces(drawn: _Drawn, seed: int) -> Iterator[Piece]:
         tokens = drawn.tokens[row]
         yield Piece(
             system=drawn.voice.system.name,
-            prompt=index,
-            seed=seed_of(seed, index),
+            prompt=index // samples,
+            seed=seed_of(seed, index // samples),
             tokens=tokens,
             prompt_length=drawn.prompt_length,
             score=decode(drawn.voice.tokenizer, tokens),
@@ -311,6 +320,7 @@ def _pieces(drawn: _Drawn, seed: int) -> Iterator[Piece]:
             scores={axis: values[row] for axis, values in scores.items()},
             logprobs=drawn.logprobs[row],
             length=len(tokens) - drawn.prompt_length,
+            sample=index % samples,
         )
 
 

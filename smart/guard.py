@@ -61,6 +61,19 @@ def effective_number(values: npt.NDArray[Any]) -> float:
     return float(np.exp(-(shares * np.log(shares)).sum())) if len(counts) else 0.0
 
 
+def variety(
+    pieces: list[Any], groups: list[int], audio: list[Audio | None] | None = None, sample_rate: int | None = None
+) -> dict[str, float]:
+    """All that ``collapsed`` looks at, by name, of pieces with a group each; with ``audio``, how varied that is too."""
+    notes = [midi_features(piece) for piece in pieces]
+    varied = diversity.summary(pieces, audio, sample_rate, groups)
+    return {
+        **{name: value for name, value in varied.items() if name != "empty_rate"},
+        "pitches": effective_number(np.concatenate([note["pitches"] for note in notes])),
+        "velocities": effective_number(np.concatenate([note["velocities"] for note in notes])),
+    }
+
+
 def alikeness(pieces: list[Any], group_size: int) -> torch.Tensor:
     """(B, G, G) float32 from N = B x G pieces, group after group: how alike the members of each group are, 0 to 1."""
     vectors = [diversity.symbolic_vector(piece) for piece in pieces]
@@ -152,17 +165,13 @@ class HeldOut:
         length = rollout.mask.sum(1)
         pieces = [decode(self.scorer.tokenizer, row) for row in rollout.tokens.cpu()]
         groups = [row // COMPLETIONS for row in range(len(pieces))]
-        notes = [midi_features(piece) for piece in pieces]
-        varied = diversity.summary(pieces, rated.audio, self.scorer.sample_rate, groups)
         return {
             "reward": rated.rewards.nanmean().item(),
             "judge": judged.nanmean().item(),
             "plausibility": plausibility.mean().item(),
             "kl": (kl.sum() / length.sum()).item(),
             "kl_sequence": kl.mean().item(),
-            **{name: value for name, value in varied.items() if name != "empty_rate"},
-            "pitches": effective_number(np.concatenate([note["pitches"] for note in notes])),
-            "velocities": effective_number(np.concatenate([note["velocities"] for note in notes])),
+            **variety(pieces, groups, rated.audio, self.scorer.sample_rate),
             "silent_rate": rated.silent / len(pieces),
             "length": length.float().mean().item(),
         }

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,75 +170,52 @@ def rewards_by_iteration(runs: Mapping[str, Sequence[Mapping[str, Any]]], stem: 
     return _save(figure, stem, table)
 
 
-def ratings(table: Sequence[tuple[str, str, float]], systems: Sequence[str], path: Path) -> None:
-    """Ratings overall and by participant (the paper's figure 5) as ``path``.png and ``path``.pdf, data in ``path``.csv.
+def frontier(
+    rows: Sequence[Mapping[str, Any]],
+    measures: Mapping[str, str],
+    laws: Mapping[tuple[str, str], Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]],
+    stem: Path,
+) -> list[Path]:
+    """Draw each of ``measures`` (column -> label) against the square root of KL: ``<stem>.png``, ``.pdf`` and ``.csv``.
 
-    Args:
-        table: (participant, system, rating) of each rating.
-        systems: in the order in which they are drawn.
+    A row is one checkpoint (or one n of best-of-n): ``series``, ``kl``, each measure with ``_low`` and ``_high``, and
+    ``collapsed`` (a reason or None) and ``keep``. ``laws``, by series and measure, map distances to fitted values.
     """
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-    people = sorted({person for person, _, _ in table})
-    values = sorted({value for _, _, value in table} | set(map(float, range(1, 11))))
-    colours = ["C3", "C0", "C2", "C1", "C4", "C5", "C6", "C7"]
-    figure = Figure(figsize=(min(max(10.0, 4.5 + 0.42 * len(people)), 60.0), 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[1, min(max(1.6, 0.11 * len(people)), 14)])
-    width = 0.8 / len(systems)
-    data: list[dict[str, Any]] = []
-    for number, system in enumerate(systems):
-        colour, offset = colours[number % len(colours)], (number - (len(systems) - 1) / 2) * width
-        own = [value for _, name, value in table if name == system]
-        shares = [100 * own.count(value) / len(own) for value in values]
-        left.bar([value + offset for value in values], shares, width, color=colour, label=f"{system} (n = {len(own)})")
-        left.axvline(sum(own) / len(own), ymax=1 / 1.2, color=colour, linestyle="--", linewidth=1)
-        for place, person in enumerate(people):
-            given = [value for who, name, value in table if who == person and name == system]
-            data += [
-                {"participant": person, "system": system, "rating": value, "count": given.count(value)}
-                for value in sorted(set(given))
-            ]
-            if given:
-                box = right.boxplot(
-                    [given], positions=[place + offset], widths=0.85 * width, patch_artist=True, showmeans=True,
-                    manage_ticks=False, boxprops={"facecolor": colour, "alpha": 0.6}, medianprops={"color": "black"},
-                    meanprops={"marker": "D", "markersize": 3, "markerfacecolor": "white", "markeredgecolor": "black"},
-                    flierprops={"marker": ".", "markersize": 3, "markeredgecolor": colour},
-                )  # fmt: skip
-                for name in ("whiskers", "caps"):
-                    for line in box[name]:
-                        line.set_color(colour)
-    left.set(xlabel="rating", ylabel="share of the system's ratings (%)", title="overall (dashed: means)")
-    left.set_xticks(range(1, 11))
-    left.set_ylim(0, 1.2 * left.get_ylim()[1])  # room for the legend
-    left.legend(frameon=False, fontsize="small", ncols=2, loc="upper center")
-    right.set(xlabel="participant", ylabel="rating", title="by participant (diamond: mean)", ylim=(0.5, 10.5))
-    right.set_xticks(range(len(people)), people, rotation=90, fontsize="small")
-    right.set_yticks(range(1, 11))
-    right.grid(axis="y", alpha=0.3)
-    _save(figure, path, data)
-
-
-def power(rows: Sequence[Mapping[str, float]], effect: float, path: Path) -> None:
-    """Power by number of listeners as ``path``.png and ``path``.pdf, data in ``path``.csv.
-
-    Args:
-        rows: with "listeners", "power", and "power_low" and "power_high", the ends of its 95% interval.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
-    listeners, shares, low, high = (
-        [row[name] for row in rows] for name in ("listeners", "power", "power_low", "power_high")
-    )
-    axes.fill_between(listeners, low, high, alpha=0.25, linewidth=0)
-    axes.plot(listeners, shares, marker="o", label="power, 95% interval of the simulation")
-    axes.axhline(0.8, color="grey", linestyle="--", linewidth=1, label="0.8")
-    axes.set(xlabel="listeners", ylabel=f"share of studies with p < 0.05 (effect {effect:g})", ylim=(0, 1.02))
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="lower right")
-    _save(figure, path, rows)
+    series = list(dict.fromkeys(row["series"] for row in rows))
+    figure = Figure(figsize=(4.2 * len(measures), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(measures), squeeze=False)[0]
+    for axes, (measure, label) in zip(panels, measures.items(), strict=True):
+        for number, name in enumerate(series):
+            points = sorted((row for row in rows if row["series"] == name), key=lambda row: row["kl"])
+            points = [row for row in points if np.isfinite(row[measure])]
+            x = np.sqrt([max(row["kl"], 0.0) for row in points])
+            y, low, high = (np.array([row[measure + end] for row in points]) for end in ("", "_low", "_high"))
+            colour, _ = _style(number)
+            error = np.nan_to_num(np.stack([y - low, high - y])).clip(min=0)
+            axes.errorbar(x, y, yerr=error, color=colour, marker=".", linewidth=1, elinewidth=0.8)
+            for place, row in enumerate(points):
+                if row["collapsed"]:
+                    axes.plot(x[place], y[place], marker="x", color="black", markersize=9, zorder=3)
+                if row["keep"]:
+                    axes.plot(
+                        x[place], y[place], marker="*", color=colour, markersize=14, markeredgecolor="black", zorder=4
+                    )
+            if (name, measure) in laws and len(x):
+                fine = np.linspace(0, x.max(), 200)
+                axes.plot(fine, laws[name, measure](fine), color=colour, linestyle="--", linewidth=1)
+        axes.set(xlabel="square root of KL to the base (nats a piece)", ylabel=label)
+        axes.grid(alpha=0.3)
+    handles = [Line2D([], [], color=_style(number)[0], marker=".", label=name) for number, name in enumerate(series)]
+    handles += [
+        Line2D([], [], color="grey", linestyle="", marker="*", markersize=12, markeredgecolor="black", label="to keep"),
+        Line2D([], [], color="black", linestyle="", marker="x", label="collapsed"),
+    ]
+    handles += [Line2D([], [], color="grey", linestyle="--", linewidth=1, label="law of Gao et al.")] if laws else []
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False)
+    return _save(figure, stem, rows)
 
 
 def _style(number: int) -> tuple[str, Any]:
@@ -295,3 +272,72 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, text.getvalue().encode())
+
+
+def ratings(table: Sequence[tuple[str, str, float]], systems: Sequence[str], path: Path) -> None:
+    """Ratings overall and by participant (the paper's figure 5) as ``path``.png and ``path``.pdf, data in ``path``.csv.
+
+    Args:
+        table: (participant, system, rating) of each rating.
+        systems: in the order in which they are drawn.
+    """
+    from matplotlib.figure import Figure
+
+    people = sorted({person for person, _, _ in table})
+    values = sorted({value for _, _, value in table} | set(map(float, range(1, 11))))
+    figure = Figure(figsize=(min(max(10.0, 4.5 + 0.42 * len(people)), 60.0), 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1, min(max(1.6, 0.11 * len(people)), 14)])
+    width = 0.8 / len(systems)
+    lines = []
+    for number, system in enumerate(systems):
+        colour, offset = COLOURS[number % len(COLOURS)], (number - (len(systems) - 1) / 2) * width
+        own = [value for _, name, value in table if name == system]
+        shares = [100 * own.count(value) / len(own) for value in values]
+        left.bar([value + offset for value in values], shares, width, color=colour, label=f"{system} (n = {len(own)})")
+        left.axvline(sum(own) / len(own), ymax=1 / 1.2, color=colour, linestyle="--", linewidth=1)
+        for place, person in enumerate(people):
+            given = [value for who, name, value in table if who == person and name == system]
+            lines += [
+                {"participant": person, "system": system, "rating": f"{value:g}", "count": given.count(value)}
+                for value in sorted(set(given))
+            ]
+            if given:
+                box = right.boxplot(
+                    [given], positions=[place + offset], widths=0.85 * width, patch_artist=True, showmeans=True,
+                    manage_ticks=False, boxprops={"facecolor": colour, "alpha": 0.6}, medianprops={"color": "black"},
+                    meanprops={"marker": "D", "markersize": 3, "markerfacecolor": "white", "markeredgecolor": "black"},
+                    flierprops={"marker": ".", "markersize": 3, "markeredgecolor": colour},
+                )  # fmt: skip
+                for name in ("whiskers", "caps"):
+                    for line in box[name]:
+                        line.set_color(colour)
+    left.set(xlabel="rating", ylabel="share of the system's ratings (%)", title="overall (dashed: means)")
+    left.set_xticks(range(1, 11))
+    left.set_ylim(0, 1.2 * left.get_ylim()[1])  # room for the legend
+    left.legend(frameon=False, fontsize="small", ncols=2, loc="upper center")
+    right.set(xlabel="participant", ylabel="rating", title="by participant (diamond: mean)", ylim=(0.5, 10.5))
+    right.set_xticks(range(len(people)), people, rotation=90, fontsize="small")
+    right.set_yticks(range(1, 11))
+    right.grid(axis="y", alpha=0.3)
+    _save(figure, path, lines)
+
+
+def power(rows: Sequence[Mapping[str, float]], effect: float, path: Path) -> None:
+    """Power by number of listeners as ``path``.png and ``path``.pdf, data in ``path``.csv.
+
+    Args:
+        rows: ``listeners``, ``power``, and ``power_low`` and ``power_high``, the ends of its 95% interval.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    names = ("listeners", "power", "power_low", "power_high")
+    listeners, shares, low, high = ([row[name] for row in rows] for name in names)
+    axes.fill_between(listeners, low, high, alpha=0.25, linewidth=0)
+    axes.plot(listeners, shares, marker="o", label="power, 95% interval of the simulation")
+    axes.axhline(0.8, color="grey", linestyle="--", linewidth=1, label="0.8")
+    axes.set(xlabel="listeners", ylabel=f"share of studies with p < 0.05 (effect {effect:g})", ylim=(0, 1.02))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, loc="lower right")
+    _save(figure, path, rows)

@@ -226,3 +226,13 @@ def test_a_pretraining_is_a_system(tmp_path: Path) -> None:
     (run / "config.toml").write_text('[model]\nbase = ""\n')
     assert find_system(str(run)) == System("run", run / "base", run, None)
     assert find_system(f"{run}@base") == System("run@base", run / "base", run, 0)
+
+
+def test_a_prompt_may_have_several_samples(systems: list[System], whole: list[Piece]) -> None:
+    pieces = list(compose(systems[:1], count=2, samples=2, **SMALL))
+    assert [(piece.prompt, piece.sample) for piece in pieces] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for first, second in (pieces[:2], pieces[2:]):
+        same = of(whole, "piano-small")[first.prompt]
+        assert (first.tokens, first.seed) == (same.tokens, same.seed)
+        assert second.tokens[:4] == first.tokens[:4] and second.tokens != first.tokens and second.seed == first.seed
+    assert list(compose(systems[:1], first=1, count=1, samples=2, **SMALL))[1].tokens == pieces[3].tokens

@@ -39,6 +39,7 @@ SHORT = {
 SMALL = {
     "smart.generate": "--tokens 24",
     "smart.evaluate sample": "-n 4 --tokens 24 --seconds 2 --workers 1",
+    "smart.reproduce": "--list",
     "benchmarks/reward.py": "--clips 2 --rounds 1 --dtypes float32",
     "benchmarks/sampler.py": "--repeats 1",
 }

@@ -11,10 +11,10 @@ import smart
 
 PACKAGE = Path(smart.__file__).parent
 GROUND = {"config", "tokens", "model", "checkpoint", "track", "shards", "hub", "soundfonts"}
-GROUND |= {"files", "remi", "midi", "midi_pool", "distributed", "regions"}
+GROUND |= {"files", "remi", "midi", "midi_pool", "distributed", "regions", "paper"}
 ROOMS = {"prompts", "sampler", "render", "bank", "scoring", "reward", "reward.audiobox", "reward.ce_proxy", "plots"}
 ROOMS |= {"compare", "features", "diversity", "guard"}
-PROGRAMS = {"grpo", "pretrain", "generate", "corpus", "doctor", "evaluate", "study", "reward.calibrate"}
+PROGRAMS = {"grpo", "pretrain", "generate", "corpus", "doctor", "evaluate", "reproduce", "study", "reward.calibrate"}
 
 
 def modules() -> dict[str, Path]:

@@ -10,6 +10,7 @@ COMMANDS = {
     "rate": "Rate audio and MIDI files, silence and noise.",
     "soundfonts": "How ratings depend on the soundfont.",
     "hacks": "What else than music a reward likes.",
+    "frontier": "Reward, a held-out judge and diversity against KL, over the checkpoints of runs.",
 }
 
 

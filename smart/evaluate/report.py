@@ -369,6 +369,9 @@ def section(sample: Sample, out: Path, *, seed: int = 1) -> dict[str, Any]:
             for measure, e in row.items()
         ],
     )
+    seen = paper_rows(comparisons)
+    flat = [row | _flat("difference", row["difference"]) for row in seen]
+    plots.write_csv(out / f"{sample.name}-paper.csv", flat)
     counts = [
         {
             "system": system,
@@ -390,7 +393,7 @@ def section(sample: Sample, out: Path, *, seed: int = 1) -> dict[str, Any]:
         "counts": counts,
         "comparisons": {other: [c for c in comparisons if c.after == other] for other in sample.systems[1:]},
         "diversity": varied,
-        "paper": paper_rows(comparisons),
+        "paper": seen,
         "pictures": draw(sample, out),
         "stand_ins": [name for name, reward in settings["rewards"].items() if reward["stand_in"]],
     }
