@@ -26,7 +26,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from smart import UserError
-from smart.files import write_atomically
+from smart.files import is_empty, write_atomically
 
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
@@ -106,7 +106,7 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
     """
     text, kept = json.dumps(settings, indent=1) + "\n", folder / SETTINGS
     try:
-        if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not kept.is_file())):
+        if folder.exists() and (not folder.is_dir() or (not is_empty(folder) and not kept.is_file())):
             raise UserError(f"--out {folder}: holds something else; give a new folder")
         if kept.is_file():
             before = kept.read_text(encoding="utf-8")
