@@ -106,7 +106,7 @@ def histograms(panels: Sequence[Panel], stem: Path, *, columns: int = 2) -> list
     for axes in cells[len(panels) :]:
         axes.set_axis_off()
     _legend(figure, list(panels[0].values))
-    return _save(figure, stem, table)
+    return save(figure, stem, table)
 
 
 def rewards_and_rolls(
@@ -142,7 +142,7 @@ def rewards_and_rolls(
         ]  # fmt: skip
     bar = figure.colorbar(image, ax=list(grid[1]), pad=0.01)
     bar.set_label("share of pieces")
-    return _save(figure, stem, table)
+    return save(figure, stem, table)
 
 
 def rewards_by_iteration(runs: Mapping[str, Sequence[Mapping[str, Any]]], stem: Path, ylabel: str) -> list[Path]:
@@ -167,7 +167,7 @@ def rewards_by_iteration(runs: Mapping[str, Sequence[Mapping[str, Any]]], stem: 
     axes.set(xlabel="iteration", ylabel=ylabel)
     axes.grid(alpha=0.3)
     _legend(figure, list(runs))
-    return _save(figure, stem, table)
+    return save(figure, stem, table)
 
 
 def frontier(
@@ -215,7 +215,7 @@ def frontier(
     ]
     handles += [Line2D([], [], color="grey", linestyle="--", linewidth=1, label="law of Gao et al.")] if laws else []
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False)
-    return _save(figure, stem, rows)
+    return save(figure, stem, rows)
 
 
 def _style(number: int) -> tuple[str, Any]:
@@ -254,7 +254,7 @@ def _legend(figure: Any, names: Sequence[str]) -> None:
     figure.legend(lines, names, loc="outside upper center", ncols=min(len(names), 4), frameon=False, handlelength=3)
 
 
-def _save(figure: Any, stem: Path, table: Sequence[Mapping[str, Any]]) -> list[Path]:
+def save(figure: Any, stem: Path, table: Sequence[Mapping[str, Any]]) -> list[Path]:
     """Write a figure as PNG and PDF, the same bytes for the same data, and its data as CSV."""
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf", "csv")]
     write_atomically(paths[0], lambda file: figure.savefig(file, format="png", dpi=DPI))

@@ -38,6 +38,7 @@ SHORT = {
 }  # fmt: skip
 SMALL = {
     "smart.generate": "--tokens 24",
+    "smart.demo": "--prompts 2 --tokens 24 --seconds 2 --sample-rate 22050",
     "smart.evaluate sample": "-n 4 --tokens 24 --seconds 2 --workers 1",
     "smart.reproduce": "--list",
     "benchmarks/reward.py": "--clips 2 --rounds 1 --dtypes float32",
