@@ -110,7 +110,7 @@ def histograms(panels: Sequence[Panel], stem: Path, *, columns: int = 2) -> list
     for axes in cells[len(panels) :]:
         axes.set_axis_off()
     _legend(figure, list(panels[0].values))
-    return _save(figure, stem, table)
+    return save(figure, stem, table)
 
 
 def rewards_and_rolls(
@@ -146,7 +146,7 @@ def rewards_and_rolls(
         ]  # fmt: skip
     bar = figure.colorbar(image, ax=list(grid[1]), pad=0.01)
     bar.set_label("share of pieces")
-    return _save(figure, stem, table)
+    return save(figure, stem, table)
 
 
 def rewards_by_iteration(runs: Mapping[str, Sequence[Mapping[str, Any]]], stem: Path, ylabel: str) -> list[Path]:
@@ -171,7 +171,7 @@ def rewards_by_iteration(runs: Mapping[str, Sequence[Mapping[str, Any]]], stem: 
     axes.set(xlabel="iteration", ylabel=ylabel)
     axes.grid(alpha=0.3)
     _legend(figure, list(runs))
-    return _save(figure, stem, table)
+    return save(figure, stem, table)
 
 
 def frontier(
@@ -219,7 +219,7 @@ def frontier(
     ]
     handles += [Line2D([], [], color="grey", linestyle="--", linewidth=1, label="law of Gao et al.")] if laws else []
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False)
-    return _save(figure, stem, rows)
+    return save(figure, stem, rows)
 
 
 def _style(number: int) -> tuple[str, Any]:
@@ -258,7 +258,7 @@ def _legend(figure: Any, names: Sequence[str]) -> None:
     figure.legend(lines, names, loc="outside upper center", ncols=min(len(names), 4), frameon=False, handlelength=3)
 
 
-def _save(figure: Any, stem: Path, table: Sequence[Mapping[str, Any]]) -> list[Path]:
+def save(figure: Any, stem: Path, table: Sequence[Mapping[str, Any]]) -> list[Path]:
     """Write a figure as PNG and PDF, the same bytes for the same data, and its data as CSV."""
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf", "csv")]
     write_atomically(paths[0], lambda file: figure.savefig(file, format="png", dpi=DPI))
@@ -325,7 +325,7 @@ def ratings(table: Sequence[tuple[str, str, float]], systems: Sequence[str], pat
     right.set_xticks(range(len(people)), people, rotation=90, fontsize="small")
     right.set_yticks(range(1, 11))
     right.grid(axis="y", alpha=0.3)
-    _save(figure, path, lines)
+    save(figure, path, lines)
 
 
 def power(rows: Sequence[Mapping[str, float]], effect: float, path: Path) -> None:
@@ -346,4 +346,4 @@ def power(rows: Sequence[Mapping[str, float]], effect: float, path: Path) -> Non
     axes.set(xlabel="listeners", ylabel=f"share of studies with p < 0.05 (effect {effect:g})", ylim=(0, 1.02))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="lower right")
-    _save(figure, path, rows)
+    save(figure, path, rows)
