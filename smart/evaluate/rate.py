@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from smart import UserError, plots, require
+from smart import UserError, paper, plots, require
 from smart.evaluate.ratings import (
     MIDI,
     Audio,
@@ -47,13 +47,8 @@ WINDOW_SECONDS = 10
 SILENCE, NOISE = "silence", "white noise"
 BUILT_IN_RATE = 16000  # Hz of the two rows
 NOISE_LEVEL = 0.1  # standard deviation
-# paper table 1
-PAPER = {
-    SILENCE: {"CE": 3.24, "CU": 6.45, "PC": 1.70, "PQ": 6.74},
-    NOISE: {"CE": 2.37, "CU": 4.65, "PC": 1.99, "PQ": 4.79},
-}
-# the paper rounds to 0.01 and does not say how loud its noise was or how its files were coded
-TOLERANCE = {SILENCE: 0.1, NOISE: 0.3}
+PAPER = {name: dict(zip(paper.AXES, paper.TABLE_1[name], strict=True)) for name in (SILENCE, NOISE)}
+TOLERANCE = {name: paper.tolerance(name) for name in PAPER}
 
 
 class Unreadable(NamedTuple):

@@ -16,8 +16,8 @@ import torch
 from symusic.core import ScoreTick
 
 from smart import UserError, plots
-from smart.checkpoint import write_atomically
 from smart.evaluate import statistics
+from smart.files import is_empty, write_atomically
 from smart.midi import Limits, Reject, check_structure
 from smart.model import pick_device
 from smart.render import RenderError, RenderPool
@@ -145,7 +145,7 @@ class Kept:
         settings_file, self._table = (folder / name for name in self.FILES)
         text = json.dumps(settings, indent=1) + "\n"
         with writing(folder):
-            if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not settings_file.is_file())):
+            if folder.exists() and (not folder.is_dir() or (not is_empty(folder) and not settings_file.is_file())):
                 raise UserError(f"--out {folder}: holds something else; give a new folder")
             if settings_file.is_file():
                 if settings_file.read_text(encoding="utf-8") != text:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from smart import UserError, checkpoint, plots, require, track
+from smart import UserError, checkpoint, paper, plots, require, track
 from smart.evaluate import statistics
 from smart.evaluate.ratings import (
     MEAN,
@@ -44,14 +44,7 @@ from smart.tokens import decode
 
 Ratings = npt.NDArray[np.float64]
 
-# paper table 2, of ten pieces
-PAPER = {
-    "musescore": {"CE": 5.423, "CU": 7.487, "PC": 2.352, "PQ": 7.323, MEAN: 5.646},
-    "fluidr3": {"CE": 5.347, "CU": 7.408, "PC": 2.355, "PQ": 7.817, MEAN: 5.732},
-    "grandeur": {"CE": 6.385, "CU": 7.693, "PC": 2.376, "PQ": 7.884, MEAN: 6.085},
-    "sgm": {"CE": 6.602, "CU": 7.716, "PC": 2.477, "PQ": 7.695, MEAN: 6.123},
-    "yamaha": {"CE": 6.530, "CU": 7.705, "PC": 2.453, "PQ": 7.883, MEAN: 6.143},
-}
+PAPER = {name: dict(zip((*paper.AXES, MEAN), means, strict=True)) for name, means in paper.TABLE_2.items()}
 
 
 class Font(NamedTuple):
