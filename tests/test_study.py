@@ -184,6 +184,37 @@ def test_a_study_is_never_overwritten_and_goes_on_after_an_interruption(
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
+def test_models_get_the_same_prompts_and_seeds_and_go_on_where_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One model under two names: the same pieces. A build that was interrupted: the same pieces as one that was not."""
+    monkeypatch.setattr(building, "BLOCK", 1)
+    runs = ["--runs", "a=piano-small", "b=piano-small", "--prompts", "2", "--practice", "0", "--power", "0"]
+    runs += ["--seconds", "1", "--sample-rate", str(RATE), "--tokens", "24", "--workers", "1"]
+    made = []
+    for name in ("whole", "parts"):
+        out, put, count = tmp_path / name, building.Work.put, 0
+
+        def stop(self: building.Work, clip: building.Clip, put: Any = put) -> None:
+            nonlocal count
+            count += 1
+            if count == 3:
+                raise KeyboardInterrupt
+            put(self, clip)
+
+        if name == "parts":
+            with monkeypatch.context() as patch:
+                patch.setattr(building.Work, "put", stop)
+                assert CliRunner().invoke(building.main, [*runs, "--out", str(out)]).exit_code == 1
+            assert len(list((tmp_path / ".parts.work" / "clips").iterdir())) == 2 and not out.exists()
+        done = CliRunner().invoke(building.main, [*runs, "--out", str(out)])
+        assert done.exit_code == 0, done.output
+        made.append({(row["system"], row["prompt"], row["seed"]): row["sha256"] for row in key_of(out)})
+    assert made[0] == made[1] and len({seed for _, _, seed in made[0]}) == 2
+    for (_, prompt, seed), digest in made[0].items():
+        assert made[0]["a", prompt, seed] == digest
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
