@@ -38,7 +38,7 @@ import numpy as np
 import numpy.typing as npt
 
 from smart import UserError, shards
-from smart.checkpoint import sha256, write_atomically
+from smart.files import is_leftover, sha256, write_atomically
 from smart.midi import Limits, Piece
 from smart.midi_pool import Pool
 from smart.shards import Corpus
@@ -275,7 +275,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
     foreign = [
         path.name
         for path in out.iterdir()
-        if path.name.removesuffix(".tmp") not in ours and not SHARD_FILE.fullmatch(path.name)
+        if path.name.removesuffix(".tmp") not in ours and not SHARD_FILE.fullmatch(path.name) and not is_leftover(path)
     ]
     if foreign:
         raise UserError(f"--out {out}: holds {foreign[0]!r}, which no build wrote; give another folder")

@@ -28,6 +28,16 @@ def write_atomically(path: Path, write: bytes | Callable[[IO[bytes]], object]) -
     sync(path.parent)
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether a file is what ``write_atomically`` had written when its process was killed."""
+    return path.name.startswith(".") and path.name.endswith(".tmp") and path.is_file()
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing, or only such leftovers."""
+    return all(is_leftover(path) for path in folder.iterdir())
+
+
 def sha256(path: Path) -> str:
     """Of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:

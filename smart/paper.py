@@ -20,13 +20,22 @@ TABLE_1: dict[str, tuple[float, float, float, float]] = {
     "white noise": (2.37, 4.65, 1.99, 4.79),
 }
 
-# table 2: means over ten pieces of the pretraining data, in the order of AXES
-TABLE_2: dict[str, tuple[float, float, float, float]] = {
-    "musescore": (5.423, 7.487, 2.352, 7.323),
-    "fluidr3": (5.347, 7.408, 2.355, 7.817),
-    "grandeur": (6.385, 7.693, 2.376, 7.884),
-    "sgm": (6.602, 7.716, 2.477, 7.695),
-    "yamaha": (6.530, 7.705, 2.453, 7.883),
+
+def tolerance(row: str) -> float:
+    """How far a rating may be from table 1 and agree with it.
+
+    The paper rounds to 0.01 and does not say how its files were coded, or how loud its noise was.
+    """
+    return 0.3 if row == "white noise" else 0.1
+
+
+# table 2: means over ten pieces of the pretraining data, in the order of AXES, and their average
+TABLE_2: dict[str, tuple[float, float, float, float, float]] = {
+    "musescore": (5.423, 7.487, 2.352, 7.323, 5.646),
+    "fluidr3": (5.347, 7.408, 2.355, 7.817, 5.732),
+    "grandeur": (6.385, 7.693, 2.376, 7.884, 6.085),
+    "sgm": (6.602, 7.716, 2.477, 7.695, 6.123),
+    "yamaha": (6.530, 7.705, 2.453, 7.883, 6.143),
 }
 
 MINUTES = 50  # section 3.5: 200 iterations on one NVIDIA GeForce RTX 3090

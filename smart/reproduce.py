@@ -35,6 +35,7 @@ import click
 
 from smart import UserError, checkpoint, paper, require, track
 from smart.config import Config, dumps, load
+from smart.files import is_empty
 from smart.model import find_base
 from smart.reward import Reward, load_reward
 from smart.shards import MANIFEST, Corpus
@@ -88,7 +89,7 @@ class Book:
     def __init__(self, out: Path) -> None:
         self.out = out
         try:
-            if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / STATE).is_file())):
+            if out.exists() and (not out.is_dir() or (not is_empty(out) and not (out / STATE).is_file())):
                 raise UserError(f"--out {out}: holds something else; give a new folder")
             out.mkdir(parents=True, exist_ok=True)
             self.rows: dict[str, dict[str, Any]] = {}
@@ -561,7 +562,7 @@ def _table_1(out: Path, kind: str, real: bool) -> Section:
         cells = [
             f"{value:.2f} / {number(float(here)) if here else '-'}" for value, here in zip(published, mine, strict=True)
         ]
-        rows.append((name, *cells, _close(published, mine) if real else ""))
+        rows.append((name, *cells, _close(name, mine) if real else ""))
     for name, ratings in ours.items():
         if name not in paper.TABLE_1:
             mine = [ratings.get(axis, "") for axis in paper.AXES]
@@ -572,12 +573,11 @@ def _table_1(out: Path, kind: str, real: bool) -> Section:
     return Section("Table 1: ratings of recordings, silence and noise", words, rows)
 
 
-def _close(published: Sequence[float], here: Sequence[str]) -> str:
-    """The paper prints two digits, and does not say how loud its noise was: a tenth is agreement."""
+def _close(row: str, here: Sequence[str]) -> str:
     if not all(here):
         return ""
-    worst = max(abs(value - float(mine)) for value, mine in zip(published, here, strict=True))
-    return f"{'agrees' if worst <= 0.1 else 'differs'} (at most {worst:.2f} apart)"
+    worst = max(abs(value - float(mine)) for value, mine in zip(paper.TABLE_1[row], here, strict=True))
+    return f"{'agrees' if worst <= paper.tolerance(row) else 'differs'} (at most {worst:.2f} apart)"
 
 
 def _table_2(out: Path, real: bool) -> Section:

@@ -244,3 +244,24 @@ def test_what_the_base_writes_becomes_a_corpus_and_survives_a_kill(tmp_path: Pat
     assert json.loads((out / "state.json").read_text())["midi"] == first
     corpus = Corpus(out / "corpus")
     assert all(len(corpus.split(split)) for split in ("train", "validation", "test"))
+
+
+def test_a_kill_while_the_first_file_is_written_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+    """What an atomic write leaves beside its target is no other's folder: here, in a claimed folder, in a corpus."""
+    from smart.corpus import _check_out
+    from smart.track import claim
+
+    for name, begin in (("state.json", Book), ("settings.json", lambda out: claim(out, {"n": 1}))):
+        out = tmp_path / name
+        out.mkdir()
+        (out / f".{name}.tmp").write_text("{")
+        begin(out)
+        assert (out / name).is_file()
+        (out / name).unlink()
+        (out / "thesis.txt").touch()
+        with pytest.raises(UserError, match="holds something else"):
+            begin(out)
+    corpus = tmp_path / "corpus"
+    (corpus / ".work").mkdir(parents=True)
+    (corpus / ".manifest.json.tmp").touch()
+    _check_out(corpus, overwrite=False)
