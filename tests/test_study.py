@@ -105,6 +105,11 @@ def test_names_cannot_be_computed_again(study: Path, wavs: list[str], tmp_path: 
     assert not {row["excerpt"] for row in first} & {row["excerpt"] for row in second}
     made = [{(row["system"], row["prompt"], row["sha256"]) for row in rows} for rows in (first, second)]
     assert made[0] == made[1]  # the same sound
+    pairs = [
+        [[(made.excerpts[t.excerpt].system, made.excerpts[t.excerpt].prompt) for t in made.trials(n)] for n in range(6)]
+        for made in (Study(study), Study(tmp_path / "again"))
+    ]
+    assert pairs[0] != pairs[1]  # nor can orders
 
 
 def test_key_says_what_matching_did(study: Path) -> None:
