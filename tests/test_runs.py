@@ -384,6 +384,29 @@ def test_looking_on_changes_nothing(base: Path, finished: Path, tmp_path: Path) 
     assert not (folder / "checkpoints" / "best").exists()
 
 
+def test_the_bonus_for_diversity_moves_advantages_alone(
+    base: Path, finished: Path, tmp_path: Path, tokenizer: Any
+) -> None:
+    """The first batch is what it was, rewards too; its advantages are those of the two pure functions."""
+    import pyarrow.parquet as pq
+
+    from smart.grpo import distinct_rewards, group_advantages
+    from smart.guard import alikeness
+    from smart.tokens import decode
+
+    changes = {"grpo.diversity": 5.0, "grpo.iterations": 1, "track.held_out_every": 0}
+    status, output = run("grpo", "--config", "quickstart.toml", *arguments(base, tmp_path, **changes))
+    assert status == 0, output
+    rows = pq.read_table(tmp_path / "r" / "completions").to_pylist()
+    plain = [row for row in pq.read_table(finished / "completions").to_pylist() if row["step"] == 1]
+    assert [(row["tokens"], row["reward"]) for row in rows] == [(row["tokens"], row["reward"]) for row in plain]
+    alike = alikeness([decode(tokenizer, torch.tensor(row["tokens"])) for row in rows], 3)
+    rewards = torch.tensor([row["reward"] for row in rows])
+    expected = group_advantages(distinct_rewards(rewards, alike, weight=5.0), 3)
+    assert [row["advantage"] for row in rows] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert [row["advantage"] for row in rows] != pytest.approx([row["advantage"] for row in plain], abs=1e-2)
+
+
 def test_a_spent_budget_ends_the_run_with_the_best(base: Path, finished: Path, tmp_path: Path) -> None:
     """Its policy reaches the budget between the second and the third measurement; one checkpoint is to be kept."""
     before, after = (row["held_out/kl"] for row in metrics(finished) if row["step"] in (4, 6))
