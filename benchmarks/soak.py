@@ -4,7 +4,8 @@
 
 It tunes a tiny model of random weights through the real program, renderer and reward, in a process of its own, and
 looks at that process and its render workers after every part of the iterations. Memory is what each of them alone
-holds (USS). The first part warms up. The table comes first, one line of JSON last.
+holds (USS), the least that was seen in a part: what a process holds between two iterations, with no garbage
+waiting to be collected. The first part warms up. The table comes first, one line of JSON last.
 """
 
 import subprocess
@@ -75,13 +76,18 @@ def main() -> None:
         try:
             for part in range(1, options.parts + 1):
                 until = part * options.iterations // options.parts
+                seen: list[dict[str, Any]] = []
                 while (lines := metrics.read_bytes().count(b"\n") if metrics.exists() else 0) < until:
                     if run.poll() is not None:
                         sys.exit(f"the run ended with exit code {run.returncode}: {log.read_text()[-500:]}")
                     before = before or time.perf_counter() if lines else 0.0
-                    time.sleep(0.01)
+                    time.sleep(0.05)
+                    if lines > done:
+                        seen.append(look(run.pid))
                 now = time.perf_counter()
-                row = {"until": until, "per_second": (lines - done) / (now - before), **look(run.pid)}
+                seen.append(look(run.pid))
+                row = {"until": until, "per_second": (lines - done) / (now - before), **seen[-1]}
+                row |= {key: min(one[key] for one in seen) for key in ("mib", "workers_mib")}
                 rows.append(row)
                 print(
                     f"{until:12,} {row['per_second']:9.2f} {row['mib']:7.1f} {row['workers_mib']:12.1f} "

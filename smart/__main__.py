@@ -10,6 +10,7 @@ PROGRAMS = {
     "generate": "Write music with a base or a tuned run.",
     "evaluate": "Sample, rate and compare; reports with the paper's figures.",
     "corpus": "Turn a folder of MIDI files into a tokenised corpus.",
+    "demo": "Make a page to listen to: pairs from two models.",
     "study": "Run a listening study: build it, serve it, export and analyse its ratings.",
     "doctor": "Say whether this machine is ready for a run.",
     "reproduce": "Every experiment, table and figure of the paper, on one page.",

@@ -381,11 +381,11 @@ def generate(
                 clips = [pool.submit(score_notes(score, max_beats=math.inf)) for score in scores]
                 best, audio, ratings = choose(clips, scorer)
                 stem = out / f"{piece:04d}"
-                scores[best].dump_midi(stem.with_suffix(".mid"))
+                track.write_midi(stem.with_suffix(".mid"), scores[best])
                 track.write_wav(stem.with_suffix(".wav"), audio, sample_rate)
                 if going_on is not None:
                     joined = continuation(going_on, [*line, *drawn[mine][best]], tokenizer, joined=True)
-                    joined.dump_midi(out / f"{piece:04d}-joined.mid")
+                    track.write_midi(out / f"{piece:04d}-joined.mid", joined)
                     sound_of_both = pool.submit(score_notes(joined, max_beats=math.inf)).result()
                     track.write_wav(out / f"{piece:04d}-joined.wav", sound_of_both, sample_rate)
                 table.writerow(

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,10 +84,13 @@ class Panel(NamedTuple):
 
 
 def edges_of(values: Iterable[npt.NDArray[Any]], bins: int = 30) -> npt.NDArray[np.float64]:
-    """Equal bins from the least to the greatest finite value of several arrays."""
+    """Equal bins from the least to the greatest finite value of several arrays; of whole width for whole numbers."""
     together = np.concatenate([np.asarray(part, np.float64) for part in values])
     together = together[np.isfinite(together)]
     low, high = (together.min(), together.max()) if len(together) else (0.0, 1.0)
+    if len(together) and not (together % 1).any():  # else some bins would hold more of the numbers than others
+        width = (high - low) // bins + 1
+        return np.arange(low - 0.5, high + width, width)
     if low == high:
         low, high = low - 0.5, high + 0.5
     return np.linspace(low, high, bins + 1)
@@ -106,7 +110,7 @@ def histograms(panels: Sequence[Panel], stem: Path, *, columns: int = 2) -> list
     for axes in cells[len(panels) :]:
         axes.set_axis_off()
     _legend(figure, list(panels[0].values))
-    return _save(figure, stem, table)
+    return save(figure, stem, table)
 
 
 def rewards_and_rolls(
@@ -142,7 +146,7 @@ def rewards_and_rolls(
         ]  # fmt: skip
     bar = figure.colorbar(image, ax=list(grid[1]), pad=0.01)
     bar.set_label("share of pieces")
-    return _save(figure, stem, table)
+    return save(figure, stem, table)
 
 
 def rewards_by_iteration(runs: Mapping[str, Sequence[Mapping[str, Any]]], stem: Path, ylabel: str) -> list[Path]:
@@ -167,7 +171,7 @@ def rewards_by_iteration(runs: Mapping[str, Sequence[Mapping[str, Any]]], stem: 
     axes.set(xlabel="iteration", ylabel=ylabel)
     axes.grid(alpha=0.3)
     _legend(figure, list(runs))
-    return _save(figure, stem, table)
+    return save(figure, stem, table)
 
 
 def frontier(
@@ -215,7 +219,7 @@ def frontier(
     ]
     handles += [Line2D([], [], color="grey", linestyle="--", linewidth=1, label="law of Gao et al.")] if laws else []
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6), frameon=False)
-    return _save(figure, stem, rows)
+    return save(figure, stem, rows)
 
 
 def _style(number: int) -> tuple[str, Any]:
@@ -254,7 +258,7 @@ def _legend(figure: Any, names: Sequence[str]) -> None:
     figure.legend(lines, names, loc="outside upper center", ncols=min(len(names), 4), frameon=False, handlelength=3)
 
 
-def _save(figure: Any, stem: Path, table: Sequence[Mapping[str, Any]]) -> list[Path]:
+def save(figure: Any, stem: Path, table: Sequence[Mapping[str, Any]]) -> list[Path]:
     """Write a figure as PNG and PDF, the same bytes for the same data, and its data as CSV."""
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf", "csv")]
     write_atomically(paths[0], lambda file: figure.savefig(file, format="png", dpi=DPI))
@@ -265,12 +269,14 @@ def _save(figure: Any, stem: Path, table: Sequence[Mapping[str, Any]]) -> list[P
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows as CSV, with the columns of all of them in order of appearance."""
+    """Rows as CSV, with the columns of all of them in order of appearance; what is not finite is left empty."""
     text = io.StringIO()
     names = list(dict.fromkeys(name for row in rows for name in row))
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    for row in rows:
+        undefined = {key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
+        writer.writerow({key: "" if key in undefined else value for key, value in row.items()})
     write_atomically(path, text.getvalue().encode())
 
 
@@ -319,7 +325,7 @@ def ratings(table: Sequence[tuple[str, str, float]], systems: Sequence[str], pat
     right.set_xticks(range(len(people)), people, rotation=90, fontsize="small")
     right.set_yticks(range(1, 11))
     right.grid(axis="y", alpha=0.3)
-    _save(figure, path, lines)
+    save(figure, path, lines)
 
 
 def power(rows: Sequence[Mapping[str, float]], effect: float, path: Path) -> None:
@@ -340,4 +346,4 @@ def power(rows: Sequence[Mapping[str, float]], effect: float, path: Path) -> Non
     axes.set(xlabel="listeners", ylabel=f"share of studies with p < 0.05 (effect {effect:g})", ylim=(0, 1.02))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, loc="lower right")
-    _save(figure, path, rows)
+    save(figure, path, rows)

@@ -4,6 +4,7 @@ Everything that is indexed by a step can be cut back to a step, so that a run th
 writes the same files as one that was never interrupted.
 """
 
+import io
 import json
 import math
 import os
@@ -228,7 +229,7 @@ class Tracker:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         midi = path.with_suffix(".mid")
-        score.dump_midi(midi)
+        write_midi(midi, score)
         if audio is None:
             return midi
         wav = path.with_suffix(".wav")
@@ -261,11 +262,18 @@ class Onlooker(Tracker):
         return self.folder / name
 
 
+def write_midi(path: Path, score: Any) -> None:
+    """A ``symusic.Score`` as a MIDI file; ``OSError`` where it cannot be written."""
+    write_atomically(path, score.dumps_midi())
+
+
 def write_wav(path: Path, audio: npt.NDArray[np.float32], sample_rate: int) -> None:
-    """(C, S) float32 in [-1, 1] as 16-bit PCM."""
+    """(C, S) float32 in [-1, 1] as 16-bit PCM; ``OSError`` where it cannot be written (libsndfile's own says less)."""
     import soundfile
 
-    soundfile.write(path, audio.T, sample_rate, subtype="PCM_16")
+    encoded = io.BytesIO()
+    soundfile.write(encoded, audio.T, sample_rate, subtype="PCM_16", format="WAV")
+    write_atomically(path, encoded.getvalue())
 
 
 def read_audio(path: Path, seconds: float = math.inf) -> tuple[npt.NDArray[np.float32], int]:

@@ -1,6 +1,7 @@
 """Fixtures that several test files share: the paper's tokenizer and a tiny random model over it."""
 
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -26,3 +27,43 @@ def make_tiny_model(tokenizer: Any) -> Any:
 @pytest.fixture
 def tiny_model(tokenizer: Any) -> Any:
     return make_tiny_model(tokenizer)
+
+
+class Demo(NamedTuple):
+    """A page of ``smart demo`` and what it was made of."""
+
+    page: Path
+    run: Path  # a run of two checkpoints; tuned/ is the second
+    arguments: list[str]  # of the command line, without --out
+
+
+HOSTILE = "</script><img src=x onerror=alert(1)>"  # where the page says a name, it says this
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    """The shipped base against slightly perturbed copies of it, two prompts, short clips."""
+    from click.testing import CliRunner
+
+    from smart import checkpoint
+    from smart.config import Config, dumps
+    from smart.demo import main
+    from smart.model import load_base, save_base
+
+    run = tmp_path_factory.mktemp("runs") / "perturbed"
+    run.mkdir()
+    (run / "config.toml").write_text(dumps(Config()) + f"# {HOSTILE}\n", encoding="utf-8")
+    model, tokenizer = load_base("piano-small")
+    generator = torch.Generator().manual_seed(1)
+    for step in (1, 2):
+        with torch.no_grad():
+            for weights in model.parameters():
+                weights.add_(0.03 * weights.std() * torch.randn(weights.shape, generator=generator))
+        checkpoint.save(run / "checkpoints", step, lambda folder: save_base(model, tokenizer, folder))
+    save_base(model, tokenizer, run / "tuned")
+    page = run.parent / "page.html"
+    arguments = ["--section", HOSTILE, "piano-small", str(run), "--steps", "all", "--prompts", "2", "--tokens", "48"]
+    arguments += ["--seconds", "3", "--sample-rate", "22050", "--workers", "1", "--device", "cpu"]
+    result = CliRunner().invoke(main, [*arguments, "--out", str(page)])
+    assert result.exit_code == 0, result.output
+    return Demo(page, run, arguments)

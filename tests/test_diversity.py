@@ -201,6 +201,11 @@ def test_audio_vector() -> None:
         assert not audio_vector(nothing, rate).any()
     assert np.isfinite(audio_vector(np.ones(1), rate)).all()
     assert vendi_score(kernel(np.stack([vectors[0], vectors[3]] * 4))) == pytest.approx(2, abs=0.05)
+    # when something sounds matters as well as what; what comes after the seconds that are heard does not
+    late = audio_vector(np.concatenate([np.zeros(2 * rate), low]), rate)
+    assert late @ vectors[0] < 0.1
+    ten = np.concatenate([low] * 10)
+    assert np.array_equal(audio_vector(np.concatenate([ten, high]), rate), audio_vector(ten, rate))
 
 
 def test_summary_within_groups() -> None:

@@ -266,13 +266,22 @@ def test_the_report_of_tables_and_a_run(make: Make, tmp_path: Path) -> None:
 
 
 def test_a_figure_has_the_same_bytes_every_time(tmp_path: Path) -> None:
-    values = {"x": np.array([1.0, 2.0, math.nan]), "y": np.array([3.0])}
+    values = {"x": np.array([1.5, 2.0, math.nan]), "y": np.array([3.5])}
     panel = plots.Panel("title", "x", "y", values, plots.edges_of(values.values(), bins=4))
     first, second = (plots.histograms([panel], tmp_path / name) for name in ("a", "b"))
     for one, two in zip(first, second, strict=True):
         assert one.read_bytes() == two.read_bytes()
-    assert [row["count"] for row in rows_of(first[2])] == ["1", "0", "1", "0", "0", "0", "0", "1"]
-    assert plots.edges_of([np.array([math.nan, 2.0])]).tolist()[::30] == [1.5, 2.5]
+    assert [row["count"] for row in rows_of(first[2])] == ["1", "1", "0", "0", "0", "0", "0", "1"]
+    assert [row["share"] for row in rows_of(first[2])][:4] == ["0.5", "0.5", "0.0", "0.0"]
+
+
+def test_bins_hold_as_many_whole_numbers_each() -> None:
+    for low, high in ((26, 76), (0, 29), (0, 30), (5, 5)):
+        edges = plots.edges_of([np.arange(low, high + 1.0), np.array([math.nan])])
+        counts = np.histogram(np.arange(low, high + 1), edges)[0]
+        assert counts.sum() == high + 1 - low and len(counts) <= 30 and len(set(counts[:-1])) <= 1
+    assert plots.edges_of([np.array([math.nan, 2.5])]).tolist()[::30] == [2.0, 3.0]
+    assert plots.edges_of([np.array([math.nan])]).tolist()[::30] == [0.0, 1.0]
 
 
 def test_a_single_piece_of_a_single_model(make: Make, tmp_path: Path) -> None:
@@ -283,7 +292,7 @@ def test_a_single_piece_of_a_single_model(make: Make, tmp_path: Path) -> None:
     assert "against" not in page.split('id="reading"')[0] and "nan" not in re.sub(r'"data:[^"]*"', "", page).lower()
     assert rows_of(tmp_path / "out" / "t-comparisons.csv") == []
     means = {row["measure"]: row for row in rows_of(tmp_path / "out" / "t-means.csv")}
-    assert means["ce_proxy.CE"]["n"] == "1" and means["ce_proxy.CE"]["mean_low"] == "nan"
+    assert means["ce_proxy.CE"]["n"] == "1" and means["ce_proxy.CE"]["mean_low"] == ""
     assert "figure 7" in page and "figure 3" not in page
 
 

@@ -14,7 +14,18 @@ GROUND = {"config", "tokens", "model", "checkpoint", "track", "shards", "hub", "
 GROUND |= {"files", "remi", "midi", "midi_pool", "distributed", "regions", "paper"}
 ROOMS = {"prompts", "sampler", "render", "bank", "scoring", "reward", "reward.audiobox", "reward.ce_proxy", "plots"}
 ROOMS |= {"compare", "features", "diversity", "guard"}
-PROGRAMS = {"grpo", "pretrain", "generate", "corpus", "doctor", "evaluate", "reproduce", "study", "reward.calibrate"}
+PROGRAMS = {
+    "grpo",
+    "pretrain",
+    "generate",
+    "corpus",
+    "demo",
+    "doctor",
+    "evaluate",
+    "reproduce",
+    "study",
+    "reward.calibrate",
+}
 
 
 def modules() -> dict[str, Path]:
@@ -72,9 +83,10 @@ def test_importing_the_programs_opens_no_connection() -> None:
 import socket, sys
 def refuse(*args, **kwargs): raise AssertionError(f"network at import: {args}")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-import smart.__main__, smart.grpo, smart.pretrain, smart.generate, smart.corpus, smart.doctor
+import smart.__main__, smart.grpo, smart.pretrain, smart.generate, smart.corpus, smart.demo, smart.doctor
 import smart.evaluate.report, smart.evaluate.rate, smart.evaluate.soundfonts, smart.evaluate.hacks
-import smart.reward.audiobox, smart.reward.calibrate, smart.study
+import smart.reward.audiobox, smart.reward.calibrate
+import smart.study.build, smart.study.serve, smart.study.app, smart.study.analyse, smart.study.power
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

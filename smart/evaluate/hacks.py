@@ -26,7 +26,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from smart import UserError, checkpoint, require, track
+from smart import UserError, checkpoint, plots, require, track
 from smart.compare import compose, find_system
 from smart.evaluate.ratings import (
     Audio,
@@ -40,10 +40,9 @@ from smart.evaluate.ratings import (
     rate_scores,
     read_score,
     reward_options,
-    save_figure,
     table,
     with_interval,
-    write_csv,
+    writing,
 )
 from smart.render import NOTE_COLUMNS, Notes, RenderPool, score_notes
 from smart.soundfonts import available_soundfonts, check_soundfont, find_soundfont, short_name
@@ -318,8 +317,8 @@ def main(
             for name, change in FROM_AUDIO.items():
                 keep(name, HARMLESS, partial(heard, own, label=name, change=change))
     rows = _rows(rated, kinds_of, columns(rewards))
-    write_csv(out / "hacks.csv", rows)
-    _draw(out / "hacks", rows, columns(rewards))
+    with writing(out):
+        _draw(out / "hacks", rows, columns(rewards))
     stand_in = "" if files else f", written by {model} as a stand-in for real music"
     click.echo(
         f"{len(pieces)} pieces{stand_in}, the first {seconds:g} s, {soundfonts[0].stem}; 95% intervals over pieces"
@@ -394,4 +393,4 @@ def _draw(stem: Path, rows: Sequence[Row], names: Sequence[str]) -> None:
     axes.invert_yaxis()
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
-    save_figure(figure, stem)
+    plots.save(figure, stem, rows)

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from smart import UserError, paper, require
+from smart import UserError, paper, plots, require
 from smart.evaluate.ratings import (
     MIDI,
     Audio,
@@ -35,7 +35,7 @@ from smart.evaluate.ratings import (
     reward_options,
     table,
     with_interval,
-    write_csv,
+    writing,
 )
 from smart.render import RenderError, RenderPool, score_notes
 from smart.reward import Reward
@@ -154,6 +154,8 @@ def main(
     """Rate FILES (wav, flac, mp3, ogg, mid), silence and white noise, ten seconds at a time."""
     if out is not None and out.exists() and not overwrite:
         raise UserError(f"--out {out}: is there already; choose another, or add --overwrite")
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}; make it first")
     with_midi = any(path.suffix.lower() in MIDI for path in files)
 
     def sound() -> Path | None:
@@ -200,14 +202,16 @@ def main(
     click.echo(_shown(rows))
     for reward in rewards:
         if reward.name == "audiobox":
-            ours = {
-                name: {row["rating"].partition(".")[2]: row["mean"] for row in rows if row["file"] == name}
-                for name in PAPER
-            }
+            ours: dict[str, dict[str, float]] = {name: {} for name in PAPER}
+            for row in rows:
+                kind, _, axis = row["rating"].partition(".")
+                if row["file"] in PAPER and kind == reward.name:
+                    ours[row["file"]][axis] = row["mean"]
             click.echo(_beside_the_paper(ours))
             click.echo(verdict(reward, ours))
     if out is not None:
-        write_csv(out, rows)
+        with writing(out):
+            plots.write_csv(out, rows)
         click.echo(f"wrote {out}")
     if failed:
         raise UserError(

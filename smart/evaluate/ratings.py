@@ -1,10 +1,11 @@
-"""What the commands share: rewards by their options, ratings of audio and of scores, intervals, tables, figures."""
+"""What the commands share: rewards by their options, ratings of audio and of scores, tables."""
 
 import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy.typing as npt
 import torch
 from symusic.core import ScoreTick
 
-from smart import UserError
+from smart import UserError, plots
+from smart.evaluate import statistics
 from smart.files import is_empty, write_atomically
 from smart.midi import Limits, Reject, check_structure
 from smart.model import pick_device
@@ -26,7 +28,6 @@ Audio = npt.NDArray[np.float32]
 Row = dict[str, Any]
 
 MIDI = (".mid", ".midi")
-RESAMPLES = 2000  # of a bootstrap
 TOGETHER = 32  # clips that are in memory at a time
 MEAN = "mean"  # column of the mean over the axes of a reward that has several (the last row of the paper's table 2)
 
@@ -143,7 +144,7 @@ class Kept:
         self.units: dict[str, dict[str, npt.NDArray[np.float64]]] = {}
         settings_file, self._table = (folder / name for name in self.FILES)
         text = json.dumps(settings, indent=1) + "\n"
-        try:
+        with writing(folder):
             if folder.exists() and (not folder.is_dir() or (not is_empty(folder) and not settings_file.is_file())):
                 raise UserError(f"--out {folder}: holds something else; give a new folder")
             if settings_file.is_file():
@@ -156,9 +157,7 @@ class Kept:
                 for line in csv.DictReader(io.StringIO(self._table.read_text(encoding="utf-8"))):
                     unit = self.units.setdefault(line["unit"], {})
                     values = unit.setdefault(line["column"], np.full(len(pieces), math.nan))
-                    values[int(line["piece"])] = float(line["rating"] or "nan")
-        except OSError as error:
-            raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from None
+                    values[int(line["piece"])] = float(line["rating"])
 
     def get(
         self, unit: str, work: Callable[[], dict[str, npt.NDArray[np.float64]]]
@@ -172,7 +171,8 @@ class Kept:
                 for column, values in found.items()
                 for row, value in enumerate(values)
             ]
-            write_csv(self._table, rows)
+            with writing(self.folder):
+                plots.write_csv(self._table, rows)
         return self.units[unit]
 
 
@@ -193,30 +193,13 @@ def read_score(path: Path) -> ScoreTick:
 # Numbers ----------------------------------------------------------------------------------------------------
 
 
-def bootstrap(
-    values: npt.NDArray[np.float64],
-    statistic: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]] | None = None,
-) -> tuple[float, float]:
-    """95% percentile interval of a statistic of rows (n, ...) by resampling rows, from a fixed seed; NaN for n < 2.
-
-    ``statistic`` takes (resamples, n, ...) and gives (resamples,); by default it is the mean.
-    """
-    if len(values) < 2:
-        return math.nan, math.nan
-    rows = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    found = values[rows].mean(axis=1) if statistic is None else statistic(values[rows])
-    low, high = np.nanpercentile(found, [2.5, 97.5]) if np.isfinite(found).any() else (math.nan, math.nan)
-    return float(low), float(high)
-
-
 def estimate(values: npt.NDArray[np.float64]) -> dict[str, float | int]:
-    """Mean, 95% interval over pieces (``bootstrap``) and n of the values that are numbers."""
-    known = values[np.isfinite(values)]
-    low, high = bootstrap(known)
-    return {"n": len(known), "mean": float(known.mean()) if len(known) else math.nan, "low": low, "high": high}
+    """Mean, 95% interval over pieces and n of the values that are numbers, as columns of a table."""
+    found = statistics.mean(values)
+    return {"n": found.n, "mean": found.value, "low": found.low, "high": found.high}
 
 
-# Tables and figures -----------------------------------------------------------------------------------------
+# Tables -----------------------------------------------------------------------------------------
 
 
 def cell(value: Any) -> str:
@@ -252,23 +235,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Rows of one shape as CSV, atomically; what is not finite is left empty. Raises ``UserError`` if it cannot be."""
-    rows = list(rows)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(rows[0] if rows else [])
-    for row in rows:
-        writer.writerow(
-            ["" if isinstance(value, float) and not math.isfinite(value) else value for value in row.values()]
-        )
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turns a failure to write into a ``UserError`` that names ``folder``."""
     try:
-        write_atomically(path, text.getvalue().encode())
+        yield
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror})") from None
-
-
-def save_figure(figure: Any, stem: Path) -> None:
-    """A matplotlib figure as PNG and PDF."""
-    for suffix in (".png", ".pdf"):
-        figure.savefig(stem.with_suffix(suffix), dpi=120)
+        raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from None

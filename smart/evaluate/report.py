@@ -188,7 +188,8 @@ def _feature_panels(sample: Sample) -> list[plots.Panel]:
             panels.append(plots.Panel(title, measure.unit, "share of notes", values, edges))
         else:
             values = _by_system(sample, name)
-            edges = plots.edges_of(values.values())
+            # velocities lie 4 apart, and so do their differences
+            edges = np.arange(-2.0, 131, 4.0) if name == "velocity_range" else plots.edges_of(values.values())
             panels.append(plots.Panel(measure.title, measure.unit, "share of pieces", values, edges))
     return panels
 

@@ -264,7 +264,7 @@ def sample(
             rows.append(row(piece, sample_rate))
             if audio is not None:
                 stem = audio / f"{piece.prompt:04d}-{piece.system}"
-                piece.score.dump_midi(f"{stem}.mid")
+                track.write_midi(Path(f"{stem}.mid"), piece.score)
                 if piece.audio is not None:
                     track.write_wav(Path(f"{stem}.wav"), piece.audio, sample_rate)
             bar.update()

@@ -9,7 +9,8 @@ get the same pieces, so their differences, to the first soundfont, are taken pie
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,24 +19,23 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from smart import UserError, checkpoint, paper, require, track
+from smart import UserError, checkpoint, paper, plots, require, track
+from smart.evaluate import statistics
 from smart.evaluate.ratings import (
     MEAN,
     MIDI,
     Kept,
     Row,
     announce,
-    bootstrap,
     columns,
     estimate,
     load_rewards,
     rate_scores,
     read_score,
     reward_options,
-    save_figure,
     table,
     with_interval,
-    write_csv,
+    writing,
 )
 from smart.render import RenderPool
 from smart.shards import SPLITS, Corpus
@@ -86,6 +86,10 @@ def spearman(a: Ratings, b: Ratings) -> Ratings:
     return np.divide((a * b).sum(axis=-1), size, out=np.full(size.shape, math.nan), where=size > 0)
 
 
+def _spearman_of(ratings: Ratings, one: int, two: int) -> Ratings:
+    return spearman(ratings[..., one, :], ratings[..., two, :])
+
+
 def kendall_w(ratings: Ratings) -> Ratings:
     """Kendall's coefficient of concordance of m judges over n pieces (..., m, n), 0 to 1, corrected for ties.
 
@@ -102,30 +106,27 @@ def kendall_w(ratings: Ratings) -> Ratings:
 
 def agreement(fonts: Sequence[Font], column: str, ratings: Ratings) -> list[Row]:
     """Spearman of each two soundfonts, and Kendall's W of all; ``ratings`` is (fonts, pieces)."""
-    known = ratings[:, np.isfinite(ratings).all(axis=0)].T  # (n, fonts): pieces that all could rate
+    known = ratings[:, np.isfinite(ratings).all(axis=0)]  # (fonts, n): pieces that all could rate
     rows = []
 
-    def add(what: str, a: str, b: str, statistic: Any, values: Ratings) -> None:
-        value = float(statistic(values[None])[0]) if len(values) > 1 else math.nan
-        low, high = bootstrap(values, statistic)
+    def add(what: str, a: str, b: str, measure: Callable[[Ratings], Ratings]) -> None:
+        """``measure`` maps ratings (..., fonts, n) to (...)."""
+
+        def of_pieces(numbers: Ratings) -> Ratings:
+            return measure(np.moveaxis(known[:, numbers.astype(int)], 0, -2))
+
+        found = statistics.bootstrap(np.arange(known.shape[1], dtype=float), of_pieces, seed=1)
         rows.append(
-            {
-                "rating": column,
-                "measure": what,
-                "a": a,
-                "b": b,
-                "n": len(values),
-                "mean": value,
-                "low": low,
-                "high": high,
-            }
+            {"rating": column, "measure": what, "a": a, "b": b, "n": found.n, "mean": found.value, "low": found.low}
+            | {"high": found.high}
         )
 
     for one in range(len(fonts)):
         for two in range(one + 1, len(fonts)):
-            pair = known[:, [one, two]]
-            add("spearman", fonts[one].name, fonts[two].name, lambda v: spearman(v[..., 0], v[..., 1]), pair)
-    add("kendall_w", "all", "", lambda values: kendall_w(np.swapaxes(values, -1, -2)), known)
+            pair = partial(_spearman_of, one=one, two=two)
+            add("spearman", fonts[one].name, fonts[two].name, pair)
+    if len(fonts) > 1:
+        add("kendall_w", "all", "", kendall_w)
     return rows
 
 
@@ -215,9 +216,9 @@ def main(
         for column in columns(rewards)
         for row in agreement(fonts, column, np.stack([ratings[font.name][column] for font in fonts]))
     ]
-    write_csv(out / "soundfonts.csv", means)
-    write_csv(out / "agreement.csv", agreed)
-    _draw(out / "soundfonts", fonts, columns(rewards), means, agreed)
+    with writing(out):
+        plots.write_csv(out / "agreement.csv", agreed)
+        _draw(out / "soundfonts", fonts, columns(rewards), means, agreed)
     click.echo(f"{len(scores)} pieces, the first {seconds:g} s; 95% intervals over pieces")
     click.echo(f"means, and differences to {fonts[0].name} piece by piece:")
     click.echo(_means_shown(means))
@@ -294,4 +295,4 @@ def _draw(stem: Path, fonts: Sequence[Font], names: Sequence[str], means: list[R
         bottom.set_xticks(range(len(fonts)), labels, rotation=45, ha="right")
         bottom.set_yticks(range(len(fonts)), labels)
         bottom.set_title("Spearman over pieces", fontsize="small")
-    save_figure(figure, stem)
+    plots.save(figure, stem, means)

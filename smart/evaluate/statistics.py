@@ -47,8 +47,8 @@ def _resamples(count: int, seed: int) -> npt.NDArray[np.int32]:
     return np.random.default_rng([seed, count]).integers(count, size=(RESAMPLES, count), dtype=np.int32)
 
 
-def _bootstrap(values: Floats, measure: Callable[[Floats], Floats], seed: int) -> Estimate:
-    """``measure`` maps (..., N) to (...)."""
+def bootstrap(values: Floats, measure: Callable[[Floats], Floats], seed: int) -> Estimate:
+    """Of ``values`` (N,), resampled; ``measure`` maps (..., N) to (...)."""
     count = len(values)
     if not count:
         return Estimate(math.nan, math.nan, math.nan, 0)
@@ -80,18 +80,18 @@ def _cliff(values: Floats) -> Floats:
 def mean(values: npt.ArrayLike, *, seed: int = 1) -> Estimate:
     """Of the finite ones of ``values`` (N,)."""
     array = np.asarray(values, np.float64)
-    return _bootstrap(array[np.isfinite(array)], _mean, seed)
+    return bootstrap(array[np.isfinite(array)], _mean, seed)
 
 
 def paired(before: npt.ArrayLike, after: npt.ArrayLike, *, seed: int = 1) -> Paired:
     """Compare two systems on one measure, (N,) each, the same prompts in the same order."""
     difference = np.asarray(after, np.float64) - np.asarray(before, np.float64)
     difference = difference[np.isfinite(difference)]
-    cohen = _bootstrap(difference, _cohen, seed)
+    cohen = bootstrap(difference, _cohen, seed)
     return Paired(
-        difference=_bootstrap(difference, _mean, seed),
+        difference=bootstrap(difference, _mean, seed),
         cohen=cohen,
-        cliff=_bootstrap(difference, _cliff, seed),
+        cliff=bootstrap(difference, _cliff, seed),
         t_test=float(stats.ttest_1samp(difference, 0).pvalue) if math.isfinite(cohen.value) else math.nan,
         wilcoxon=_wilcoxon(difference),
     )

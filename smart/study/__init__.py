@@ -3,9 +3,9 @@
 Which excerpt came from which system is in one file, ``key.csv``, which the server reads and never sends.
 """
 
-from importlib import import_module
-
 import click
+
+from smart import LazyGroup
 
 # subcommand -> what it does; each is the ``main`` of the module of its name
 COMMANDS = {
@@ -18,23 +18,6 @@ COMMANDS = {
 }
 
 
-class Commands(click.Group):
-    """A group whose commands live in modules of their own, imported when they are asked for."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        command: click.Command = import_module(f"smart.study.{cmd_name}").main
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):  # without importing any of them
-            formatter.write_dl(list(COMMANDS.items()))
-
-
-@click.group(cls=Commands)
+@click.group(cls=LazyGroup, programs=COMMANDS, package="smart.study")
 def main() -> None:
     """Run a listening study: build it, serve it, export and analyse its ratings."""

@@ -16,12 +16,12 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 import numpy as np
@@ -29,12 +29,20 @@ import numpy.typing as npt
 
 from smart import UserError
 from smart.files import sha256, sync, write_atomically
+from smart.soundfonts import check_soundfont, find_soundfont
 from smart.study import loudness
 from smart.study.folder import AUDIO, CHECK, CONSENT, FORMAT, KEY, KEY_COLUMNS, Design, write_csv, write_design
+from smart.study.power import Population, Power, simulate_power
 from smart.track import progress, write_wav
+
+if TYPE_CHECKING:  # it imports torch, which a folder of WAV files does not need
+    from smart.compare import System
 
 QUESTION = "How much do you enjoy this audio? Rate from 1 to 10."  # the paper's
 LOW, HIGH = "not at all", "very much"
+SETTINGS = ("prompts", "practice", "repeats", "silence", "seconds", "sample_rate", "seed")  # of a design, by name
+BLOCK = 8  # prompts that are drawn together, and lost together by an interruption
+EFFECTS = (0.4, 0.8, Population().effect)  # differences of mean ratings, the last one the paper's
 INSTANT = 1577836800  # 2020-01-01: when every file of audio/ says that it was changed
 
 
@@ -51,6 +59,7 @@ class Recordings(NamedTuple):
     """A system that is a folder of WAV files: the n-th in the order of names belongs to prompt n."""
 
     name: str
+    folder: Path
     files: list[Path]
 
 
@@ -59,7 +68,17 @@ def recordings(text: str) -> Recordings | None:
     name, equals, path = text.rpartition("=")
     folder = Path(path)
     found = sorted(folder.glob("*.wav")) if folder.is_dir() else []
-    return Recordings(name if equals else folder.name, found) if found else None
+    return Recordings(name if equals else folder.name, folder, found) if found else None
+
+
+def find_model(text: str) -> "System":
+    from smart.compare import find_system
+
+    return find_system(text)
+
+
+def origin(system: "Recordings | System") -> Path:
+    return system.folder if isinstance(system, Recordings) else system.model
 
 
 def read_wav(path: Path, sample_rate: int) -> npt.NDArray[np.float32]:
@@ -97,12 +116,14 @@ class Work:
             self._lock = open(self.folder / "lock", "w")  # noqa: SIM115  # held as long as the process lives
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self._lock.close()
             raise UserError(f"--out {out}: another build is writing it; wait for it") from None
         except OSError as error:
             raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
         path = self.folder / "settings.json"
         text = json.dumps(settings, sort_keys=True)
         if path.exists() and path.read_text(encoding="utf-8") != text:
+            self.close()
             raise UserError(
                 f"--out {out}: an unfinished build with other settings is in {self.folder}; "
                 "give the same options to go on with it, or delete it"
@@ -202,7 +223,19 @@ def assemble(folder: Path, design: Design, clips: Sequence[Clip], target: float)
     return design, told
 
 
-def write_texts(folder: Path, design: Design, provenance: Sequence[str]) -> None:
+def simulate(design: Design, studies: int) -> list[Power]:
+    """Power for the planned listeners and each of ``EFFECTS``; none where there is nothing to compare."""
+    if not studies or len(design.systems) < 2 or design.prompts < 2:
+        return []
+    return [
+        simulate_power(design.listeners, design.prompts, Population(effect=effect), studies=studies, seed=design.seed)
+        for effect in EFFECTS
+    ]
+
+
+def write_texts(
+    folder: Path, design: Design, sources: Mapping[str, str], options: Mapping[str, Any], power: Sequence[Power]
+) -> None:
     """The consent text, to be completed by who runs the study, and the preregistration, filled with the design."""
     import jinja2
 
@@ -215,7 +248,9 @@ def write_texts(folder: Path, design: Design, provenance: Sequence[str]) -> None
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
-    text = environment.from_string(template).render(design=design, provenance=provenance, version=version("smart"))
+    text = environment.from_string(template).render(
+        design=design, sources=sources, options=options, power=power, version=version("smart")
+    )
     (folder / "preregistration.md").write_text(text, encoding="utf-8")
 
 
@@ -234,15 +269,11 @@ def refuse(out: Path) -> None:
         raise UserError(f"--out {out}: its folder does not exist")
 
 
-def build(
-    out: Path, systems: Sequence[Recordings], design: Design, *, target: float, options: dict[str, Any]
-) -> list[str]:
-    """Make the study's folder ``out``; returns what the person who builds it should know."""
+def fill(work: Work, systems: Sequence["Recordings | System"], design: Design, options: dict[str, Any]) -> None:
+    """Have every clip in ``work`` that is not there yet: read it, or have its model write and render it."""
     wanted = design.prompts + design.practice
-    sources = {each.name: [str(path.resolve()) for path in each.files] for each in systems}
-    work = Work(out, {"design": design.systems, "sources": sources, "target": target, **options})
-    try:
-        for number, system in enumerate(systems):
+    for number, system in enumerate(systems):
+        if isinstance(system, Recordings):
             if len(system.files) < wanted:
                 raise UserError(
                     f"--runs {system.name}: has {len(system.files)} WAV files, and {wanted} are needed "
@@ -251,24 +282,63 @@ def build(
             for prompt in range(wanted):
                 if not work.path(number, prompt).exists():
                     work.put(Clip(number, prompt, 0, read_wav(system.files[prompt], design.sample_rate)))
+    models = {system.name: number for number, system in enumerate(systems) if not isinstance(system, Recordings)}
+    first = next((i for i in range(wanted) if not all(work.path(n, i).exists() for n in models.values())), wanted)
+    if first == wanted:
+        return
+    from smart.compare import compose
+
+    pieces = compose(
+        [system for system in systems if not isinstance(system, Recordings)], count=wanted - first, first=first,
+        seed=design.seed, seconds=design.seconds, sample_rate=design.sample_rate, batch=BLOCK, **options,
+    )  # fmt: skip
+    for piece in progress(pieces, desc="composing", total=len(models) * (wanted - first)):
+        if piece.audio is None:
+            raise UserError(f"--runs {piece.system}: prompt {piece.prompt} could not be rendered; try another --seed")
+        work.put(Clip(models[piece.system], piece.prompt, piece.seed, piece.audio))
+
+
+def build(
+    out: Path,
+    systems: Sequence["Recordings | System"],
+    design: Design,
+    *,
+    target: float,
+    studies: int,
+    options: dict[str, Any],
+) -> list[str]:
+    """Make the study's folder ``out``; returns what the person who builds it should know.
+
+    ``target``: LUFS; ``studies``: how many are simulated for the power; ``options`` go to ``smart.compare.compose``.
+    """
+    sources = {each.name: str(origin(each).resolve()) for each in systems}
+    settings = {"target": target, "sources": sources} | {name: getattr(design, name) for name in SETTINGS}
+    settings |= {name: value for name, value in options.items() if name != "workers"}  # they change nothing
+    work = Work(out, settings)
+    try:
+        fill(work, systems, design, options)
+        wanted = design.prompts + design.practice
         pairs = [(system, prompt) for prompt in range(design.prompts) for system in range(len(systems))]
         pairs += [(prompt % len(systems), prompt) for prompt in range(design.prompts, wanted)]
         clips = [work.get(system, prompt) for system, prompt in pairs]
         made = work.folder / "study"
         shutil.rmtree(made, ignore_errors=True)
         design, told = assemble(made, design, clips, target)
-        write_texts(made, design, [f"{name}: {source}" for name, source in sources.items()])
+        power = simulate(design, studies)
+        write_texts(made, design, sources, options, power)
         publish(made, out)
         shutil.rmtree(work.folder)
     except OSError as error:
-        if isinstance(error, UserError):
-            raise
         raise click.ClickException(
             f"the study could not be written ({error}); what was made is kept: make room, then give the same command"
         ) from error
     finally:
         work.close()
-    return told
+    return told + [
+        f"{each.power:.0%} of {each.studies} simulated studies with {design.listeners} listeners find an effect of "
+        f"{each.effect:g} (95% interval {each.power_low:.0%} to {each.power_high:.0%})"
+        for each in power
+    ]
 
 
 @click.command("build")
@@ -283,43 +353,43 @@ def build(
 @click.option("--sample-rate", default=44100, show_default=True, type=click.IntRange(min=8000, max=192000))
 @click.option("--lufs", default=loudness.TARGET, show_default=True, type=click.FloatRange(max=-5), help="Loudness.")
 @click.option("--seed", default=1, show_default=True, type=click.IntRange(min=0), help="Of music and of orders.")
-@click.option("--listeners", default=20, show_default=True, type=click.IntRange(min=2), help="How many you plan.")
+@click.option("--listeners", default=20, show_default=True, type=click.IntRange(min=3), help="How many you plan.")
+@click.option(
+    "--power",
+    default=100,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Studies simulated for the power; 0: none.",
+)
 @click.option("--completion-code", is_flag=True, help="Show everyone who finishes a code of their own.")
-def main(
-    runs: tuple[str, ...],
-    more: tuple[str, ...],
-    out: Path,
-    prompts: int,
-    practice: int,
-    repeats: int,
-    silence: bool,
-    seconds: float,
-    sample_rate: int,
-    lufs: float,
-    seed: int,
-    listeners: int,
-    completion_code: bool,
-) -> None:
+@click.option("--corpus", type=click.Path(path_type=Path), help="Prompts from its test split, not procedural ones.")
+@click.option("--soundfont", default="timgm", show_default=True, help="Short name or path.")
+@click.option("--tokens", default=256, show_default=True, type=click.IntRange(min=1), help="New ones of each piece.")
+@click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(0, 100, min_open=True))
+@click.option("--workers", default=0, show_default=True, type=click.IntRange(0, 1024), help="Renderers; 0: one a core.")
+def main(runs: tuple[str, ...], more: tuple[str, ...], out: Path, **given: Any) -> None:
     """Make a study. A SYSTEM is a run's folder, a model's folder or shipped name, or a folder of WAV files."""
     refuse(out)
-    systems = []
-    for text in (*runs, *more):
-        found = recordings(text)
-        if found is None:
-            raise UserError(f"--runs {text}: is no folder of WAV files")
-        systems.append(found)
+    systems = [recordings(text) or find_model(text) for text in (*runs, *more)]
     names = [each.name for each in systems]
     if len(set(names)) < len(names):
-        raise UserError(f"--runs: two systems are called {max(names, key=names.count)}; name them apart: NAME=PATH")
-    if repeats > prompts * len(names) // 2:
-        raise UserError(f"--repeats {repeats}: at most half of the {prompts * len(names)} excerpts can be heard again")
+        twice = max(names, key=names.count)
+        raise UserError(f"--runs: two systems are called {twice!r}; name them apart, as in {twice}-2=PATH")
+    if given["repeats"] > given["prompts"] * len(names) // 2:
+        count = given["prompts"] * len(names)
+        raise UserError(f"--repeats {given['repeats']}: at most half of the {count} excerpts can be heard again")
+    soundfont = find_soundfont(given["soundfont"])
+    check_soundfont(soundfont)
+    options = {
+        "prompts": "dataset" if given["corpus"] else "procedural", "corpus": given["corpus"] and str(given["corpus"]),
+        "soundfont": str(soundfont), "max_new_tokens": given["tokens"], "temperature": given["temperature"],
+        "workers": given["workers"],
+    }  # fmt: skip
     design = Design(
         format=FORMAT, study=secrets.token_hex(8), question=QUESTION, low=LOW, high=HIGH, systems=names,
-        prompts=prompts, practice=practice, repeats=repeats, silence=silence, seconds=seconds,
-        sample_rate=sample_rate, lufs=lufs, seed=seed, listeners=listeners, completion_code=completion_code,
+        **{name: given[name] for name in (*SETTINGS, "lufs", "listeners", "completion_code")},
     )  # fmt: skip
-    options = {name: getattr(design, name) for name in ("prompts", "practice", "seconds", "sample_rate", "seed")}
-    for line in build(out, systems, design, target=lufs, options=options):
+    for line in build(out, systems, design, target=given["lufs"], studies=given["power"], options=options):
         click.echo(line)
-    click.echo(f"{out}: {prompts} prompts x {len(names)} systems, {practice} practice, {repeats} repeats")
+    click.echo(f"{out}: {design.prompts} prompts x {len(names)} systems, {design.rated} trials for each participant")
     click.echo(f"complete {out / CONSENT} and {out / 'preregistration.md'}, then: smart study serve {out}")

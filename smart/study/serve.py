@@ -1,5 +1,6 @@
 """``smart study serve``: the pages of a study, over HTTP, from one process."""
 
+import contextlib
 import errno
 import signal
 import socket
@@ -44,25 +45,24 @@ def main(folder: Path, host: str, port: int, database: str | None, open_enrolmen
 
     from smart.study.app import make_app
 
-    listening = listen(host, port)
-    store = Store(Study(folder), database)
-    token = store.admin_token(renew=new_admin_token)
-    if token is not None:
-        click.echo(f"admin token, shown this once: {token}")
-    name, number = listening.getsockname()[:2]
-    address = f"http://{f'[{name}]' if ':' in name else name}:{number}"
-    click.echo(f"study:  {address}/" + ("join" if open_enrolment else ""))
-    click.echo(f"admin:  {address}/admin (export, links, withdrawal)")
-    app = make_app(store, open_enrolment=open_enrolment)
-    # no access log: the paths hold the participants' tokens
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, lifespan="off", server_header=False, timeout_graceful_shutdown=10
-    )
-    if threading.current_thread() is threading.main_thread():
-        # uvicorn ends at either signal, then raises it again: it has been obeyed by then
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, lambda *_: None)
-    try:
+    with contextlib.ExitStack() as opened:
+        listening = opened.enter_context(listen(host, port))
+        store = Store(Study(folder), database)
+        opened.callback(store.close)
+        token = store.admin_token(renew=new_admin_token)
+        if token is not None:
+            click.echo(f"admin token, shown this once: {token}")
+        name, number = listening.getsockname()[:2]
+        address = f"http://{f'[{name}]' if ':' in name else name}:{number}"
+        click.echo(f"study:  {address}/" + ("join" if open_enrolment else ""))
+        click.echo(f"admin:  {address}/admin (export, links, withdrawal)")
+        # no access log: the paths hold the participants' tokens
+        config = uvicorn.Config(
+            make_app(store, open_enrolment=open_enrolment), log_level="warning", access_log=False, lifespan="off",
+            server_header=False, timeout_graceful_shutdown=10,
+        )  # fmt: skip
+        if threading.current_thread() is threading.main_thread():
+            # uvicorn ends at either signal, then raises it again: it has been obeyed by then
+            for each in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(each, lambda *_: None)
         uvicorn.Server(config).run(sockets=[listening])
-    finally:
-        store.close()

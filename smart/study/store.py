@@ -170,6 +170,7 @@ class Store:
                 if found is None:
                     database.execute(META.insert().values(key=key, value=expected))
                 elif found != expected:
+                    self.close()
                     raise UserError(f"the database holds another study's ratings ({key} {found}); choose another one")
 
     def close(self) -> None:

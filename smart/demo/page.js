@@ -1,0 +1,488 @@
+"use strict";
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const calm = matchMedia("(prefers-reduced-motion: reduce)");
+  const live = document.getElementById("live");
+  let quiet;
+  const say = (text) => { // for screen readers, and for a while for everybody
+    live.textContent = text;
+    clearTimeout(quiet);
+    quiet = setTimeout(() => { live.textContent = ""; }, 8000);
+  };
+
+  // --- What the listener chose: kept in this browser where it allows that ------------------------------------------
+
+  const place = "smart-demo-" + data.id;
+  const empty = () => ({ blind: false, swapped: {}, choices: {}, open: {} });
+  let state = empty();
+  let kept = true;
+  try {
+    state = Object.assign(empty(), JSON.parse(localStorage.getItem(place) || "{}"));
+  } catch { kept = false; }
+  function keep() {
+    try { localStorage.setItem(place, JSON.stringify(state)); } catch { kept = false; }
+    document.getElementById("kept").textContent = kept ? ""
+      : "This browser keeps nothing for this page: save your choices before you close it.";
+  }
+
+  // --- Small things ------------------------------------------------------------------------------------------------
+
+  function make(tag, properties = {}, ...children) {
+    const node = document.createElement(tag);
+    for (const [name, value] of Object.entries(properties)) {
+      if (name.includes("-") || name === "role") node.setAttribute(name, value); else node[name] = value;
+    }
+    node.append(...children);
+    return node;
+  }
+  function draw(tag, attributes, parent) {
+    const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+    parent.append(node);
+    return node;
+  }
+  const button = (text, label, act) => {
+    const node = make("button", { type: "button" }, text);
+    if (label) node.setAttribute("aria-label", label);
+    node.addEventListener("click", act);
+    return node;
+  };
+  const pitchName = (pitch) => { // as it is said: a sign would not be read aloud
+    const name = ["C", "C sharp ", "D", "E flat ", "E", "F", "F sharp ", "G", "A flat ", "A", "B flat ", "B"][pitch % 12];
+    return name + (Math.floor(pitch / 12) - 1);
+  };
+  const number = (value) => value === null || value === undefined ? "none" : value.toFixed(2);
+  const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
+  const slug = (text) => text.normalize("NFKD").replace(/[^A-Za-z0-9]+/g, "-").replace(/^-|-$/g, "").toLowerCase();
+
+  // Bytes of RFC 1924's base 85, with "," for "<": a quarter more than the bytes, where base 64 takes a third more.
+  const alphabet = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%&()*+-;,=>?@^_`{|}~";
+  const digit = new Uint8Array(128);
+  [...alphabet].forEach((letter, value) => { digit[letter.charCodeAt(0)] = value; });
+  function bytes(text) {
+    const groups = Math.ceil(text.length / 5);
+    const out = new DataView(new ArrayBuffer(groups * 4));
+    for (let group = 0; group < groups; group += 1) {
+      let value = 0;
+      for (let at = group * 5; at < group * 5 + 5; at += 1) {
+        value = value * 85 + (at < text.length ? digit[text.charCodeAt(at)] : 84);
+      }
+      out.setUint32(group * 4, value);
+    }
+    return out.buffer.slice(0, groups * 4 - (groups * 5 - text.length));
+  }
+  function save(content, type, name) {
+    const link = make("a", { href: URL.createObjectURL(new Blob([content], { type })), download: name });
+    document.body.append(link);
+    link.click();
+    link.remove();
+    setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+  }
+
+  // --- Audio: FLAC in the page, played as it is, and turned into WAV for those who want to keep it -------------------
+
+  const flac = (clip) => {
+    const node = document.getElementById("audio-" + clip.audio);
+    if (!node) throw new Error("the page is still loading");
+    return bytes(node.textContent);
+  };
+
+  // The 16-bit samples of a clip, or null where the browser alters what it decodes. Browsers give floats: n / 32768,
+  // or, in some, n / 32767 above zero.
+  async function samples(clip) {
+    const context = new OfflineAudioContext(2, 1, data.sample_rate);
+    const decoded = await context.decodeAudioData(flac(clip));
+    const channels = Array.from({ length: decoded.numberOfChannels }, (_, c) => decoded.getChannelData(c));
+    for (const above of [32768, 32767]) {
+      const exact = (value) => {
+        const level = value * (value < 0 ? 32768 : above);
+        return Math.abs(level - Math.round(level)) < 0.01 && level < 32767.5;
+      };
+      if (channels.every((channel) => channel.every(exact))) {
+        const out = new Int16Array(channels.length * decoded.length);
+        channels.forEach((channel, c) => channel.forEach((value, at) => {
+          out[at * channels.length + c] = Math.round(value * (value < 0 ? 32768 : above));
+        }));
+        return { samples: out, channels: channels.length };
+      }
+    }
+    return null;
+  }
+
+  function wav({ samples: levels, channels }) {
+    const file = new DataView(new ArrayBuffer(44 + levels.length * 2));
+    const text = (at, word) => [...word].forEach((letter, place) => file.setUint8(at + place, letter.charCodeAt(0)));
+    text(0, "RIFF"); file.setUint32(4, 36 + levels.length * 2, true); text(8, "WAVEfmt ");
+    file.setUint32(16, 16, true); file.setUint16(20, 1, true); file.setUint16(22, channels, true);
+    file.setUint32(24, data.sample_rate, true); file.setUint32(28, data.sample_rate * channels * 2, true);
+    file.setUint16(32, channels * 2, true); file.setUint16(34, 16, true);
+    text(36, "data"); file.setUint32(40, levels.length * 2, true);
+    levels.forEach((level, at) => file.setInt16(44 + at * 2, level, true));
+    return file.buffer;
+  }
+
+  async function saveAudio(clip, name) {
+    const decoded = await samples(clip).catch(() => null);
+    if (decoded) {
+      save(wav(decoded), "audio/wav", name + ".wav");
+    } else {
+      save(flac(clip), "audio/flac", name + ".flac");
+      say("This browser does not decode audio exactly, so the FLAC file was saved instead of a WAV file.");
+    }
+  }
+
+  let playing = null; // the one clip that plays
+
+  // One clip: heading, roll, player, downloads. `label` is what it is called, `hidden` keeps all but the sound back.
+  function clipView({ clip, role, label, hidden, span, range, where, name, heard, began }) {
+    const node = make("div", { className: "clip", role: "group", "aria-label": `${label}, ${where}` },
+      make("h4", {}, label));
+    node.dataset.role = hidden ? "hidden" : role;
+    if (clip.audio === null) {
+      node.append(make("p", { className: "missing" }, "This piece could not be rendered: it has no audio and no rating."));
+      if (!hidden) node.append(downloads(clip, label, where, name));
+      return node;
+    }
+    const audio = make("audio", { preload: "none" });
+    const roll = rollView(clip, label, where, hidden, span, range);
+    const playhead = roll.querySelector(".playhead");
+    const time = make("span", { className: "time" });
+    const seek = make("input", { type: "range", min: 0, max: span, step: 0.05, value: 0 });
+    seek.setAttribute("aria-label", `Position in ${label}, ${where}`);
+    const play = button("Play", `Play ${label}, ${where}`, () => (audio.paused ? start() : audio.pause()));
+    play.className = "play";
+
+    let wanted = 0; // where to begin, before there is audio to move
+    const position = () => (audio.src ? audio.currentTime : wanted);
+    function show() {
+      const now = position();
+      playhead.setAttribute("x1", now);
+      playhead.setAttribute("x2", now);
+      seek.value = now;
+      const text = `${now.toFixed(1)} of ${clip.seconds.toFixed(1)} s`;
+      seek.setAttribute("aria-valuetext", text);
+      if (time.textContent !== text) time.textContent = text;
+    }
+    function move(to) {
+      wanted = Math.min(Math.max(to, 0), clip.seconds);
+      if (audio.src) audio.currentTime = wanted;
+      show();
+    }
+    function load() {
+      if (audio.src) return;
+      audio.src = URL.createObjectURL(new Blob([flac(clip)], { type: "audio/flac" }));
+      if (wanted) audio.addEventListener("loadedmetadata", () => { audio.currentTime = wanted; }, { once: true });
+    }
+    async function start() {
+      try {
+        load();
+        if (playing && playing !== audio) playing.pause();
+        playing = audio;
+        await audio.play();
+      } catch (error) {
+        if (error.name !== "AbortError") say(`${label} cannot be played here: ${error.message}`);
+      }
+    }
+    function follow() {
+      show();
+      if (!audio.paused && !calm.matches) requestAnimationFrame(follow);
+    }
+    let last = 0;
+    audio.addEventListener("play", () => {
+      play.textContent = "Pause";
+      play.setAttribute("aria-label", `Pause ${label}, ${where}`);
+      last = audio.currentTime;
+      heard.started = true;
+      began();
+      follow();
+    });
+    audio.addEventListener("pause", () => {
+      play.textContent = "Play";
+      play.setAttribute("aria-label", `Play ${label}, ${where}`);
+      show();
+    });
+    audio.addEventListener("timeupdate", () => {
+      const passed = audio.currentTime - last;
+      last = audio.currentTime;
+      if (passed > 0 && passed < 1) heard.seconds += passed;
+      show();
+    });
+    audio.addEventListener("seeked", () => { last = audio.currentTime; show(); });
+    seek.addEventListener("input", () => move(Number(seek.value)));
+    roll.addEventListener("click", (event) => {
+      const box = roll.getBoundingClientRect();
+      move((event.clientX - box.left) / box.width * span);
+    });
+    node.append(roll, seek, make("div", { className: "row" }, play, time), audio);
+    if (!hidden) {
+      node.append(make("p", { className: "about" }, describe(clip)), downloads(clip, label, where, name));
+    }
+    show();
+    node.stop = () => {
+      audio.pause();
+      if (audio.src) URL.revokeObjectURL(audio.src);
+    };
+    return node;
+  }
+
+  const downloads = (clip, label, where, name) => {
+    const row = make("div", { className: "row" },
+      button("MIDI", `Save ${label}, ${where}, as MIDI`, () => save(bytes(clip.midi), "audio/midi", name + ".mid")));
+    if (clip.audio !== null) {
+      row.append(button("WAV", `Save ${label}, ${where}, as WAV`, () => saveAudio(clip, name)));
+    }
+    return row;
+  };
+
+  const heardNotes = (clip) => clip.notes.filter(([onset]) => onset < clip.seconds);
+
+  function describe(clip) {
+    const notes = heardNotes(clip);
+    const pitches = notes.map((note) => note[2]);
+    const later = clip.notes.length - notes.length;
+    const [low, high] = [Math.min(...pitches), Math.max(...pitches)].map(pitchName);
+    return (!notes.length ? "No notes" : notes.length === 1 ? `1 note, ${low},`
+        : `${notes.length} notes from ${low} to ${high}`)
+      + ` in ${clip.seconds.toFixed(1)} seconds` + (later ? `, ${later} more after that in the MIDI file` : "")
+      + (clip.silent ? ". The clip is silent." : ".");
+  }
+
+  function rollView(clip, label, where, hidden, span, [low, high]) {
+    const roll = draw("svg", {
+      class: "roll", role: "img", viewBox: `0 0 ${span} ${high - low + 1}`, preserveAspectRatio: "none",
+      "aria-label": `Piano roll of ${label}, ${where}: ` + (hidden ? "hidden until you have chosen." : describe(clip)),
+    }, document.createDocumentFragment());
+    for (let second = 1; second < span; second += 1) {
+      draw("line", { x1: second, x2: second, y1: 0, y2: high - low + 1 }, roll);
+    }
+    for (let pitch = Math.ceil(low / 12) * 12; pitch <= high; pitch += 12) { // under every C
+      draw("line", { x1: 0, x2: span, y1: high - pitch + 1, y2: high - pitch + 1 }, roll);
+    }
+    if (clip.seconds < span) {
+      draw("rect", { class: "after", x: clip.seconds, y: 0, width: span - clip.seconds, height: high - low + 1 }, roll);
+    }
+    for (const [onset, length, pitch, velocity] of hidden ? [] : heardNotes(clip)) {
+      draw("rect", {
+        class: "note", x: onset, y: high - pitch, width: Math.min(length, clip.seconds - onset), height: 1,
+        "fill-opacity": 0.35 + 0.65 * velocity / 127, "data-pitch": pitch, "data-velocity": velocity,
+      }, roll);
+    }
+    draw("line", { class: "playhead", x1: 0, x2: 0, y1: 0, y2: high - low + 1 }, roll);
+    return roll;
+  }
+
+  // --- Pairs ---------------------------------------------------------------------------------------------------------
+
+  function rows(caption, heads, axisRows) {
+    return make("table", { className: "ratings" }, make("caption", {}, caption),
+      make("thead", {}, make("tr", {}, ...heads.map((head) => make("th", { scope: "col" }, head)))),
+      make("tbody", {}, ...axisRows.map(([head, ...cells]) => make("tr", {}, make("th", { scope: "row" }, head),
+        ...cells.map((cell) => make("td", {}, cell))))));
+  }
+
+  class Pair {
+    constructor(section, index) {
+      this.section = section;
+      this.pair = section.pairs[index];
+      this.where = `prompt ${this.pair.prompt}`;
+      this.heard = {};
+      this.node = make("article", { className: "pair" });
+      this.node.setAttribute("aria-label", `Prompt ${this.pair.prompt}`);
+    }
+    get other() { return this.section.others[this.section.step].name; }
+    get key() { return [this.section.number, this.pair.prompt, this.other].join("/"); }
+    clip(name) { return data.clips[this.pair.clips[name]]; }
+
+    show() {
+      this.node.querySelectorAll(".clip").forEach((clip) => clip.stop && clip.stop());
+      const { key, pair, section } = this;
+      const choice = state.choices[key];
+      const hidden = state.blind && !choice;
+      const names = [section.first, this.other];
+      const roles = ["first", "other"];
+      if (state.blind) {
+        if (!(key in state.swapped)) { state.swapped[key] = Math.random() < 0.5; keep(); }
+        if (state.swapped[key]) { names.reverse(); roles.reverse(); }
+      }
+      const clips = names.map((name) => this.clip(name));
+      const pitches = hidden ? [21, 108] : clips.flatMap((clip) => clip.notes.map((note) => note[2]));
+      const range = [Math.min(48, ...pitches), Math.max(72, ...pitches)];
+      const span = Math.max(...clips.map((clip) => clip.seconds || 0), 0.1);
+      const heard = clips.map((clip) => ({ started: clip.audio === null, seconds: 0 }));
+      const began = () => {
+        this.unlock(heard);
+        if (!hidden && !choice) { state.open[key] = true; keep(); }
+      };
+      const views = clips.map((clip, side) => clipView({
+        clip, role: roles[side], hidden, span, range, where: this.where, heard: heard[side], began,
+        label: !state.blind ? names[side] : hidden ? "AB"[side] : `${"AB"[side]}: ${names[side]}`,
+        name: slug(`${section.title} prompt ${String(pair.prompt).padStart(2, "0")} ${names[side]}`),
+      }));
+      this.node.replaceChildren(
+        make("h3", {}, `Prompt ${pair.prompt}`),
+        make("p", { className: "opening" }, `${pair.opening}; seed ${pair.seed}`),
+        make("div", { className: "clips" }, ...views));
+      this.votes = [];
+      if (hidden) this.node.append(this.ballot(names, heard));
+      else {
+        if (state.blind) {
+          this.node.append(make("p", { className: "reveal", tabIndex: -1 }, this.verdict(choice)));
+        }
+        this.node.append(this.ratings());
+      }
+      this.unlock(heard);
+    }
+
+    unlock(heard) {
+      const both = heard.every((side) => side.started);
+      this.votes.forEach((vote) => vote.setAttribute("aria-disabled", String(!both)));
+    }
+
+    ballot(names, heard) {
+      const hint = make("p", { className: "note" }, "Play both before you choose.");
+      hint.id = `hint-${this.section.number}-${this.pair.prompt}`;
+      const vote = (text, side) => {
+        const node = button(text, `${text}, ${this.where}`, () => {
+          if (node.getAttribute("aria-disabled") === "true") say("Play both pieces before you choose.");
+          else this.choose(names, heard, side);
+        });
+        node.setAttribute("aria-describedby", hint.id);
+        return node;
+      };
+      this.votes = [vote("I prefer A", 0), vote("I prefer B", 1), vote("No preference", null)];
+      return make("fieldset", {}, make("legend", {}, "Which do you prefer?"),
+        make("div", { className: "row" }, ...this.votes), hint);
+    }
+
+    choose(names, heard, side) {
+      const { key } = this;
+      state.choices[key] = {
+        section: this.section.title, prompt: this.pair.prompt, seed: this.pair.seed, a: names[0], b: names[1],
+        choice: side === null ? "none" : "AB"[side], preferred: side === null ? "" : names[side],
+        heard_a_s: Number(heard[0].seconds.toFixed(1)), heard_b_s: Number(heard[1].seconds.toFixed(1)),
+        heard_open: Boolean(state.open[key]), utc: new Date().toISOString(),
+      };
+      keep(); // before anything is revealed
+      this.show();
+      tally();
+      say(`Prompt ${this.pair.prompt}: ${this.verdict(state.choices[key])}`);
+      this.node.querySelector(".reveal").focus();
+    }
+
+    verdict(choice) {
+      const [axis] = data.axes;
+      const [a, b] = [choice.a, choice.b].map((name) => number(this.clip(name).ratings[axis]));
+      return (choice.choice === "none" ? "You have no preference. " : `You prefer ${choice.choice}, ${choice.preferred}. `)
+        + `A is ${choice.a}, B is ${choice.b}.` + ` ${axis}: A ${a}, B ${b}.`;
+    }
+
+    ratings() {
+      const [first, other] = [this.section.first, this.other].map((name) => this.clip(name).ratings);
+      return rows("Ratings", ["Axis", this.section.first, this.other, "Difference"], data.axes.map((axis) => {
+        const [a, b] = [first[axis], other[axis]].map((value) => value ?? null);
+        return [axis, number(a), number(b), a === null || b === null ? "none" : signed(b - a)];
+      }));
+    }
+  }
+
+  // --- Sections ------------------------------------------------------------------------------------------------------
+
+  function means(section) {
+    const box = section.node.querySelector(".means");
+    const other = section.others[section.step].name;
+    if (state.blind) { box.replaceChildren(make("p", { className: "note" }, "Mean ratings are hidden in blind listening.")); return; }
+    const table = data.axes.map((axis) => {
+      const both = section.pairs.map((pair) => [section.first, other]
+        .map((name) => data.clips[pair.clips[name]].ratings[axis] ?? null)).filter((two) => !two.includes(null));
+      const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
+      const head = axis + (both.length < section.pairs.length ? ` (${both.length} pairs)` : "");
+      if (!both.length) return [head, "none", "none", "none"];
+      return [head, number(mean(both.map((two) => two[0]))), number(mean(both.map((two) => two[1]))),
+        signed(mean(both.map((two) => two[1] - two[0])))];
+    });
+    box.replaceChildren(rows("Mean ratings of the pairs below", ["Axis", section.first, other, "Difference"], table));
+  }
+
+  const sections = data.sections.map((section, index) => {
+    Object.assign(section, { number: index, step: section.others.length - 1, node: document.getElementById("section-" + index) });
+    section.views = section.pairs.map((_, pair) => new Pair(section, pair));
+    section.node.querySelector(".list").append(...section.views.map((view) => view.node));
+    const slider = section.node.querySelector(".step");
+    if (slider) {
+      const label = () => {
+        const { name, step } = section.others[section.step];
+        const text = step === null ? name : `${step} (${name})`;
+        slider.setAttribute("aria-valuetext", text);
+        section.node.querySelector(".at").textContent = text;
+      };
+      slider.addEventListener("input", () => { section.step = Number(slider.value); label(); show(section); });
+      label();
+    }
+    return section;
+  });
+  function show(section) {
+    means(section);
+    section.views.forEach((view) => view.show());
+  }
+
+  function tally() {
+    const box = document.getElementById("tally");
+    const [axis] = data.axes;
+    const lines = sections.flatMap((section) => {
+      const views = section.views.flatMap((view) => section.others.map(({ name }) => ({ view, name })));
+      const made = views.flatMap(({ view, name }) => {
+        const choice = state.choices[[section.number, view.pair.prompt, name].join("/")];
+        return choice ? [{ choice, view }] : [];
+      });
+      if (!made.length) return [];
+      const counts = [section.first, ...section.others.map(({ name }) => name)].map((name) =>
+        [name, made.filter(({ choice }) => choice.preferred === name).length,
+          made.some(({ choice }) => choice.a === name || choice.b === name)])
+        .filter((entry) => entry[2]).map(([name, count]) => `${name} ${count}`);
+      const none = made.filter(({ choice }) => choice.choice === "none").length;
+      let agreed = 0, compared = 0;
+      for (const { choice, view } of made) {
+        const [a, b] = [choice.a, choice.b].map((name) => view.clip(name).ratings[axis] ?? null);
+        if (choice.choice !== "none" && a !== null && b !== null && a !== b) {
+          compared += 1;
+          agreed += (a > b) === (choice.choice === "A");
+        }
+      }
+      return [`${section.title}: ${made.length} chosen. You preferred ${counts.join(", ")}; no preference ${none}.`
+        + (compared ? ` ${axis} agrees with you in ${agreed} of ${compared}.` : "")];
+    });
+    box.replaceChildren(...(lines.length ? lines : ["You have chosen nothing yet."]).map((text) => make("p", {}, text)));
+  }
+
+  // --- The listener's panel ------------------------------------------------------------------------------------------
+
+  const blind = document.getElementById("blind");
+  blind.checked = state.blind;
+  blind.addEventListener("change", () => {
+    state.blind = blind.checked;
+    keep();
+    sections.forEach(show);
+    say(state.blind ? "Blind listening is on: names, notes and ratings are hidden until you choose." : "Blind listening is off.");
+  });
+  const chosen = () => Object.values(state.choices);
+  document.getElementById("save-json").addEventListener("click", () =>
+    save(JSON.stringify({ page: data.id, choices: chosen() }, null, 1), "application/json", `choices-${data.id}.json`));
+  document.getElementById("save-csv").addEventListener("click", () => {
+    const columns = ["section", "prompt", "seed", "a", "b", "choice", "preferred", "heard_a_s", "heard_b_s", "heard_open", "utc"];
+    const cell = (value) => (/[",\r\n]/.test(value) ? `"${String(value).replaceAll('"', '""')}"` : String(value));
+    const lines = [["page", ...columns], ...chosen().map((choice) => [data.id, ...columns.map((name) => choice[name])])];
+    save(lines.map((line) => line.map(cell).join(",") + "\r\n").join(""), "text/csv", `choices-${data.id}.csv`);
+  });
+  document.getElementById("forget").addEventListener("click", () => {
+    if (!confirm("Forget all choices that you made on this page?")) return;
+    state = Object.assign(empty(), { blind: state.blind });
+    keep();
+    sections.forEach(show);
+    tally();
+    say("All choices are forgotten.");
+  });
+
+  sections.forEach(show);
+  tally();
+  keep();
+})();
