@@ -27,6 +27,7 @@ from smart.study.app import Buckets, Limits
 from smart.study.export import COLUMNS, plain
 from smart.study.folder import Study
 from smart.study.order import order, with_checks
+from smart.study.ratings import read_ratings
 
 PROMPTS, SYSTEMS = 3, ("zebra", "yak")
 
@@ -326,6 +327,10 @@ def client() -> Iterator[httpx.Client]:
         yield opened
 
 
+def admin_csv(server: Server) -> str:
+    return httpx.get(f"{server.url}/export", headers={"authorization": f"Bearer {server.token}"}).text
+
+
 def rated(server: Server, link: str) -> list[dict[str, str]]:
     """This participant's rows of the export: those of the newest participant, as each test makes its own."""
     rows = server.export()
@@ -338,7 +343,7 @@ def hear(client: httpx.Client, link: str, position: int) -> None:
     time.sleep(SECONDS)
 
 
-def test_a_participant_takes_the_whole_study(server: Server) -> None:
+def test_a_participant_takes_the_whole_study(server: Server, tmp_path: Path) -> None:
     link, sent = server.invite(1)[0], {}
 
     async def run() -> None:
@@ -363,6 +368,10 @@ def test_a_participant_takes_the_whole_study(server: Server) -> None:
     again = [row["excerpt"] for row in rows if row["repeat"] == "1"]
     assert len(again) == 2 and all(Counter(row["excerpt"] for row in rows)[each] == 2 for each in again)
     assert len({row["excerpt"] for row in rows}) == PROMPTS * 2 + 1
+    (tmp_path / "ratings.csv").write_text(admin_csv(server), encoding="utf-8")
+    read, lacking = read_ratings(tmp_path / "ratings.csv")  # as the analysis does
+    assert [rating.rating for rating in read] == [float(row["rating"]) for row in rows] and not lacking
+    assert [bool(rating.check) for rating in read].count(True) == 1 and sum(rating.repeat for rating in read) == 2
 
 
 def test_orders_go_to_participants_in_turn(server: Server, client: httpx.Client) -> None:
