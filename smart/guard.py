@@ -40,18 +40,26 @@ STATE = "guard.json"  # in a checkpoint
 # a policy may come to use few loudness levels (docs/overoptimisation.md)
 VARIETY = ("vendi", "vendi_within", "distance", "distinct_4grams", "pitches")
 FEWEST = 0.5  # of the base's own
+# far from the base, less is enough. Healthy runs of the quickstart narrow as much, but stay under 0.2 nats
+FAR, FEWER = 0.25, 0.75  # nats a token; of the base's own
 
 
 def collapsed(baseline: Mapping[str, float], now: Mapping[str, float]) -> str | None:
-    """Why the pieces of ``now`` count as collapsed, or None: one of ``VARIETY`` is under half of the base's.
+    """Why the pieces of ``now`` count as collapsed, or None.
 
-    Both map names to values, as ``HeldOut.measure`` returns them, of pieces for the same prompts; a name that either
-    lacks, or a value that is not finite, says nothing. In training the rule must hold at two measurements in a row.
+    One of ``VARIETY`` is under half of the base's; or under three quarters, with a KL to the base of more than 0.25
+    nats a token: what was gained was bought with both. ``baseline`` and ``now`` map names to values, as
+    ``HeldOut.measure`` returns them, of pieces for the same prompts; a name that either lacks, or a value that is not
+    finite, says nothing. In training the rule must hold at two measurements in a row.
     """
+    kl = now.get("kl", math.nan)
     for name in VARIETY:
         before, after = baseline.get(name, math.nan), now.get(name, math.nan)
         if after < FEWEST * before:
             return f"{name} is {after:.3g}, under half of the base's {before:.3g}"
+        if after < FEWER * before and kl > FAR:
+            reason = f"{name} is {after:.3g}, under three quarters of the base's {before:.3g}"
+            return f"{reason}, at {kl:.2g} nats a token from it"
     return None
 
 

@@ -514,7 +514,7 @@ def sections(out: Path, config: Config, found: Found) -> list[Section]:
         _frontier(out),
         Section(
             "Listening study (section 4.3, table 5)",
-            "Not reproduced here: it needs listeners. The paper's values; `smart study` makes and analyses a study.",
+            "Not reproduced here: it needs listeners. The paper's values; smart study makes and analyses one.",
             [("", "paper"), *paper.LISTENING.items()],
         ),
     ]
@@ -581,12 +581,24 @@ def _close(row: str, here: Sequence[str]) -> str:
 
 
 def _table_2(out: Path, real: bool) -> Section:
-    rows: list[Sequence[str]] = [("soundfont", "rating", "n", "paper", "here", "verdict")]
+    axes = (*paper.AXES, "mean")
+    ours: dict[str, dict[str, dict[str, str]]] = {}
     for line in _csv(out / "table-2" / "soundfonts.csv"):
-        here = f"{_short(line['mean'])} [{_short(line['low'])}, {_short(line['high'])}]"
-        rows.append(
-            (line["soundfont"], line["rating"], line["n"], line["paper"] or "-", here, _inside(line) if real else "")
-        )
+        ours.setdefault(line["soundfont"], {})[line["rating"].rpartition(".")[2]] = line
+    rows: list[Sequence[str]] = [("soundfont", *(f"{axis}: paper / here" for axis in axes), "verdict")]
+    for name in dict.fromkeys((*paper.TABLE_2, *ours)):
+        lines = [ours.get(name, {}).get(axis) for axis in axes]
+        published = [f"{value:.2f}" for value in paper.TABLE_2[name]] if name in paper.TABLE_2 else ["-"] * len(axes)
+        cells = [
+            f"{value} / {_here(line, 'mean', '') if line else '-'}"
+            for value, line in zip(published, lines, strict=True)
+        ]
+        inside = [
+            float(line["low"]) <= float(line["paper"]) <= float(line["high"])
+            for line in lines
+            if line and line["paper"]
+        ]
+        rows.append((name, *cells, f"{sum(inside)} of {len(inside)} agree" if real and inside else ""))
     return Section(
         "Table 2: the same pieces with several soundfonts",
         "The paper's ten pieces are not known; these are others. So a verdict says whether the paper's mean is in the "
@@ -596,18 +608,12 @@ def _table_2(out: Path, real: bool) -> Section:
     )
 
 
-def _inside(line: dict[str, str]) -> str:
-    if not line["paper"] or not line["low"]:
-        return ""
-    return "agrees" if float(line["low"]) <= float(line["paper"]) <= float(line["high"]) else "differs"
-
-
 def _effects(out: Path, judged: bool) -> list[Section]:
     found = []
     for name, prompts, figures in (("procedural", "Procedural", "3, 4 and 6"), ("dataset", "Dataset", "7")):
         rows: list[Sequence[str]] = [("model", "measure", "the paper", "here: difference to the base", "verdict")]
         for line in _csv(out / "report" / f"{name}-paper.csv"):
-            here = f"{_short(line['difference'])} [{_short(line['difference_low'])}, {_short(line['difference_high'])}]"
+            here = _here(line, "difference", "difference_")
             rows.append((line["after"], line["measure"], line["paper"], here, line["verdict"] if judged else ""))
         pictures = [
             (f"{what}, {name} prompts", out / "report" / f"{name}-{part}.png")
@@ -628,8 +634,8 @@ def _effects(out: Path, judged: bool) -> list[Section]:
 def _hacks(out: Path) -> Section:
     rows: list[Sequence[str]] = [("probe", "kind", "rating", "mean", "against the pieces", "verdict")]
     for line in _csv(out / "hacks" / "hacks.csv"):
-        here = f"{_short(line['difference'])} [{_short(line['difference_low'])}, {_short(line['difference_high'])}]"
-        rows.append((line["probe"], line["kind"], line["rating"], _short(line["mean"]), here, line["verdict"]))
+        mean, apart = _here(line, "mean", ""), _here(line, "difference", "difference_")
+        rows.append((line["probe"], line["kind"], line["rating"], mean, apart, line["verdict"]))
     return Section(
         "What else than music the reward likes",
         "Not in the paper. Each probe is made from each of the base's pieces, and compared with it.",
@@ -643,8 +649,10 @@ def _csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _short(text: str) -> str:
-    return f"{float(text):.3g}" if text else "-"
+def _here(line: dict[str, str], name: str, prefix: str) -> str:
+    """``name`` of a line of a table, with its interval, which stands in the columns ``<prefix>low`` and ``high``."""
+    middle, low, high = (number(float(line[key] or "nan"), 3) for key in (name, f"{prefix}low", f"{prefix}high"))
+    return f"{middle} [{low}, {high}]"
 
 
 def _frontier(out: Path) -> Section:

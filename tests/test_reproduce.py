@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -13,10 +14,11 @@ from typing import Any
 import click
 import pytest
 
-from smart import UserError, reproduce
+from smart import UserError, paper, reproduce
 from smart.checkpoint import sha256
 from smart.config import load, to_dict
 from smart.reproduce import Book, Step, alone, perform, variants
+from smart.reward import load_reward
 from smart.shards import Corpus
 
 
@@ -265,3 +267,68 @@ def test_a_kill_while_the_first_file_is_written_leaves_nothing_in_the_way(tmp_pa
     (corpus / ".work").mkdir(parents=True)
     (corpus / ".manifest.json.tmp").touch()
     _check_out(corpus, overwrite=False)
+
+
+PNG = b"\x89PNG\r\n\x1a\n"
+ESTIMATE = {"value": 0.5, "low": 0.25, "high": 0.75, "n": 8}
+
+
+@pytest.fixture
+def finished(out: Path) -> Path:
+    """What the steps of a run with the paper's reward would have written, as far as the page reads it."""
+    rated = {"n": 8, "reward": 6.0, "standard_error": 0.1}
+    fit = {"law": "rl", "points": 2, "alpha": None, "beta": None, "residual": None, "why_not": "2 of 3 points"}
+    run = {"keep": 40, "reward_against_base": ESTIMATE, "judge_against_base": ESTIMATE, "collapsed": []}
+    frontier = {"runs": {"tuned (beta 0.04)": run}, "judge": "PQ", "prompts": 8, "rule": "a rule"}
+    frontier["fits"] = [fit | {"series": "tuned (beta 0.04)", "measure": "reward"}]
+    ratings = [f"{name},audiobox.{axis},{value}" for name, row in (
+        ("silence", (3.25, 6.45, 1.70, 6.75)), ("white noise", (2.37, 4.65, 2.99, 4.79)),
+        ("clips/Keith Jarrett - Solar.wav", (7.0, 7.0, 4.0, 7.0)), ("clips/mine.wav", (1.0, 2.0, 3.0, 4.0)),
+    ) for axis, value in zip(paper.AXES, row, strict=True)]  # fmt: skip
+    texts = {
+        "table-1/ratings.csv": "\n".join(["file,rating,mean", *ratings]),
+        "table-2/soundfonts.csv": "soundfont,rating,n,mean,low,high,paper\n"
+        "yamaha,audiobox.CE,10,6.5,6.4,6.6,6.53\nyamaha,audiobox.CU,10,6.5,6.4,6.6,7.705\nmine,audiobox.CE,10,6.5,,,",
+        "report/procedural-paper.csv": "after,measure,paper,difference,difference_low,difference_high,verdict\n"
+        "tuned,<b>Notes,more,2,1,3,as in the paper",
+        "report/dataset-paper.csv": "after,measure,paper,difference,difference_low,difference_high,verdict",
+        "hacks/hacks.csv": "probe,kind,rating,mean,low,high,difference,difference_low,difference_high,verdict",
+        "frontier/summary.json": json.dumps(frontier),
+        **{f"{name}/summary.json": json.dumps(dict.fromkeys(("base", "tuned", "difference"), rated))
+           for name in variants(load("paper.toml"), "")},
+        **{f"{name}/metrics.jsonl": '{"step": 0}\n{"step": 1, "seconds/iteration": 90}\n'
+           for name in variants(load("paper.toml"), "")},
+    }  # fmt: skip
+    figures = ["table-2/soundfonts.png", "hacks/hacks.png", "frontier/frontier.png", "report/reward-by-iteration.png"]
+    figures += [f"report/{kind}-{part}.png" for kind in ("procedural", "dataset") for part in PARTS]
+    for name, content in (*texts.items(), *((figure, PNG) for figure in figures)):
+        path = out / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    (out / "state.json").write_text("{}")
+    return out
+
+
+PARTS = ("ratings", "features", "rolls")
+
+
+def test_the_page_sets_the_paper_beside_ours_and_judges_only_what_can_be_compared(finished: Path) -> None:
+    config = load("paper.toml")
+    for published in (True, False):
+        reward = load_reward("ce_proxy")
+        reward.is_published = published  # type: ignore[attr-defined]  # as only audiobox has it
+        found = reproduce.Found(base=Path("base"), reward=reward, corpus=None, soundfonts=[])
+        page = reproduce.write_page([], finished, Book(finished), config, found, smoke=False).read_text()
+        assert "3.24 / 3.25" in page and "7.48 / -" in page and "- / 1.00" in page
+        assert "7.12 / 7.00" in page, "a recording that is called as a row of the paper's table"
+        assert "6.53 / 6.500 [6.400, 6.600]" in page and "5.42 / -" in page and "- / 6.500 [-, -]" in page
+        assert "+1.221 [0.613, 1.828]" in page and "it needs listeners" in page
+        assert "<td>1.5</td>" in page and "50 minutes" in page  # of 90 seconds
+        assert "no law is fitted (2 of 3 points)" in page and "&lt;b&gt;Notes" in page
+        assert page.count("data:image/png;base64,") == 10 and not re.search(r"(?:src|href)=.?(?:http|//)", page)
+        assert ("agrees (at most 0.01 apart)" in page) == published  # silence
+        assert ("differs (at most 1.00 apart)" in page) == published  # noise
+        assert ("1 of 2 agree" in page) == published and ("as in the paper" in page) == published
+    found = found._replace(reward=load_reward("ce_proxy"))
+    page = reproduce.write_page([], finished, Book(finished), config, found, smoke=True).read_text()
+    assert "This is the smoke test" in page and "as in the paper" not in page
