@@ -214,7 +214,9 @@ def summary(
             found["vendi_audio"] = vendi_score(kernel(np.stack(clips)))
         return found
 
-    result = measure(range(count)) | {"empty_rate": float((rolls.any(axis=(1, 2)) == 0).mean())}
+    result = measure(range(count)) | {
+        "empty_rate": float(np.mean([not len(_notes(score)["time"]) for score in scores]))
+    }
     if groups is not None:
         members: dict[Hashable, list[int]] = {}
         for row, label in enumerate(groups):

@@ -560,7 +560,7 @@ def _train(config: Config, world: World, *, resume: bool, overwrite: bool) -> Pa
 
         if guard.stop:
             world.sum(0)  # the best checkpoint is there
-            best = folder / "checkpoints" / checkpoint.BEST
+            best = folder / "checkpoints" / f"{guard.best:08d}"
             policy.load_state_dict(load_base(best, device=device)[0].state_dict())
             run.say(f"stopped early: {guard.stop}; tuned/ is iteration {guard.best}, the best by the held-out judge")
 

@@ -184,6 +184,7 @@ def test_empty_pieces_are_copies_of_each_other() -> None:
     assert nearest([empty], [disjoint(0), drums]).similarity.tolist() == [1.0]
     found = summary([empty, disjoint(0)])
     assert found == {"vendi": pytest.approx(2), "distance": 1.0, "distinct_4grams": 0.0, "empty_rate": 0.5}
+    assert summary([piece([(TPQ * 20, 6, 60)])])["empty_rate"] == 0  # it begins after the beats that are compared
 
 
 def tone(hertz: float, seconds: float, rate: int) -> np.ndarray:

@@ -90,7 +90,7 @@ def test_rate_takes_any_audio_and_names_what_it_cannot_read(midi: list[Path], tm
     rows = {Path(row["file"]).name: row for row in read(tmp_path / "out.csv")}
     assert list(rows) == ["silence", "white noise", *good, midi[0].name]
     assert [int(rows[name]["windows"]) for name in good] == [2, 2, 2, 1, 1, 0, 1]
-    mean = {name: float(row["mean"]) for name, row in rows.items()}
+    mean = {name: float(row["mean"] or "nan") for name, row in rows.items()}
     assert mean["mono.wav"] == mean["stereo.wav"] == pytest.approx(mean["five.flac"], abs=1e-3)
     assert math.isnan(mean["nothing.wav"]) and math.isfinite(mean["one.wav"])
     assert mean["mono.wav"] > mean["silence"] + 0.5

@@ -54,11 +54,14 @@ def test_copies_are_a_collapse_and_different_pieces_are_not() -> None:
         assert reason is not None and "under half of the base's" in reason
 
 
-def test_the_rule_is_a_half_of_what_both_have() -> None:
+def test_the_rule_is_a_half_or_three_quarters_far_away() -> None:
     base = {"vendi": 20.0, "pitches": 40.0, "reward": 7.0, "vendi_audio": 1.4}
     assert collapsed(base, base | {"vendi": 10.0, "reward": 1.0}) is None  # exactly half; the reward says nothing
     assert collapsed(base, base | {"vendi": 9.99}) == "vendi is 9.99, under half of the base's 20"
     assert collapsed(base, base | {"pitches": 19.0}) == "pitches is 19, under half of the base's 40"
+    far = base | {"kl": 0.26, "pitches": 29.0}
+    assert collapsed(base, far) == "pitches is 29, under three quarters of the base's 40, at 0.26 nats a token from it"
+    assert collapsed(base, far | {"kl": 0.25}) is collapsed(base, far | {"pitches": 30.0}) is None
     assert collapsed(base, {"reward": 7.0}) is collapsed({}, base) is collapsed(base, base | {"vendi": NAN}) is None
 
 

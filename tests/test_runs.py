@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -384,6 +384,29 @@ def test_looking_on_changes_nothing(base: Path, finished: Path, tmp_path: Path) 
     assert not (folder / "checkpoints" / "best").exists()
 
 
+def test_the_bonus_for_diversity_moves_advantages_alone(
+    base: Path, finished: Path, tmp_path: Path, tokenizer: Any
+) -> None:
+    """The first batch is what it was, rewards too; its advantages are those of the two pure functions."""
+    import pyarrow.parquet as pq
+
+    from smart.grpo import distinct_rewards, group_advantages
+    from smart.guard import alikeness
+    from smart.tokens import decode
+
+    changes = {"grpo.diversity": 5.0, "grpo.iterations": 1, "track.held_out_every": 0}
+    status, output = run("grpo", "--config", "quickstart.toml", *arguments(base, tmp_path, **changes))
+    assert status == 0, output
+    rows = pq.read_table(tmp_path / "r" / "completions").to_pylist()
+    plain = [row for row in pq.read_table(finished / "completions").to_pylist() if row["step"] == 1]
+    assert [(row["tokens"], row["reward"]) for row in rows] == [(row["tokens"], row["reward"]) for row in plain]
+    alike = alikeness([decode(tokenizer, torch.tensor(row["tokens"])) for row in rows], 3)
+    rewards = torch.tensor([row["reward"] for row in rows])
+    expected = group_advantages(distinct_rewards(rewards, alike, weight=5.0), 3)
+    assert [row["advantage"] for row in rows] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert [row["advantage"] for row in rows] != pytest.approx([row["advantage"] for row in plain], abs=1e-2)
+
+
 def test_a_spent_budget_ends_the_run_with_the_best(base: Path, finished: Path, tmp_path: Path) -> None:
     """Its policy reaches the budget between the second and the third measurement; one checkpoint is to be kept."""
     before, after = (row["held_out/kl"] for row in metrics(finished) if row["step"] in (4, 6))
@@ -504,6 +527,47 @@ def test_a_disk_that_takes_no_more_ends_the_run_in_one_line(base: Path, tmp_path
     assert list((tmp_path / "r" / "checkpoints").iterdir()) == []
     status, output = run("grpo", "--config", "quickstart.toml", *settings, "--resume")
     assert status == 0, output
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """A file system in memory: called with mount options, it is made, or mounted anew with them."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options: str) -> Path:
+        again = "remount," if folder.is_mount() else ""
+        command = ["mount", "-t", "tmpfs", "-o", again + options, "tmpfs", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"a file system cannot be mounted here: {done.stderr.strip()}")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", "--lazy", str(folder)], check=False, capture_output=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system")
+def test_a_disk_that_fills_up_and_then_is_read_only(
+    base: Path, finished: Path, small_disk: Callable[[str], Path]
+) -> None:
+    """It fills up at the first checkpoint, then at a later file, then is read-only: a line each, no byte lost."""
+    folder = small_disk("size=900k")
+    args = ("--config", "quickstart.toml", *arguments(base, folder))
+    checkpoints = folder / "r" / "checkpoints"
+    for size, made in (("900k", 0), ("1800k", 1)):
+        small_disk(f"size={size}")
+        status, output = run("grpo", *args, "--resume")
+        assert status == 1 and "Traceback" not in output, output
+        assert "could not be written" in output and "go on with --resume" in output
+        assert len(list(checkpoints.iterdir())) >= made
+    small_disk("size=64m,ro")
+    status, output = run("grpo", *args, "--resume")
+    assert status == 1 and "Read-only" in output and "Traceback" not in output, output
+    small_disk("rw")
+    status, output = run("grpo", *args, "--resume")
+    assert status == 0, output
+    assert_same_run(folder / "r", finished)
 
 
 def test_paper_config_lists_all_that_is_missing_in_one_message(tmp_path: Path) -> None:

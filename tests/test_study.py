@@ -27,6 +27,7 @@ from smart.study.app import Buckets, Limits
 from smart.study.export import COLUMNS, plain
 from smart.study.folder import Study
 from smart.study.order import order, with_checks
+from smart.study.ratings import read_ratings
 
 PROMPTS, SYSTEMS = 3, ("zebra", "yak")
 
@@ -105,6 +106,11 @@ def test_names_cannot_be_computed_again(study: Path, wavs: list[str], tmp_path: 
     assert not {row["excerpt"] for row in first} & {row["excerpt"] for row in second}
     made = [{(row["system"], row["prompt"], row["sha256"]) for row in rows} for rows in (first, second)]
     assert made[0] == made[1]  # the same sound
+    pairs = [
+        [[(made.excerpts[t.excerpt].system, made.excerpts[t.excerpt].prompt) for t in made.trials(n)] for n in range(6)]
+        for made in (Study(study), Study(tmp_path / "again"))
+    ]
+    assert pairs[0] != pairs[1]  # nor can orders
 
 
 def test_key_says_what_matching_did(study: Path) -> None:
@@ -182,6 +188,37 @@ def test_a_study_is_never_overwritten_and_goes_on_after_an_interruption(
     again = CliRunner().invoke(building.main, words)
     assert again.exit_code == 2 and "exists already" in again.output
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_models_get_the_same_prompts_and_seeds_and_go_on_where_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One model under two names: the same pieces. A build that was interrupted: the same pieces as one that was not."""
+    monkeypatch.setattr(building, "BLOCK", 1)
+    runs = ["--runs", "a=piano-small", "b=piano-small", "--prompts", "2", "--practice", "0", "--power", "0"]
+    runs += ["--seconds", "1", "--sample-rate", str(RATE), "--tokens", "24", "--workers", "1"]
+    made = []
+    for name in ("whole", "parts"):
+        out, put, count = tmp_path / name, building.Work.put, 0
+
+        def stop(self: building.Work, clip: building.Clip, put: Any = put) -> None:
+            nonlocal count
+            count += 1
+            if count == 3:
+                raise KeyboardInterrupt
+            put(self, clip)
+
+        if name == "parts":
+            with monkeypatch.context() as patch:
+                patch.setattr(building.Work, "put", stop)
+                assert CliRunner().invoke(building.main, [*runs, "--out", str(out)]).exit_code == 1
+            assert len(list((tmp_path / ".parts.work" / "clips").iterdir())) == 2 and not out.exists()
+        done = CliRunner().invoke(building.main, [*runs, "--out", str(out)])
+        assert done.exit_code == 0, done.output
+        made.append({(row["system"], row["prompt"], row["seed"]): row["sha256"] for row in key_of(out)})
+    assert made[0] == made[1] and len({seed for _, _, seed in made[0]}) == 2
+    for (_, prompt, seed), digest in made[0].items():
+        assert made[0]["a", prompt, seed] == digest
 
 
 @pytest.mark.parametrize(
@@ -290,6 +327,10 @@ def client() -> Iterator[httpx.Client]:
         yield opened
 
 
+def admin_csv(server: Server) -> str:
+    return httpx.get(f"{server.url}/export", headers={"authorization": f"Bearer {server.token}"}).text
+
+
 def rated(server: Server, link: str) -> list[dict[str, str]]:
     """This participant's rows of the export: those of the newest participant, as each test makes its own."""
     rows = server.export()
@@ -302,7 +343,7 @@ def hear(client: httpx.Client, link: str, position: int) -> None:
     time.sleep(SECONDS)
 
 
-def test_a_participant_takes_the_whole_study(server: Server) -> None:
+def test_a_participant_takes_the_whole_study(server: Server, tmp_path: Path) -> None:
     link, sent = server.invite(1)[0], {}
 
     async def run() -> None:
@@ -327,6 +368,10 @@ def test_a_participant_takes_the_whole_study(server: Server) -> None:
     again = [row["excerpt"] for row in rows if row["repeat"] == "1"]
     assert len(again) == 2 and all(Counter(row["excerpt"] for row in rows)[each] == 2 for each in again)
     assert len({row["excerpt"] for row in rows}) == PROMPTS * 2 + 1
+    (tmp_path / "ratings.csv").write_text(admin_csv(server), encoding="utf-8")
+    read, lacking = read_ratings(tmp_path / "ratings.csv")  # as the analysis does
+    assert [rating.rating for rating in read] == [float(row["rating"]) for row in rows] and not lacking
+    assert [bool(rating.check) for rating in read].count(True) == 1 and sum(rating.repeat for rating in read) == 2
 
 
 def test_orders_go_to_participants_in_turn(server: Server, client: httpx.Client) -> None:
@@ -519,7 +564,6 @@ def test_withdrawal_deletes_everything(server: Server, client: httpx.Client) -> 
 def test_admin(server: Server, client: httpx.Client) -> None:
     for headers in (
         {},
-        {"authorization": "Bearer "},
         {"authorization": "Bearer wrong"},
         {"authorization": server.token},
     ):

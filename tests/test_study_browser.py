@@ -219,7 +219,6 @@ def test_fifty_at_once_and_a_server_that_is_killed(browser: Any, server: Server)
     visitors = {person: Visitor(browser, server) for person in (47, 48, 49)}
     for person, visitor in visitors.items():
         visitor.begin(links[person])
-    kills = [400, 900]
     for position in range(TRIALS + 1):
         for person, visitor in visitors.items():
             assert visitor.position() == position
@@ -227,12 +226,11 @@ def test_fifty_at_once_and_a_server_that_is_killed(browser: Any, server: Server)
         for person, visitor in visitors.items():
             visitor.left(position)
             acknowledged[person][position] = rating(person, position)
-        if kills and sum(map(len, acknowledged)) > kills[0]:
+        if position in (7, 20):
             server.stop(signal.SIGKILL)
-            del kills[0]
             server.start()
     thread.join(timeout=100)
-    assert not thread.is_alive() and not kills
+    assert not thread.is_alive()
     for person, visitor in visitors.items():
         assert visitor.position() is None, person
         assert [line for line in visitor.wrong if "net::ERR_" not in line] == []
@@ -244,22 +242,27 @@ def test_fifty_at_once_and_a_server_that_is_killed(browser: Any, server: Server)
     assert counted[3] == {place: rating(3, place) for place in range(1, TRIALS + 1)}
 
 
-def test_half_an_excerpt_is_not_enough_and_a_pause_is_no_play(browser: Any, server: Server) -> None:
+def test_what_was_passed_over_was_not_heard(browser: Any, server: Server) -> None:
     visitor = Visitor(browser, server)
     page = visitor.page
     visitor.begin(server.invite(1)[0])
     visitor.rate(5)
     visitor.left(0)
     assert visitor.position() == 1
-    # the sound is at its end without having been heard: as when somebody seeks with a key of their headphones
+    # the first time, the sound is passed over: as when somebody seeks with a key of their headphones
     page.evaluate("""() => {
         const play = HTMLMediaElement.prototype.play;
-        HTMLMediaElement.prototype.play = function () { window.sound = this; return play.call(this); };
+        HTMLMediaElement.prototype.play = function () {
+            HTMLMediaElement.prototype.play = play;
+            const playing = play.call(this);
+            const jump = () => { this.currentTime = this.duration - 0.02; };
+            this.readyState ? jump() : this.addEventListener("loadedmetadata", jump, { once: true });
+            return playing;
+        };
     }""")
     page.click("#play")
-    page.evaluate("() => { sound.currentTime = sound.duration - 0.01; }")
     page.wait_for_function("() => document.querySelector('#play').innerText === 'Play again'")
-    assert page.is_disabled("#scale")
+    assert page.get_attribute("#scale", "disabled") is not None
     page.click("#play")  # all of it
     page.wait_for_selector("#scale:not([disabled])")
     assert visitor.wrong == []

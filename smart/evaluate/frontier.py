@@ -594,7 +594,8 @@ def report(
     chosen: dict[str, Any] = {}
     table = []
     for title, points in series.items():
-        reasons = [None, *(collapsed(origin.variety, point.variety) for point in points[1:])]
+        far = [point.variety | {"kl": point.estimates["kl_token"].value} for point in points[1:]]
+        reasons = [None, *(collapsed(origin.variety, each) for each in far)]
         reward_of, judge_of = (np.stack([point.by_prompt[what] for point in points]) for what in ("reward", "judge"))
         best = keep(reward_of, judge_of, reasons, rows)
         table += [

@@ -157,7 +157,7 @@ class Kept:
                 for line in csv.DictReader(io.StringIO(self._table.read_text(encoding="utf-8"))):
                     unit = self.units.setdefault(line["unit"], {})
                     values = unit.setdefault(line["column"], np.full(len(pieces), math.nan))
-                    values[int(line["piece"])] = float(line["rating"])
+                    values[int(line["piece"])] = float(line["rating"] or "nan")
 
     def get(
         self, unit: str, work: Callable[[], dict[str, npt.NDArray[np.float64]]]

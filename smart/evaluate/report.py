@@ -51,7 +51,7 @@ FEATURES = {
 }
 SOUNDING = ("polyphony_rate", "pitch_range", "scale_consistency", "velocity_range")  # undefined without notes
 RATINGS = {
-    "CE": "raised (what was optimised)",
+    "CE": "raised; published clips 4.5 to 7.5, tuned 7.1 to 7.9",
     "CU": "raised, though not optimised",
     "PC": "raised, though not optimised",
     "PQ": "raised, though not optimised",
@@ -282,7 +282,7 @@ def title_of(measure: str) -> str:
     return FEATURES[measure].title if measure in FEATURES else measure
 
 
-def paper_rows(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
+def paper_rows(comparisons: Sequence[Comparison], means: Mapping[str, Mapping[str, Estimate]]) -> list[dict[str, Any]]:
     """What the paper saw, beside what was measured here."""
     rows = []
     for c in comparisons:
@@ -295,6 +295,8 @@ def paper_rows(comparisons: Sequence[Comparison]) -> list[dict[str, Any]]:
                     "after": c.after,
                     "measure": title_of(c.measure),
                     "paper": words,
+                    "before_mean": means[c.measure][c.before].value,
+                    "after_mean": means[c.measure][c.after].value,
                     "difference": c.found.difference,
                     "verdict": verdict(sign, c.found.difference),
                 }
@@ -370,7 +372,7 @@ def section(sample: Sample, out: Path, *, seed: int = 1) -> dict[str, Any]:
             for measure, e in row.items()
         ],
     )
-    seen = paper_rows(comparisons)
+    seen = paper_rows(comparisons, means)
     flat = [row | _flat("difference", row["difference"]) for row in seen]
     plots.write_csv(out / f"{sample.name}-paper.csv", flat)
     counts = [
@@ -456,7 +458,7 @@ def render(sections: Sequence[Mapping[str, Any]], runs: Picture | None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"interval": interval, "p": p_value, "title_of": title_of}
+    environment.filters |= {"number": number, "interval": interval, "p": p_value, "title_of": title_of}
     return environment.get_template("report.html").render(
         sections=sections, runs=runs, diversity=DIVERSITY, resamples=RESAMPLES
     )

@@ -139,14 +139,14 @@ class Guard:
 
 
 async def read_body(receive: Receive) -> bytes | None:
-    """What was sent; None where it is too long."""
+    """What was sent; None where it is too long, or did not come whole."""
     body = b""
     while True:
         message = await receive()
         body += message.get("body", b"")
-        if len(body) > LONGEST_BODY:
+        if len(body) > LONGEST_BODY or message["type"] != "http.request":
             return None
-        if message["type"] != "http.request" or not message.get("more_body"):
+        if not message.get("more_body"):
             return body
 
 

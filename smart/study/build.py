@@ -352,7 +352,7 @@ def build(
 @click.option("--seconds", default=10.0, show_default=True, type=click.FloatRange(min=0.1, max=600))
 @click.option("--sample-rate", default=44100, show_default=True, type=click.IntRange(min=8000, max=192000))
 @click.option("--lufs", default=loudness.TARGET, show_default=True, type=click.FloatRange(max=-5), help="Loudness.")
-@click.option("--seed", default=1, show_default=True, type=click.IntRange(min=0), help="Of music and of orders.")
+@click.option("--seed", default=1, show_default=True, type=click.IntRange(min=0), help="Of prompts and music.")
 @click.option("--listeners", default=20, show_default=True, type=click.IntRange(min=3), help="How many you plan.")
 @click.option(
     "--power",

@@ -32,7 +32,7 @@ class Design:
     """``study.json``. ``question``, ``low`` and ``high`` may be edited until the first participant has come."""
 
     format: int
-    study: str  # an id, drawn once
+    study: str  # an id, drawn at random; all orders follow from it, so it is a secret
     question: str
     low: str  # what 1 means, and what 10 means
     high: str
@@ -44,7 +44,7 @@ class Design:
     seconds: float
     sample_rate: int
     lufs: float  # of every excerpt that is not silent
-    seed: int
+    seed: int  # of the music
     listeners: int  # planned
     completion_code: bool
 
@@ -93,13 +93,14 @@ class Study:
     def trials(self, slot: int) -> list[Trial]:
         """What the participant of number ``slot`` hears: practice, then everything that is rated."""
         design = self.design
+        secret = int(design.study, 16)
         practice = sorted(name for name, each in self.excerpts.items() if each.kind == "practice")
         silence = next((name for name, each in self.excerpts.items() if each.kind == "silence"), None)
         heard = [
             self._names[design.systems[system], str(prompt)]
-            for prompt, system in order(design.prompts, len(design.systems), slot, design.seed)
+            for prompt, system in order(design.prompts, len(design.systems), slot, secret)
         ]
-        rated = with_checks(heard, design.repeats, silence, slot, design.seed)
+        rated = with_checks(heard, design.repeats, silence, slot, secret)
         return [*(Trial(name, "practice") for name in practice), *rated]
 
     @cached_property
@@ -129,6 +130,7 @@ def read_design(folder: Path) -> Design:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         design = Design(**values)
+        int(design.study, 16)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     for each in fields(Design):

@@ -14,7 +14,8 @@ same order from each of the systems in turn. These follow each other, so that al
 
 Within a row the two halves of a Williams row hold each prompt once (k = 2); which of its systems comes first is
 drawn by prompt and block, so that no alternation can be learnt. Blocks differ in that draw, in the order of the
-prompts and in the order of the rows; all comes from the study's seed.
+prompts and in the order of the rows. All follows from a seed that nobody must be able to guess: who knows it, and how
+many came before, knows the systems.
 
 Hidden repeats and the silent check are put into the second half of the row, at places drawn by participant. They shift
 what follows them: the balance is one of the order of the N excerpts.

@@ -49,6 +49,16 @@ def main(folder: Path, host: str, port: int, database: str | None, open_enrolmen
         listening = opened.enter_context(listen(host, port))
         store = Store(Study(folder), database)
         opened.callback(store.close)
+        # no access log: the paths hold the participants' tokens
+        config = uvicorn.Config(
+            make_app(store, open_enrolment=open_enrolment), log_level="warning", access_log=False, lifespan="off",
+            server_header=False, timeout_graceful_shutdown=10,
+        )  # fmt: skip
+        server = uvicorn.Server(config)
+        if threading.current_thread() is threading.main_thread():
+            # for a signal before uvicorn listens to them, and for the one that it raises again when it has ended
+            for each in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(each, lambda *_: setattr(server, "should_exit", True))
         token = store.admin_token(renew=new_admin_token)
         if token is not None:
             click.echo(f"admin token, shown this once: {token}")
@@ -56,13 +66,4 @@ def main(folder: Path, host: str, port: int, database: str | None, open_enrolmen
         address = f"http://{f'[{name}]' if ':' in name else name}:{number}"
         click.echo(f"study:  {address}/" + ("join" if open_enrolment else ""))
         click.echo(f"admin:  {address}/admin (export, links, withdrawal)")
-        # no access log: the paths hold the participants' tokens
-        config = uvicorn.Config(
-            make_app(store, open_enrolment=open_enrolment), log_level="warning", access_log=False, lifespan="off",
-            server_header=False, timeout_graceful_shutdown=10,
-        )  # fmt: skip
-        if threading.current_thread() is threading.main_thread():
-            # uvicorn ends at either signal, then raises it again: it has been obeyed by then
-            for each in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(each, lambda *_: None)
-        uvicorn.Server(config).run(sockets=[listening])
+        server.run(sockets=[listening])

@@ -91,7 +91,7 @@
     }
     button.addEventListener("click", () => {
       if (!audio.paused) { audio.pause(); return; }
-      starting(audio.currentTime);
+      starting(audio.ended ? 0 : audio.currentTime);
       audio.play().catch(() => say("The sound could not be played."));
     });
     audio.addEventListener("play", () => { button.textContent = "Pause"; });
@@ -112,6 +112,7 @@
     if (!audio) return;
     const stopped = () => { listened += audio.currentTime - from; from = audio.currentTime; };
     audio.addEventListener("pause", stopped);
+    audio.addEventListener("seeking", () => { from = audio.currentTime; });  // what was passed over was not heard
     audio.addEventListener("timeupdate", () => { playback.value = audio.currentTime / (audio.duration || 1); });
     audio.addEventListener("ended", () => {
       if (heardAt === null && listened > 0.97 * Number(seconds)) {
@@ -119,7 +120,6 @@
         scale.disabled = false;
         say("Excerpt heard. You can rate it now.");
       }
-      audio.currentTime = from = 0;
     });
     form.addEventListener("change", () => { send.disabled = false; });
     form.addEventListener("keydown", (event) => {
