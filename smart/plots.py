@@ -102,7 +102,8 @@ def histograms(panels: Sequence[Panel], stem: Path, *, columns: int = 2) -> list
 
     columns = min(columns, len(panels))
     lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.0 * columns, 2.5 * lines + 0.5), layout="constrained")
+    width = max(4.0 * columns, 1.9 * min(len(panels[0].values), 4))  # the legend's
+    figure = Figure(figsize=(width, 2.5 * lines + 0.5), layout="constrained")
     cells = figure.subplots(lines, columns, squeeze=False).flatten()
     table = []
     for panel, axes in zip(panels, cells, strict=False):

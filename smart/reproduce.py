@@ -14,7 +14,6 @@ Ctrl-C or SIGKILL at any instant: finished steps are passed over, and an unfinis
 import base64
 import contextlib
 import csv
-import ctypes
 import dataclasses
 import fcntl
 import functools
@@ -161,11 +160,15 @@ def alone(out: Path) -> Iterator[int]:
         yield lock.fileno()
 
 
-def _die_with(parent: int) -> None:
-    """In a step's process before its program starts: end at once when the process that started it does."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGKILL)
+# a step's process before its program: it ends at once when the process that started it (its first argument) does
+START = """
+import ctypes, os, runpy, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+if os.getppid() != int(sys.argv[1]):
+    sys.exit("whoever started this has ended")
+del sys.argv[:2]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
 
 
 def run(step: Step, out: Path, log: Path, lock: int, stop: checkpoint.StopRequest, say: str, *, again: bool) -> int:
@@ -181,13 +184,12 @@ def run(step: Step, out: Path, log: Path, lock: int, stop: checkpoint.StopReques
         file.write(f"$ python -m {' '.join(words)}\n".encode())
         file.flush()
         child = subprocess.Popen(
-            [sys.executable, "-m", *words],
+            [sys.executable, "-c", START, str(os.getpid()), *words],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is for us; it is passed on below
             pass_fds=(lock,),
-            preexec_fn=functools.partial(_die_with, os.getpid()),
         )
         began, told = time.monotonic(), 0
         try:
