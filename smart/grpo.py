@@ -333,7 +333,6 @@ def open_guard(
             scorer=scorer,
             judge=Judge(parts.reward, parts.judge),
             base_logprobs=base_logprobs,
-            kl=kl_k3,
             world=world,
             drawing=drawing,
         )

@@ -124,8 +124,7 @@ class HeldOut:
 
     Each measurement begins from the same seed: the same prompts and the same random numbers, so that two of them differ
     by the policy alone, and nothing of what training draws is touched. ``base_logprobs`` maps a rollout to the base's
-    log-probabilities of its tokens, (N, T); ``kl`` those of the policy and the base to an estimate of their KL;
-    ``drawing`` is for ``Sampler.sample``.
+    log-probabilities of its tokens, (N, T); ``drawing`` is for ``Sampler.sample``.
     """
 
     def __init__(
@@ -136,7 +135,6 @@ class HeldOut:
         scorer: Scorer,
         judge: Judge,
         base_logprobs: Callable[[Rollout], torch.Tensor],
-        kl: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         world: World,
         drawing: Mapping[str, Any],
     ) -> None:
@@ -145,7 +143,6 @@ class HeldOut:
         self.scorer = scorer
         self.judge = judge
         self.base_logprobs = base_logprobs
-        self.kl = kl
         self.world = world
         self.drawing = drawing
 
@@ -170,7 +167,8 @@ class HeldOut:
         rollout, rated, base_logp = together(
             self.world, rollout, rated, base_logp, pad_id=vocabulary(self.scorer.tokenizer).pad_id
         )
-        kl = (self.kl(rollout.logprobs, base_logp) * rollout.mask).sum(1)  # (N,)
+        # not k3 as in the loss: one token that the base finds very unlikely can make k3 of thousands ten times as large
+        kl = ((rollout.logprobs - base_logp) * rollout.mask).sum(1)  # (N,)
         length = rollout.mask.sum(1)
         pieces = [decode(self.scorer.tokenizer, row) for row in rollout.tokens.cpu()]
         groups = [row // COMPLETIONS for row in range(len(pieces))]

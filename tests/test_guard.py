@@ -13,7 +13,7 @@ from symusic import Note, Score, Track
 
 from smart import UserError, diversity
 from smart.distributed import World
-from smart.grpo import kl_k3, token_logprobs
+from smart.grpo import token_logprobs
 from smart.guard import COMPLETIONS, Guard, HeldOut, Judge, Measured, alikeness, collapsed, effective_number
 from smart.prompts import draw
 from smart.render import RenderPool
@@ -187,7 +187,7 @@ def held_out(tokenizer: Any, base: Any, pool: RenderPool, **changes: Any) -> Hel
 
     settings = {
         "seed": 5, "scorer": Scorer(tokenizer, pool, reward, sample_rate=44100, seconds=2.0), "judge": Judge(reward),
-        "base_logprobs": base_logprobs, "kl": kl_k3, "world": World(torch.device("cpu")),
+        "base_logprobs": base_logprobs, "world": World(torch.device("cpu")),
         "drawing": {"max_new_tokens": 48},
     }  # fmt: skip
     prompts = draw("procedural", 3, tokenizer, torch.Generator().manual_seed(5))
@@ -222,8 +222,7 @@ def test_a_measurement_is_of_the_policy_alone(tokenizer: Any, tiny_model: Any, s
     for name, model in (("base", tiny_model), ("policy", policy)):
         probs = model.double()(input_ids=rollout.tokens).logits[:, 3:-1].softmax(-1)
         logp[name] = probs.gather(-1, rollout.tokens[:, 4:, None])[..., 0].log()
-    ratio = logp["base"] - logp["policy"]
-    kl = (ratio.exp() - ratio - 1)[rollout.mask].mean().item()
+    kl = (logp["policy"] - logp["base"])[rollout.mask].mean().item()
     assert moved["kl"] == pytest.approx(kl, rel=1e-3)
     likely = (logp["base"] * rollout.mask).sum(1) / rollout.mask.sum(1)
     assert moved["plausibility"] == pytest.approx(likely.mean().item(), rel=1e-4)
