@@ -46,7 +46,7 @@ from safetensors.torch import save
 from tinysoundfont import _tinysoundfont as tsf
 
 from smart import UserError
-from smart.checkpoint import write_atomically
+from smart.files import write_atomically
 from smart.regions import Region, Values, read_regions, write_variant
 from smart.render import (
     DRUM,

@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 
 from smart import UserError
 from smart.files import sha256, sync
-from smart.files import write_atomically as write_atomically  # where others look for it
 
 MANIFEST = "manifest.json"
 STATE = "state.safetensors"

@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from symusic.core import NoteTick, ScoreTick, TempoTick, TimeSignatureTick, TrackTick
 
-from smart import UserError, checkpoint, require, track
+from smart import UserError, require, track
 from smart.compare import find_system
+from smart.files import sha256, write_atomically
 from smart.midi import Limits
 from smart.midi_pool import Pool
 from smart.model import load_base, pick_device
@@ -227,7 +228,7 @@ def prepare(out: Path, settings: dict[str, Any]) -> int:
     rows = read_table(out)
     lines = [list(rows[0]), *(list(row.values()) for row in rows)] if rows else []
     try:
-        checkpoint.write_atomically(out / TABLE, "".join(",".join(line) + "\n" for line in lines).encode())
+        write_atomically(out / TABLE, "".join(",".join(line) + "\n" for line in lines).encode())
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
     return len(rows)
@@ -342,7 +343,7 @@ def generate(
             click.echo(f"{song}: only its last {read.count(facts.bar_id)} bars fit into what the model sees", err=True)
         prompt = read + line
     for name, path in (("model", folder / "model.safetensors"), ("soundfont", soundfont_file), ("song", song)):
-        settings[f"{name}_sha256"] = None if path is None else checkpoint.sha256(path)
+        settings[f"{name}_sha256"] = None if path is None else sha256(path)
     done = prepare(out, settings)
     writer = Writer(Sampler(network, pad_id=facts.pad_id, eos_id=facts.eos_id), facts, temperature, top_k, top_p)
 

@@ -25,9 +25,9 @@ import numpy.typing as npt
 import torch
 
 from smart import UserError, diversity
-from smart.checkpoint import write_atomically
 from smart.distributed import World
 from smart.features import midi_features
+from smart.files import write_atomically
 from smart.reward import Reward
 from smart.sampler import Rollout, Sampler
 from smart.scoring import Audio, Rated, Scorer, together

@@ -34,7 +34,7 @@ import click
 
 from smart import UserError, checkpoint, paper, require, track
 from smart.config import Config, dumps, load
-from smart.files import is_empty
+from smart.files import is_empty, sha256, write_atomically
 from smart.model import find_base
 from smart.reward import Reward, load_reward
 from smart.shards import MANIFEST, Corpus
@@ -58,7 +58,7 @@ class Found(NamedTuple):
         """Of the files that decide what comes out."""
         files = [self.base / "model.safetensors", *self.soundfonts]
         files += [self.corpus.folder / MANIFEST] if self.corpus else []
-        return " ".join([*map(checkpoint.sha256, files), self.reward.provenance])
+        return " ".join([*map(sha256, files), self.reward.provenance])
 
 
 class Step(NamedTuple):
@@ -102,7 +102,7 @@ class Book:
             raise UserError(f"--out {out}: {STATE} cannot be read ({error}); give a new folder") from None
 
     def _write(self) -> None:
-        checkpoint.write_atomically(self.out / STATE, json.dumps(self.rows, indent=1).encode())
+        write_atomically(self.out / STATE, json.dumps(self.rows, indent=1).encode())
 
     def is_done(self, step: Step) -> bool:
         """Whether a step was finished, with this command and these inputs, and what it made is as it was."""
@@ -120,7 +120,7 @@ class Book:
         """SHA-256 of each output that there is, by its name."""
         folder = self.out / step.name
         files = sorted({path for pattern in step.outputs for path in folder.glob(pattern) if path.is_file()})
-        return {str(path.relative_to(folder)): checkpoint.sha256(path) for path in files}
+        return {str(path.relative_to(folder)): sha256(path) for path in files}
 
     def begin(self, step: Step) -> None:
         """Note that a step is being done; what its folder held before is moved out of the way."""
@@ -715,7 +715,7 @@ def write_page(steps: Sequence[Step], out: Path, book: Book, config: Config, fou
             for step in steps
         ],
     )
-    checkpoint.write_atomically(out / PAGE, text.encode())
+    write_atomically(out / PAGE, text.encode())
     return out / PAGE
 
 
@@ -764,7 +764,7 @@ def main(
     with alone(out) as lock:
         (out / CONFIGS).mkdir(exist_ok=True)
         for name, one in variants(config, str(corpus) if corpus else str(out / "corpus")).items():
-            checkpoint.write_atomically(out / CONFIGS / f"{name}.toml", dumps(one).encode())
+            write_atomically(out / CONFIGS / f"{name}.toml", dumps(one).encode())
         perform(steps, out, book, lock)
         page = write_page(steps, out, book, config, found, smoke=smoke)
     total = sum(book.rows[step.name]["seconds"] for step in steps)

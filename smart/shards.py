@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from smart import UserError
-from smart.checkpoint import sha256, write_atomically
+from smart.files import sha256, write_atomically
 
 SPLITS = ("train", "validation", "test")
 MANIFEST = "manifest.json"

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from smart import UserError, checkpoint
+from smart.files import write_atomically
 
 
 def write_text(text: str) -> Any:
@@ -203,7 +204,7 @@ def test_state_that_does_not_fit_is_refused(tiny_model: Any, tmp_path: Path) -> 
 def test_write_atomically_replaces(tmp_path: Path) -> None:
     path = tmp_path / "file"
     for data in (b"one", b"two"):
-        checkpoint.write_atomically(path, data)
+        write_atomically(path, data)
         assert path.read_bytes() == data
     assert os.listdir(tmp_path) == ["file"]
 

@@ -16,8 +16,8 @@ from scipy import stats
 from symusic import Note, Score, Tempo, TimeSignature, Track
 
 from smart import UserError
-from smart.checkpoint import sha256, write_atomically
 from smart.evaluate import hacks, main, rate, ratings, soundfonts
+from smart.files import sha256, write_atomically
 from smart.render import RenderPool, render_notes, score_notes
 from smart.reward import Reward, load_reward, resample
 from smart.shards import SPLITS, ShardWriter

@@ -15,8 +15,8 @@ import click
 import pytest
 
 from smart import UserError, paper, reproduce
-from smart.checkpoint import sha256
 from smart.config import load, to_dict
+from smart.files import sha256
 from smart.reproduce import Book, Step, alone, perform, variants
 from smart.reward import load_reward
 from smart.shards import Corpus

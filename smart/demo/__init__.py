@@ -15,9 +15,10 @@ from typing import Any
 import click
 
 from smart import UserError, require, track
-from smart.checkpoint import sha256, steps, write_atomically
+from smart.checkpoint import steps
 from smart.compare import System, compose, find_system
 from smart.demo.page import Page, Section
+from smart.files import sha256, write_atomically
 from smart.model import pick_device
 from smart.prompts import KINDS
 from smart.render import RenderError

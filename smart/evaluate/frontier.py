@@ -36,6 +36,7 @@ from smart import UserError, checkpoint, diversity, plots, require, track
 from smart.compare import BLOCK, Piece, System, compose, find_system
 from smart.config import Config, load, to_dict
 from smart.evaluate.statistics import RESAMPLES, Estimate, jackknife
+from smart.files import sha256, write_atomically
 from smart.guard import Judge, collapsed, variety
 from smart.model import load_base, pick_device
 from smart.render import RenderError
@@ -283,7 +284,7 @@ def draw(system: System, samples: int, setting: Setting, folder: Path, base: Any
                 }
                 for piece, under_base in zip(block, likely, strict=True)
             ]
-            checkpoint.write_atomically(path, functools.partial(pq.write_table, pa.Table.from_pylist(rows)))
+            write_atomically(path, functools.partial(pq.write_table, pa.Table.from_pylist(rows)))
             bar.update(len(rows))
     table = pa.concat_tables([pq.read_table(path) for path in blocks]).to_pydict()
 
@@ -562,9 +563,9 @@ def report(
     track.claim(
         out,
         {
-            "models": {model.name: checkpoint.sha256(model.model / "model.safetensors") for model in models},
+            "models": {model.name: sha256(model.model / "model.safetensors") for model in models},
             **{name: to_dict(config)[name] for name in ("prompts", "sampling", "reward")},
-            "soundfont_sha256": checkpoint.sha256(find_soundfont(config.render.soundfont)),
+            "soundfont_sha256": sha256(find_soundfont(config.render.soundfont)),
             "seconds": config.render.seconds,
             "sample_rate": config.render.sample_rate,
             "n": prompts,
@@ -632,7 +633,7 @@ def write(
 ) -> None:
     """The figure, its data as CSV and Parquet, and ``summary.json``, which comes last."""
     data = pa.Table.from_pylist(table)
-    checkpoint.write_atomically(out / "frontier.parquet", functools.partial(pq.write_table, data))
+    write_atomically(out / "frontier.parquet", functools.partial(pq.write_table, data))
     labels = {
         "reward": f"reward: {setting.reward.name} ({' '.join(setting.reward.weights)})",
         "judge": "held-out judge: " + setting.judge.replace(" (", "\n("),
@@ -665,4 +666,4 @@ def write(
         ],
         "table": table,
     }
-    checkpoint.write_atomically(out / "summary.json", json.dumps(summary, indent=1).encode())
+    write_atomically(out / "summary.json", json.dumps(summary, indent=1).encode())

@@ -26,7 +26,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from smart import UserError, checkpoint, plots, require, track
+from smart import UserError, plots, require, track
 from smart.compare import compose, find_system
 from smart.evaluate.ratings import (
     Audio,
@@ -44,6 +44,7 @@ from smart.evaluate.ratings import (
     with_interval,
     writing,
 )
+from smart.files import sha256
 from smart.render import NOTE_COLUMNS, Notes, RenderPool, score_notes
 from smart.soundfonts import available_soundfonts, check_soundfont, find_soundfont, short_name
 
@@ -267,8 +268,8 @@ def main(
     announce(rewards)
     settings = {
         "rewards": {reward.name: reward.provenance for reward in rewards},
-        "pieces": {str(path): checkpoint.sha256(path) for path in files} or [model, count],
-        "soundfonts": [checkpoint.sha256(path) for path in soundfonts],
+        "pieces": {str(path): sha256(path) for path in files} or [model, count],
+        "soundfonts": [sha256(path) for path in soundfonts],
         "seed": seed,
         "seconds": seconds,
         "sample_rate": sample_rate,

@@ -20,11 +20,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from smart import UserError, checkpoint, require, track
+from smart import UserError, require, track
 from smart.compare import BLOCK, Piece, System, compose, find_systems
 from smart.diversity import audio_vector
 from smart.evaluate.ratings import load_rewards, reward_options
 from smart.features import SCALARS, is_empty, midi_features
+from smart.files import sha256, write_atomically
 from smart.model import pick_device
 from smart.prompts import KINDS
 from smart.render import RenderError
@@ -96,7 +97,7 @@ def finish(parts: Sequence[Path], out: Path, names: Sequence[str], metadata: Map
     systems = np.array([names.index(name) for name in table["system"].to_pylist()])
     table = table.take(np.lexsort((table["prompt"].to_numpy(), systems))).combine_chunks()
     table = table.replace_schema_metadata({METADATA: json.dumps(metadata)})
-    checkpoint.write_atomically(out, lambda file: pq.write_table(table, file, compression="zstd"))
+    write_atomically(out, lambda file: pq.write_table(table, file, compression="zstd"))
     return table
 
 
@@ -190,7 +191,7 @@ def sample(
             return None
         if corpus is None:
             raise UserError("--prompts dataset: needs --corpus, a folder written by `smart corpus build`")
-        return checkpoint.sha256(Corpus(corpus).folder / MANIFEST)
+        return sha256(Corpus(corpus).folder / MANIFEST)
 
     where = pick_device(device)
     found = require(lambda: find_systems(models), sound, lambda: load_rewards(kinds, options, device), source)
@@ -215,12 +216,12 @@ def sample(
     settings = {
         "systems": names,
         "models": {
-            system.name: {"step": system.step, "sha256": checkpoint.sha256(system.model / "model.safetensors")}
+            system.name: {"step": system.step, "sha256": sha256(system.model / "model.safetensors")}
             for system in systems
         },
         **drawing,
         "corpus_sha256": found[3],
-        "soundfont_sha256": checkpoint.sha256(found[1]),
+        "soundfont_sha256": sha256(found[1]),
         "rewards": {
             reward.name: {"axes": list(reward.axes), "provenance": reward.provenance, "stand_in": reward.is_stand_in}
             for reward in rewards
@@ -270,7 +271,7 @@ def sample(
             bar.update()
             if len(rows) == len(systems) * min(batch, count - done * batch):
                 part = pa.Table.from_pylist(rows, schema(axes))
-                checkpoint.write_atomically(blocks[done], lambda file, part=part: pq.write_table(part, file))  # type: ignore[misc]  # bound now
+                write_atomically(blocks[done], lambda file, part=part: pq.write_table(part, file))  # type: ignore[misc]  # bound now
                 rows, done = [], done + 1
     tokenizers = {system.name: (system.model / FILE_NAME).read_text(encoding="utf-8") for system in systems}
     provenance = {"settings": settings, "given": list(models), "tokenizers": tokenizers}

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from smart import UserError, checkpoint, paper, plots, require, track
+from smart import UserError, paper, plots, require, track
 from smart.evaluate import statistics
 from smart.evaluate.ratings import (
     MEAN,
@@ -37,6 +37,7 @@ from smart.evaluate.ratings import (
     with_interval,
     writing,
 )
+from smart.files import sha256
 from smart.render import RenderPool
 from smart.shards import SPLITS, Corpus
 from smart.soundfonts import check_soundfont, find_soundfont, short_name
@@ -178,9 +179,9 @@ def main(
     )
     announce(rewards)
     settings = {
-        "soundfonts": {font.name: checkpoint.sha256(font.file) for font in fonts},
+        "soundfonts": {font.name: sha256(font.file) for font in fonts},
         "rewards": {reward.name: reward.provenance for reward in rewards},
-        "pieces": {str(path): checkpoint.sha256(path) for path in midi} or [str(corpus), split, count, seed],
+        "pieces": {str(path): sha256(path) for path in midi} or [str(corpus), split, count, seed],
         "seconds": seconds,
         "sample_rate": sample_rate,
     }

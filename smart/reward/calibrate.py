@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from smart import UserError
-from smart.checkpoint import write_atomically
+from smart.files import write_atomically
 from smart.reward import resample
 from smart.reward.ce_proxy import (
     AXIS,
