@@ -29,6 +29,7 @@ def require(*finders: Callable[[], Any]) -> list[Any]:
             found.append(finder())
         except UserError as error:
             problems.append(error.message)
+    problems = list(dict.fromkeys(problems))  # several may lack the same thing
     if len(problems) > 1:
         raise UserError("\n- ".join([f"{len(problems)} things are missing:", *problems]))
     if problems:

@@ -153,7 +153,7 @@ def test_what_a_run_leaves(finished: Path, base: Path) -> None:
     measured = [at_base, *rows[1::2]]
     assert all({key for key in row if key.startswith("held_out/")} == HELD_OUT for row in measured)
     assert not any(key.startswith("held_out/") for row in rows[::2] for key in row)
-    assert at_base["step"] == 0 and abs(at_base["held_out/kl"]) < 1e-5 < measured[1]["held_out/kl"]
+    assert at_base["step"] == 0 and abs(at_base["held_out/kl"]) < 1e-5 < abs(measured[1]["held_out/kl"])
     best = max(rows[1::2], key=lambda row: row["held_out/judge"])["step"]
     assert (finished / "checkpoints" / "best").readlink() == Path(f"{best:08d}")
     for key in (
@@ -408,12 +408,11 @@ def test_the_bonus_for_diversity_moves_advantages_alone(
     assert [row["advantage"] for row in rows] != pytest.approx([row["advantage"] for row in plain], abs=1e-2)
 
 
-def test_a_spent_budget_ends_the_run_with_the_best(base: Path, finished: Path, tmp_path: Path) -> None:
-    """Its policy reaches the budget between the second and the third measurement; one checkpoint is to be kept."""
-    before, after = (row["held_out/kl"] for row in metrics(finished) if row["step"] in (4, 6))
-    assert before < after
-    budget = (before + after) / 2
-    changes = {"grpo.kl_budget": budget, "grpo.iterations": 8, "track.keep_checkpoints": 1}
+def test_a_spent_budget_ends_the_run_with_the_best(base: Path, tmp_path: Path) -> None:
+    """Its policy runs away from the base, and reaches the budget by iteration 4; one checkpoint is to be kept."""
+    budget = 0.2
+    changes: dict[str, Any] = {"grpo.learning_rate": 3e-3, "grpo.beta": 0, "grpo.iterations": 8}
+    changes |= {"grpo.kl_budget": budget, "track.keep_checkpoints": 1}
     args = ("--config", "quickstart.toml", *arguments(base, tmp_path, **changes))
     status, output = run("grpo", *args)
     assert status == 0, output
@@ -501,7 +500,7 @@ def test_numbers_that_are_not_finite_stop_the_run_and_keep_the_checkpoint(base: 
     process.kill()
     process.communicate()
     # the damage of a bad step, in a checkpoint that is otherwise whole
-    newest = max(checkpoints.iterdir())
+    newest = max(path for path in checkpoints.iterdir() if path.name.isdecimal())
     weights = load_file(newest / "model.safetensors")
     weights["lm_head.weight"][0, 0] = torch.nan
     save_file(weights, newest / "model.safetensors", metadata={"format": "pt"})
