@@ -2,7 +2,6 @@
 
 import csv
 import math
-import os
 import re
 import shutil
 import signal
@@ -340,7 +339,6 @@ def test_a_killed_command_goes_on_to_the_same_bytes_and_a_report(tmp_path: Path)
     process = subprocess.Popen(
         [sys.executable, "-m", "smart.evaluate", "sample", *map(str, arguments), "--out", str(out)],
         stdout=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     first = tmp_path / "out.parquet.parts" / "000000.parquet"
     while not first.is_file():
