@@ -372,7 +372,10 @@ def _within(seconds: float, what: str) -> Iterator[None]:
         sys.stderr.flush()
         os._exit(1)
 
-    timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), end)
+    if math.isinf(seconds):
+        yield
+        return
+    timer = threading.Timer(seconds, end)
     timer.daemon = True
     timer.start()
     try:
