@@ -21,7 +21,7 @@ import numpy as np
 from smart import UserError, hub
 from smart.config import Config, load
 from smart.soundfonts import check_soundfont, find_soundfont, package_of
-from smart.track import NEEDED
+from smart.track import check_packages
 
 READY, MISSING, NOTE = "ready", "MISSING", "note"
 FEWEST_BYTES = 2 << 30  # of memory: the quickstart's processes take 1.8 GiB together
@@ -43,11 +43,10 @@ def _python() -> Finding:
 
 
 def _packages() -> Finding:
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
-        return Finding(
-            MISSING, f"a run needs {', '.join(missing)}", f"{sys.executable} -m pip install " + " ".join(missing)
-        )
+    try:
+        check_packages()
+    except UserError as error:
+        return Finding(MISSING, error.message, "sh install.sh")
     return Finding(READY, f"smart {version('smart')}, transformers {version('transformers')}, all that a run needs")
 
 
