@@ -317,8 +317,6 @@ def draw(system: System, samples: int, setting: Setting, folder: Path, base: Any
 
 # --- The report ---------------------------------------------------------------------------------------------------
 
-MEASURES = ("reward", "judge", "vendi", "vendi_within")
-
 
 def varied(vectors: npt.NDArray[Any], rows: Rows) -> tuple[Estimate, Estimate]:
     """How many different pieces there are in effect (Vendi score): among prompts, and among a prompt's own samples.
@@ -349,7 +347,7 @@ class Point(NamedTuple):
 
     series: str
     step: int  # iterations; n of best-of-n
-    estimates: dict[str, Estimate]  # kl, kl_token, and ``MEASURES``
+    estimates: dict[str, Estimate]  # kl, kl_token, reward, judge, vendi, vendi_within
     by_prompt: dict[str, Floats]  # (B,) reward, judge and log_ratio
     variety: dict[str, float]  # what the rule for collapse looks at
     failed: int
