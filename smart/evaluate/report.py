@@ -21,10 +21,11 @@ import pyarrow.parquet as pq
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from smart import UserError, plots, track
-from smart.diversity import BEATS, PER_BEAT, kernel, piano_roll, summary, vendi_score
+from smart.diversity import BEATS, PER_BEAT, kernel, nearest, piano_roll, summary, vendi_score
 from smart.evaluate.sample import read_settings
 from smart.evaluate.statistics import RESAMPLES, Estimate, Paired, holm, jackknife, mean, paired
 from smart.files import write_atomically
+from smart.shards import Corpus
 from smart.tokens import FILE_NAME, decode, load_tokenizer
 
 Floats = npt.NDArray[np.float64]
@@ -62,6 +63,9 @@ DIVERSITY = {
     "distance": "Mean distance of two piano rolls (0 to 1)",
     "distinct_4grams": "Share of different note 4-grams",
     "empty_rate": "Share of pieces without notes",
+    "nearest": "Similarity of the opening to the nearest training piece (0 to 1, in its best transposition)",
+    "copied": "Share of runs of nine notes that stand in a training piece",
+    "longest": "Notes of the longest passage that stands in one training piece",
 }
 KINDS = {
     "procedural": "Procedural prompts",
@@ -269,6 +273,33 @@ def diversity(sample: Sample, system: str) -> dict[str, Estimate]:
     return {name: found[name] for name in DIVERSITY if name in found}
 
 
+def closeness(sample: Sample, corpus: Corpus, out: Path, *, seed: int = 1) -> dict[str, dict[str, Estimate]]:
+    """How near each system's pieces are to those of the corpus's train split; a row a piece is written into ``out``."""
+    scores = [score for system in sample.systems for score in sample.scores[system]]
+    owners = [(system, row) for system in sample.systems for row in range(len(sample.scores[system]))]
+    tokenizer, pieces = corpus.tokenizer, corpus.split("train")
+    read = (decode(tokenizer, pieces[row]) for row in range(len(pieces)))
+    found = nearest(scores, track.progress(read, total=len(pieces), unit="piece", desc="training pieces"))
+    table = {"nearest": found.similarity, "copied": found.copied, "longest": found.longest}
+    plots.write_csv(
+        out / f"{sample.name}-nearest.csv",
+        [
+            {
+                "system": system,
+                "prompt": sample.columns[system]["prompt"][row],
+                "training_piece": int(found.piece[place]),
+                **{name: values[place].item() for name, values in table.items()},
+            }
+            for place, (system, row) in enumerate(owners)
+        ],
+    )
+    mine = {system: [place for place, (owner, _) in enumerate(owners) if owner == system] for system in sample.systems}
+    return {
+        system: {name: mean(values[places], seed=seed) for name, values in table.items()}
+        for system, places in mine.items()
+    }
+
+
 def verdict(sign: int, difference: Estimate) -> str:
     """Whether what was measured goes the paper's way, by the interval of the difference."""
     if not math.isfinite(difference.low):
@@ -333,7 +364,7 @@ def _flat(prefix: str, estimate: Estimate) -> dict[str, float]:
     return {prefix: estimate.value, f"{prefix}_low": estimate.low, f"{prefix}_high": estimate.high}
 
 
-def section(sample: Sample, out: Path, *, seed: int = 1) -> dict[str, Any]:
+def section(sample: Sample, out: Path, *, seed: int = 1, corpus: Corpus | None = None) -> dict[str, Any]:
     """All that the page shows of a table; its figures and CSV files are written into ``out``."""
     names = [*sample.axes, *FEATURES]
     means = {
@@ -344,6 +375,9 @@ def section(sample: Sample, out: Path, *, seed: int = 1) -> dict[str, Any]:
     varied = {
         system: diversity(sample, system) for system in track.progress(sample.systems, unit="system", desc="diversity")
     }
+    if corpus is not None:
+        near = closeness(sample, corpus, out, seed=seed)
+        varied = {system: found | near[system] for system, found in varied.items()}
     plots.write_csv(
         out / f"{sample.name}-means.csv",
         [
@@ -426,9 +460,10 @@ def run_picture(runs: Sequence[Path], out: Path) -> Picture:
 @click.command()
 @click.argument("tables", nargs=-1, type=click.Path(path_type=Path), metavar="TABLE...")
 @click.option("--run", "runs", multiple=True, type=click.Path(path_type=Path), help="Run of smart.grpo; repeatable.")
+@click.option("--corpus", type=click.Path(path_type=Path), help="Its train split: was a piece composed, or copied?")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for figures, numbers and the page.")
 @click.option("--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Of the bootstrap.")
-def main(tables: tuple[Path, ...], runs: tuple[Path, ...], out: Path, seed: int) -> None:
+def main(tables: tuple[Path, ...], runs: tuple[Path, ...], corpus: Path | None, out: Path, seed: int) -> None:
     """Figures, statistics and one page from TABLEs of `smart evaluate sample`, and from runs."""
     if not tables and not runs:
         raise UserError("nothing to report: give a TABLE of `smart evaluate sample`, or --run FOLDER")
@@ -439,10 +474,11 @@ def main(tables: tuple[Path, ...], runs: tuple[Path, ...], out: Path, seed: int)
     for path in tables:
         if not path.is_file():
             raise UserError(f"{path}: no such file; expected a table written by `smart evaluate sample`")
+    opened = Corpus(corpus) if corpus else None
     try:
         out.mkdir(parents=True, exist_ok=True)
         picture = run_picture(runs, out) if runs else None
-        page = render([section(read(path), out, seed=seed) for path in tables], picture)
+        page = render([section(read(path), out, seed=seed, corpus=opened) for path in tables], picture)
         write_atomically(out / "index.html", page.encode())
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error})") from None
