@@ -402,3 +402,36 @@ def test_what_cannot_be_sampled_is_one_line(arguments: list[str], text: str, tmp
     result = run("sample", *arguments, "-n", 1, *out)
     assert result.exit_code == 2 and text in result.output and "Traceback" not in result.output, result.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_copied_from_the_training_pieces_is_told_from_what_was_not(tmp_path: Path) -> None:
+    from smart.corpus import build
+    from smart.evaluate.report import closeness
+    from smart.shards import Corpus
+
+    def piece(seed: int) -> Score:
+        random_ = np.random.default_rng(seed)
+        score = Score(480)
+        score.tempos.append(Tempo(0, 100))
+        score.time_signatures.append(TimeSignature(0, 4, 4))
+        score.tracks.append(Track(program=0))
+        for beat in range(24):
+            score.tracks[0].notes.append(Note(480 * beat, 480, int(random_.integers(40, 90)), 80))
+        return score
+
+    (tmp_path / "midi").mkdir()
+    for number in range(40):
+        piece(number).dump_midi(tmp_path / "midi" / f"{number}.mid")
+    build([tmp_path / "midi"], tmp_path / "corpus")
+    corpus = Corpus(tmp_path / "corpus")
+    training = corpus.split("train")
+    copies = [decode(corpus.tokenizer, training[number]).shift_pitch(2) for number in (3, 5)]
+    scores = {"copies": copies, "own": [piece(100), piece(101)]}
+    columns = {name: {"prompt": [0, 1]} for name in scores}
+    sample = Sample(tmp_path / "t.parquet", {}, list(scores), [], {}, columns, scores)
+    found = closeness(sample, corpus, tmp_path)
+    assert found["copies"]["nearest"].value == pytest.approx(1) and found["copies"]["copied"].value == 1
+    assert found["copies"]["longest"].value == 24
+    assert found["own"]["copied"].value == 0 and found["own"]["nearest"].value < 0.7
+    table = rows_of(tmp_path / "t-nearest.csv")
+    assert [row["training_piece"] for row in table[:2]] == ["3", "5"] and len(table) == 4
