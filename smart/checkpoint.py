@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from smart import UserError
-from smart.files import sha256, sync
+from smart.files import parse_json, sha256, sync
 
 MANIFEST = "manifest.json"
 STATE = "state.safetensors"
@@ -30,7 +30,8 @@ BEST = "best"
 def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int = 0, best: int | None = None) -> Path:
     """Make checkpoint ``step`` of what ``write(folder)`` writes; then delete all but the ``keep`` newest (0: none).
 
-    The checkpoint of step ``best`` is never deleted, and the link ``<root>/best`` leads to it (None: no link).
+    Later ones than ``step`` are damaged, or the run would have gone on from them: they count for nothing and stay. The
+    checkpoint of step ``best`` is never deleted, and the link ``<root>/best`` leads to it (None: no link).
     Raises ``OSError`` when it cannot be written (disk full, read-only, quota); what was there before stays.
     """
     root.mkdir(parents=True, exist_ok=True)
@@ -60,7 +61,7 @@ def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int = 0,
         link.symlink_to(f"{best:08d}")
         os.replace(link, root / BEST)
     if keep:
-        for old in steps(root)[:-keep]:
+        for old in [old for old in steps(root) if old <= step][:-keep]:
             if old != best:
                 shutil.rmtree(root / f"{old:08d}", ignore_errors=True)
     return final
@@ -74,7 +75,7 @@ def steps(root: Path) -> list[int]:
 def verify(folder: Path) -> None:
     """Raise ``UserError`` naming the first file of a checkpoint that is missing or not what was written."""
     try:
-        sums = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+        sums = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
         names = {str(name): str(digest) for name, digest in sums.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"checkpoint {folder}: {MANIFEST} cannot be read ({type(error).__name__})") from None
@@ -84,7 +85,11 @@ def verify(folder: Path) -> None:
             raise UserError(f"checkpoint {folder}: {MANIFEST} names {name!r}, outside the folder")
         if not path.is_file():
             raise UserError(f"checkpoint {folder}: {name} is missing")
-        if sha256(path) != digest:
+        try:
+            found = sha256(path)
+        except OSError as error:  # a disk that gives back no more what it holds
+            raise UserError(f"checkpoint {folder}: {name} cannot be read ({error.strerror})") from None
+        if found != digest:
             raise UserError(f"checkpoint {folder}: {name} is damaged (its SHA-256 is not the recorded one)")
 
 
@@ -145,9 +150,10 @@ def read_tensors(path: Path) -> Mapping[str, torch.Tensor]:
 
 
 class StopRequest:
-    """While active, SIGINT and SIGTERM ask for a stop instead of being obeyed at once; a second SIGINT is obeyed.
+    """While active, SIGINT, SIGTERM and SIGHUP ask for a stop instead of being obeyed at once.
 
-    ``requested`` is 0, or the number of the signal that came.
+    A second SIGINT is obeyed; a SIGHUP that was ignored (nohup) still is. ``requested`` is 0, or the number of the
+    signal that came.
     """
 
     def __init__(self) -> None:
@@ -156,7 +162,9 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue
                 self._before[number] = signal.signal(number, self._handle)
         return self
 

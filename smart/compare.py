@@ -8,7 +8,6 @@ Axes: N prompts of a block, P prompt length, T completion length, C = 2 channels
 """
 
 import os
-import tomllib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 
 from smart import UserError, checkpoint, track
 from smart.bank import open_renderer
+from smart.files import parse_toml
 from smart.model import find_base, load_base, pick_device, pick_precision
 from smart.prompts import draw
 from smart.render import RenderError, usable_cores
@@ -122,7 +122,7 @@ def _of_run(run: Path, which: str) -> System:
 def _setting(run: Path, section: str, key: str) -> Any:
     """One value of a run's configuration, which always holds them all."""
     try:
-        return tomllib.loads((run / track.CONFIG).read_text(encoding="utf-8"))[section][key]
+        return parse_toml((run / track.CONFIG).read_text(encoding="utf-8"))[section][key]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"run {run}: {track.CONFIG} holds no {section}.{key} ({type(error).__name__})") from None
 

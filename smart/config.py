@@ -9,13 +9,13 @@ import dataclasses
 import difflib
 import json
 import math
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from smart import UserError
+from smart.files import parse_toml
 
 SHIPPED = Path(__file__).parent / "configs"
 
@@ -226,8 +226,8 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, schema: type[Schema
     """
     file = find(path)
     try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        values = parse_toml(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UserError(f"config {file}: cannot be read as TOML: {error}") from None
     for override in overrides:
         _apply(values, override)
@@ -279,9 +279,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not separator or len(parts) < 2 or not all(parts):
         raise UserError(f"--set {override!r}: expected section.key=value, for example grpo.beta=0.02")
     try:
-        parsed = tomllib.loads(f"value = {text}")
+        parsed = parse_toml(f"value = {text}")
         value = parsed["value"] if list(parsed) == ["value"] else text
-    except tomllib.TOMLDecodeError:
+    except ValueError:
         value = text  # a bare word is a string
     table = values
     for part in parts[:-1]:

@@ -17,7 +17,6 @@ corpus.
 
 import contextlib
 import csv
-import fcntl
 import fnmatch
 import hashlib
 import json
@@ -38,7 +37,7 @@ import numpy as np
 import numpy.typing as npt
 
 from smart import UserError, shards
-from smart.files import is_leftover, sha256, write_atomically
+from smart.files import hold, is_leftover, sha256, write_atomically
 from smart.midi import Limits, Piece
 from smart.midi_pool import Pool
 from smart.shards import Corpus
@@ -84,10 +83,9 @@ class State:
         folder.mkdir(parents=True, exist_ok=True)
         self._open = contextlib.ExitStack()
         with contextlib.ExitStack() as opened:  # closed again where anything below fails
-            lock = opened.enter_context(open(folder / "lock", "w"))
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                opened.enter_context(hold(folder))
+            except BlockingIOError:
                 raise UserError(f"--out {folder.parent}: another build is writing it; wait for it") from None
             damaged = f"--out {folder.parent}: its unfinished build is damaged; start again with --overwrite"
             self.table = sqlite3.connect(folder / "state.sqlite", isolation_level=None)

@@ -1,10 +1,15 @@
-"""Files that are whole whenever the machine stops. Without torch, for programs that need none."""
+"""Files that are whole whenever the machine stops, and that others may have made. Without torch, for programs that
+need none."""
 
+import fcntl
 import hashlib
+import json
 import os
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 
 def write_atomically(path: Path, write: bytes | Callable[[IO[bytes]], object]) -> None:
@@ -36,6 +41,42 @@ def is_leftover(path: Path) -> bool:
 def is_empty(folder: Path) -> bool:
     """Whether a folder holds nothing, or only such leftovers."""
     return all(is_leftover(path) for path in folder.iterdir())
+
+
+@contextmanager
+def hold(path: Path) -> Iterator[int]:
+    """Hold a file or folder, so that no other process can; yields the descriptor that does.
+
+    However the process ends, it lets go. Raises ``BlockingIOError`` where another process holds it, and ``OSError``
+    where it cannot be opened. Where a file system has no locks, nothing is held.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:  # some network file systems
+            pass
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """``json.loads`` for text from others: ``ValueError`` for whatever is wrong with it, its depth included."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """``tomllib.loads`` for text from others: ``ValueError`` for whatever is wrong with it, its depth included."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def sha256(path: Path) -> str:

@@ -29,6 +29,7 @@ Axes: B prompts, G completions a prompt, N = B x G sequences, P prompt length, T
     python -m smart.grpo --config quickstart.toml
 """
 
+import contextlib
 import copy
 import math
 import signal
@@ -346,11 +347,11 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     and rates whole groups of its own, and learns from them. Raises ``UserError`` for what the user can mend and
     ``Failure`` where training cannot go on.
     """
-    with distributed.join(pick_device(config.run.device)) as world:
-        return _train(config, world, resume=resume, overwrite=overwrite)
+    with distributed.join(pick_device(config.run.device)) as world, contextlib.ExitStack() as held:
+        return _train(config, world, held, resume=resume, overwrite=overwrite)
 
 
-def _train(config: Config, world: World, *, resume: bool, overwrite: bool) -> Path:
+def _train(config: Config, world: World, held: contextlib.ExitStack, *, resume: bool, overwrite: bool) -> Path:
     parts = preflight(config, world)
     settings, sampling, render, device = config.grpo, config.sampling, config.render, world.device
     if not config.track.held_out_every and (settings.kl_budget or settings.stop_on_collapse):
@@ -363,7 +364,7 @@ def _train(config: Config, world: World, *, resume: bool, overwrite: bool) -> Pa
         raise UserError(f"sampling.max_new_tokens = {sampling.max_new_tokens}: this base has room for {longest}")
     folder = Path(config.run.folder) / config.run.name
     if world.lead:
-        track.prepare(folder, dumps(config), resume=resume, overwrite=overwrite)
+        held.enter_context(track.prepare(folder, dumps(config), resume=resume, overwrite=overwrite))
     world.sum(0)  # the others wait until the folder is there
 
     reference = copy.deepcopy(policy).requires_grad_(False)

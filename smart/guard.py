@@ -27,7 +27,7 @@ import torch
 from smart import UserError, diversity
 from smart.distributed import World
 from smart.features import midi_features
-from smart.files import write_atomically
+from smart.files import parse_json, write_atomically
 from smart.reward import Reward
 from smart.sampler import Rollout, Sampler
 from smart.scoring import Audio, Rated, Scorer, together
@@ -260,7 +260,7 @@ class Guard:
     def read(self, folder: Path) -> None:
         """From a checkpoint. Raises ``UserError`` where it cannot be read."""
         try:
-            rows = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            rows = parse_json((folder / STATE).read_text(encoding="utf-8"))
             self.history = [Measured(int(step), dict(values)) for step, values in rows]
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"checkpoint {folder}: {STATE} cannot be read ({error})") from None

@@ -4,17 +4,18 @@ A base is a folder in the form of the hub: ``config.json``, ``model.safetensors`
 read from safetensors only, so loading a base never runs code that came with it.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import Phi3Config, Phi3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from smart import UserError, hub
+from smart.files import parse_json
 from smart.tokens import load_tokenizer, save_tokenizer, vocabulary
 
 SHIPPED = Path(__file__).parent / "bases"
@@ -99,12 +100,19 @@ def load_base(
     folder = find_base(str(path_or_hub_id))
     tokenizer = load_tokenizer(folder)
     try:
-        kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+        config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
+        kind = config["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"base {folder}: config.json is no model configuration ({error})") from None
     if kind != "phi3":
         raise UserError(f"base {folder}: model_type is {kind!r}, expected 'phi3'")
+    if "quantization_config" in config:
+        raise UserError(f"base {folder}: its weights are quantised, expected plain ones")
     try:
+        with safe_open(folder / "model.safetensors", framework="pt") as weights:
+            many = len(weights.keys())
+        if config.get("num_hidden_layers", 0) > many:  # building them would take for ever
+            raise ValueError(f"{many} tensors for {config['num_hidden_layers']} layers")
         with _quiet():
             loaded: Any = Phi3ForCausalLM.from_pretrained(
                 folder,
@@ -132,20 +140,25 @@ def load_base(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars, which flash by for a model of this size."""
-    shown = transformers_logging.is_progress_bar_enabled()
+    """Without transformers' progress bars, which flash by for a model of this size, and tables of what does not fit."""
+    shown, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(level)
         if shown:
             transformers_logging.enable_progress_bar()
 
 
 def save_base(model: Phi3ForCausalLM, tokenizer: Any, folder: Path) -> None:
-    """Write ``folder`` in the form that ``load_base`` and the hub read."""
+    """Write ``folder`` in the form that ``load_base`` and the hub read; ``OSError`` where it cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
-    with _quiet():
-        model.save_pretrained(folder, safe_serialization=True)
+    try:
+        with _quiet():
+            model.save_pretrained(folder, safe_serialization=True)
+    except SafetensorError as error:  # how that library reports a full disk
+        raise OSError(f"{folder}: {error}") from error
     (folder / "generation_config.json").unlink(missing_ok=True)  # we sample by our own settings
     save_tokenizer(tokenizer, folder)

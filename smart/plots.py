@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from smart import track
-from smart.files import write_atomically
+from smart.files import parse_json, write_atomically
 
 
 def curves(folder: Path, keys: Sequence[str], unit: str) -> Path:
@@ -43,7 +42,7 @@ def timeline(trace: Path) -> Path:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    events = parse_json(trace.read_text(encoding="utf-8"))["traceEvents"]
     lanes = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
     spans = [event for event in events if event["ph"] == "X"]
     stages = list(dict.fromkeys(span["name"] for span in spans))

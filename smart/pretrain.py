@@ -31,6 +31,7 @@ from smart import UserError, checkpoint, distributed, track
 from smart.bank import open_renderer
 from smart.config import Data, Optimisation, PretrainConfig, dumps, load
 from smart.distributed import World
+from smart.files import parse_json
 from smart.model import build_model, load_base, pick_device, pick_precision, save_base
 from smart.plots import curves
 from smart.prompts import Pieces, draw
@@ -140,11 +141,11 @@ def train(config: PretrainConfig, *, resume: bool = False, overwrite: bool = Fal
     stops being finite.
     """
     track.check_packages()
-    with distributed.join(pick_device(config.run.device)) as world:
-        return _train(config, world, resume=resume, overwrite=overwrite)
+    with distributed.join(pick_device(config.run.device)) as world, contextlib.ExitStack() as held:
+        return _train(config, world, held, resume=resume, overwrite=overwrite)
 
 
-def _train(config: PretrainConfig, world: World, *, resume: bool, overwrite: bool) -> Path:
+def _train(config: PretrainConfig, world: World, held: contextlib.ExitStack, *, resume: bool, overwrite: bool) -> Path:
     settings, data, seed, device = config.optimisation, config.data, config.run.seed, world.device
     if not data.corpus:
         raise UserError("data.corpus is empty: set it to a folder written by `smart corpus build`")
@@ -167,7 +168,7 @@ def _train(config: PretrainConfig, world: World, *, resume: bool, overwrite: boo
     compiling = _compiles(settings.compile, device)
     folder = Path(config.run.folder) / config.run.name
     if world.lead:
-        track.prepare(folder, dumps(config), resume=resume, overwrite=overwrite)
+        held.enter_context(track.prepare(folder, dumps(config), resume=resume, overwrite=overwrite))
     world.sum(0)  # the others wait until the folder is there
 
     optimizer = torch.optim.AdamW(
@@ -180,7 +181,7 @@ def _train(config: PretrainConfig, world: World, *, resume: bool, overwrite: boo
     if last is not None:
         model.load_state_dict(load_base(last)[0].state_dict())
         checkpoint.read_state(last, model, optimizer)
-        done = Progress(**json.loads((last / "progress.json").read_text(encoding="utf-8")))
+        done = Progress(**parse_json((last / "progress.json").read_text(encoding="utf-8")))
         if not world.lead:
             done.loss = 0.0  # the lead holds what all had lost
     forward: Any = model if world.size == 1 else DistributedDataParallel(model)

@@ -15,7 +15,6 @@ import base64
 import contextlib
 import csv
 import dataclasses
-import fcntl
 import functools
 import hashlib
 import json
@@ -34,13 +33,13 @@ import click
 
 from smart import UserError, checkpoint, paper, require, track
 from smart.config import Config, dumps, load
-from smart.files import is_empty, sha256, write_atomically
+from smart.files import hold, is_empty, parse_json, sha256, write_atomically
 from smart.model import find_base
 from smart.reward import Reward, load_reward
 from smart.shards import MANIFEST, Corpus
 from smart.soundfonts import check_soundfont, find_soundfont
 
-STATE, LOCK, LOGS, REPLACED = "state.json", ".lock", "logs", "replaced"
+STATE, LOGS, REPLACED = "state.json", "logs", "replaced"
 CONFIGS, PAGE = "configs", "index.html"
 NEEDED = (*track.NEEDED, "jinja2", "scipy")
 OUT = "{out}"  # in a step's words: the folder that all goes into, wherever it is
@@ -93,7 +92,7 @@ class Book:
             out.mkdir(parents=True, exist_ok=True)
             self.rows: dict[str, dict[str, Any]] = {}
             if (out / STATE).is_file():
-                self.rows = dict(json.loads((out / STATE).read_text(encoding="utf-8")))
+                self.rows = dict(parse_json((out / STATE).read_text(encoding="utf-8")))
             else:
                 self._write()
         except OSError as error:
@@ -148,16 +147,16 @@ class Book:
 @contextlib.contextmanager
 def alone(out: Path) -> Iterator[int]:
     """Hold the folder's lock, whose descriptor is handed to each step's process: one that outlives us keeps it."""
-    with open(out / LOCK, "w") as lock:
+    with contextlib.ExitStack() as held:
         for patience in range(100, -1, -1):  # a step whose starter was killed takes a moment to end
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock = held.enter_context(hold(out))
                 break
-            except OSError:
+            except BlockingIOError:
                 if not patience:
                     raise UserError(f"--out {out}: another process is working in it; wait for it, or stop it") from None
                 time.sleep(0.1)
-        yield lock.fileno()
+        yield lock
 
 
 # a step's process before its program: it ends at once when the process that started it (its first argument) does
@@ -495,7 +494,7 @@ def with_interval(estimate: dict[str, float | None], digits: int = 2) -> str:
 
 def read_json(path: Path) -> Any:
     """What a step wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    return parse_json(path.read_text(encoding="utf-8"))
 
 
 def duration(run: Path) -> float:

@@ -12,7 +12,6 @@ Other files beside these (tables of pieces and rejects) are for people and are l
 """
 
 import hashlib
-import json
 import os
 from array import array
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from smart import UserError
-from smart.files import sha256, write_atomically
+from smart.files import parse_json, sha256, write_atomically
 
 SPLITS = ("train", "validation", "test")
 MANIFEST = "manifest.json"
@@ -174,7 +173,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"corpus {folder}: no {MANIFEST}, so it is unfinished or no corpus; {build}")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_text(encoding="utf-8"))
         version = manifest["format"]
         shards = [shard for split in SPLITS for shard in manifest["splits"][split]["shards"]]
         well_formed = isinstance(manifest["tokenizer"]["sha256"], str) and all(

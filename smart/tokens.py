@@ -7,8 +7,7 @@ names (an eighth in n/8), counted from the bar line; a duration is counted in th
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,11 +18,13 @@ from miditok import REMI, TokenizerConfig, TokSequence
 from symusic.core import NoteTickList, ScoreTick, TempoTickList, TimeSignatureTickList, TrackTick
 
 from smart import UserError, hub
+from smart.files import parse_json
 
 if TYPE_CHECKING:  # torch is imported where it is used: the corpus's many small workers do without it
     import torch
 
 FILE_NAME = "tokenizer.json"
+LARGEST_NUMBER = 1000  # in a tokenizer's file: MidiTok makes as many tokens as it says
 PIANO_PROGRAMS = range(8)  # General MIDI 1-8 (paper section 3.1), zero-based
 DRUM_PROGRAM = "Program_-1"
 SPECIALS = ("PAD", "BOS", "EOS", "PRE", "SUF", *(f"INF{number}" for number in range(1, 17)))
@@ -111,7 +112,7 @@ def _read_tokenizer(path: Path) -> REMI:
     """Build the tokenizer of a ``tokenizer.json``; only its configuration is taken from the file."""
     wanted = "expected one written by MidiTok for REMI, untrained"
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = parse_json(path.read_text(encoding="utf-8"))
         config, kind = saved["config"], saved["tokenization"]
         version = str(saved.get("miditok_version", config.get("miditok_version", "3.1")))
         inclusive = tuple(int(part) for part in version.split(".")[:2]) >= (3, 1)
@@ -128,11 +129,25 @@ def _read_tokenizer(path: Path) -> REMI:
         units = config["time_signature_range"].items()
         config["time_signature_range"] = {int(unit): beats for unit, beats in units}
         config.setdefault("additional_params", {})
+        counted = {key: value for key, value in config.items() if key != "pitch_bend_range"}
+        if (largest := max(_numbers(counted), default=0)) > LARGEST_NUMBER:
+            raise ValueError(f"{largest:g} in its configuration, at most {LARGEST_NUMBER} expected")
         tokenizer = REMI(TokenizerConfig.from_dict(config))
         vocabulary(tokenizer)
     except Exception as error:  # MidiTok raises whatever the wrong value happens to break
         raise UserError(f"tokenizer {path}: makes no piano vocabulary ({error!r}); {wanted}") from None
     return tokenizer
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """All numbers of nested containers, keys included."""
+    if isinstance(value, dict):
+        value = [*value, *value.values()]
+    if isinstance(value, list | tuple):
+        for each in value:
+            yield from _numbers(each)
+    elif isinstance(value, int | float):
+        yield value
 
 
 def save_tokenizer(tokenizer: REMI, folder: str | Path) -> None:

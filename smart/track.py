@@ -11,9 +11,8 @@ import os
 import shutil
 import sys
 import time
-import tomllib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +25,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from smart import UserError
-from smart.files import is_empty, write_atomically
+from smart.files import hold, is_empty, parse_json, parse_toml, write_atomically
 
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
@@ -72,31 +71,42 @@ def check_packages() -> None:
         raise UserError(f"a run needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
-def prepare(folder: Path, config: str, *, resume: bool, overwrite: bool) -> None:
-    """Make the run's folder, or check that it may be continued or replaced; nothing is ever lost silently."""
+@contextmanager
+def prepare(folder: Path, config: str, *, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Make the run's folder, or check that it may be continued or replaced; nothing is ever lost silently.
+
+    Until the end of the ``with`` no other process can do the same, so that two never write one run.
+    """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise UserError(f"run {folder}: is not a folder; choose another run.name")
-    try:
-        begun = folder.exists() and any(folder.iterdir())
-    except OSError as error:
-        raise UserError(f"run {folder}: cannot be read ({error.strerror})") from None
-    if begun and overwrite:
+    with ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(hold(folder))
+            _make_or_check(folder, config, resume=resume, overwrite=overwrite)
+        except BlockingIOError:
+            raise UserError(f"run {folder}: another process is working in it; wait for it, or stop it") from None
+        except OSError as error:
+            raise UserError(f"run {folder}: cannot be read and written ({error.strerror})") from None
+        yield
+
+
+def _make_or_check(folder: Path, config: str, *, resume: bool, overwrite: bool) -> None:
+    inside = sorted(folder.iterdir(), key=lambda path: path.name == CONFIG)
+    if inside and overwrite:
         if not (folder / CONFIG).is_file():
             raise UserError(f"run {folder}: not overwritten, since it has no {CONFIG} and so is not a run")
-        shutil.rmtree(folder)
-    elif begun and not resume:
+        for path in inside:  # what says that it is a run goes last
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    elif inside and not resume:
         raise UserError(
             f"run {folder}: exists already; continue it with --resume, replace it with --overwrite, "
             "or give another name with --set run.name=NAME"
         )
     elif (folder / CONFIG).is_file():
         _refuse_changes(folder, config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / CONFIG).is_file():
-            write_atomically(folder / CONFIG, config.encode())
-    except OSError as error:
-        raise UserError(f"run {folder}: cannot be written ({error.strerror})") from None
+    if not (folder / CONFIG).is_file():
+        write_atomically(folder / CONFIG, config.encode())
 
 
 def claim(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -125,7 +135,7 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
 def _changes_in(before: str, now: str) -> str:
     """How two JSON texts of settings differ."""
     try:
-        return "; ".join(changes(json.loads(before), json.loads(now)))
+        return "; ".join(changes(parse_json(before), parse_json(now)))
     except ValueError:
         return "they cannot be read"
 
@@ -143,10 +153,10 @@ MAY_CHANGE = (
 def _refuse_changes(folder: Path, config: str) -> None:
     """A run is continued under its own configuration, or it would not be that run."""
     try:
-        before = tomllib.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        before = parse_toml((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"run {folder}: its {CONFIG} cannot be read ({error})") from None
-    changed = changes(before, tomllib.loads(config), but=MAY_CHANGE)
+    changed = changes(before, parse_toml(config), but=MAY_CHANGE)
     if changed:
         raise UserError(
             f"run {folder}: cannot be continued with another configuration: {'; '.join(changed)}; "
@@ -211,7 +221,8 @@ class Tracker:
         self._completions += map(dict, rows)
 
     def flush(self, step: int) -> None:
-        """Write the rows kept since the last flush as ``completions/<step>.parquet``."""
+        """Write the rows kept since the last flush as ``completions/<step>.parquet``; then the disk has all metrics."""
+        os.fsync(self._metrics.fileno())
         if not self._completions:
             return
         import pyarrow as pa
@@ -219,9 +230,8 @@ class Tracker:
 
         folder = self.folder / "completions"
         folder.mkdir(exist_ok=True)
-        temporary = folder / f".{step:08d}.tmp"
-        pq.write_table(pa.Table.from_pylist(self._completions), temporary)
-        os.replace(temporary, folder / f"{step:08d}.parquet")
+        table = pa.Table.from_pylist(self._completions)
+        write_atomically(folder / f"{step:08d}.parquet", lambda file: pq.write_table(table, file))
         self._completions.clear()
 
     def listen(self, name: str, score: Any, audio: npt.NDArray[np.float32] | None, sample_rate: int) -> Path:
@@ -343,7 +353,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            rows.append(json.loads(line))
+            rows.append(parse_json(line))
         except ValueError:
             break
     return rows

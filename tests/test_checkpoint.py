@@ -64,6 +64,16 @@ def test_a_damaged_one_is_named_and_the_one_before_used(
         checkpoint.latest(tmp_path)
 
 
+def test_a_damaged_one_is_not_kept_in_place_of_a_whole_one(tmp_path: Path) -> None:
+    for step in (1, 3):
+        checkpoint.save(tmp_path, step, write_text("x"))
+    (tmp_path / "00000003" / "weights").unlink()
+    for step in (2, 3):  # the run goes on from 1
+        checkpoint.save(tmp_path, step, write_text("again"), keep=1)
+        assert checkpoint.latest(tmp_path) == tmp_path / f"{step:08d}"
+    assert checkpoint.steps(tmp_path) == [3]
+
+
 def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
     folder = checkpoint.save(tmp_path, 1, write_text("x"))
     (folder / checkpoint.MANIFEST).write_text(json.dumps({"sha256": {"../../secret": "0"}}))
@@ -210,6 +220,10 @@ def test_write_atomically_replaces(tmp_path: Path) -> None:
 
 
 def test_first_signal_asks_second_interrupts() -> None:
+    for number in (signal.SIGHUP, signal.SIGINT):
+        with checkpoint.StopRequest() as stop:
+            os.kill(os.getpid(), number)
+            assert stop.requested == number
     with checkpoint.StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested == signal.SIGTERM

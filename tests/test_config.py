@@ -106,6 +106,11 @@ def test_not_toml(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_bytes(b"\xff\xfe not toml")
     with pytest.raises(UserError, match="cannot be read as TOML"):
         load(tmp_path / "bad.toml")
+    (tmp_path / "deep.toml").write_text(f"a = {'[' * 100_000}")
+    with pytest.raises(UserError, match="nested too deeply"):
+        load(tmp_path / "deep.toml")
+    with pytest.raises(UserError, match=r"grpo\.beta"):  # what is no TOML value is a word
+        load("quickstart.toml", [f"grpo.beta={'[' * 100_000}"])
 
 
 @given(

@@ -108,10 +108,17 @@ def test_mistakes(base: Path, tmp_path: Path, tokenizer: Any) -> None:
         ({"model_type": "llama"}, "model_type is 'llama', expected 'phi3'"),
         ({"vocab_size": 400}, r"model\.safetensors cannot be read|expected the two to agree"),
         ({"num_hidden_layers": 3}, r"missing weights .*model\.layers\.2"),
+        ({"num_hidden_layers": 10**12}, r"tensors for 1000000000000 layers"),
+        ({"hidden_size": 10**7}, r"model\.safetensors cannot be read"),
+        ({"num_attention_heads": 0}, r"cannot be read"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"its weights are quantised"),
     ):
         (base / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(UserError, match=message):
             load_base(base)
+    (base / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"config\.json is no model configuration"):
+        load_base(base)
     (base / "config.json").write_text("[]")
     with pytest.raises(UserError, match=r"config\.json is no model configuration"):
         load_base(base)

@@ -1,6 +1,5 @@
 """smart.reproduce: the order of steps, what is done again, failures, kills; and the whole of it, tiny."""
 
-import fcntl
 import json
 import re
 import signal
@@ -16,7 +15,7 @@ import pytest
 
 from smart import UserError, paper, reproduce
 from smart.config import load, to_dict
-from smart.files import sha256
+from smart.files import hold, sha256
 from smart.reproduce import Book, Step, alone, perform, variants
 from smart.reward import load_reward
 from smart.shards import Corpus
@@ -157,18 +156,17 @@ def test_a_killed_reproduction_takes_its_step_along_and_goes_on(out: Path) -> No
     wait_for(lambda: (out / "slow" / "pid").is_file())
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    with open(out / ".lock") as lock:  # which the step, asleep for ten minutes, holds as long as it lives
-        wait_for(lambda: _lock(lock.fileno()))
+    wait_for(lambda: _free(out))  # which the step, asleep for ten minutes, holds as long as it lives
     go(out, writes("first", "a"), writes("slow", "b"), writes("third", "c", "first"))
     assert order(out) == "first slow third "
 
 
-def _lock(descriptor: int) -> bool:
+def _free(folder: Path) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        with hold(folder):
+            return True
+    except BlockingIOError:
         return False
-    return True
 
 
 def test_ctrl_c_reaches_the_step_and_says_how_to_go_on(out: Path) -> None:

@@ -1,10 +1,12 @@
 """The listening study: excerpts, orders, and a server that loses, doubles and tells nothing."""
 
 import asyncio
+import contextlib
 import csv
 import hashlib
 import json
 import signal
+import socket
 import sqlite3
 import struct
 import time
@@ -12,22 +14,27 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import quote, urlencode
 
 import httpx
 import numpy as np
 import pytest
 import soundfile
 from click.testing import CliRunner
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from starlette.testclient import TestClient
 from study_server import RATE, SECONDS, Server, answer, build, consent, make_wavs, postgres, serving, take_part
 
 from smart.study import build as building
 from smart.study import loudness, main
-from smart.study.app import Buckets, Limits
+from smart.study.app import Buckets, Limits, make_app
 from smart.study.export import COLUMNS, plain
 from smart.study.folder import Study
 from smart.study.order import order, with_checks
 from smart.study.ratings import read_ratings
+from smart.study.store import Store
 
 PROMPTS, SYSTEMS = 3, ("zebra", "yak")
 
@@ -376,8 +383,6 @@ def test_a_participant_takes_the_whole_study(server: Server, tmp_path: Path) -> 
 
 def test_orders_go_to_participants_in_turn(server: Server, client: httpx.Client) -> None:
     """Who comes next hears the other system of the same prompt at each position."""
-    from smart.study.store import Store
-
     links = server.invite(2)
     for link in links:
         consent(client, link)
@@ -776,3 +781,114 @@ def test_buckets_fill_again_and_forget(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1"])
 def test_formulas_are_defused(text: str) -> None:
     assert plain(text) == f"'{text}" and plain("Mozilla/5.0 (=)") == "Mozilla/5.0 (=)"
+
+
+# --- Requests of all kinds ----------------------------------------------------------------------------------------
+
+
+class Fuzzed(NamedTuple):
+    client: TestClient
+    store: Store
+    token: str
+    admin: str
+
+
+@pytest.fixture(scope="module")
+def fuzzed(study: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzed]:
+    """The application in this process, so that an exception in it is the test's, and a participant at work."""
+    made = Study(study)
+    store = Store(made, f"sqlite:///{tmp_path_factory.mktemp('fuzzed') / 'ratings.sqlite'}")
+    limits = Limits(1e-9)  # no request is refused for its rate
+    limits.guesses = limits.enrolments = limits.links
+    client = TestClient(make_app(store, limits=limits, open_enrolment=True), follow_redirects=False)
+    token, admin = store.invite(1)[0], store.admin_token()
+    assert admin
+    consent(client, f"/s/{token}")  # type: ignore[arg-type]  # a TestClient is a client of httpx
+    yield Fuzzed(client, store, token, admin)
+    store.close()
+
+
+def any_json() -> st.SearchStrategy[Any]:
+    plain = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=40)
+    return st.recursive(plain, lambda some: st.lists(some) | st.dictionaries(st.text(max_size=10), some), max_leaves=8)
+
+
+@st.composite
+def bodies(draw: st.DrawFn) -> bytes:
+    kind = draw(st.sampled_from(["bytes", "form", "json", "nearly"]))
+    if kind == "bytes":
+        return draw(st.binary(max_size=200))
+    if kind == "form":
+        names = st.sampled_from(["agree", "version", "tone", "again", "token", "action", "number"])
+        return urlencode(draw(st.lists(st.tuples(names | st.text(max_size=5), st.text(max_size=20))))).encode()
+    if kind == "json":
+        return json.dumps(draw(any_json())).encode()
+    sent = answer(draw(st.integers(-3, 9)), draw(st.integers(-1, 12)))
+    sent[draw(st.sampled_from(sorted(sent)))] = draw(any_json())
+    return json.dumps(sent).encode()
+
+
+PLACES = ("", "/consent", "/check", "/sound", "/audio/-1", "/audio/{any}", "/ratings", "/withdraw", "/{any}")
+
+
+@st.composite
+def addresses(draw: st.DrawFn) -> str:
+    anything = quote(draw(st.text(max_size=30)), safe=draw(st.sampled_from(["", "/", "/.%"])))
+    inside = draw(st.sampled_from(PLACES)).replace("{any}", anything)
+    roots = ["/s/{token}" + inside, f"/s/{anything}{inside}", "/", "/join", "/admin", "/export", f"/static/{anything}"]
+    return draw(st.sampled_from(roots))
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    method=st.sampled_from(["GET", "POST", "HEAD", "PUT", "OPTIONS"]),
+    address=addresses(),
+    body=bodies(),
+    headers=st.dictionaries(
+        st.sampled_from(["range", "user-agent", "authorization", "content-type", "cookie", "host"]),
+        st.text(st.characters(min_codepoint=32, max_codepoint=255, exclude_categories=("Cc",)), max_size=40)
+        | st.from_regex(r"bytes=[0-9]{0,22}-[0-9]{0,22}", fullmatch=True),
+    ),
+)
+@example(method="POST", address="/s/{token}/ratings", body=b"[" * 16_000, headers={})  # deeper than Python recurses
+@example(method="POST", address="/s/{token}/consent", body=b"a=1&" * 21, headers={})  # more fields than are read
+@example(method="POST", address="/admin", body=b"token={admin}&action=invite&number=" + b"9" * 5000, headers={})
+@example(method="POST", address="/admin", body=b"token={admin}&action=withdraw&number=" + b"9" * 5000, headers={})
+@example(method="GET", address="/s/{token}/audio/-1", body=b"", headers={"range": f"bytes={'9' * 5000}-"})
+@example(method="GET", address="/s/{token}/audio/-1", body=b"", headers={"range": f"bytes=-{'9' * 5000}"})
+def test_any_request_is_answered_and_none_stores_nonsense(
+    fuzzed: Fuzzed, method: str, address: str, body: bytes, headers: dict[str, str]
+) -> None:
+    address = address.replace("{token}", fuzzed.token)
+    if "withdraw" in address and method == "POST":
+        address = address.replace(fuzzed.token, "x")  # or the participant would be gone
+    body = body.replace(b"{admin}", fuzzed.admin.encode())
+    sent = {name: value.encode("latin-1") for name, value in headers.items() if name != "host" or value.strip()}
+    reply = fuzzed.client.request(method, address, content=body, headers=sent)  # type: ignore[arg-type]  # bytes are fine
+    assert reply.status_code < 500, (reply.status_code, reply.text)
+    assert reply.headers["x-content-type-options"] == "nosniff" and "Traceback" not in reply.text
+    for row in fuzzed.store.rows():
+        assert 1 <= row["rating"] <= 10 and row["play_count"] >= 0 and row["response_ms"] >= 0
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"\x00" * 1000,
+        b"GET\r\n\r\n",
+        b"GET / HTTP/9.9\r\nHost: a\r\n\r\n",
+        b"POST /join HTTP/1.1\r\nHost: a\r\nContent-Length: -5\r\n\r\n",
+        b"POST /join HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"GET /" + b"a" * 200_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 20_000 + b"\r\n",
+        b"POST /join HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\nhalf",
+    ],
+)
+def test_what_is_no_request_disturbs_nobody(server: Server, client: httpx.Client, sent: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+        connection.sendall(sent)
+        connection.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionError):
+            answered = connection.recv(1 << 16)
+            assert not answered or (answered.startswith(b"HTTP/1.1 ") and b" 500 " not in answered.splitlines()[0])
+    assert client.get(f"{server.url}/").status_code == 200 and server.process.poll() is None

@@ -212,6 +212,10 @@ def _change(key: str, value: Any) -> Any:
         (_change("pitch_range", [5, 3]), "makes no piano vocabulary"),
         (_change("pitch_range", 5), "makes no piano vocabulary"),
         (_change("beat_res", {"0-4": 12}), "makes no piano vocabulary"),
+        (_change("beat_res", {"0_4": 10**9}), "1e\\+09 in its configuration, at most 1000"),
+        (_change("beat_res", {"0_1000000000": 4}), "at most 1000"),
+        (_change("num_tempos", 10**9), "at most 1000"),
+        (_change("pitch_range", [0, 10**9]), "at most 1000"),
         (_change("use_tempos", False), "no Tempo token"),
         (_change("use_velocities", False), "no Velocity token"),
         (_change("special_tokens", ["PAD_None"]), "no BOS_None"),
@@ -231,7 +235,9 @@ def test_foreign_tokenizers_are_refused(tokenizer: REMI, tmp_path: Path, change:
     assert str(tmp_path) in str(raised.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b'{"config": 3, "tokenization": "REMI"}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[" * 100_000, b"[]", b"null", b"\xff\xfe", b'{"config": 3, "tokenization": "REMI"}']
+)
 def test_corrupt_tokenizers_are_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "tokenizer.json").write_bytes(content)
     with pytest.raises(UserError, match="cannot be read"):

@@ -18,28 +18,36 @@ CONFIG = '[run]\nname = "a"\n\n[grpo]\nbeta = 0.04\n\n[render]\nworkers = 2\n'
 
 def test_prepare_never_loses_a_run(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "a"
-    prepare(folder, CONFIG, resume=False, overwrite=False)
+
+    def begin(config: str = CONFIG, *, resume: bool = False, overwrite: bool = False) -> None:
+        with prepare(folder, config, resume=resume, overwrite=overwrite):
+            with pytest.raises(UserError, match="another process is working in it"):
+                prepare(folder, config, resume=True, overwrite=False).__enter__()
+            with pytest.raises(UserError, match="another process is working in it"):
+                prepare(folder, config, resume=False, overwrite=True).__enter__()
+
+    begin()
     (folder / "metrics.jsonl").write_text("kept")
     with pytest.raises(UserError, match="exists already"):
-        prepare(folder, CONFIG, resume=False, overwrite=False)
-    prepare(folder, CONFIG.replace("workers = 2", "workers = 1"), resume=True, overwrite=False)
+        begin()
+    begin(CONFIG.replace("workers = 2", "workers = 1"), resume=True)
     with pytest.raises(UserError, match=r"grpo\.beta was 0\.04 and is 0\.0"):
-        prepare(folder, CONFIG.replace("0.04", "0.0"), resume=True, overwrite=False)
+        begin(CONFIG.replace("0.04", "0.0"), resume=True)
     assert (folder / "metrics.jsonl").read_text() == "kept"
-    prepare(folder, CONFIG, resume=False, overwrite=True)
+    begin(overwrite=True)
     assert [path.name for path in folder.iterdir()] == ["config.toml"]
 
 
 def test_prepare_deletes_nothing_that_is_not_a_run(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years")
     with pytest.raises(UserError, match=r"has no config\.toml and so is not a run"):
-        prepare(tmp_path, CONFIG, resume=False, overwrite=True)
+        prepare(tmp_path, CONFIG, resume=False, overwrite=True).__enter__()
     assert (tmp_path / "thesis.tex").exists()
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path)
     for name in ("file", "link"):
         with pytest.raises(UserError, match="is not a folder"):
-            prepare(tmp_path / name, CONFIG, resume=False, overwrite=True)
+            prepare(tmp_path / name, CONFIG, resume=False, overwrite=True).__enter__()
 
 
 def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tmp_path: Path) -> None:

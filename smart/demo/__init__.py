@@ -6,7 +6,6 @@ The pieces are not chosen: they are those of prompts 0 to n-1 of the seed, whate
 """
 
 import subprocess
-import tomllib
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +17,7 @@ from smart import UserError, require, track
 from smart.checkpoint import steps
 from smart.compare import System, compose, find_system
 from smart.demo.page import Page, Section
-from smart.files import sha256, write_atomically
+from smart.files import parse_toml, sha256, write_atomically
 from smart.model import pick_device
 from smart.prompts import KINDS
 from smart.render import RenderError
@@ -194,7 +193,7 @@ def _section(title: str, first: str, second: str, wanted: str, kind: str, corpus
         raise UserError(f"{first} and {second}: both are called {names[-1]}; name one, as in other={second}")
     tuned_on: dict[str, Any] = {}
     if kind == "run" and two.run is not None:
-        tuned_on = tomllib.loads((two.run / track.CONFIG).read_text(encoding="utf-8")).get("prompts", {})
+        tuned_on = parse_toml((two.run / track.CONFIG).read_text(encoding="utf-8")).get("prompts", {})
     kind = tuned_on.get("kind", "procedural") if kind == "run" else kind
     if kind != "dataset":
         return Section(title, one, others, kind, None)

@@ -25,7 +25,7 @@ from smart.compare import BLOCK, Piece, System, compose, find_systems
 from smart.diversity import audio_vector
 from smart.evaluate.ratings import load_rewards, reward_options
 from smart.features import SCALARS, is_empty, midi_features
-from smart.files import sha256, write_atomically
+from smart.files import parse_json, sha256, write_atomically
 from smart.model import pick_device
 from smart.prompts import KINDS
 from smart.render import RenderError
@@ -84,7 +84,7 @@ def read_settings(table: Path) -> dict[str, Any]:
     """What made a table. Raises ``UserError`` where it is none of ours."""
     try:
         found = (pq.read_schema(table).metadata or {})[METADATA]
-        provenance: dict[str, Any] = json.loads(found)
+        provenance: dict[str, Any] = parse_json(found)
         provenance["settings"]["models"]
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
         raise UserError(f"{table}: expected a table written by `smart evaluate sample`") from None

@@ -12,7 +12,6 @@ itself gives up on (an infinite rating is taken as given up, too). Its neighbour
 import functools
 import importlib.metadata
 import inspect
-import json
 import math
 import numbers
 import warnings
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 
 from smart import UserError
+from smart.files import parse_json
 
 __all__ = ["ENTRY_POINT_GROUP", "Reward", "available_rewards", "load_reward", "read_options", "resample"]
 
@@ -195,7 +195,7 @@ def read_options(texts: Sequence[str]) -> dict[str, Any]:
         if not separator or not key:
             raise UserError(f"--reward-option {text!r}: expected KEY=VALUE, for example model=weights/audiobox")
         try:
-            options[key] = json.loads(value)
+            options[key] = parse_json(value)
         except ValueError:
             options[key] = value
     return options

@@ -8,7 +8,6 @@ of a batch are shorter: the encoder's first layer normalises over time, so the z
 """
 
 import hashlib
-import json
 import numbers
 import os
 import warnings
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 
 from smart import UserError, hub
+from smart.files import parse_json
 from smart.hub import brief
 from smart.reward import Reward
 
@@ -332,7 +332,7 @@ def _read_folder(files: _Files) -> _Contents:
     assert files.config is not None
     shown = files.hub_id or files.weights.parent
     try:
-        config = json.loads(files.config.read_text(encoding="utf-8"))
+        config = parse_json(files.config.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise _unavailable(shown, f"{CONFIG_FILE} cannot be read ({brief(error)})") from error
     if not isinstance(config, dict):

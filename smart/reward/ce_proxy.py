@@ -23,7 +23,6 @@ and memory stays that of one clip.
 
 import functools
 import itertools
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from typing import Any
 import torch
 
 from smart import UserError
+from smart.files import parse_json
 from smart.reward import Reward
 
 __all__ = ["DESCRIPTORS", "CEProxy", "Coefficients", "Term", "describe", "load_coefficients"]
@@ -187,8 +187,8 @@ def load_coefficients(path: str | Path) -> Coefficients:
         ) from error
     try:
         # a bare NaN, or an integer of thousands of digits, is a ValueError as well
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        data = parse_json(text)
+    except ValueError as error:
         raise UserError(f"coefficients {path}: not valid JSON ({error}); calibrate again") from error
     return _parse(data, str(path))
 

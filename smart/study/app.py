@@ -6,7 +6,6 @@ excerpts apart, only their sound does. Pages are rendered here; ``study.js`` pla
 acknowledged, and fetches the next page. Nothing is loaded from elsewhere, and no cookie is set.
 """
 
-import json
 import re
 import threading
 import time
@@ -26,6 +25,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from smart.files import parse_json
 from smart.study.export import ratings_csv
 from smart.study.folder import CHECK
 from smart.study.store import Answer, Refused, Store
@@ -50,7 +50,8 @@ HEADERS = {
 }
 RAW_HEADERS = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
 NAME = re.compile(r"[0-9a-f]{32}")  # what the browser makes: of an answer, of a sitting
-BYTES = re.compile(r"bytes=(\d*)-(\d*)")
+NUMBER = re.compile(r"\d{1,9}", re.ASCII)  # Python refuses to read thousands of digits
+BYTES = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
 
 
 class Buckets:
@@ -292,12 +293,12 @@ class Pages:
         shown: dict[str, Any] = dict(NOTHING)
         number = re.sub(r"^p", "", form.get("number", "").strip())
         if action == "invite":
-            if not number.isdecimal() or not 1 <= int(number) <= 1000:
+            if not NUMBER.fullmatch(number) or not 1 <= int(number) <= 1000:
                 raise HTTPException(400, "Expected a number of links from 1 to 1000.")
             origin = f"{request.url.scheme}://{request.url.netloc}"
             shown["links"] = [f"{origin}/s/{token}" for token in self.store.invite(int(number))]
         elif action == "withdraw":
-            if not number.isdecimal() or int(number) not in {each["id"] for each in self.store.overview()}:
+            if not NUMBER.fullmatch(number) or int(number) not in {each["id"] for each in self.store.overview()}:
                 raise HTTPException(400, "There is no participant of this number.")
             self.store.withdraw(int(number))
         shown |= {"people": self.store.overview(), "withdrawn": self.store.withdrawals()}
@@ -335,13 +336,16 @@ NOTHING: dict[str, Any] = {"people": None, "links": None, "withdrawn": 0}  # tha
 
 def read_form(request: Request) -> dict[str, str]:
     text = request.scope["body"].decode("utf-8", "replace")
-    return {name: values[0] for name, values in parse_qs(text, max_num_fields=20).items()}
+    try:
+        return {name: values[0] for name, values in parse_qs(text, max_num_fields=20).items()}
+    except ValueError:
+        raise HTTPException(400, "Expected a form of at most 20 fields.") from None
 
 
 def read_answer(request: Request) -> Answer:
     """The JSON that ``study.js`` sends, every field checked; 400 names the one that is wrong."""
     try:
-        sent = json.loads(request.scope["body"])
+        sent = parse_json(request.scope["body"])
         values = {name: sent[name] for name in Answer._fields}
     except (ValueError, KeyError, TypeError):
         raise HTTPException(400, "Expected a JSON object with " + ", ".join(Answer._fields)) from None

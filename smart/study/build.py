@@ -9,7 +9,7 @@ The folder appears in one rename, after everything in it has been written. Until
 beside it; the same command goes on from there after an interruption.
 """
 
-import fcntl
+import contextlib
 import hmac
 import io
 import json
@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from smart import UserError
-from smart.files import sha256, sync, write_atomically
+from smart.files import hold, sha256, sync, write_atomically
 from smart.soundfonts import check_soundfont, find_soundfont
 from smart.study import loudness
 from smart.study.folder import AUDIO, CHECK, CONSENT, FORMAT, KEY, KEY_COLUMNS, Design, write_csv, write_design
@@ -113,10 +113,9 @@ class Work:
         self.clips = self.folder / "clips"
         try:
             self.clips.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.folder / "lock", "w")  # noqa: SIM115  # held as long as the process lives
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._held = contextlib.ExitStack()
+            self._held.enter_context(hold(self.folder))
         except BlockingIOError:
-            self._lock.close()
             raise UserError(f"--out {out}: another build is writing it; wait for it") from None
         except OSError as error:
             raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
@@ -143,7 +142,7 @@ class Work:
             return Clip(system, prompt, int(found["seed"]), found["audio"])
 
     def close(self) -> None:
-        self._lock.close()
+        self._held.close()
 
 
 # --- The folder ---------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from smart import UserError
-from smart.files import sha256
+from smart.files import parse_json, sha256
 from smart.study.order import Trial, order, with_checks
 
 DESIGN, KEY, CONSENT, CHECK, AUDIO = "study.json", "key.csv", "consent.txt", "check.wav", "audio"
@@ -128,7 +128,7 @@ def read_design(folder: Path) -> Design:
     if not path.is_file():
         raise UserError(f"study {folder}: has no {DESIGN}; make a study with smart study build")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
         design = Design(**values)
         int(design.study, 16)
     except (OSError, ValueError, TypeError) as error:

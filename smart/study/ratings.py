@@ -1,7 +1,6 @@
 """The rows of a listening study, as ``smart study export`` writes them, and the rules by which some are excluded."""
 
 import csv
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from smart import UserError
+from smart.files import parse_json
 
 NEEDED = ("participant", "system", "rating")
 OPTIONAL = (
@@ -159,7 +159,7 @@ def read_study(folder: Path) -> tuple[frozenset[str], float]:
     try:
         with (folder / "key.csv").open(encoding="utf-8", newline="") as file:
             silent = frozenset(row["excerpt"] for row in csv.DictReader(file) if int(row["silent"] or 0))
-        seconds = float(json.loads((folder / "study.json").read_text(encoding="utf-8"))["seconds"])
+        seconds = float(parse_json((folder / "study.json").read_text(encoding="utf-8"))["seconds"])
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise UserError(f"--study {folder}: its key.csv and study.json cannot be read ({error})") from None
     return silent, seconds
