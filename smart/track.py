@@ -87,7 +87,7 @@ def prepare(folder: Path, config: str, *, resume: bool, overwrite: bool) -> Iter
         except BlockingIOError:
             raise UserError(f"run {folder}: another process is working in it; wait for it, or stop it") from None
         except OSError as error:
-            raise UserError(f"run {folder}: cannot be read and written ({error.strerror})") from None
+            raise UserError(f"run {folder}: cannot be written ({error.strerror})") from None
         yield
 
 
