@@ -429,11 +429,7 @@ _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM
 
 
 class _WorkerFailure(Exception):
-    """A worker that is of no more use (``gone``), or that could not render this clip."""
-
-    def __init__(self, reason: str, *, gone: bool = True) -> None:
-        super().__init__(reason)
-        self.gone = gone
+    """Why a worker did not render a clip; whatever it was, the worker may be of no more use."""
 
 
 class _Worker:
@@ -502,7 +498,7 @@ class _Worker:
     def render(self, notes: Notes, deadline: float) -> Audio:
         kind, body = self.answer(deadline, _NOTES, notes.tobytes())
         if kind == _ERROR:
-            raise _WorkerFailure(body.decode(errors="replace"), gone=False)
+            raise _WorkerFailure(body.decode(errors="replace"))
         try:
             (samples,) = struct.unpack("<Q", body)
             if kind != _AUDIO or not 1 <= samples <= self.limit:
@@ -528,9 +524,9 @@ class RenderPool:
     When ``GIVE_UP`` clips fail with none rendered in between, the soundfont or the machine is to blame: then every clip
     gets ``Failure``, which says so, instead of being tried.
 
-    A worker that dies, gives no answer within ``deadline`` seconds (also because it was stopped), or answers
-    nonsense is killed and replaced, and its clip rendered once more; if that fails too, the clip's future
-    gets ``RenderError``. ``retries`` counts clips that were tried again, ``failures`` clips that failed,
+    A worker that dies, gives no answer within ``deadline`` seconds (also because it was stopped), answers nonsense or
+    fails (its memory may be full) is killed and replaced, and its clip rendered once more; if that fails too, the
+    clip's future gets ``RenderError``. ``retries`` counts clips that were tried again, ``failures`` clips that failed,
     ``restarts`` workers that were replaced. Workers die with the process that owns the pool, however it ends,
     and ignore Ctrl-C. This protects from a synthesiser that crashes or hangs; it is no sandbox against a
     hostile soundfont.
@@ -699,13 +695,9 @@ class RenderPool:
                 with self._lock:
                     self._failed_in_a_row = 0
                 return audio
-            except (
-                _WorkerFailure,
-                OSError,
-            ) as error:  # OSError: a worker cannot be started, or its memory is full
+            except (_WorkerFailure, OSError) as error:  # OSError: a worker cannot be started, or its memory is full
                 reasons.append(str(error))
-                if getattr(error, "gone", True):
-                    self._discard(place)
+                self._discard(place)
             with self._lock:
                 if self._closed:
                     raise RenderError("the pool was closed while this clip was being rendered")

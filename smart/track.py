@@ -301,10 +301,13 @@ def read_audio(path: Path, seconds: float = math.inf) -> tuple[npt.NDArray[np.fl
             most = -1 if math.isinf(seconds) else round(seconds * rate)
             # a block at a time: an hour of many channels would not fit into memory
             blocks = file.blocks(10 * rate, dtype="float32", always_2d=True, frames=most) if file.frames else ()
-            return np.concatenate([np.empty(0, np.float32), *(block.mean(axis=1) for block in blocks)]), rate
+            audio = np.concatenate([np.empty(0, np.float32), *(block.mean(axis=1) for block in blocks)])
     except (RuntimeError, OSError) as error:  # soundfile's own errors are RuntimeErrors
         reason = " ".join(str(getattr(error, "error_string", error)).split())
         raise UserError(f"audio file {path} cannot be read as wav, flac, mp3 or ogg ({reason})") from error
+    if not np.isfinite(audio).all():
+        raise UserError(f"audio file {path} holds samples that are not finite numbers")
+    return audio, rate
 
 
 def load_soundfile() -> Any:

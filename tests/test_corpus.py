@@ -17,13 +17,16 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from symusic.core import NoteTick, ScoreTick, TempoTick, TimeSignatureTick, TrackTick
 
 from smart import UserError, shards
 from smart.corpus import State, build, find_files, main, measure, split_of
-from smart.midi import Limits, PieceReader, Reject, content_hash, seconds_at
+from smart.midi import Limits, Piece, PieceReader, Reject, content_hash, seconds_at
+from smart.midi_pool import Pool
 from smart.shards import Corpus, ShardWriter, Split
-from smart.tokens import decode, encode, merge_piano, vocabulary
+from smart.tokens import FILE_NAME, decode, encode, merge_piano, save_tokenizer, vocabulary
 
 # --- Files --------------------------------------------------------------------------------------------------------
 
@@ -513,6 +516,47 @@ def test_a_worker_that_dies_costs_one_file(tmp_path: Path, hook: Any, fault: str
     assert summary.counts == {"kept": 9, reason: 1}
     (row,) = table(tmp_path / "out" / "rejects.csv")
     assert row["path"] == "midi/1/song 004.mid" and detail in row["detail"]
+
+
+def damaged(data: bytes, random: np.random.Generator) -> bytes:
+    """A file with bytes changed, removed, repeated or put in, or nothing but a header and noise."""
+    out, at = bytearray(data), int(random.integers(len(data)))
+    noise = random.integers(0, 256, random.integers(1, 60), np.uint8).tobytes()
+    match random.integers(6):
+        case 0:
+            for place in random.integers(0, len(data), random.integers(1, 8)):
+                out[place] ^= 1 << random.integers(8)
+        case 1:
+            out[at : at + len(noise)] = noise
+        case 2:
+            del out[at : at + len(noise)]
+        case 3:
+            out[at:at] = out[at : at + 100] * 3
+        case 4:
+            out[at : at + 4] = b"\xff\xff\xff\x7f"  # the longest time, or length
+        case 5:
+            return data[:14] + noise
+    return bytes(out)
+
+
+@settings(max_examples=5, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_any_file_is_read_or_rejected_for_what_it_is(tokenizer: Any, tmp_path_factory: Any, seed: int) -> None:
+    """No damage crashes, hangs or swells a worker, or gets as far as a bug."""
+    random, folder = np.random.default_rng(seed), tmp_path_factory.mktemp("damaged")
+    save_tokenizer(tokenizer, folder)
+    sources = [bytes(song(number).dumps_midi()) for number in range(5)] + [data for data, _ in MALFORMED.values()]
+    tasks = []
+    for number in range(200):
+        path = folder / f"{number}.mid"
+        path.write_bytes(damaged(sources[random.integers(len(sources))] or GOOD, random))
+        tasks.append((str(number).encode(), str(path).encode()))
+    with Pool(folder / FILE_NAME, Limits(), 1) as pool:
+        answers = dict(pool.answers(iter(tasks)))
+    assert len(answers) == len(tasks)
+    reasons = Counter("kept" if isinstance(answer, Piece) else answer[0] for answer in answers.values())
+    assert reasons["kept"] and len(reasons) > 3
+    assert not reasons.keys() & {"crash", "time limit", "memory limit", "cannot be tokenised"}, reasons
 
 
 def test_a_worker_killed_from_outside_costs_nothing(tmp_path: Path, hook: Any) -> None:

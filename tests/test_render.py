@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import resource
 import signal
 import struct
 import subprocess
@@ -676,7 +677,7 @@ render._work(*sys.argv[1:7])
         ("os.kill(os.getpid(), signal.SIGSTOP)", "no answer within 1 s", 2),
         ("time.sleep(60)", "no answer within 1 s", 2),
         ("os._exit(7)", "exit status 7", 2),
-        ("raise MemoryError('full')", "MemoryError: full", 0),
+        ("raise MemoryError('full')", "MemoryError: full", 2),
     ],
 )
 def test_a_clip_that_fails_twice_fails_alone(
@@ -691,6 +692,17 @@ def test_a_clip_that_fails_twice_fails_alone(
         for future in (futures[0], futures[2]):
             np.testing.assert_array_equal(future.result(30), render_notes(sine, good))
         assert (one.retries, one.failures, one.restarts) == (1, 1, restarts)
+
+
+def test_a_worker_out_of_memory_is_replaced(sine_file: Path, sine: Any) -> None:
+    """It may have no more than it has: the clip is rendered by another, which may."""
+    long = np.concatenate([notes((second, second + 1, 60)) for second in range(59)])
+    with RenderPool(sine_file, workers=1, seconds=60.0) as one:
+        (pid,) = one.pids
+        most = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        resource.prlimit(pid, resource.RLIMIT_AS, (most, most))
+        np.testing.assert_array_equal(one.submit(long).result(60), render_notes(sine, long, seconds=60.0))
+        assert (one.retries, one.failures, one.restarts) == (1, 0, 1) and not running(pid)
 
 
 def test_a_pool_whose_every_clip_fails_stops_trying(sine_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

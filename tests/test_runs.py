@@ -1,6 +1,7 @@
 """Whole runs of ``python -m smart.grpo`` and ``python -m smart.pretrain``, as real processes that get killed."""
 
 import json
+import math
 import os
 import random
 import resource
@@ -20,6 +21,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from miditok import REMI, TokenizerConfig
 from safetensors.torch import load_file, save_file
 
 from smart.bank import open_renderer
@@ -493,6 +495,76 @@ def test_a_users_mistake_is_one_clear_line(base: Path, tmp_path: Path, change: d
     assert status == 2, output
     assert message in output and "Traceback" not in output
     assert not (tmp_path / "r").exists()
+
+
+def test_two_processes_do_not_work_in_one_run(base: Path, finished: Path, tmp_path: Path) -> None:
+    args = ("--config", "quickstart.toml", *arguments(base, tmp_path))
+    first = start("grpo", *args)
+    while not (tmp_path / "r" / "metrics.jsonl").exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)
+    for how in ("--resume", "--overwrite"):
+        status, output = run("grpo", *args, how)
+        assert status == 2 and "another process is working in it" in output and "Traceback" not in output
+    first.send_signal(signal.SIGCONT)
+    output, _ = first.communicate(timeout=120)
+    assert first.returncode == 0, output
+    assert_same_run(tmp_path / "r", finished)
+
+
+def test_a_model_that_writes_nothing_is_tuned_without_harm(base: Path, tmp_path: Path) -> None:
+    """Every completion ends at once: silent clips, equal rewards, no advantage, nothing to learn."""
+    model, tokenizer = load_base(base)
+    facts = vocabulary(tokenizer)
+    with torch.no_grad():
+        for name, weights in model.named_parameters():  # the last hidden state is the same whatever was read
+            if "o_proj" in name or "down_proj" in name:
+                weights.zero_()
+        model.model.embed_tokens.weight.fill_(1.0)
+        model.model.norm.weight.fill_(1.0)
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[facts.eos_id] = 10.0
+    save_base(model, tokenizer, tmp_path / "silent")
+    args = arguments(tmp_path / "silent", tmp_path, **{"grpo.iterations": 2})
+    status, output = run("grpo", "--config", "quickstart.toml", *args)
+    assert status == 0, output
+    for row in metrics(tmp_path / "r")[1:]:
+        assert row["completions/length"] == 1 and row["completions/truncated_rate"] == 0
+        assert row["reward/zero_variance_groups"] == 1 and row["policy/grad_norm"] < 1e-6
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "silent", tmp_path / "r" / "tuned")
+    )
+    for name, weights in before.items():
+        torch.testing.assert_close(after[name], weights, atol=1e-4, rtol=0)
+
+
+def test_a_vocabulary_of_another_layout_is_tuned(tmp_path: Path) -> None:
+    """Other numbers of everything, and the special tokens in another order: no id is where the paper's has it."""
+    tokenizer = REMI(
+        TokenizerConfig(
+            pitch_range=(36, 84),
+            beat_res={(0, 8): 8},
+            num_velocities=8,
+            special_tokens=["EOS", "MASK", "BOS", "PAD"],
+            use_tempos=True,
+            num_tempos=9,
+            tempo_range=(50, 200),
+            use_time_signatures=True,
+            time_signature_range={4: [3, 4]},
+            use_programs=False,
+            use_rests=True,
+        )
+    )
+    facts = vocabulary(tokenizer)
+    assert (facts.eos_id, facts.bos_id, facts.pad_id) == (0, 2, 3)
+    save_base(build_model(tokenizer, layers=1, hidden=32, heads=2, intermediate=32), tokenizer, tmp_path / "other")
+    args = arguments(tmp_path / "other", tmp_path, **{"grpo.iterations": 2, "prompts.kind": "procedural"})
+    status, output = run("grpo", "--config", "quickstart.toml", *args)
+    assert status == 0, output
+    rows = metrics(tmp_path / "r")
+    assert rows[-1]["step"] == 2 and all(math.isfinite(row["policy/kl"]) for row in rows[1:])
+    assert load_base(tmp_path / "r" / "tuned")[1].vocab == tokenizer.vocab
 
 
 def test_numbers_that_are_not_finite_stop_the_run_and_keep_the_checkpoint(base: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from smart import UserError
 from smart.plots import curves, timeline
-from smart.track import Stopwatch, Tracker, prepare, read_metrics, summarise, write_wav
+from smart.track import Stopwatch, Tracker, prepare, read_audio, read_metrics, summarise, write_wav
 
 CONFIG = '[run]\nname = "a"\n\n[grpo]\nbeta = 0.04\n\n[render]\nworkers = 2\n'
 
@@ -78,6 +78,15 @@ def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tmp_path: Path) -> 
         points = events.Scalars("reward/mean")
         assert [point.step for point in points] == [1, 2, 3, 4, 5, 6]
         assert [point.value for point in points] == pytest.approx([step / 3 for step in range(1, 7)])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_audio_that_is_no_sound_is_refused(tmp_path: Path, value: float) -> None:
+    audio = np.zeros(100, np.float32)
+    audio[50] = value
+    soundfile.write(tmp_path / "a.wav", audio, 16000, subtype="FLOAT")
+    with pytest.raises(UserError, match=r"a\.wav holds samples that are not finite"):
+        read_audio(tmp_path / "a.wav")
 
 
 def test_wav_is_what_was_heard(tmp_path: Path) -> None:
