@@ -25,7 +25,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from smart import UserError
-from smart.files import hold, is_empty, parse_json, parse_toml, write_atomically
+from smart.files import hold, is_empty, is_leftover, parse_json, parse_toml, write_atomically
 
 CONFIG = "config.toml"
 METRICS = "metrics.jsonl"
@@ -349,16 +349,24 @@ def summarise(folder: Path, rewards: Mapping[str, npt.NDArray[np.float32]]) -> s
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The run's metrics, one mapping a step, in order. A last line that a crash cut short is left out."""
+    """The run's metrics, one mapping a step, in order.
+
+    A last line that a crash cut short is left out; any other that cannot be read is too, and is named on stderr.
+    """
     path = folder / METRICS
     if not path.is_file():
         raise UserError(f"run {folder}: has no {METRICS}")
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    rows, lines = [], path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(parse_json(line))
-        except ValueError:
-            break
+            row = parse_json(line)
+            if not isinstance(row["step"], int):
+                raise TypeError
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):
+                click.echo(f"Warning: {path}: line {number} is damaged and left out", err=True)
+            continue
+        rows.append(row)
     return rows
 
 
@@ -447,5 +455,5 @@ def _cut_back(folder: Path, step: int) -> None:
         rows = [json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= step and step > 0]
         write_atomically(folder / METRICS, "".join(rows).encode())
     for path in (folder / "completions").glob("*"):
-        if path.suffix != ".parquet" or int(path.stem) > step:
+        if is_leftover(path) or (path.suffix == ".parquet" and path.stem.isdecimal() and int(path.stem) > step):
             path.unlink()

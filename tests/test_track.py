@@ -80,6 +80,22 @@ def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tmp_path: Path) -> 
         assert [point.value for point in points] == pytest.approx([step / 3 for step in range(1, 7)])
 
 
+def test_damaged_metrics_are_named_and_the_others_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [
+        b'{"step": 1, "a": 1}',
+        b'{"step": 2, "a"',
+        b"[]",
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"a": 3}',
+        b'{"step": 4}',
+    ]
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*lines, b'{"step": 5']))
+    assert read_metrics(tmp_path) == [{"step": 1, "a": 1}, {"step": 4}]
+    told = capsys.readouterr().err.splitlines()
+    assert [line.partition("line ")[2] for line in told] == [f"{n} is damaged and left out" for n in (2, 3, 4, 5, 6)]
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_audio_that_is_no_sound_is_refused(tmp_path: Path, value: float) -> None:
     audio = np.zeros(100, np.float32)
