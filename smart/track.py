@@ -10,9 +10,10 @@ import math
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,7 +37,8 @@ NEEDED = ("pyarrow", "tensorboard", "matplotlib", "soundfile")
 def run_command(default: str) -> Callable[[Callable[..., None]], click.Command]:
     """The command line of a program that makes a run: ``--config``, ``--set``, ``--resume``, ``--overwrite``.
 
-    A disk that is full or may not be written ends it with one line; what was saved before stays.
+    A disk that is full or may not be written, and memory that does not suffice, end it with one line; what was saved
+    before stays.
     """
 
     def decorate(function: Callable[..., None]) -> click.Command:
@@ -57,6 +59,15 @@ def run_command(default: str) -> Callable[[Callable[..., None]], click.Command]:
                 raise click.ClickException(
                     f"the run stopped, since it could not be written ({error}); what was saved is kept: "
                     "make room, then go on with --resume"
+                ) from error
+            except (MemoryError, RuntimeError) as error:
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                words = ("out of memory", "allocate memory")  # torch's, on CUDA and on a CPU
+                if not isinstance(error, MemoryError) and not any(each in reason for each in words):
+                    raise
+                raise click.ClickException(
+                    f"the run stopped, since memory did not suffice ({reason}); what was saved is kept: free some, then "
+                    "go on with --resume, or begin anew with smaller micro-batches"
                 ) from error
 
         return main
@@ -190,6 +201,7 @@ class Tracker:
         self.folder = folder
         self._completions: list[dict[str, Any]] = []
         _cut_back(folder, start)
+        self._hook, threading.excepthook = threading.excepthook, self._thread_failed
         self._metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115  # closed by close()
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
 
@@ -199,12 +211,19 @@ class Tracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        threading.excepthook = self._hook
         self._metrics.close()
         self._board.close()
 
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """What TensorBoard's thread cannot write, the next point raises: no traceback of its own."""
+        if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__module__.startswith("tensorboard")):
+            self._hook(failure)
+
     def say(self, text: str) -> None:
         """A line for the person who watches (stderr, above any progress bar) and for the run's log."""
-        tqdm.write(text, file=sys.stderr)
+        with suppress(OSError):  # a terminal that was closed, a pipe that nobody reads any more: no reason to stop
+            tqdm.write(text, file=sys.stderr)
         with open(self.folder / "log.txt", "a", encoding="utf-8") as log:
             log.write(text + "\n")
 

@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
+from click.testing import CliRunner
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from smart import UserError
 from smart.plots import curves, timeline
-from smart.track import Stopwatch, Tracker, prepare, read_audio, read_metrics, summarise, write_wav
+from smart.track import Stopwatch, Tracker, prepare, read_audio, read_metrics, run_command, summarise, write_wav
 
 CONFIG = '[run]\nname = "a"\n\n[grpo]\nbeta = 0.04\n\n[render]\nworkers = 2\n'
 
@@ -78,6 +80,35 @@ def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tmp_path: Path) -> 
         points = events.Scalars("reward/mean")
         assert [point.step for point in points] == [1, 2, 3, 4, 5, 6]
         assert [point.value for point in points] == pytest.approx([step / 3 for step in range(1, 7)])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation"),
+        OSError(122, "Disk quota exceeded"),
+    ],
+)
+def test_memory_and_disk_that_do_not_suffice_are_one_line(error: Exception) -> None:
+    @run_command("quickstart.toml")
+    def program(*_: object) -> None:
+        raise error
+
+    done = CliRunner().invoke(program, [])
+    assert (
+        done.exit_code == 1 and done.output.count("\n") == 1 and done.output.startswith("Error: the run stopped, since")
+    )
+    assert "what was saved is kept" in done.output and "--resume" in done.output
+
+
+def test_a_bug_is_not_taken_for_a_lack_of_memory() -> None:
+    @run_command("quickstart.toml")
+    def program(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    assert isinstance(CliRunner().invoke(program, []).exception, RuntimeError)
 
 
 def test_damaged_metrics_are_named_and_the_others_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
