@@ -66,8 +66,8 @@ def run_command(default: str) -> Callable[[Callable[..., None]], click.Command]:
                 if not isinstance(error, MemoryError) and not any(each in reason for each in words):
                     raise
                 raise click.ClickException(
-                    f"the run stopped, since memory did not suffice ({reason}); what was saved is kept: free some, then "
-                    "go on with --resume, or begin anew with smaller micro-batches"
+                    f"the run stopped, since memory did not suffice ({reason}); what was saved is kept: free some, "
+                    "then go on with --resume, or begin anew with smaller micro-batches"
                 ) from error
 
         return main
