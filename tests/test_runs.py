@@ -513,6 +513,31 @@ def test_two_processes_do_not_work_in_one_run(base: Path, finished: Path, tmp_pa
     assert_same_run(tmp_path / "r", finished)
 
 
+OFFLINE = """
+import os, runpy, socket, sys
+def refuse(*args, **keys):
+    os._exit(99)
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+sys.argv[0] = "smart.grpo"
+runpy.run_module("smart.grpo", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_run_asks_no_network(base: Path, tmp_path: Path) -> None:
+    args = arguments(base, tmp_path, **{"grpo.iterations": 1, "track.held_out_every": 0})
+    done = subprocess.run([sys.executable, "-c", OFFLINE, *args], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_says(base: Path, finished: Path, tmp_path: Path) -> None:
+    process = start("grpo", "--config", "quickstart.toml", *arguments(base, tmp_path))
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=120) == 0
+    assert_same_run(tmp_path / "r", finished)
+
+
 def test_a_model_that_writes_nothing_is_tuned_without_harm(base: Path, tmp_path: Path) -> None:
     """Every completion ends at once: silent clips, equal rewards, no advantage, nothing to learn."""
     model, tokenizer = load_base(base)

@@ -127,6 +127,9 @@ def test_audio_that_is_no_sound_is_refused(tmp_path: Path, value: float) -> None
     soundfile.write(tmp_path / "a.wav", audio, 16000, subtype="FLOAT")
     with pytest.raises(UserError, match=r"a\.wav holds samples that are not finite"):
         read_audio(tmp_path / "a.wav")
+    (tmp_path / "b.wav").write_bytes((tmp_path / "a.wav").read_bytes()[:30])
+    with pytest.raises(UserError, match=r"b\.wav cannot be read as wav, flac, mp3 or ogg"):
+        read_audio(tmp_path / "b.wav")
 
 
 def test_wav_is_what_was_heard(tmp_path: Path) -> None:
