@@ -513,7 +513,7 @@ def test_two_processes_do_not_work_in_one_run(base: Path, finished: Path, tmp_pa
     assert_same_run(tmp_path / "r", finished)
 
 
-OFFLINE = """
+WITHOUT_NETWORK = """
 import os, runpy, socket, sys
 def refuse(*args, **keys):
     os._exit(99)
@@ -525,7 +525,7 @@ runpy.run_module("smart.grpo", run_name="__main__", alter_sys=True)
 
 def test_a_run_asks_no_network(base: Path, tmp_path: Path) -> None:
     args = arguments(base, tmp_path, **{"grpo.iterations": 1, "track.held_out_every": 0})
-    done = subprocess.run([sys.executable, "-c", OFFLINE, *args], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", WITHOUT_NETWORK, *args], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
 
