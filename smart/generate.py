@@ -273,14 +273,8 @@ def main(context: click.Context, **given: Any) -> None:
         for name in ("tempo", "time_signature"):
             if context.get_parameter_source(name) != click.core.ParameterSource.DEFAULT:
                 raise UserError(f"--{name.replace('_', '-')} and --continue: a continuation keeps its song's own")
-    try:
+    with track.in_one_line("a piece", "the same command goes on from here", RenderError):
         generate(**given)
-    except KeyboardInterrupt:
-        raise click.ClickException("interrupted; the same command goes on from here") from None
-    except RenderError as error:
-        raise click.ClickException(f"{error}; the same command goes on from here") from None
-    except OSError as error:
-        raise click.ClickException(f"a piece could not be written ({error}); the same command goes on") from None
 
 
 def generate(

@@ -37,8 +37,7 @@ NEEDED = ("pyarrow", "tensorboard", "matplotlib", "soundfile")
 def run_command(default: str) -> Callable[[Callable[..., None]], click.Command]:
     """The command line of a program that makes a run: ``--config``, ``--set``, ``--resume``, ``--overwrite``.
 
-    A disk that is full or may not be written, and memory that does not suffice, end it with one line; what was saved
-    before stays.
+    What ends it before its time is one line (``in_one_line``); what was saved before stays.
     """
 
     def decorate(function: Callable[..., None]) -> click.Command:
@@ -53,26 +52,37 @@ def run_command(default: str) -> Callable[[Callable[..., None]], click.Command]:
         def main(path: str, overrides: tuple[str, ...], resume: bool, overwrite: bool) -> None:
             if resume and overwrite:
                 raise click.UsageError("--resume and --overwrite contradict each other")
-            try:
+            with in_one_line("the run", "what was saved is kept: go on with --resume"):
                 function(path, overrides, resume, overwrite)
-            except OSError as error:
-                raise click.ClickException(
-                    f"the run stopped, since it could not be written ({error}); what was saved is kept: "
-                    "make room, then go on with --resume"
-                ) from error
-            except (MemoryError, RuntimeError) as error:
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                words = ("out of memory", "allocate memory")  # torch's, on CUDA and on a CPU
-                if not isinstance(error, MemoryError) and not any(each in reason for each in words):
-                    raise
-                raise click.ClickException(
-                    f"the run stopped, since memory did not suffice ({reason}); what was saved is kept: free some, "
-                    "then go on with --resume, or begin anew with smaller micro-batches"
-                ) from error
 
         return main
 
     return decorate
+
+
+OUT_OF_MEMORY = ("out of memory", "allocate memory")  # torch's words for it, on CUDA and on a CPU
+
+
+@contextmanager
+def in_one_line(writing: str, then: str, *expected: type[Exception]) -> Iterator[None]:
+    """End a program with one line, and exit code 1, for what is no bug and no mistake in what was asked of it.
+
+    That is Ctrl-C, a disk that is full or may not be written (``writing`` names what should have been), memory that
+    does not suffice, and errors of the kinds ``expected``; ``then`` says what to do.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise click.ClickException(f"interrupted; {then}") from None
+    except expected as error:
+        raise click.ClickException(f"{error}; {then}") from None
+    except OSError as error:
+        raise click.ClickException(f"{writing} could not be written ({error}); {then}") from error
+    except (MemoryError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if not isinstance(error, MemoryError) and not any(words in reason for words in OUT_OF_MEMORY):
+            raise
+        raise click.ClickException(f"memory did not suffice ({reason}); {then}") from error
 
 
 def check_packages() -> None:

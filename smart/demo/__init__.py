@@ -73,14 +73,8 @@ WEIGHTS = "model.safetensors"
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
 def main(**options: Any) -> None:
     """Make a page of pairs from two models: audio, piano rolls, ratings, blind listening."""
-    try:
+    with track.in_one_line("the page", "nothing was written", RenderError):
         demo(**options)
-    except KeyboardInterrupt:
-        raise click.ClickException("interrupted; nothing was written") from None
-    except RenderError as error:
-        raise click.ClickException(f"{error}; nothing was written") from None
-    except OSError as error:
-        raise click.ClickException(f"the page could not be written ({error})") from None
 
 
 def demo(

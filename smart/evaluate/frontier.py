@@ -495,14 +495,8 @@ def main(**given: Any) -> None:
 
     The same command goes on after an interruption.
     """
-    try:
+    with track.in_one_line("the report", "the same command goes on from here", RenderError):
         report(**given)
-    except KeyboardInterrupt:
-        raise click.ClickException("interrupted; the same command goes on from here") from None
-    except RenderError as error:
-        raise click.ClickException(f"{error}; the same command goes on from here") from None
-    except OSError as error:
-        raise click.ClickException(f"the report could not be written ({error}); the same command goes on") from None
 
 
 def report(

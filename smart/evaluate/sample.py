@@ -146,14 +146,8 @@ def main(**given: Any) -> None:
     A MODEL is a run (its tuned model), RUN@base, RUN@STEP, a base's folder, shipped name or hub id; NAME=MODEL gives
     the name that tables show. The same command goes on after an interruption.
     """
-    try:
+    with track.in_one_line("the table", "the same command goes on from here", RenderError):
         sample(**given)
-    except KeyboardInterrupt:
-        raise click.ClickException("interrupted; the same command goes on from here") from None
-    except RenderError as error:
-        raise click.ClickException(f"{error}; the same command goes on from here") from None
-    except OSError as error:
-        raise click.ClickException(f"the table could not be written ({error}); the same command goes on") from None
 
 
 def sample(
