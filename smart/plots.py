@@ -21,7 +21,7 @@ def curves(folder: Path, keys: Sequence[str], unit: str) -> Path:
     """
     from matplotlib.figure import Figure
 
-    rows = track.read_metrics(folder)
+    rows = track.read_metrics(folder, keys)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for key in keys:
@@ -33,7 +33,7 @@ def curves(folder: Path, keys: Sequence[str], unit: str) -> Path:
     if len(keys) > 1:
         axes.legend()
     path = folder / f"{keys[0].replace('/', '_')}.png"
-    figure.savefig(path, dpi=120)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
     return path
 
 

@@ -4,6 +4,7 @@ Everything that is indexed by a step can be cut back to a step, so that a run th
 writes the same files as one that was never interrupted.
 """
 
+import gc
 import io
 import json
 import math
@@ -52,6 +53,7 @@ def run_command(default: str) -> Callable[[Callable[..., None]], click.Command]:
         def main(path: str, overrides: tuple[str, ...], resume: bool, overwrite: bool) -> None:
             if resume and overwrite:
                 raise click.UsageError("--resume and --overwrite contradict each other")
+            gc.freeze()  # what imports made is not looked at again, so that the garbage of an iteration is found soon
             with in_one_line("the run", "what was saved is kept: go on with --resume"):
                 function(path, overrides, resume, overwrite)
 
@@ -377,25 +379,28 @@ def summarise(folder: Path, rewards: Mapping[str, npt.NDArray[np.float32]]) -> s
     )
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The run's metrics, one mapping a step, in order.
+def read_metrics(folder: Path, keys: Collection[str] | None = None) -> list[dict[str, Any]]:
+    """The run's metrics, one mapping a step, in order: "step" and those of ``keys`` that it has (None: all).
 
     A last line that a crash cut short is left out; any other that cannot be read is too, and is named on stderr.
     """
     path = folder / METRICS
     if not path.is_file():
         raise UserError(f"run {folder}: has no {METRICS}")
-    rows, lines = [], path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            row = parse_json(line)
-            if not isinstance(row["step"], int):
-                raise TypeError
-        except (ValueError, KeyError, TypeError):
-            if number < len(lines):
-                click.echo(f"Warning: {path}: line {number} is damaged and left out", err=True)
-            continue
-        rows.append(row)
+    rows, damaged = [], 0
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if damaged:  # and not the last
+                click.echo(f"Warning: {path}: line {damaged} is damaged and left out", err=True)
+            damaged = 0
+            try:
+                row = parse_json(line)
+                if not isinstance(row["step"], int):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError):
+                damaged = number
+                continue
+            rows.append(row if keys is None else {key: row[key] for key in ("step", *keys) if key in row})
     return rows
 
 
