@@ -363,9 +363,18 @@ class Scorer:
 
 @contextmanager
 def _within(seconds: float, what: str) -> Iterator[None]:
-    """End the process if this takes longer than ``seconds``. A computation that never lets go of the GIL escapes it."""
+    """End the process if this takes longer than ``seconds``. A computation that never lets go of the GIL escapes it.
 
-    def end() -> None:
+    Time in which the process was stopped (Ctrl-Z, a machine that slept) counts for a second at most.
+    """
+    done = threading.Event()
+
+    def watch() -> None:
+        left = seconds
+        while left > 0:
+            if done.wait(min(left, 1.0)):
+                return
+            left -= 1.0
         sys.stderr.write(
             f"Error: {what} gave no answer within {seconds:g} s; this process ends, what was saved is kept\n"
         )
@@ -375,13 +384,11 @@ def _within(seconds: float, what: str) -> Iterator[None]:
     if math.isinf(seconds):
         yield
         return
-    timer = threading.Timer(seconds, end)
-    timer.daemon = True
-    timer.start()
+    threading.Thread(target=watch, name="deadline", daemon=True).start()
     try:
         yield
     finally:
-        timer.cancel()
+        done.set()
 
 
 def _rate(reward: Reward, mono: list[torch.Tensor | None], rows: range, scores: dict[str, torch.Tensor]) -> None:

@@ -2,8 +2,10 @@
 
 import math
 import random
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -162,6 +164,28 @@ print("not reached")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
     assert (done.returncode, done.stdout) == (1, "[1.0, 1.0]\nalive\n")
     assert done.stderr == "Error: reward Hangs gave no answer within 0.5 s; this process ends, what was saved is kept\n"
+
+
+PAUSED = """
+import time
+from smart.scoring import _within
+with _within(3.0, "a reward"):
+    print("begun", flush=True)
+    end = time.process_time() + 0.5  # of its own time
+    while time.process_time() < end:
+        sum(range(1000))
+print("done", flush=True)
+"""
+
+
+def test_a_pause_is_no_hang() -> None:
+    with subprocess.Popen([sys.executable, "-c", PAUSED], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(4)
+        process.send_signal(signal.SIGCONT)
+        assert process.stdout.read() == "done\n"
+    assert process.returncode == 0
 
 
 def test_metrics_by_hand() -> None:
