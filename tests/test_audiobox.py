@@ -427,6 +427,8 @@ def test_a_configuration_of_another_size_is_named(small: Weights, tmp_path: Path
     config = {"target_transform": TRANSFORM, "proj_num_layer": 2}
     (tmp_path / "config.json").write_text(json.dumps(config))
     refused(str(tmp_path), "tensors lack or misfit, e.g. proj_layer.CE", built_only=True)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"proj_num_layer": 10**12}))
+    refused(str(tmp_path), "its configuration is not usable (proj_num_layer = 1000000000000)", built_only=True)
     (tmp_path / "config.json").write_text(json.dumps(config | {"proj_act_fn": "swish"}))
     refused(str(tmp_path), "its configuration is not usable", built_only=True)
 

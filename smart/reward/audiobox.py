@@ -391,6 +391,9 @@ def _build(contents: _Contents, files: _Files) -> Any:
     official loaders of either.
     """
     shown = files.hub_id or files.weights
+    for name, value in contents.arguments.items():
+        if isinstance(value, int) and value > len(contents.state):  # layers and outputs: it would build them for ever
+            raise _unavailable(shown, f"its configuration is not usable ({name} = {value})")
     # its constructor draws random weights; whoever relies on the global generators must not notice
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*weight_norm", category=FutureWarning)
