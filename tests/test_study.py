@@ -264,6 +264,8 @@ def test_what_is_not_a_study_is_named(study: Path, tmp_path: Path) -> None:
         (lambda folder: (folder / "study.json").write_text("{}"), "study.json: cannot be read"),
         (lambda folder: next((folder / "audio").iterdir()).write_bytes(b""), "is not the file that was built"),
         (lambda folder: (folder / "key.csv").unlink(), "key.csv"),
+        (lambda folder: (folder / "key.csv").write_bytes(b"excerpt,kind\n" + b"a" * 200_000), "key.csv"),
+        (lambda folder: (folder / "key.csv").write_text("excerpt,kind\n../../secret,main"), "no excerpt's name"),
         (lambda folder: (folder / "consent.txt").write_text("Hello"), "Version: NAME"),
     ):
         copy = Path(shutil.copytree(study, tmp_path / "copy"))

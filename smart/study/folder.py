@@ -75,10 +75,12 @@ class Study:
             with open(folder / KEY, encoding="utf-8", newline="") as file:
                 for row in csv.DictReader(file):
                     name = row["excerpt"]
+                    if not name.isalnum():  # nor can it lead out of the folder
+                        raise ValueError(f"{name!r} is no excerpt's name")
                     self.excerpts[name] = Excerpt(name, row["kind"], row["system"], row["prompt"], row["seed"])
                     if sha256(self.audio(name)) != row["sha256"]:
                         raise UserError(f"{self.audio(name)}: is not the file that was built; build the study again")
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, ValueError, AttributeError, csv.Error) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"study {folder}: {KEY} or an excerpt cannot be read ({error})") from None
