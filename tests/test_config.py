@@ -1,14 +1,16 @@
 """smart.config: every shipped file loads, every mistake is named."""
 
+import json
 import string
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from smart import UserError
-from smart.config import SHIPPED, Config, PretrainConfig, dumps, find, load, shipped
+from smart.config import SHIPPED, Config, PretrainConfig, dumps, find, load, shipped, to_dict
 
 BASES = {"base.toml", "base-small.toml"}
 
@@ -133,3 +135,43 @@ def test_any_override_is_taken_or_refused_in_one_line(text: str) -> None:
         load("quickstart.toml", [text])
     except UserError as error:
         assert error.message
+
+
+def toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{toml(key)} = {toml(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    if isinstance(value, str):
+        return json.dumps(value).replace("\x7f", "\\u007f")
+    return str(value).lower()
+
+
+SECTIONS = to_dict(Config())
+KEYS = sorted({key for section in SECTIONS.values() for key in section})
+VALUES = st.recursive(
+    st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats() | st.text(st.characters(codec="utf-8"), max_size=9),
+    lambda some: st.lists(some, max_size=3) | st.dictionaries(st.text("ab ", max_size=2), some, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(
+        st.sampled_from([*SECTIONS, "other"]),
+        VALUES | st.dictionaries(st.sampled_from([*KEYS, "other"]), VALUES, max_size=3),
+        max_size=3,
+    )
+)
+def test_any_toml_is_taken_or_refused_in_one_line(tmp_path: Path, values: dict[str, Any]) -> None:
+    """What is taken is of the right types, and loads again as what it is."""
+    path = tmp_path / "any.toml"
+    path.write_text("\n".join(f"{key} = {toml(value)}" for key, value in values.items()), encoding="utf-8")
+    try:
+        config = load(path)
+    except UserError as error:
+        assert str(path) in error.message and "\n" not in error.message
+        return
+    path.write_text(dumps(config), encoding="utf-8")
+    assert load(path) == config
