@@ -134,6 +134,8 @@ def read_state(
             state: dict[str, Any] = optimizer.state[parameter]
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 value = tensors[f"optimizer.{key}.{name}"]
+                if key != "step" and value.shape != parameter.shape:
+                    raise RuntimeError(f"optimizer.{key}.{name} is {tuple(value.shape)}")
                 # AdamW keeps its step counter on the CPU unless it is fused
                 fused = bool(optimizer.param_groups[0].get("fused"))
                 state[key] = value.to(parameter.device) if key != "step" or fused else value

@@ -382,7 +382,10 @@ def _train(config: Config, world: World, held: contextlib.ExitStack, *, resume: 
         checkpoint.read_state(last, policy, optimizer, **generators)
         done = int(last.name)
         if (last / AHEAD).is_file():
-            drawn = Rollout(**checkpoint.read_tensors(last / AHEAD)).rows(rows)
+            try:
+                drawn = Rollout(**checkpoint.read_tensors(last / AHEAD)).rows(rows)
+            except TypeError as error:
+                raise UserError(f"checkpoint {last}: {AHEAD} is not what a run writes ({error})") from None
             restored = Rollout(*(part.to(device) for part in drawn))
 
     def save(target: Path) -> None:

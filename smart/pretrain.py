@@ -181,7 +181,10 @@ def _train(config: PretrainConfig, world: World, held: contextlib.ExitStack, *, 
     if last is not None:
         model.load_state_dict(load_base(last)[0].state_dict())
         checkpoint.read_state(last, model, optimizer)
-        done = Progress(**parse_json((last / "progress.json").read_text(encoding="utf-8")))
+        try:
+            done = Progress(**parse_json((last / "progress.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"checkpoint {last}: progress.json cannot be read ({error})") from None
         if not world.lead:
             done.loss = 0.0  # the lead holds what all had lost
     forward: Any = model if world.size == 1 else DistributedDataParallel(model)

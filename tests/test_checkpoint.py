@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from smart import UserError, checkpoint
 from smart.files import write_atomically
@@ -205,6 +206,14 @@ def test_state_that_does_not_fit_is_refused(tiny_model: Any, tmp_path: Path) -> 
     optimizer = torch.optim.AdamW(tiny_model.parameters())
     checkpoint.write_state(tmp_path, tiny_model, optimizer)
     with pytest.raises(UserError, match="does not fit this run"):
+        checkpoint.read_state(tmp_path, tiny_model, optimizer)
+    tensors = {
+        f"optimizer.{key}.{name}": torch.zeros(()) if key == "step" else torch.zeros(2, 3)
+        for name, _ in tiny_model.named_parameters()
+        for key in ("step", "exp_avg", "exp_avg_sq")
+    }
+    save_file(tensors, tmp_path / checkpoint.STATE)
+    with pytest.raises(UserError, match=r"does not fit this run .*exp_avg.* is \(2, 3\)"):
         checkpoint.read_state(tmp_path, tiny_model, optimizer)
     (tmp_path / checkpoint.STATE).write_bytes(b"\x80\x04not safetensors")
     with pytest.raises(UserError, match="cannot be read as safetensors"):
