@@ -81,12 +81,13 @@ def origin(system: "Recordings | System") -> Path:
     return system.folder if isinstance(system, Recordings) else system.model
 
 
-def read_wav(path: Path, sample_rate: int) -> npt.NDArray[np.float32]:
-    """Audio (2, S) of a mono or stereo file. Raises ``UserError`` for anything else."""
+def read_wav(path: Path, sample_rate: int, seconds: float) -> npt.NDArray[np.float32]:
+    """Audio (2, S) of a mono or stereo file, no more than the first ``seconds``; ``UserError`` for anything else."""
     import soundfile
 
     try:
-        audio, rate = soundfile.read(path, dtype="float32", always_2d=True)
+        most = round(seconds * sample_rate)
+        audio, rate = soundfile.read(path, frames=most, dtype="float32", always_2d=True)
     except (OSError, soundfile.SoundFileError) as error:
         raise UserError(f"{path}: cannot be read as audio ({error})") from None
     if rate != sample_rate:
@@ -192,7 +193,7 @@ def assemble(folder: Path, design: Design, clips: Sequence[Clip], target: float)
         path = audio / f"{excerpt}.wav"
         write_wav(path, changed, design.sample_rate)
         os.utime(path, (INSTANT, INSTANT))
-        now = loudness.measure(read_wav(path, design.sample_rate), design.sample_rate)
+        now = loudness.measure(read_wav(path, design.sample_rate, design.seconds), design.sample_rate)
         length = min(source.audio.shape[1], samples) / design.sample_rate if source else 0.0
         table.append([
             excerpt, *origin, int(was.silent), int(limited), f"{was.lufs:.2f}", f"{was.peak:.2f}", f"{gain:.2f}",
@@ -280,7 +281,9 @@ def fill(work: Work, systems: Sequence["Recordings | System"], design: Design, o
                 )
             for prompt in range(wanted):
                 if not work.path(number, prompt).exists():
-                    work.put(Clip(number, prompt, 0, read_wav(system.files[prompt], design.sample_rate)))
+                    work.put(
+                        Clip(number, prompt, 0, read_wav(system.files[prompt], design.sample_rate, design.seconds))
+                    )
     models = {system.name: number for number, system in enumerate(systems) if not isinstance(system, Recordings)}
     first = next((i for i in range(wanted) if not all(work.path(n, i).exists() for n in models.values())), wanted)
     if first == wanted:
