@@ -16,6 +16,7 @@ plus the samples, which the synthesiser keeps as 32-bit floats (twice the size o
 of an sf3).
 """
 
+import contextlib
 import ctypes
 import math
 import os
@@ -51,6 +52,7 @@ MAX_VOICES = 1024  # bounds the work of one clip; a piano soundfont spends 2 to 
 DRUM_BANK = 128  # where General MIDI soundfonts keep their drum kits
 PEAK_EPS = 1e-6
 GIVE_UP = 16  # clips that fail in a row, each of them twice, before a pool stops trying
+STARTS = 3  # of a worker that replaces another, before that counts as a failure of the clip that waits for it
 
 
 class Renderer(Protocol):
@@ -716,6 +718,12 @@ class RenderPool:
         worker = self._workers[place]
         if worker is not None and worker.alive():
             return worker
+        for _ in range(STARTS - 1):  # that it dies while it loads the soundfont is no fault of the clip's
+            with contextlib.suppress(_WorkerFailure, OSError):
+                return self._replace(place)
+        return self._replace(place)
+
+    def _replace(self, place: int) -> _Worker:
         self._discard(place)
         with self._lock:
             self.restarts += 1

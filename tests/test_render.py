@@ -694,6 +694,20 @@ def test_a_clip_that_fails_twice_fails_alone(
         assert (one.retries, one.failures, one.restarts) == (1, 1, restarts)
 
 
+def test_a_worker_that_dies_while_it_starts_costs_no_clip(
+    sine_file: Path, sine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with RenderPool(sine_file, workers=1) as one:
+        mark = tmp_path / "died"
+        dies_once = f"import os; os.path.exists({str(mark)!r}) or (open({str(mark)!r}, 'w').close(), os._exit(9))\n"
+        monkeypatch.setattr(render, "_BOOT", dies_once + render._BOOT)
+        os.kill(one.pids[0], signal.SIGKILL)
+        wait_until(lambda: not running(one.pids[0]))
+        rows = notes((0, 1, 60))
+        np.testing.assert_array_equal(one.submit(rows).result(60), render_notes(sine, rows))
+        assert mark.exists() and (one.retries, one.failures, one.restarts) == (0, 0, 2)
+
+
 def test_a_worker_out_of_memory_is_replaced(sine_file: Path, sine: Any) -> None:
     """It may have no more than it has: the clip is rendered by another, which may."""
     long = np.concatenate([notes((second, second + 1, 60)) for second in range(59)])
