@@ -42,7 +42,7 @@ from smart.midi import Limits, Piece
 from smart.midi_pool import Pool
 from smart.shards import Corpus
 from smart.tokens import build_tokenizer, load_tokenizer, save_tokenizer, vocabulary
-from smart.track import progress
+from smart.track import in_one_line, progress
 
 EXTENSIONS = (".mid", ".midi")
 TEST_SHARE, VALIDATION_SHARE = 0.1, 0.1  # of all pieces; of those that are not test (paper section 3.1)
@@ -94,6 +94,8 @@ class State:
                 self.table.executescript(SCHEMA)
                 self.table.execute("BEGIN")
                 self.end = int(self.get("spool") or 0)
+            except sqlite3.OperationalError:  # a disk that is full, or may not be written
+                raise
             except (sqlite3.DatabaseError, ValueError):
                 raise UserError(damaged) from None
             self.spool = opened.enter_context(open(folder / "spool.bin", "ab"))
@@ -523,7 +525,8 @@ def build_command(
             only = frozenset(filter(None, listed.read_text(encoding="utf-8").splitlines()))
         except (OSError, ValueError) as error:
             raise UserError(f"--list {listed}: cannot be read ({error})") from None
-    try:
+    # what SQLite says of a full disk is no OSError
+    with in_one_line("the corpus", "the same command goes on from here", sqlite3.OperationalError):
         summary = build(
             folders,
             out,
@@ -534,8 +537,6 @@ def build_command(
             listed=only,
             overwrite=overwrite,
         )
-    except KeyboardInterrupt:
-        raise click.ClickException("interrupted; the same command goes on from here") from None
     for reason, number in summary.counts.items():
         click.echo(f"{reason:30}{number:>12,}")
     click.echo(f"{'split':30}{'pieces':>12}{'tokens':>16}")

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import resource
 import shutil
 import signal
 import struct
@@ -747,6 +748,25 @@ def test_other_settings_do_not_continue_a_build(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="begun with other settings"):
         build([tmp_path / "midi"], tmp_path / "out")
     assert build([tmp_path / "midi"], tmp_path / "out", overwrite=True).counts == {"kept": 3}
+
+
+@pytest.mark.parametrize("limit", [0, 3000, 9000])
+def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path, limit: int) -> None:
+    """A limit on the size of a file, below that of the table of what has been read, or of the tokenizer."""
+    write_songs(tmp_path / "midi", range(12))
+    words = [sys.executable, "-m", "smart.corpus", "build", "--midi", tmp_path / "midi", "--out", tmp_path / "out"]
+    done = subprocess.run(
+        words,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1 and done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.endswith("; the same command goes on from here\n")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    subprocess.run(words, check=True, capture_output=True, timeout=120)
+    assert len(Corpus(tmp_path / "out").split("train")) > 0
 
 
 def test_two_builds_do_not_share_a_folder(tmp_path: Path) -> None:
