@@ -13,12 +13,14 @@ with its own group:
 
 How this differs from its sources, and why:
 - The paper prints (r_i + mean(r)) / std(r); the plus is a misprint.
-- Its equation 1 shows no clip. The clip is there for ``inner_epochs`` > 1 and for ``rollouts_ahead``: with one step a
-  batch, drawn by the policy that takes it, rho is 1.
+- Its equation 1 shows no clip. The clip is there for ``inner_epochs`` > 1: with one step a batch, drawn by the policy
+  that takes it, rho is 1.
 - pi_old is the distribution that the tokens were drawn from, as the sampler reports it, not a second forward pass.
   With top-k or top-p that is the truncated distribution; with neither, both agree to rounding (``policy/dlogp_max``).
 - With ``rollouts_ahead`` = 1 the next batch is drawn before this one is learnt from, so that this one's clips are
-  rendered meanwhile: from the second iteration on pi_old is the policy as it was one iteration ago.
+  rendered meanwhile: from the second iteration on pi_old is the policy as it was one iteration ago. The clip is then
+  around pi_start, the policy as this update found it, and a token's gain is weighted by pi_start/pi_old, 2 at most
+  (the decoupled objective of Hilton et al. 2022): a clip around pi_old would undo a part of the update before.
 - A completion that could not be rated has reward NaN: it is left out of its group's mean and std, has advantage 0,
   and is counted. It is never rated 0.
 - One loss, with two choices: how it is averaged (``average``) and whether advantages are divided by the group's
@@ -56,6 +58,7 @@ from smart.shards import Corpus
 from smart.soundfonts import check_soundfont, find_soundfont
 from smart.tokens import build_grammar, decode, vocabulary
 
+MOST_WEIGHT = 2.0  # of a token that an older policy drew
 AHEAD = "ahead.safetensors"  # in a checkpoint: what was drawn ahead
 
 
@@ -162,21 +165,27 @@ def grpo_loss(
     clip: float = 0.2,
     beta: float = 0.04,
     average: str = "token",
+    start_logp: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """The loss above, a scalar, and what it was made of.
 
     ``logp``, ``old_logp``, ``ref_logp`` are (N, T), of the policy, of the policy that sampled, and of the reference;
     ``advantages`` (N,); ``mask`` (N, T) bool is True on completion tokens. ``average``: "token" over all completion
     tokens of the batch, "sequence" the mean of each sequence's mean, "constant" the sum divided by N x T (Dr. GRPO).
+    ``start_logp`` (N, T), of the policy before the update, is given where an older one sampled; None: ``old_logp``.
     Stats, each a mean over completion tokens: kl, ratio, clip_fraction, dlogp_mean = |logp - old_logp|; and dlogp_max.
     """
     if not logp.shape == old_logp.shape == ref_logp.shape == mask.shape or advantages.shape != logp.shape[:1]:
         shapes = [tuple(part.shape) for part in (logp, old_logp, ref_logp, advantages, mask)]
         raise ValueError(f"expected logp, old_logp, ref_logp and mask (N, T) and advantages (N,), got {shapes}")
     log_ratio = (logp - old_logp.detach()).masked_fill(~mask, 0)
-    ratio = log_ratio.exp()
-    gain = ratio * advantages[:, None]
-    clipped = ratio.clamp(1 - clip, 1 + clip) * advantages[:, None]
+    ratio, weighted = log_ratio.exp(), advantages[:, None]
+    step = ratio
+    if start_logp is not None:
+        step = (logp - start_logp).masked_fill(~mask, 0).exp()
+        weighted = weighted * (start_logp - old_logp).masked_fill(~mask, 0).exp().clamp(max=MOST_WEIGHT)
+    gain = step * weighted
+    clipped = step.clamp(1 - clip, 1 + clip) * weighted
     kl = kl_k3(logp.masked_fill(~mask, 0), ref_logp.detach().masked_fill(~mask, 0))
     loss = (beta * kl - torch.minimum(gain, clipped)).masked_fill(~mask, 0)
     tokens = mask.sum().clamp(min=1)
@@ -206,20 +215,22 @@ def update(
     *,
     temperature: float = 1.0,
     autocast: torch.autocast,
+    behind: bool = False,
     world: World | None = None,
 ) -> dict[str, float]:
     """``inner_epochs`` optimiser steps on one batch, in micro-batches whose size does not change the gradient.
 
-    Each process of ``world`` (None: this one alone) has the whole batch, learns from its share of the rows, and steps
-    on the sum of all gradients. Returns the stats of the first epoch (before any step) and the last
-    ``grad_norm`` before clipping. Raises ``FloatingPointError`` before a step when the loss or the gradient is not
-    finite.
+    ``behind`` says that an older policy drew the batch: the clip is then around the policy as it is now. Each process
+    of ``world`` (None: this one alone) has the whole batch, learns from its share of the rows, and steps on the sum of
+    all gradients. Returns the stats of the first epoch (before any step) and the last ``grad_norm`` before clipping.
+    Raises ``FloatingPointError`` before a step when the loss or the gradient is not finite.
     """
     tokens, mask, old_logp = rollout
     world = world or World(tokens.device)
     length = mask.shape[1]
     first: dict[str, float] = {}
     norm = math.nan
+    start_logp = torch.zeros_like(old_logp) if behind else None
     for epoch in range(settings.inner_epochs):
         optimizer.zero_grad(set_to_none=True)
         stats: dict[str, float] = {}
@@ -228,6 +239,8 @@ def update(
                 logits = completion_logits(policy, tokens[rows], tokens.shape[1] - length, temperature=temperature)
             logp, entropy = _logp_and_entropy(logits, tokens[rows, -length:])
             del logits  # (n, T, V), before the gradient takes as much again
+            if start_logp is not None and not epoch:
+                start_logp[rows] = logp.detach()
             loss, parts = grpo_loss(
                 logp,
                 old_logp[rows],
@@ -237,6 +250,7 @@ def update(
                 clip=settings.clip,
                 beta=settings.beta,
                 average=settings.average,
+                start_logp=None if start_logp is None else start_logp[rows],
             )
             token_share = (mask[rows].sum() / mask.sum()).item()
             share = token_share if settings.average == "token" else len(rows) / len(tokens)
@@ -509,6 +523,7 @@ def _train(config: Config, world: World, held: contextlib.ExitStack, *, resume: 
                     settings,
                     temperature=sampling.temperature,
                     autocast=autocast,
+                    behind=bool(settings.rollouts_ahead) and step > 1,
                     world=world,
                 )
                 watch.lap("learn")

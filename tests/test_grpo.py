@@ -108,17 +108,20 @@ def test_kl_is_zero_at_the_reference_and_unbiased() -> None:
     torch.testing.assert_close((p * kl_k3(p.log(), q.log())).sum(), exact)  # its mean under the policy
 
 
-def reference_loss(logp: Any, old: Any, ref: Any, adv: Any, mask: Any, clip: float, beta: float, average: str) -> float:
+def reference_loss(
+    logp: Any, old: Any, ref: Any, adv: Any, mask: Any, start: Any, clip: float, beta: float, average: str
+) -> float:
     """The docstring's formula, token by token in plain Python."""
     rows = []
     for i in range(len(adv)):
         row = []
         for t in range(len(mask[i])):
             if mask[i][t]:
-                ratio = math.exp(logp[i][t] - old[i][t])
+                ratio = math.exp(logp[i][t] - start[i][t])
                 bounded = min(max(ratio, 1 - clip), 1 + clip)
+                weight = min(math.exp(start[i][t] - old[i][t]), 2)
                 k3 = math.exp(ref[i][t] - logp[i][t]) - (ref[i][t] - logp[i][t]) - 1
-                row.append(-(min(ratio * adv[i], bounded * adv[i]) - beta * k3))
+                row.append(-(weight * min(ratio * adv[i], bounded * adv[i]) - beta * k3))
         rows.append(row)
     total = sum(map(sum, rows))
     if average == "token":
@@ -135,21 +138,26 @@ def reference_loss(logp: Any, old: Any, ref: Any, adv: Any, mask: Any, clip: flo
     st.sampled_from(["token", "sequence", "constant"]),
     st.floats(0.05, 0.5),
     st.floats(0, 1),
+    st.booleans(),
     st.integers(0, 10_000),
 )
 def test_loss_and_gradient_against_the_formula(
-    n: int, t: int, average: str, clip: float, beta: float, seed: int
+    n: int, t: int, average: str, clip: float, beta: float, behind: bool, seed: int
 ) -> None:
     random = np.random.default_rng(seed)
-    logp, old, ref = (-random.exponential(1.0, (n, t)) for _ in range(3))
+    logp, old, ref, start = (-random.exponential(1.0, (n, t)) for _ in range(4))
+    start = start if behind else old
     adv = random.normal(size=n)
     mask = np.arange(t) < random.integers(1, t + 1, size=(n, 1))
 
     def value(x: Any) -> float:
-        return reference_loss(x, old, ref, adv, mask, clip, beta, average)
+        return reference_loss(x, old, ref, adv, mask, start, clip, beta, average)
 
     x = torch.tensor(logp, requires_grad=True)
-    loss, stats = grpo_loss(x, *map(torch.tensor, (old, ref, adv, mask)), clip=clip, beta=beta, average=average)
+    given = torch.tensor(start) if behind else None
+    loss, stats = grpo_loss(
+        x, *map(torch.tensor, (old, ref, adv, mask)), clip=clip, beta=beta, average=average, start_logp=given
+    )
     loss.backward()
     assert loss.item() == pytest.approx(value(logp), abs=1e-9)
     gradient = np.zeros_like(logp)
@@ -160,13 +168,13 @@ def test_loss_and_gradient_against_the_formula(
         down[index] -= step
         gradient[index] = (value(up) - value(down)) / (2 * step)
     # a finite difference that straddles the clip's kink says nothing there
-    ratio = np.exp(logp - old)
+    ratio = np.exp(logp - start)
     smooth = np.minimum(np.abs(ratio - (1 - clip)), np.abs(ratio - (1 + clip))) > 1e-4
     np.testing.assert_allclose(x.grad.numpy()[smooth], gradient[smooth], atol=1e-5)
     assert (x.grad.numpy()[~mask] == 0).all()
     clipped = mask & (((ratio > 1 + clip) & (adv[:, None] > 0)) | ((ratio < 1 - clip) & (adv[:, None] < 0)))
     assert stats["clip_fraction"] == pytest.approx(clipped.sum() / mask.sum())
-    assert stats["ratio"] == pytest.approx(ratio[mask].mean())
+    assert stats["ratio"] == pytest.approx(np.exp(logp - old)[mask].mean())
 
 
 def test_what_is_masked_cannot_be_felt() -> None:
@@ -200,7 +208,9 @@ def make_rollout(model: Any, n: int = 8, prompt: int = 4, t: int = 9) -> Rollout
     return Rollout(tokens, mask, old + 0.3 * torch.randn(n, t, generator=generator))
 
 
-def gradients(model: Any, world: Any = None, **settings_: Any) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def gradients(
+    model: Any, world: Any = None, behind: bool = False, **settings_: Any
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Gradient and stats of one ``update`` that does not move the weights."""
     rollout = make_rollout(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -212,6 +222,7 @@ def gradients(model: Any, world: Any = None, **settings_: Any) -> tuple[dict[str
         torch.linspace(-1, 1, 8),
         Grpo(max_grad_norm=1e9, **settings_),
         autocast=torch.autocast("cpu", torch.bfloat16, enabled=False),
+        behind=behind,
         world=world,
     )
     return {name: weights.grad.clone() for name, weights in model.named_parameters()}, stats
@@ -219,9 +230,11 @@ def gradients(model: Any, world: Any = None, **settings_: Any) -> tuple[dict[str
 
 @pytest.mark.parametrize("average", ["token", "sequence", "constant"])
 @pytest.mark.parametrize("micro_batch", [1, 3, 8])
-def test_micro_batches_change_nothing(tiny_model: Any, average: str, micro_batch: int) -> None:
-    whole, stats = gradients(tiny_model, average=average, micro_batch=64)
-    split, split_stats = gradients(tiny_model, average=average, micro_batch=micro_batch)
+@pytest.mark.parametrize("behind", [False, True])
+def test_micro_batches_change_nothing(tiny_model: Any, average: str, micro_batch: int, behind: bool) -> None:
+    same: dict[str, Any] = {"average": average, "behind": behind, "inner_epochs": 2}
+    whole, stats = gradients(tiny_model, micro_batch=64, **same)
+    split, split_stats = gradients(tiny_model, micro_batch=micro_batch, **same)
     for name, gradient in whole.items():
         torch.testing.assert_close(split[name], gradient, atol=1e-6, rtol=1e-4)
     assert split_stats == pytest.approx(stats, rel=1e-4)
@@ -242,10 +255,11 @@ def test_update_is_the_gradient_of_the_loss(tiny_model: Any) -> None:
         assert stats[key] == pytest.approx(value, rel=1e-4), key
 
 
-def test_update_against_float64(tiny_model: Any) -> None:
+@pytest.mark.parametrize("behind", [False, True])
+def test_update_against_float64(tiny_model: Any, behind: bool) -> None:
     """Gradients and stats of micro-batches against the formula on the whole batch, spelled out in float64."""
     rollout = make_rollout(tiny_model)
-    got, stats = gradients(tiny_model, micro_batch=3)
+    got, stats = gradients(tiny_model, micro_batch=3, behind=behind)
     exact = copy.deepcopy(tiny_model).double()
     exact.zero_grad()
     mask, adv = rollout.mask, torch.linspace(-1, 1, 8).double()[:, None]
@@ -253,7 +267,10 @@ def test_update_against_float64(tiny_model: Any) -> None:
     logp = probs.gather(-1, rollout.tokens[:, 4:, None])[..., 0].log()
     old = rollout.logprobs.double()
     log_ratio = old - 0.1 - logp
-    gain = torch.minimum((logp - old).exp() * adv, (logp - old).exp().clamp(0.8, 1.2) * adv)
+    ratio = (logp - old).exp()
+    gain = torch.minimum(ratio * adv, ratio.clamp(0.8, 1.2) * adv)
+    if behind:  # the first step is never clipped; tokens are weighted instead
+        gain = ratio.detach().clamp(max=2) * (logp - logp.detach()).exp() * adv
     loss = ((0.04 * (log_ratio.exp() - log_ratio - 1) - gain) * mask).sum() / mask.sum()
     loss.backward()
     for name, weights in exact.named_parameters():
