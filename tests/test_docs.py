@@ -43,7 +43,7 @@ SMALL = {
     "smart.evaluate sample": "-n 4 --tokens 24 --seconds 2 --workers 1",
     "smart.reproduce": "--list",
     "smart.study build": "--prompts 2 --repeats 1 --tokens 24 --seconds 2 --workers 1 --power 5",
-    "benchmarks/reward.py": "--clips 2 --rounds 1 --dtypes float32",
+    "benchmarks/reward.py": "--clips 2 --rounds 1 --dtypes bfloat16",
     "benchmarks/sampler.py": "--repeats 1",
 }
 
