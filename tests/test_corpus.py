@@ -546,10 +546,11 @@ def test_any_file_is_read_or_rejected_for_what_it_is(tokenizer: Any, tmp_path_fa
     """No damage crashes, hangs or swells a worker, or gets as far as a bug."""
     random, folder = np.random.default_rng(seed), tmp_path_factory.mktemp("damaged")
     save_tokenizer(tokenizer, folder)
-    sources = [bytes(song(number).dumps_midi()) for number in range(5)] + [data for data, _ in MALFORMED.values()]
+    good, bad = [bytes(song(number).dumps_midi()) for number in range(5)], [data for data, _ in MALFORMED.values()]
     tasks = []
     for number in range(200):
         path = folder / f"{number}.mid"
+        sources = bad if number % 2 else good
         path.write_bytes(damaged(sources[random.integers(len(sources))] or GOOD, random))
         tasks.append((str(number).encode(), str(path).encode()))
     with Pool(folder / FILE_NAME, Limits(), 1) as pool:
