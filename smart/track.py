@@ -213,9 +213,9 @@ class Tracker:
         self.folder = folder
         self._completions: list[dict[str, Any]] = []
         _cut_back(folder, start)
-        self._hook, threading.excepthook = threading.excepthook, self._thread_failed
         self._metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115  # closed by close()
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self._hook, threading.excepthook = threading.excepthook, self._thread_failed
 
     def __enter__(self) -> "Tracker":
         return self

@@ -653,6 +653,18 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system")
+def test_a_folder_that_is_moved_ends_the_run_in_one_line(base: Path, tmp_path: Path) -> None:
+    """TensorBoard's thread meets it first, and would print a traceback of its own."""
+    process = start("grpo", "--config", "quickstart.toml", *arguments(base, tmp_path, **{"grpo.iterations": 1000}))
+    path = tmp_path / "r" / "metrics.jsonl"
+    while not (path.exists() and path.read_text().count("\n") >= 2):
+        assert process.poll() is None
+        time.sleep(0.01)
+    (tmp_path / "r").rename(tmp_path / "elsewhere")
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "could not be written" in output and "Traceback" not in output, output
+
+
 def test_a_disk_that_fills_up_and_then_is_read_only(
     base: Path, finished: Path, small_disk: Callable[[str], Path]
 ) -> None:
