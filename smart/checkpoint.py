@@ -32,7 +32,8 @@ def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int = 0,
 
     Later ones than ``step`` are damaged, or the run would have gone on from them: they count for nothing and stay. The
     checkpoint of step ``best`` is never deleted, and the link ``<root>/best`` leads to it (None: no link).
-    Raises ``OSError`` when it cannot be written (disk full, read-only, quota); what was there before stays.
+    Raises ``OSError`` or ``SafetensorError`` when it cannot be written (disk full, read-only, quota); what was there
+    before stays.
     """
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob(".*.tmp"):  # of a process that was killed while it wrote
@@ -50,10 +51,8 @@ def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int = 0,
             shutil.rmtree(final)
         os.replace(temporary, final)
         sync(root)
-    except BaseException as error:
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, SafetensorError):  # how that library reports a full disk
-            raise OSError(f"{final}: {error}") from error
         raise
     if best is not None:
         link = root / f".{BEST}.link"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import Phi3Config, Phi3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -153,12 +153,9 @@ def _quiet() -> Iterator[None]:
 
 
 def save_base(model: Phi3ForCausalLM, tokenizer: Any, folder: Path) -> None:
-    """Write ``folder`` in the form that ``load_base`` and the hub read; ``OSError`` where it cannot be written."""
+    """Write ``folder`` in the form that ``load_base`` and the hub read."""
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with _quiet():
-            model.save_pretrained(folder, safe_serialization=True)
-    except SafetensorError as error:  # how that library reports a full disk
-        raise OSError(f"{folder}: {error}") from error
+    with _quiet():
+        model.save_pretrained(folder, safe_serialization=True)
     (folder / "generation_config.json").unlink(missing_ok=True)  # we sample by our own settings
     save_tokenizer(tokenizer, folder)

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from smart import UserError
@@ -78,7 +79,7 @@ def in_one_line(writing: str, then: str, *expected: type[Exception]) -> Iterator
         raise click.ClickException(f"interrupted; {then}") from None
     except expected as error:
         raise click.ClickException(f"{error}; {then}") from None
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter is how that library reports a full disk
         raise click.ClickException(f"{writing} could not be written ({error}); {then}") from error
     except (MemoryError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
