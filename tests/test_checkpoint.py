@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from smart import UserError, checkpoint
-from smart.files import write_atomically
+from smart.files import sha256, write_atomically
 
 
 def write_text(text: str) -> Any:
@@ -63,6 +63,22 @@ def test_a_damaged_one_is_named_and_the_one_before_used(
     (tmp_path / "00000001" / "weights").unlink()
     with pytest.raises(UserError, match=r"no checkpoint in .* can be used: .*00000002.*00000001"):
         checkpoint.latest(tmp_path)
+
+
+def test_one_that_the_disk_gives_back_no_more_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, write_text("x"))
+
+    def read(path: Path) -> str:
+        if "00000002" in str(path):
+            raise OSError(5, "Input/output error")
+        return sha256(path)
+
+    monkeypatch.setattr(checkpoint, "sha256", read)
+    assert checkpoint.latest(tmp_path) == tmp_path / "00000001"
+    assert "00000002: weights cannot be read (Input/output error)" in capsys.readouterr().err
 
 
 def test_a_damaged_one_is_not_kept_in_place_of_a_whole_one(tmp_path: Path) -> None:

@@ -608,14 +608,32 @@ def test_numbers_that_are_not_finite_stop_the_run_and_keep_the_checkpoint(base: 
     newest = max(path for path in checkpoints.iterdir() if path.name.isdecimal())
     weights = load_file(newest / "model.safetensors")
     weights["lm_head.weight"][0, 0] = torch.nan
-    save_file(weights, newest / "model.safetensors", metadata={"format": "pt"})
-    manifest = json.loads((newest / "manifest.json").read_text())
-    manifest["sha256"]["model.safetensors"] = sha256(newest / "model.safetensors")
-    (newest / "manifest.json").write_text(json.dumps(manifest))
+    save_file(weights, tmp_path / "other", metadata={"format": "pt"})
+    rewrite(newest, "model.safetensors", (tmp_path / "other").read_bytes())
     status, output = run("grpo", *args, "--resume")
     assert status == 1 and "Traceback" not in output, output
     assert "stopped before it changed the weights" in output and "not finite" in output
     assert f"last good checkpoint is {newest}" in output
+
+
+def rewrite(folder: Path, name: str, data: bytes) -> None:
+    """Put other bytes into a checkpoint, and their hash into its manifest: whole, but not what a run writes."""
+    (folder / name).write_bytes(data)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["sha256"][name] = sha256(folder / name)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_batch_drawn_ahead_that_is_none_is_refused(base: Path, either: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(either[1], tmp_path / "r")
+    for step in ("00000006", "00000004"):
+        shutil.rmtree(tmp_path / "r" / "checkpoints" / step, ignore_errors=True)
+    (newest,) = [path for path in (tmp_path / "r" / "checkpoints").glob("0*") if path.name == "00000002"]
+    save_file({"tokens": torch.zeros(2, 2)}, tmp_path / "other")
+    rewrite(newest, AHEAD, (tmp_path / "other").read_bytes())
+    args = arguments(base, tmp_path, **{"grpo.rollouts_ahead": 1})
+    status, output = run("grpo", "--config", "quickstart.toml", *args, "--resume")
+    assert status == 2 and f"{AHEAD} is not what a run writes" in output and "Traceback" not in output, output
 
 
 def test_a_disk_that_takes_no_more_ends_the_run_in_one_line(base: Path, tmp_path: Path) -> None:
@@ -794,6 +812,11 @@ def test_pretraining_killed_and_resumed_gives_the_same_curve(config: str, corpus
     for name in ("base/model.safetensors", "samples/00000012/00.mid"):
         assert (tmp_path / "b" / "r" / name).read_bytes() == (whole / name).read_bytes()
     load_base(whole / "base")
+
+    for newest in (whole / "checkpoints").glob("0*"):
+        rewrite(newest, "progress.json", b'{"pace": "allegro"}')
+    status, output = run("pretrain", *pretrain(corpus, tmp_path / "a", config), "--resume")
+    assert status == 2 and "progress.json cannot be read" in output and "Traceback" not in output, output
 
 
 def test_pretraining_asked_to_stop_saves_and_goes_on_with_the_same_curve(corpus: Path, tmp_path: Path) -> None:
