@@ -24,7 +24,6 @@ What is not linear at all goes to the pool of ``smart.render``, too, which stays
 
 import hashlib
 import importlib.metadata
-import math
 import os
 import queue
 import tempfile
@@ -34,7 +33,6 @@ from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +44,7 @@ from safetensors.torch import save
 from tinysoundfont import _tinysoundfont as tsf
 
 from smart import UserError
+from smart.envelopes import BLOCK, FOREVER, LEFT, Law, alone, bare, blocks_between, law_of, mix, not_linear, stored
 from smart.files import write_atomically
 from smart.regions import Region, Values, read_regions, write_variant
 from smart.render import (
@@ -70,35 +69,9 @@ from smart.render import (
 )
 from smart.soundfonts import check_soundfont, find_soundfont
 
-BLOCK = 64  # samples between two steps of the synthesiser's envelopes
 LEAST_SNR = 55.0  # dB, of a clip, by what its stored sounds differ from the synthesiser's own
 _FORMAT = 1  # of the files in the cache
-_STEEPNESS = 9.226  # an exponential segment falls by exp(-9.226) in its time
-_FAST_RELEASE = 0.01  # seconds, where a region gives none
-_FOREVER = 1 << 40  # samples
 _CHECKED = 0.3  # seconds after which the compared note ends
-
-
-class _Law(NamedTuple):
-    """How a region plays one key at one velocity; times in samples."""
-
-    left: float  # gain
-    right: float
-    delay: int
-    attack: int
-    hold: int
-    decay: int  # in which the level would fall by exp(-9.226)
-    decay_until: int  # when it has reached ``sustain``
-    sustain: float
-    release: int
-    # of the modulation envelope, where the filter follows it
-    mod_hold: int
-    mod_decay: int  # in which it would reach 0
-    mod_decay_until: int  # when it has reached ``mod_sustain``
-    mod_sustain: float
-    mod_release: int
-    drop: float  # by how much of itself the modulation is lowered in the last of the stored rows
-    rows: int  # 1: the filter does not move
 
 
 _SoundKey = tuple[Any, ...]  # pitch, drop, rows, and the generators that shape the sound
@@ -118,7 +91,7 @@ class _Voice(NamedTuple):
     preset: tuple[int, int]
     region: Region
     key: _SoundKey
-    law: _Law
+    law: Law
 
 
 class NoteBank:
@@ -207,8 +180,8 @@ class NoteBank:
             answers[index] = next(
                 (reason for at in place[clip == index].tolist() if isinstance(reason := voices[at], str)), ""
             )
-        laws = np.array([own.law for own in self._voices], np.float64).reshape(-1, len(_Law._fields))
-        release = laws[voice, _Law._fields.index("release")].astype(np.int64)
+        laws = np.array([own.law for own in self._voices], np.float64).reshape(-1, len(Law._fields))
+        release = laws[voice, Law._fields.index("release")].astype(np.int64)
         crowded = _most_at_once(clip[row], table[row, ON], table[row, OFF] + release + 2 * BLOCK, len(parts))
         group: list[int] = []
         wanted: dict[_SoundKey, _Voice] = {}
@@ -251,7 +224,7 @@ class NoteBank:
                 for region in (self._presets[preset] if preset else ())
                 if region.keys[0] <= pitch <= region.keys[1] and region.velocities[0] <= heard <= region.velocities[1]
             ]
-            reasons = [reason for region in regions if (reason := _not_linear(region.values))]
+            reasons = [reason for region in regions if (reason := not_linear(region.values))]
             if reasons:
                 self._notes[note] = reasons[0]
             elif preset:
@@ -270,8 +243,8 @@ class NoteBank:
         return None if drum else min(self._presets)
 
     def _voice(self, preset: tuple[int, int], region: Region, pitch: int, velocity: int) -> _Voice:
-        law = _law(region.values, pitch, velocity, self.sample_rate)
-        return _Voice(preset, region, (pitch, law.drop, law.rows, _frozen(_bare(region.values))), law)
+        law = law_of(region.values, pitch, velocity, self.sample_rate)
+        return _Voice(preset, region, (pitch, law.drop, law.rows, _frozen(bare(region.values))), law)
 
     # What is stored -------------------------------------------------------------------------------------------
 
@@ -313,7 +286,7 @@ class NoteBank:
     def _make(self, voice: _Voice) -> tuple[torch.Tensor, float, float]:
         """Sound of a voice, (rows, length), and the energies of ``_Sound``."""
         self._load(voice.preset)
-        rows = [self._play(values, voice.key[0]) for values in _stored(voice.region.values, voice.law)]
+        rows = [self._play(values, voice.key[0]) for values in stored(voice.region.values, voice.law)]
         sounding = max((int(np.flatnonzero(row)[-1]) + 1 for row in rows if row.any()), default=0)
         audio = torch.from_numpy(np.stack([row[: sounding + BLOCK] for row in rows]))
         signal, noise = self._compare(voice, audio)
@@ -331,11 +304,11 @@ class NoteBank:
         """Energy of the synthesiser's own note that ends after 0.3 s, and of what ours differs from it."""
         off = max(1, min(round(_CHECKED * self.sample_rate), self.limit // 2))
         stop = min(self.limit, off + voice.law.release)
-        expected = self._play(_alone(voice.region.values), voice.key[0], off=off)[:stop].astype(np.float64)
+        expected = self._play(alone(voice.region.values), voice.key[0], off=off)[:stop].astype(np.float64)
         row = [0, off, stop, 0, audio.shape[1], *voice.law._replace(left=1.0)]
-        blocks = _blocks(torch.tensor([0, off]), torch.tensor([off, stop]))
+        blocks = blocks_between(torch.tensor([0, off]), torch.tensor([off, stop]))
         store = torch.cat([audio.flatten(), audio.new_zeros(BLOCK)])
-        found = _mix(store, torch.tensor([row], dtype=torch.float64), _LEFT, blocks, stop).numpy()
+        found = mix(store, torch.tensor([row], dtype=torch.float64), LEFT, blocks, stop).numpy()
         return float(np.square(expected).sum()), float(np.square(found - expected).sum())
 
     def _play(self, values: Values, pitch: int, *, off: int | None = None) -> npt.NDArray[np.float32]:
@@ -356,9 +329,9 @@ class NoteBank:
         """Load a variant of the soundfont with every region of ``preset`` alone, beside those that it has by now."""
         wanted: list[Values] = []
         for region in self._presets[preset]:
-            if not _not_linear(region.values):
-                law = _law(region.values, 60, 127, self.sample_rate)  # what is stored is the same for every key
-                wanted += [_alone(region.values), *_stored(region.values, law)]
+            if not not_linear(region.values):
+                law = law_of(region.values, 60, 127, self.sample_rate)  # what is stored is the same for every key
+                wanted += [alone(region.values), *stored(region.values, law)]
         needed = dict.fromkeys(map(_frozen, wanted))
         if self._synth is not None and needed.keys() <= self._programs.keys():
             return
@@ -452,13 +425,13 @@ class NoteBank:
             row, voice = row[use], voice[use]
             at = origin[clip[row]]
             on, off, last = table[row, ON] + at, table[row, OFF] + at, stop[clip[row]] + at
-            off = np.where(off < last, off, _FOREVER)
+            off = np.where(off < last, off, FOREVER)
             voices = np.column_stack([on, off, last, sounds[voice, :2], laws[voice]])
             lines = [torch.from_numpy(np.concatenate(line)).to(self.device) for line in (events, ends)]
-            blocks = _blocks(*lines)
+            blocks = blocks_between(*lines)
             on_device = torch.from_numpy(voices).to(self.device)
             for side in range(2):
-                audio[side] = _mix(self._store, on_device, _LEFT + side, blocks, total)
+                audio[side] = mix(self._store, on_device, LEFT + side, blocks, total)
         for index in group:
             if index not in samples:
                 answers[index] = torch.zeros((2, min(self.sample_rate, self.limit)), device=self.device)
@@ -467,263 +440,8 @@ class NoteBank:
             answers[index] = own / (own.abs().amax() + PEAK_EPS)
 
 
-# The law of the synthesiser ---------------------------------------------------------------------------------
-
-
-def _not_linear(values: Values) -> str | None:
-    """Why a region cannot be played from a bank, if so."""
-    filtered = values["mod_env_to_filter"]
-    for wrong, reason in (
-        (values["exclusive_class"], "an exclusive class, which cuts off other notes"),
-        (values["vib_lfo_to_pitch"] or values["mod_lfo_to_pitch"], "a vibrato"),
-        (values["mod_lfo_to_volume"], "a tremolo"),
-        (values["mod_lfo_to_filter"], "a filter that follows an oscillator"),
-        (values["mod_env_to_pitch"], "a pitch that follows an envelope"),
-        (values["modes"] == 3, "a loop that ends with the key"),
-        (filtered and max(values["mod_delay"], values["mod_attack"]) >= -11950, "a filter that follows an attack"),
-    ):
-        if wrong:
-            return f"a region with {reason}"
-    return None
-
-
-_NO_ENVELOPE = {
-    **dict.fromkeys(("delay", "attack", "hold", "decay", "release"), -12000),
-    **dict.fromkeys(("sustain", "key_to_hold", "key_to_decay"), 0),
-}
-_NO_MODULATION = {
-    **dict.fromkeys(("mod_delay", "mod_attack", "mod_hold", "mod_decay"), -12000),
-    **dict.fromkeys(("mod_sustain", "mod_key_to_hold", "mod_key_to_decay"), 0),
-}
-_NO_OSCILLATORS = {
-    **dict.fromkeys(("mod_lfo_delay", "vib_lfo_delay"), -12000),
-    **dict.fromkeys(("mod_lfo_frequency", "vib_lfo_frequency"), 0),
-}
-
-
-def _alone(values: Values) -> Values:
-    """The region on the left only, at full gain."""
-    return values | _NO_OSCILLATORS | {"pan": -500, "attenuation": 0, "exclusive_class": 0}
-
-
-def _bare(values: Values) -> Values:
-    """And without its envelope: what is left is what shapes the sound of a key that stays down."""
-    modulation = {"mod_release": -12000} | ({} if values["mod_env_to_filter"] else _NO_MODULATION)
-    return _alone(values) | _NO_ENVELOPE | modulation
-
-
-def _stored(values: Values, law: _Law) -> list[Values]:
-    """The rows that are stored of a region: with the modulation as it is, then lowered in equal steps."""
-    lowered = np.linspace(1, 1 - law.drop, law.rows) * values["mod_env_to_filter"]
-    return [_bare(values) | {"mod_env_to_filter": round(amount)} for amount in lowered.tolist()]
-
-
 def _frozen(values: Values) -> tuple[tuple[str, int], ...]:
     return tuple(sorted(values.items()))
-
-
-def _seconds(timecents: float) -> float:
-    """In 32 bits, as the synthesiser computes them."""
-    return float(np.float32(2.0) ** np.float32(timecents / 1200)) if timecents >= -11950 else 0.0
-
-
-def _law(values: Values, pitch: int, velocity: int, sample_rate: int) -> _Law:
-    """What TinySoundFont does with a region's generators."""
-
-    def samples(seconds: float) -> int:
-        return int(np.float32(seconds) * np.float32(sample_rate))
-
-    def keyed(name: str, prefix: str) -> float:
-        scale = values[f"{prefix}key_to_{name}"]
-        if not scale:
-            return _seconds(values[f"{prefix}{name}"])
-        timecents = values[f"{prefix}{name}"] + scale * (60 - pitch)
-        return 0.0 if timecents < -10000 else float(np.float32(2.0) ** np.float32(timecents / 1200))
-
-    loudness = -0.1 * values["attenuation"] + 20 * math.log10(velocity / 127)
-    gain = 10 ** (loudness / 20) if loudness > -100 else 0.0
-    pan = values["pan"] / 1000
-    decay = samples(keyed("decay", ""))
-    sustain = 10 ** (-0.1 * values["sustain"] / 20) if values["sustain"] < 1000 else 0.0
-    release = samples(_seconds(values["release"]) or _FAST_RELEASE)
-    mod_decay, mod_sustain = keyed("decay", "mod_"), 1 - values["mod_sustain"] / 1000
-    mod_release = samples(_seconds(values["mod_release"]) or _FAST_RELEASE)
-    # lowered by as much as it falls until the release is down by 50 dB, in eighths; a row for every 250 cents
-    drop = min(max(round(8 * 0.62 * release / mod_release), 1), 8) / 8 if values["mod_env_to_filter"] else 0.0
-    rows = min(1 + math.ceil(drop * abs(values["mod_env_to_filter"]) / 250), 8)
-    return _Law(
-        left=gain * math.sqrt(0.5 - pan),
-        right=gain * math.sqrt(0.5 + pan),
-        delay=samples(_seconds(values["delay"])),
-        attack=samples(_seconds(values["attack"])),
-        hold=samples(keyed("hold", "")),
-        decay=decay,
-        decay_until=int(-math.log(sustain) * decay / _STEEPNESS) if sustain else decay,
-        sustain=sustain,
-        release=release,
-        mod_hold=samples(keyed("hold", "mod_")),
-        mod_decay=samples(mod_decay),
-        mod_decay_until=samples(mod_decay * (1 - mod_sustain)),
-        mod_sustain=mod_sustain,
-        mod_release=mod_release,
-        drop=drop,
-        rows=rows,
-    )
-
-
-# Sums of rows -----------------------------------------------------------------------------------------------
-
-_LEFT = 5  # column of a voice's gain on the left; before it on, off, stop, start and length, then the rest of its law
-
-
-def _blocks(starts: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """First samples (nb,) of the blocks, where events cut the time into stretches from ``starts`` to ``ends``."""
-    many = (ends - starts + BLOCK - 1) // BLOCK
-    return starts.repeat_interleave(many) + BLOCK * _count_up_torch(many)
-
-
-class _Pieces(NamedTuple):
-    """Stretches of voices in which the gain is (base + slope tau) exp(-fall tau), tau samples after ``origin``."""
-
-    first: torch.Tensor  # (p,) the first of its blocks
-    last: torch.Tensor  # and the one after the last
-    origin: torch.Tensor
-    base: torch.Tensor
-    slope: torch.Tensor
-    fall: torch.Tensor
-    shift: torch.Tensor  # from a time to the place of its sample in the store
-
-
-def _pieces(voices: torch.Tensor, side: int, blocks: torch.Tensor) -> _Pieces:
-    """What ``voices`` (n, 21) play on one side: attack, hold, decay, sustained level, release."""
-    on, off, stop, start, length = voices[:, :_LEFT].T
-    gain = voices[:, side]
-    delay, attack, hold, decay, until, sustain, release = voices[:, _LEFT + 2 : _LEFT + 9].T
-    mod_hold, mod_decay, mod_until, mod_sustain, mod_release, drop, many = voices[:, _LEFT + 9 :].T
-    grid = torch.cat([blocks.double(), blocks.new_full((1,), _FOREVER).double()])
-
-    def after(time: torch.Tensor, duration: torch.Tensor) -> torch.Tensor:
-        """The first block that is ``duration`` or more after ``time``, if there is a duration."""
-        block = grid[torch.searchsorted(grid, time + duration).clamp(max=len(grid) - 1)]
-        return torch.where(duration > 0, block, time)
-
-    def modulation(time: torch.Tensor) -> torch.Tensor:
-        """Level of the modulation envelope while the key is held."""
-        since = time - on - mod_hold
-        return torch.where(since < mod_until, 1 - since.clamp(min=0) / mod_decay.clamp(min=1), mod_sustain)
-
-    begin = after(on, delay)
-    full = after(begin, attack)
-    fading = after(full, hold)
-    settled = after(fading, torch.where(decay > 0, until.clamp(min=1), 0))
-    zero, one = torch.zeros_like(on), torch.ones_like(on)
-    rise, fade, fall = one / attack.clamp(min=1), _STEEPNESS / decay.clamp(min=1), _STEEPNESS / release
-    end = torch.minimum(stop, on + length - BLOCK)  # of the clip, of the sample
-    end = torch.minimum(end, after(off, release))
-    level = torch.where(
-        off < full,
-        (off - begin).clamp(min=0) * rise,
-        torch.where(off < fading, one, torch.where(off < settled, torch.exp(-fade * (off - fading)), sustain)),
-    )
-    held_until = torch.minimum(off, end)
-    rows = [  # from, to, origin, base, slope, fall, row
-        (begin, torch.minimum(full, held_until), begin, zero, rise, zero, zero),
-        (full, torch.minimum(fading, held_until), full, one, zero, zero, zero),
-        (fading, torch.minimum(settled, held_until), fading, one, zero, fade, zero),
-        (settled, held_until, settled, sustain, zero, zero, zero),
-    ]
-    # After note-off the modulation falls in a straight line to 0; that of the first row holds, falls and stays. Their
-    # ratio says where between the rows we are: taken to be a straight line from each turn of the two to the next.
-    turns = [mod_hold + on, mod_hold + on + mod_until, off + mod_release]
-    turns = [torch.minimum(torch.maximum(turn, off), torch.minimum(off + mod_release, end)) for turn in turns]
-    moves = many > 1
-
-    def place(time: torch.Tensor) -> torch.Tensor:
-        """Between which rows, from 0 to ``many`` - 1; beyond these the nearest two go on."""
-        held = modulation(time)
-        ratio = modulation(off) * (1 - (time - off) / mod_release).clamp(min=0) / held.clamp(min=1e-3)
-        return torch.where(moves & (held > 1e-3), (1 - ratio) / drop.clamp(min=1e-3) * (many - 1), zero)
-
-    last = (many - 2).clamp(min=0)
-    for since, to in pairwise([off, *turns, end]):
-        here = place(since)
-        speed = (place(to) - here) / (to - since).clamp(min=1) if to is not end else zero
-        start_place = here - speed * (since - off)
-        for row in range(int(last.amax()) + 1):
-            low = torch.where(speed == 0, -_FOREVER, since + (row - here) / speed)  # when it passes this row
-            high = torch.where(speed == 0, _FOREVER, since + (row + 1 - here) / speed)  # and the next
-            low, high = torch.where(speed < 0, high, low), torch.where(speed < 0, low, high)
-            at_first, at_last = row == 0, row == last
-            low = torch.where(at_last & (speed < 0), since, low)
-            high = torch.where(at_last & (speed > 0), to, high)
-            if at_first:
-                low, high = torch.where(speed > 0, since, low), torch.where(speed < 0, to, high)
-            stays = row == torch.minimum(here.clamp(min=0).floor(), last)
-            used = (row <= last) & ((speed != 0) | stays)
-            low = torch.minimum(torch.maximum(low, since), to)
-            high = torch.where(used, torch.minimum(torch.maximum(high, since), to), low)
-            rows += [
-                (low, high, off, level * (row + 1 - start_place), -level * speed, fall, zero + row),
-                (low, high, off, level * (start_place - row), level * speed, fall, zero + row + 1),
-            ]
-    since, to, origin, base, slope, falling, row_number = (torch.cat(column) for column in zip(*rows, strict=True))
-    gains = gain.repeat(len(rows))
-    shift = (start - on).repeat(len(rows)) + row_number * length.repeat(len(rows))
-    sounds = (to > since) & (gains * (base.abs() + slope.abs()) > 0)
-    since, to, origin, shift = since[sounds].long(), to[sounds].long(), origin[sounds].long(), shift[sounds].long()
-    return _Pieces(
-        torch.searchsorted(blocks, since),
-        torch.searchsorted(blocks, to),
-        origin,
-        (gains * base)[sounds].float(),
-        (gains * slope)[sounds].float(),
-        falling[sounds].float(),
-        shift,
-    )
-
-
-def _mix(store: torch.Tensor, voices: torch.Tensor, side: int, blocks: torch.Tensor, total: int) -> torch.Tensor:
-    """The sum of ``voices`` on one side, (total,): for every block the weighted sum of a row of each of its voices."""
-    device = store.device
-    if not len(voices):
-        return torch.zeros(total, device=device)
-    pieces = _pieces(voices, side, blocks)
-    # blocks between two bounds have the same pieces: ``members`` lists them, bounds after bounds
-    bounds = torch.unique(torch.cat([pieces.first, pieces.last, torch.tensor([0, len(blocks)], device=device)]))
-    low, high = torch.searchsorted(bounds, pieces.first), torch.searchsorted(bounds, pieces.last)
-    piece = torch.arange(len(low), device=device).repeat_interleave(high - low)
-    stretch = low[piece] + _count_up_torch(high - low)
-    members = piece[torch.sort(stretch, stable=True).indices]
-    sizes = torch.bincount(stretch, minlength=len(bounds) - 1)
-    many = sizes.repeat_interleave(bounds.diff())  # (nb,) pieces of each block
-    before = many.cumsum(0)  # including its own
-    member = (sizes.cumsum(0) - sizes).repeat_interleave(bounds.diff()) - (before - many)
-    lengths = torch.diff(blocks, append=torch.tensor([total], device=device))
-    windows = store.as_strided((len(store) - BLOCK + 1, BLOCK), (1, 1))
-    most = 1 << (22 if device.type == "cuda" else 15)  # rows at a time: they should fit the cache of a processor
-    if not len(piece):
-        return torch.zeros(total, device=device)
-    steps = torch.arange(most, max(most, int(before[-1])), most, device=device)
-    cuts = [0, *torch.searchsorted(before, steps, right=True).tolist(), len(blocks)]
-    filled = torch.arange(BLOCK, device=device) < lengths[:, None]  # an event cuts a block short
-    out = torch.empty(total, device=device)
-    sampled = [0, *torch.cat([blocks, blocks.new_tensor([total])])[torch.tensor(cuts[1:], device=device)].tolist()]
-    for index, (cut, following) in enumerate(pairwise(cuts)):
-        if following == cut:
-            continue
-        own = many[cut:following]
-        offsets = own.cumsum(0) - own
-        block = torch.arange(cut, following, device=device).repeat_interleave(own)
-        place = torch.arange(len(block), device=device) + (before[cut] - many[cut])
-        which = members[member[block] + place]
-        time = blocks[block]
-        since = (time - pieces.origin[which]).float()
-        gain = (pieces.base[which] + pieces.slope[which] * since) * torch.exp(-pieces.fall[which] * since)
-        rows = windows[pieces.shift[which] + time]
-        numbers = torch.arange(len(rows), device=device)
-        sums = torch.nn.functional.embedding_bag(numbers, rows, offsets, mode="sum", per_sample_weights=gain)
-        out[sampled[index] : sampled[index + 1]] = sums[filled[cut:following]]
-    return out
 
 
 def _pack(table: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -739,10 +457,6 @@ def _unpack(note: int) -> tuple[int, int, int, int]:
 def _count_up(many: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """0 .. m-1 for each m of ``many``, one after the other."""
     return np.arange(many.sum()) - np.repeat(np.cumsum(many) - many, many)
-
-
-def _count_up_torch(many: torch.Tensor) -> torch.Tensor:
-    return torch.arange(int(many.sum()), device=many.device) - (many.cumsum(0) - many).repeat_interleave(many)
 
 
 def _most_at_once(

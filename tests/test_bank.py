@@ -164,7 +164,7 @@ def test_more_voices_than_the_synthesiser_has_are_refused(bank: NoteBank, monkey
 
 def test_a_sound_that_disagrees_with_the_synthesiser_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison finds it when the law is wrong, whatever the reason."""
-    monkeypatch.setattr("smart.bank._STEEPNESS", 5.0)
+    monkeypatch.setattr("smart.envelopes._STEEPNESS", 5.0)
     wrong = NoteBank("timgm", sample_rate=RATE, seconds=SECONDS)
     assert "agree with the synthesiser to" in (wrong.supports(music(1)) or "")
 

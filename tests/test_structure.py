@@ -13,7 +13,7 @@ PACKAGE = Path(smart.__file__).parent
 GROUND = {"config", "tokens", "model", "checkpoint", "track", "shards", "hub", "soundfonts"}
 GROUND |= {"files", "remi", "midi", "midi_pool", "distributed", "regions", "paper"}
 ROOMS = {"prompts", "sampler", "render", "bank", "scoring", "reward", "reward.audiobox", "reward.ce_proxy", "plots"}
-ROOMS |= {"compare", "features", "diversity", "guard"}
+ROOMS |= {"compare", "features", "diversity", "envelopes", "guard"}
 PROGRAMS = {
     "grpo",
     "pretrain",
