@@ -647,17 +647,20 @@ class RenderPool:
             return
         ready.set_result(None)
         while (job := self._jobs.get()) is not None:
-            future, notes = job
-            if self._closed:
-                future.cancel()
-            if future.set_running_or_notify_cancel():
-                try:
-                    audio = self._render(place, notes)
-                except Exception as error:
-                    future.set_exception(error)
-                else:
-                    future.set_result(audio)
+            self._answer(place, *job)
+            del job  # or the clip would be kept until the next one comes
         self._discard(place)
+
+    def _answer(self, place: int, future: "Future[Audio]", notes: Notes) -> None:
+        if self._closed:
+            future.cancel()
+        if future.set_running_or_notify_cancel():
+            try:
+                audio = self._render(place, notes)
+            except Exception as error:
+                future.set_exception(error)
+            else:
+                future.set_result(audio)
 
     def _start(self, place: int) -> _Worker:
         """Start the worker at ``place`` and wait until it has loaded the soundfont."""

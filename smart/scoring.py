@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, as_completed
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -262,14 +263,8 @@ class Clips:
         submitted = time.perf_counter()
         future = self.futures[row] = self.scorer.pool.submit(decode(self.scorer.tokenizer, tokens))
         if self.stopwatch is not None:
-            future.add_done_callback(lambda _: self._rendered(submitted))
-
-    def _rendered(self, submitted: float) -> None:
-        """In the thread of the worker that did it, which began when it was free."""
-        assert self.stopwatch is not None
-        worker, now, busy_until = threading.current_thread().name, time.perf_counter(), self.scorer.busy_until
-        self.stopwatch.span("render", max(submitted, busy_until.get(worker, 0.0)), now, worker)
-        busy_until[worker] = now
+            # not a method of this object: a circle would keep the batch's audio until the next full collection
+            future.add_done_callback(partial(self.scorer.rendered, self.stopwatch, submitted))
 
 
 class Scorer:
@@ -307,6 +302,12 @@ class Scorer:
         """To be shown a batch while it is drawn (``Clips.look``), and once at its end (``Clips.finish``)."""
         return Clips(self, stopwatch)
 
+    def rendered(self, stopwatch: Stopwatch, submitted: float, _: Future[Audio]) -> None:
+        """Called in the thread of the worker that did it, which began when it was free."""
+        worker, now = threading.current_thread().name, time.perf_counter()
+        stopwatch.span("render", max(submitted, self.busy_until.get(worker, 0.0)), now, worker)
+        self.busy_until[worker] = now
+
     def submit(self, rollout: Rollout) -> list[Future[Audio]]:
         """Start rendering N completions, each with its prompt; returns N futures."""
         return self.listen().finish(rollout)
@@ -337,11 +338,11 @@ class Scorer:
                 clip = next(arrivals)
             with stopwatch.timed("rate"):
                 for row in rows_of[clip]:
-                    try:
-                        stereo = clip.result()
-                    except RenderError:
+                    # asked, not caught: the traceback of an error would hold this frame, and so the whole batch
+                    if isinstance(clip.exception(), RenderError):
                         failed += 1
                     else:
+                        stereo = clip.result()
                         audio[row] = stereo if row in kept else None
                         wave = resample(torch.from_numpy(stereo).mean(0), self.sample_rate, reward.sample_rate)
                         silent += bool(wave.abs().amax() < SILENT)

@@ -1,11 +1,13 @@
 """smart.scoring: completions to rewards through the real renderer, and clips that fail."""
 
+import gc
 import math
 import random
 import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
@@ -113,6 +115,32 @@ def test_a_clip_that_failed_is_nan_and_counted(tokenizer: Any, pool: RenderPool)
         listening.rate().check()
     assert nothing.failed == 2 and nothing.rewards.isnan().all()
     assert all(math.isnan(value) for key, value in nothing.metrics(2).items() if key == "reward/mean")
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_audio_is_freed_with_its_batch(tokenizer: Any, pool: RenderPool, failing: bool) -> None:
+    """Without waiting for a collection of garbage, between which batches of audio piled up to gigabytes."""
+    scorer = Scorer(tokenizer, pool, load_reward("ce_proxy"), sample_rate=RATE)
+    rollout = rollout_of(tokenizer, NOTE, HIGH, NOTE)
+    gc.collect()
+    gc.disable()
+    try:
+        clips = scorer.listen(Stopwatch())
+        futures = clips.finish(rollout)
+        if failing:
+            lost: Future[Any] = Future()
+            lost.set_exception(RenderError("twice"))
+            clips.futures[1] = lost
+        heard = [weakref.ref(future.result()) for future in futures]
+        rated = clips.rate()
+        del clips, futures
+        assert rated.failed == failing
+        deadline = time.monotonic() + 10  # the worker's thread may still be handing over the last one
+        while time.monotonic() < deadline and not all(audio() is None for audio in heard):
+            time.sleep(0.01)
+        assert [audio() is None for audio in heard] == [True] * 3
+    finally:
+        gc.enable()
 
 
 class Broken(Reward):
