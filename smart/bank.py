@@ -572,6 +572,7 @@ class BankPool:
             due = [job for job in due if job[0].set_running_or_notify_cancel()]
             if due:
                 self._answer(due)
+            del jobs, due  # or their clips would be kept until the next ones come
 
     def _answer(self, jobs: list[tuple[Future[Audio], Notes]]) -> None:
         try:

@@ -208,6 +208,19 @@ def test_both_ways_to_convolve_agree(small: Weights, dtype: str, bound: float) -
     assert 0 < difference(products, reward.score(*clips)) < bound
 
 
+@pytest.mark.parametrize("taps", [1, 5, 128])
+@pytest.mark.parametrize("frames", [1, 63, 499])
+def test_the_positional_convolution_by_fourier_transforms(taps: int, frames: int) -> None:
+    generator = torch.Generator().manual_seed(taps * frames)
+    convolution = torch.nn.Conv1d(12, 12, taps, padding=taps // 2, groups=3).double().requires_grad_(False)
+    for parameter in convolution.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    x = torch.randn(2, 12, frames, generator=generator)
+    exact = convolution(x.double())[..., :frames].float()
+    found = audiobox._PositionalConvolution(convolution.float(), 499)(x)
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-6 * exact.abs().max().item())
+
+
 def test_batching_order_and_neighbours_do_not_change_ratings(small: Weights) -> None:
     clips = make_clips(3.0, 21.0, 10.0, 0.5, 12.0)
     whole = load_reward("audiobox", model=str(small.folder), batch_size=64).score(*batch(clips))

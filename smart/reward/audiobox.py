@@ -34,9 +34,7 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # as PyTorchMode
 AXES = ("CE", "CU", "PC", "PQ")
 SAMPLE_RATE = 16_000
 WINDOW = 10 * SAMPLE_RATE  # samples; also the hop
-FEATURES_AT_A_TIME = (
-    32  # of the 499 of a window, where the convolutions are ours: 2,000 frames x 512 in the first layer
-)
+FEATURES_AT_A_TIME = 32  # of the 499 of a window, on a CPU: 2,000 frames x 512 in the first layer
 
 # the arguments of AesMultiOutput that the original checkpoint stores; its loader ignores the others
 CHECKPOINT_ARGUMENTS = (
@@ -98,8 +96,13 @@ class Audiobox(Reward):
         self._network = network.to(self.device).eval().requires_grad_(False)
         precision = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         self._autocast = torch.autocast(self.device.type, precision, enabled=precision != torch.float32)
-        extractor = self._network.wavlm_model.feature_extractor
-        self._convolutions = _Convolutions(extractor, precision) if self.device.type == "cpu" else None
+        self._convolutions = None
+        if self.device.type == "cpu":
+            self._convolutions = _Convolutions(self._network.wavlm_model.feature_extractor, precision)
+            encoder = self._network.wavlm_model.encoder
+            convolution, _, activation = encoder.pos_conv  # between them: what an even number of taps adds is cut off
+            frames = (WINDOW - self._convolutions.reach) // self._convolutions.hop + 1
+            encoder.pos_conv = torch.nn.Sequential(_PositionalConvolution(convolution, frames), activation)
         self._padded = True
         for layer in self._network.wavlm_model.encoder.layers:
             layer.self_attn.register_forward_pre_hook(self._float_mask, with_kwargs=True)
@@ -233,6 +236,31 @@ class _Convolutions:
         scale = self.norm.weight.double() / (variance + self.norm.eps).sqrt()
         bias = self.norm.bias.double() - weight @ mean * scale
         return (weight * scale[:, None]).t().to(self.dtype), bias.to(self.dtype)
+
+
+class _PositionalConvolution(torch.nn.Module):
+    """The encoder's positional convolution, 128 taps in 16 groups of channels, by Fourier transforms; for CPUs.
+
+    A product of channels for each frequency takes a thirtieth of the operations. It is computed in float32 always.
+    """
+
+    def __init__(self, convolution: Any, frames: int) -> None:
+        super().__init__()
+        taps, groups = convolution.kernel_size[0], convolution.groups
+        with torch.no_grad():
+            convolution(torch.zeros(1, convolution.in_channels, 1))  # which normalises its weights
+            self.size = -(-(frames + taps - 1) // 64) * 64  # of the transforms: nothing comes around to the other end
+            weight = torch.nn.functional.pad(convolution.weight, (0, self.size - taps))
+            weight = torch.fft.rfft(weight.roll(-convolution.padding[0], dims=-1)).conj_physical()
+        # (frequencies, groups, channels in, channels out) and (C, 1)
+        self.spectrum = weight.unflatten(0, (groups, -1)).permute(3, 0, 2, 1).contiguous()
+        self.bias = convolution.bias[:, None]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, F) -> (B, C, F), F at most ``frames``."""
+        spectrum = torch.fft.rfft(x.float(), n=self.size).unflatten(1, (self.spectrum.shape[1], -1))
+        product = torch.matmul(spectrum.permute(3, 1, 0, 2), self.spectrum).permute(2, 1, 3, 0).flatten(1, 2)
+        return (torch.fft.irfft(product, n=self.size)[..., : x.shape[-1]] + self.bias).to(x.dtype)
 
 
 def check(model: str | os.PathLike[str] = HUB_ID) -> None:
