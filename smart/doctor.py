@@ -24,7 +24,7 @@ from smart.soundfonts import check_soundfont, find_soundfont, package_of
 from smart.track import check_packages
 
 READY, MISSING, NOTE = "ready", "MISSING", "note"
-FEWEST_BYTES = 4 << 30  # of memory: the processes of the quickstart take 3.4 GiB together at most
+FEWEST_BYTES = 2 << 30  # of memory: the processes of the quickstart take 1.9 GiB together at most
 
 
 class Finding(NamedTuple):
