@@ -121,5 +121,9 @@ def join(device: torch.device) -> Iterator[World]:
             int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
             dist.new_group(backend="gloo", timeout=TIMEOUT) if on_cuda else None,
         )
-    finally:
+    except SystemExit:  # a stop on which all have agreed
         dist.destroy_process_group()
+        raise
+    # no such farewell from a process that fails alone: NCCL's waits for all the others, which wait for this one. Its
+    # end closes its connections, and torchrun ends the rest
+    dist.destroy_process_group()

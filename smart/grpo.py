@@ -357,9 +357,9 @@ def open_guard(
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Tune a base by ``config``; returns the folder of the run, whose ``tuned/`` holds the model in the form of a base.
 
-    With ``resume`` it goes on from the last checkpoint, exactly. Started by ``torchrun``, each process draws, renders
-    and rates whole groups of its own, and learns from them. Raises ``UserError`` for what the user can mend and
-    ``Failure`` where training cannot go on.
+    With ``resume`` it goes on from the last checkpoint, on a CPU exactly. Started by ``torchrun``, each process
+    draws, renders and rates whole groups of its own, and learns from them. Raises ``UserError`` for what the user
+    can mend and ``Failure`` where training cannot go on.
     """
     with distributed.join(pick_device(config.run.device)) as world, contextlib.ExitStack() as held:
         return _train(config, world, held, resume=resume, overwrite=overwrite)
@@ -370,8 +370,12 @@ def _train(config: Config, world: World, held: contextlib.ExitStack, *, resume: 
     settings, sampling, render, device = config.grpo, config.sampling, config.render, world.device
     if not config.track.held_out_every and (settings.kl_budget or settings.stop_on_collapse):
         raise UserError("grpo.kl_budget and grpo.stop_on_collapse need measurements: set track.held_out_every above 0")
-    if settings.prompts < world.size:
-        raise UserError(f"grpo.prompts = {settings.prompts}: expected at least one for each of {world.size} processes")
+    shared = {"grpo.prompts": settings.prompts, "track.final_prompts": config.track.final_prompts}
+    if config.track.held_out_every:
+        shared["track.held_out_prompts"] = config.track.held_out_prompts
+    for name, count in shared.items():
+        if count < world.size:
+            raise UserError(f"{name} = {count}: expected at least one for each of {world.size} processes")
     policy, tokenizer = load_base(parts.base, device=device)
     longest = policy.config.max_position_embeddings - 8  # the longest prompt has seven tokens
     if sampling.max_new_tokens > longest:

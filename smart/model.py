@@ -26,6 +26,8 @@ def pick_device(name: str) -> torch.device:
     """ "auto" is CUDA where there is one. Raises ``UserError`` where CUDA was asked for and is not there."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("run.device = 'cuda': torch finds no CUDA device here; use run.device = 'cpu' or 'auto'")
+    # cuDNN's attention, which torch prefers on recent cards, plans anew for every length, and every batch has its own
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 

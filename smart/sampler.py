@@ -500,12 +500,12 @@ def _capture(step: Callable[[], None]) -> Callable[[], None]:
     """``step``, which must only use memory that stays where it is, as a CUDA graph; runs it once to warm up."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.stream(stream):  # around both, since a capture that fails does not go back to where it came from
         step()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
     replay: Callable[[], None] = graph.replay
     return replay
 
@@ -688,7 +688,11 @@ class Sampler:
             while len(self._graphs) >= GRAPHS_KEPT:
                 del self._graphs[next(iter(self._graphs))]
             try:
-                self._graphs[key] = _Graph(self.model, dtype, places, start, choice)
+                try:
+                    self._graphs[key] = _Graph(self.model, dtype, places, start, choice)
+                except torch.OutOfMemoryError:  # the graphs of other batches hold caches of their own
+                    self._graphs.clear()
+                    self._graphs[key] = _Graph(self.model, dtype, places, start, choice)
             except RuntimeError as error:
                 self._captures = False
                 self._graphs.clear()

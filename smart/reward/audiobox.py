@@ -13,7 +13,7 @@ import os
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,6 +96,7 @@ class Audiobox(Reward):
         self._network = network.to(self.device).eval().requires_grad_(False)
         precision = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         self._autocast = torch.autocast(self.device.type, precision, enabled=precision != torch.float32)
+        self._exact = dtype == "float32" and self.device.type == "cuda"
         self._convolutions = None
         if self.device.type == "cpu":
             self._convolutions = _Convolutions(self._network.wavlm_model.feature_extractor, precision)
@@ -136,7 +137,9 @@ class Audiobox(Reward):
         network = self._network
         padding = torch.arange(WINDOW, device=wav.device) >= valid.to(wav.device)[:, None]
         self._padded = bool((valid < WINDOW).any())
-        with self._autocast, _numpy_state_kept():
+        # left to itself cuDNN rounds float32 to TensorFloat-32, 10 bits
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if self._exact else nullcontext()
+        with self._autocast, _numpy_state_kept(), exact:
             if self._convolutions is not None:
                 features = self._convolutions(wav)  # (B, F, C)
             else:
