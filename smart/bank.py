@@ -26,6 +26,7 @@ import hashlib
 import importlib.metadata
 import os
 import queue
+import struct
 import tempfile
 import threading
 import zlib
@@ -43,7 +44,7 @@ import torch
 from safetensors.torch import save
 from tinysoundfont import _tinysoundfont as tsf
 
-from smart import UserError
+from smart import Failure, UserError
 from smart.envelopes import BLOCK, FOREVER, LEFT, Law, alone, bare, blocks_between, law_of, mix, not_linear, stored
 from smart.files import write_atomically
 from smart.regions import Region, Values, read_regions, write_variant
@@ -62,6 +63,8 @@ from smart.render import (
     RenderError,
     RenderPool,
     check_notes,
+    check_unchanged,
+    file_state,
     fresh_synth,
     most_samples,
     played_notes,
@@ -74,6 +77,7 @@ _FORMAT = 1  # of the files in the cache
 _CHECKED = 0.3  # seconds after which the compared note ends
 
 
+_Frozen = tuple[tuple[str, int], ...]  # generators, by name
 _SoundKey = tuple[Any, ...]  # pitch, drop, rows, and the generators that shape the sound
 
 
@@ -107,7 +111,9 @@ class NoteBank:
     The audio of a clip depends on that clip alone, not on its batch nor on what was stored before, and on one machine
     is the same every time, also on CUDA: rows are added in a fixed order, without atomic operations.
 
-    Raises ``UserError`` where the soundfont is absent, damaged or none. Not for several threads at once.
+    Raises ``UserError`` where the soundfont is absent, damaged or none, ``Failure`` where it is needed again and is not
+    the file that it was. Not for several threads at once. The synthesiser reads and plays the soundfont in this
+    process: one that crashes it ends the process.
     """
 
     def __init__(
@@ -125,6 +131,7 @@ class NoteBank:
         self.device = torch.device(device)
         self.max_bytes = int(max_bytes)
         self.soundfont = find_soundfont(soundfont).absolute()
+        self.soundfont_state = file_state(self.soundfont)
         check_soundfont(self.soundfont)
         self._presets = read_regions(self.soundfont)
         self._folder = None if cache is None else self._cache_folder(Path(cache).expanduser())
@@ -133,7 +140,7 @@ class NoteBank:
         self._sounds: OrderedDict[_SoundKey, _Sound] = OrderedDict()  # the most recently used last
         self._store = torch.zeros(BLOCK, device=self.device)
         self._synth: Any = None
-        self._programs: dict[tuple[tuple[str, int], ...], int] = {}  # generators -> program of what is loaded
+        self._programs: dict[_Frozen, int] = {}  # generators -> program of what is loaded
 
     @property
     def bytes(self) -> int:
@@ -336,13 +343,12 @@ class NoteBank:
         if self._synth is not None and needed.keys() <= self._programs.keys():
             return
         self._synth = None  # its memory is needed
+        check_unchanged(self.soundfont, self.soundfont_state)
         for programs in (list(self._programs | needed), list(needed)):  # all may be too many for one file
             try:
-                with tempfile.NamedTemporaryFile(suffix=self.soundfont.suffix) as file:
-                    write_variant(self.soundfont, file, [[dict(values) for values in programs]])
-                    self._synth = tsf.SoundFont(file.name)
+                synth = self._load_variant(programs)
                 break
-            except ValueError as error:
+            except (ValueError, OverflowError, KeyError, struct.error) as error:  # too many; or a hostile file
                 problem: Exception = error
             except OSError as error:
                 raise UserError(f"soundfont {self.soundfont} cannot be copied to a temporary file: {error}") from None
@@ -350,7 +356,20 @@ class NoteBank:
                 raise RenderError(f"soundfont {self.soundfont} cannot be taken apart: {error}") from None
         else:
             raise RenderError(f"soundfont {self.soundfont} cannot be taken apart: {problem}")
+        check_unchanged(self.soundfont, self.soundfont_state)
+        self._synth = synth
         self._programs = {values: number for number, values in enumerate(programs)}
+
+    def _load_variant(self, programs: Sequence[_Frozen]) -> Any:
+        """The synthesiser with a copy of the soundfont that has ``programs`` as its presets."""
+        with tempfile.TemporaryFile() as file:  # nothing of it is left behind when this process is killed
+            path = f"/proc/self/fd/{file.fileno()}"
+            if os.path.exists(path):
+                write_variant(self.soundfont, file, [[dict(values) for values in programs]])
+                return tsf.SoundFont(path)
+        with tempfile.NamedTemporaryFile(suffix=self.soundfont.suffix) as file:
+            write_variant(self.soundfont, file, [[dict(values) for values in programs]])
+            return tsf.SoundFont(file.name)
 
     # The cache ------------------------------------------------------------------------------------------------
 
@@ -440,7 +459,7 @@ class NoteBank:
             answers[index] = own / (own.abs().amax() + PEAK_EPS)
 
 
-def _frozen(values: Values) -> tuple[tuple[str, int], ...]:
+def _frozen(values: Values) -> _Frozen:
     return tuple(sorted(values.items()))
 
 
@@ -509,14 +528,9 @@ class BankPool:
         self.clips = self.fallbacks = 0
         self.reasons: Counter[str] = Counter()
         self._told = (0, 0)
-        self._start = partial(
-            RenderPool,
-            self.bank.soundfont,
-            sample_rate=sample_rate,
-            seconds=seconds,
-            workers=workers,
-            deadline=deadline,
-        )
+        self._settings: dict[str, Any] = {
+            "sample_rate": sample_rate, "seconds": seconds, "workers": workers, "deadline": deadline,
+        }  # fmt: skip
         self._pool: RenderPool | None = None
         self._lock = threading.Lock()  # of _closed, and of what goes into _jobs after it
         self._closed = False
@@ -585,14 +599,24 @@ class BankPool:
                 if isinstance(answer, str):
                     self.fallbacks += 1
                     self.reasons[answer] += 1
-                    self._pool = self._pool or self._start()
+                    self._pool = self._pool or self._start_pool()
                     self._pool.submit(notes).add_done_callback(partial(_pass_on, future))
                 else:
                     future.set_result(answer.cpu().numpy())
         except Exception as error:  # whatever it is, who waits is told
             for future, _ in jobs:
                 if not future.done():
-                    future.set_exception(error)
+                    # without its traceback, which holds this frame, and so the audio of all of them: a circle
+                    future.set_exception(error.with_traceback(None))
+
+    def _start_pool(self) -> RenderPool:
+        pool = RenderPool(self.bank.soundfont, **self._settings)
+        try:
+            check_unchanged(self.bank.soundfont, self.bank.soundfont_state)
+        except Failure:
+            pool.close()
+            raise
+        return pool
 
 
 def _pass_on(future: "Future[Audio]", done: "Future[Audio]") -> None:

@@ -247,11 +247,11 @@ def compose(
                         voice, block, starts, indices,
                         max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
                     )  # fmt: skip
-                    for before in waiting:
-                        yield from _pieces(before, seed, samples)
-                    waiting = [drawn]
-            for before in waiting:
-                yield from _pieces(before, seed, samples)
+                    while waiting:  # without a name: it would keep this block's audio while the next is drawn
+                        yield from _pieces(waiting.pop(), seed, samples)
+                    waiting.append(drawn)
+            while waiting:
+                yield from _pieces(waiting.pop(), seed, samples)
 
     return work()
 
@@ -325,7 +325,5 @@ def _pieces(drawn: _Drawn, seed: int, samples: int) -> Iterator[Piece]:
 
 
 def _audio(clip: Future[Audio]) -> Audio | None:
-    try:
-        return clip.result()
-    except RenderError:
-        return None
+    # asked, not caught: the traceback of an error would hold the frames that hold the audio of the whole block
+    return None if isinstance(clip.exception(), RenderError) else clip.result()

@@ -290,7 +290,7 @@ class PieceReader:
 
 
 def serve(descriptor: int) -> None:
-    """Answer paths, sent over a socket, with a ``Piece`` or (reason, detail) each, until the other side closes it.
+    """Answer paths, sent over a socket, with (path, ``Piece`` or (reason, detail)) each, until it is closed.
 
     Each file is read under a limit on wall-clock time and on memory, so bugs of native parsers end this
     process and no other. It is no sandbox: code that a file manages to run has all rights of the user.
@@ -314,7 +314,7 @@ def serve(descriptor: int) -> None:
             signal.setitimer(signal.ITIMER_REAL, limits.seconds)
             answer = _answer(path, reader)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            connection.send(answer)
+            connection.send((path, answer))
 
 
 def _answer(path: bytes, reader: PieceReader) -> Piece | tuple[str, str]:

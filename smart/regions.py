@@ -7,7 +7,9 @@ the synthesiser knows. ``write_variant`` writes a soundfont with the same sample
 generators of the caller's choice: so the synthesiser can be asked for one region alone, or without its envelope.
 """
 
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -27,6 +29,9 @@ _BAG = np.dtype([("generator", "<u2"), ("modulator", "<u2")])
 _GENERATOR = np.dtype([("operator", "<u2"), ("amount", "<i2")])
 _MODULATOR_SIZE, _SAMPLE_SIZE = 10, 46
 MAX_RECORDS = 65_535  # what 16 bits can number
+# what is read of one file: tables that repeat themselves multiply, and a small file would fill the memory. General MIDI
+# in the detail of many gigabytes has tens of thousands of regions, with 10 to 30 generators each
+MAX_REGIONS, MAX_STEPS = 100_000, 5_000_000
 
 _INSTRUMENT_OPERATOR, _KEYS, _VELOCITIES, _SAMPLE, _MODES, _CLASS, _ROOT = 41, 43, 44, 53, 54, 57, 58
 # operator -> name, lowest and highest sum; times are in timecents, -12000 and less is none at all
@@ -95,33 +100,62 @@ class _Zone(NamedTuple):
         return self._replace(values=values)
 
 
+class _TooMany(Exception):
+    """Tables that stand for more than is read."""
+
+
+@dataclass
+class _Effort:
+    """What has been read of a file."""
+
+    steps: int = 0  # zones, and generators in them
+    regions: int = 0
+
+    def add(self, *, steps: int = 0, regions: int = 0) -> None:
+        self.steps += steps
+        self.regions += regions
+        if self.steps > MAX_STEPS or self.regions > MAX_REGIONS:
+            raise _TooMany
+
+
 def read_regions(path: str | Path) -> dict[tuple[int, int], list[Region]]:
     """(bank, program) -> the regions of every preset of a soundfont, in the synthesiser's order.
 
-    Raises ``UserError`` for a file whose tables contradict themselves.
+    Raises ``UserError`` for a file whose tables contradict themselves, or stand for more than ``MAX_REGIONS`` regions
+    or ``MAX_STEPS`` generators.
     """
-    tables = _tables(Path(path))
+    try:
+        tables = _tables(Path(path))
+    except (KeyError, ValueError, struct.error):
+        raise UserError(f"soundfont {path} is damaged: its tables are missing or cut short") from None
     headers, instruments = tables["phdr"], tables["inst"]
     presets: dict[tuple[int, int], list[Region]] = {}
+    effort = _Effort()
     try:
         for header, following in pairwise(headers):
             key = int(header["bank"]), int(header["preset"])
             presets.setdefault(key, [])  # of two presets with one number the first is played
             regions: list[Region] = []
             common = _Zone((0, 127), (0, 127), {})
-            for place, zone in enumerate(_zones(tables, "p", header, following)):
+            for place, zone in enumerate(_zones(tables, "p", header, following, effort)):
                 current, played = common, False
                 for operator, amount in zone:
                     if operator != _INSTRUMENT_OPERATOR:
                         current = current.apply(operator, amount)
                     elif (amount := amount & 0xFFFF) < len(instruments):
-                        regions += _instrument_regions(tables, instruments[amount], instruments[amount + 1], current)
+                        owner, after = instruments[amount], instruments[amount + 1]
+                        regions += _instrument_regions(tables, owner, after, current, effort)
                         played = True
                 if place == 0 and not played:
                     common = current
             presets[key] = presets[key] or regions
     except IndexError:
         raise UserError(f"soundfont {path} is damaged: its tables point outside of themselves") from None
+    except _TooMany:
+        raise UserError(
+            f"soundfont {path} is damaged, or too large: expected at most {MAX_REGIONS:,} regions "
+            f"and {MAX_STEPS:,} generators in its presets"
+        ) from None
     return presets
 
 
@@ -137,18 +171,24 @@ def _read(file: IO[bytes], start: int, length: int) -> bytes:
     return file.read(length)
 
 
-def _zones(tables: dict[str, npt.NDArray[Any]], level: str, owner: Any, following: Any) -> list[list[tuple[int, int]]]:
+def _zones(
+    tables: dict[str, npt.NDArray[Any]], level: str, owner: Any, following: Any, effort: _Effort
+) -> Iterator[list[tuple[int, int]]]:
     """The generators, (operator, amount), of each zone of a preset ("p") or an instrument ("i")."""
-    bags = tables[f"{level}bag"]["generator"].tolist()
+    bags = tables[f"{level}bag"]["generator"]
     generators = tables[f"{level}gen"]
-    places = range(int(owner["bag"]), int(following["bag"]))
-    return [generators[bags[place] : bags[place + 1]].tolist() for place in places]
+    for place in range(int(owner["bag"]), int(following["bag"])):
+        zone = generators[bags[place] : bags[place + 1]]
+        effort.add(steps=1 + len(zone))
+        yield zone.tolist()
 
 
-def _instrument_regions(tables: dict[str, npt.NDArray[Any]], owner: Any, following: Any, preset: _Zone) -> list[Region]:
+def _instrument_regions(
+    tables: dict[str, npt.NDArray[Any]], owner: Any, following: Any, preset: _Zone, effort: _Effort
+) -> list[Region]:
     regions = []
     common = _Zone((0, 127), (0, 127), {**_DEFAULTS, "root": -1, "modes": 0, "exclusive_class": 0})
-    for place, zone in enumerate(_zones(tables, "i", owner, following)):
+    for place, zone in enumerate(_zones(tables, "i", owner, following, effort)):
         current, played = common, False
         for operator, amount in zone:
             if operator != _SAMPLE:
@@ -157,6 +197,7 @@ def _instrument_regions(tables: dict[str, npt.NDArray[Any]], owner: Any, followi
             keys, velocities = _meet(current.keys, preset.keys), _meet(current.velocities, preset.velocities)
             played = True
             if keys[0] <= keys[1] and velocities[0] <= velocities[1]:
+                effort.add(regions=1)
                 regions.append(Region(keys, velocities, _sum(current.values, preset.values, amount & 0xFFFF)))
         if place == 0 and not played:
             common = current

@@ -17,7 +17,6 @@ of an sf3).
 """
 
 import contextlib
-import ctypes
 import math
 import os
 import queue
@@ -41,6 +40,7 @@ import numpy.typing as npt
 from tinysoundfont import _tinysoundfont as tsf
 
 from smart import Failure, UserError
+from smart.processes import die_with_parent
 from smart.soundfonts import check_soundfont, find_soundfont
 
 Notes = npt.NDArray[np.float64]  # (n, 6), columns NOTE_COLUMNS
@@ -52,7 +52,15 @@ MAX_VOICES = 1024  # bounds the work of one clip; a piano soundfont spends 2 to 
 DRUM_BANK = 128  # where General MIDI soundfonts keep their drum kits
 PEAK_EPS = 1e-6
 GIVE_UP = 16  # clips that fail in a row, each of them twice, before a pool stops trying
-STARTS = 3  # of a worker that replaces another, before that counts as a failure of the clip that waits for it
+STARTS = 3  # workers that may die while they load, one after the other, before that counts as a failure
+PAUSES = (
+    0.1,
+    0.2,
+    0.4,
+    0.8,
+    1.6,
+    3.2,
+)  # seconds between attempts to start a worker: what the system lacks may come back
 
 
 class Renderer(Protocol):
@@ -320,25 +328,26 @@ def _normalise(audio: Audio) -> Audio:
 
 # A worker process -------------------------------------------------------------------------------------------
 # A message is a header, its kind and length, and a body. The audio itself comes back through a file in memory
-# that both sides hold open: it has no name, so nothing is left behind however either side dies.
+# that both sides hold open: it has no name, so nothing is left behind however either side dies. The header of a request
+# holds its number, too, and its answer has the same: an answer too many is not taken for that to the next request.
 
-_HEADER = struct.Struct("<cQ")
+_HEADER = struct.Struct("<cQQ")  # kind, number, length
 _LOADED, _CANNOT_LOAD, _NOTES, _AUDIO, _ERROR = b"L", b"X", b"N", b"A", b"E"
 _LONGEST_ANSWER = 1 << 16
 
 
-def _send(connection: socket.socket, kind: bytes, body: bytes = b"") -> None:
-    connection.sendall(_HEADER.pack(kind, len(body)) + body)
+def _send(connection: socket.socket, kind: bytes, number: int, body: bytes = b"") -> None:
+    connection.sendall(_HEADER.pack(kind, number, len(body)) + body)
 
 
 def _receive(
     connection: socket.socket, *, longest: int | None = None, until: float | None = None
-) -> tuple[bytes, bytes]:
-    """One message; ``EOFError`` when the other side is gone, ``TimeoutError`` past ``until`` (monotonic)."""
-    kind, length = _HEADER.unpack(_read(connection, _HEADER.size, until))
+) -> tuple[bytes, int, bytes]:
+    """Kind, number, body; ``EOFError`` when the other side is gone, ``TimeoutError`` past ``until`` (monotonic)."""
+    kind, number, length = _HEADER.unpack(_read(connection, _HEADER.size, until))
     if longest is not None and length > longest:
         raise ValueError(f"a message of {length} bytes, at most {longest} expected")
-    return kind, _read(connection, length, until)
+    return kind, number, _read(connection, length, until)
 
 
 def _read(connection: socket.socket, length: int, until: float | None) -> bytes:
@@ -356,9 +365,8 @@ def _read(connection: socket.socket, length: int, until: float | None) -> bytes:
     return bytes(data)
 
 
-def _work(connection_fd: str, audio_fd: str, parent: str, soundfont: str, sample_rate: str, seconds: str) -> None:
+def _work(connection_fd: str, audio_fd: str, soundfont: str, sample_rate: str, seconds: str) -> None:
     """What a worker process runs: load the soundfont, then render clips until the other side is gone."""
-    _die_with(int(parent))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to act on
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is expected and handled: no core file
     try:
@@ -372,19 +380,19 @@ def _serve(connection: socket.socket, audio_fd: int, path: str, sample_rate: int
     try:
         soundfont = tsf.SoundFont(path)
     except (RuntimeError, MemoryError, UnicodeError) as error:
-        _send(connection, _CANNOT_LOAD, _one_line(error))
+        _send(connection, _CANNOT_LOAD, 0, _one_line(error))
         return
-    _send(connection, _LOADED)
+    _send(connection, _LOADED, 0)
     while True:
-        _, body = _receive(connection)
+        _, number, body = _receive(connection)
         try:
             notes = np.frombuffer(body, np.float64).reshape(-1, len(NOTE_COLUMNS))
             audio = render_notes(soundfont, notes, sample_rate=sample_rate, seconds=seconds)
             _write_all(audio_fd, audio)
         except Exception as error:  # whatever it is, the parent tells the caller
-            _send(connection, _ERROR, _one_line(error))
+            _send(connection, _ERROR, number, _one_line(error))
         else:
-            _send(connection, _AUDIO, struct.pack("<Q", audio.shape[1]))
+            _send(connection, _AUDIO, number, struct.pack("<Q", audio.shape[1]))
 
 
 def _one_line(error: BaseException) -> bytes:
@@ -408,25 +416,19 @@ def _read_audio(file: int, samples: int) -> Audio:
     return audio
 
 
-def _die_with(parent: int) -> None:
-    """Ask Linux to kill this process when the thread that started it ends."""
-    if sys.platform.startswith("linux"):
-        set_death_signal = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before we could ask
-        os._exit(1)
-
-
 def _anonymous_file() -> int:
     """A file without a name, in memory where the system can do that; closed with its last descriptor."""
     if hasattr(os, "memfd_create"):
-        return os.memfd_create("smart-render")
+        with contextlib.suppress(OSError):  # some containers refuse it
+            return os.memfd_create("smart-render")
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
 
 
 # sys.path is handed over, so that a worker finds this package just as its parent did
-_BOOT = "import sys; sys.path[:] = sys.argv[7:]; from smart.render import _work; _work(*sys.argv[1:7])"
+_BOOT = "import sys; sys.path[:] = sys.argv[6:]; from smart.render import _work; _work(*sys.argv[1:6])"
+# what a synthesiser does to itself that follows a damaged soundfont
+_CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
@@ -434,32 +436,37 @@ class _WorkerFailure(Exception):
     """Why a worker did not render a clip; whatever it was, the worker may be of no more use."""
 
 
+class _NotStarted(_WorkerFailure):
+    """The system gives no process, or not what one needs."""
+
+
+class _CannotLoad(_WorkerFailure):
+    """A worker that did not load the soundfont, and no other is likely to."""
+
+
 class _Worker:
     """A worker process as seen by the one thread that feeds it; any thread may ``kill`` it."""
 
     def __init__(self, soundfont: Path, sample_rate: int, seconds: float) -> None:
         self.limit = most_samples(sample_rate, seconds)
-        self.audio_fd = _anonymous_file()
-        self.connection, theirs = socket.socketpair()
-        try:
+        self.number = 0  # of the last request
+        with contextlib.ExitStack() as files:
+            self.audio_fd = _anonymous_file()
+            files.callback(os.close, self.audio_fd)
+            self.connection, theirs = socket.socketpair()
+            files.callback(self.connection.close)
             with theirs:
                 fds = (theirs.fileno(), self.audio_fd)
-                settings = (*fds, os.getpid(), soundfont, sample_rate, float(seconds))
+                settings = (*fds, soundfont, sample_rate, float(seconds))
                 path = [os.path.abspath(place) for place in sys.path]
                 self.process = subprocess.Popen(
-                    [sys.executable, "-P", "-c", _BOOT, *map(str, settings), *path],
+                    [sys.executable, "-P", "-c", die_with_parent() + _BOOT, *map(str, settings), *path],
                     pass_fds=fds,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     env=os.environ | _ONE_THREAD,
                 )
-        except BaseException:
-            self._close_files()
-            raise
-
-    def _close_files(self) -> None:
-        self.connection.close()
-        os.close(self.audio_fd)
+            self._files = files.pop_all()
 
     def kill(self) -> None:
         self.process.kill()
@@ -468,19 +475,23 @@ class _Worker:
         """Kill and reap the process, and close what belongs to it."""
         self.kill()
         self.process.wait()
-        self._close_files()
+        self._files.close()
 
     def alive(self) -> bool:
         return self.process.poll() is None
 
     def answer(self, seconds: float, kind: bytes = b"", body: bytes = b"") -> tuple[bytes, bytes]:
-        """Send a message, if any, and wait for the next, ``seconds`` at most; else ``_WorkerFailure``."""
+        """Send a request, if any, and wait for its answer, ``seconds`` at most; else ``_WorkerFailure``."""
         until = time.monotonic() + seconds
         try:
             if kind:
                 self.connection.settimeout(seconds)
-                _send(self.connection, kind, body)
-            return _receive(self.connection, longest=_LONGEST_ANSWER, until=until)
+                self.number += 1
+                _send(self.connection, kind, self.number, body)
+            kind, number, body = _receive(self.connection, longest=_LONGEST_ANSWER, until=until)
+            if number != self.number:
+                raise ValueError(f"it is to request {number}, not to {self.number}")
+            return kind, body
         except TimeoutError:
             raise _WorkerFailure(f"no answer within {seconds:g} s") from None
         except (EOFError, ConnectionError):
@@ -518,7 +529,8 @@ class RenderPool:
 
     ``soundfont`` is a path or a short name (``find_soundfont``), ``workers`` the number of processes, by
     default one for each usable core. Starting waits until all have loaded the soundfont: ``UserError`` if
-    that fails.
+    that fails, ``Failure`` if the system starts no workers, or kills them. The file must stay as it is: a worker that
+    starts later and finds another gives ``Failure``.
 
     A worker is a fresh Python interpreter that imports this module alone, not the caller's main program: no
     ``if __name__ == "__main__"`` is needed, and neither torch nor the caller's threads come along.
@@ -556,10 +568,12 @@ class RenderPool:
         check_soundfont(self.soundfont)
         self.sample_rate, self.seconds = int(sample_rate), float(seconds)
         self.deadline, self.load_deadline = deadline, load_deadline
+        self._state = file_state(self.soundfont)
         self.retries = self.failures = self.restarts = 0
         self._failed_in_a_row, self._hopeless = 0, ""
         self._lock = threading.Lock()  # of the counters, _closed and _workers
         self._closed = False
+        self._ending = threading.Event()  # wakes up who waits to start a worker
         self._workers: list[_Worker | None] = [None] * workers
         self._jobs: queue.SimpleQueue[tuple[Future[Audio], Notes] | None] = queue.SimpleQueue()
         ready: list[Future[None]] = [Future() for _ in range(workers)]
@@ -625,6 +639,7 @@ class RenderPool:
         """End the workers; cancel clips that wait; those in work get ``RenderError``. May be repeated."""
         with self._lock:
             first, self._closed = not self._closed, True
+            self._ending.set()
             for worker in self._workers:
                 if worker is not None:
                     worker.kill()  # its thread wakes up, reaps it and ends
@@ -640,10 +655,10 @@ class RenderPool:
         # a worker inherits the mask: Ctrl-C cannot hit it before it has learnt to ignore it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            self._start(place)
+            self._start(place, replaces=False)
         except BaseException as error:
             self._discard(place)
-            ready.set_exception(self._why_not_loaded(error))
+            ready.set_exception(self._why_not_started(error))
             return
         ready.set_result(None)
         while (job := self._jobs.get()) is not None:
@@ -658,20 +673,54 @@ class RenderPool:
             try:
                 audio = self._render(place, notes)
             except Exception as error:
-                future.set_exception(error)
+                # without its traceback, which holds this frame, and so the future that holds the error: a circle
+                future.set_exception(error.with_traceback(None))
             else:
                 future.set_result(audio)
 
-    def _start(self, place: int) -> _Worker:
-        """Start the worker at ``place`` and wait until it has loaded the soundfont."""
+    def _start(self, place: int, *, replaces: bool) -> _Worker:
+        """Start the worker at ``place`` and wait until it has loaded the soundfont; several attempts, with pauses.
+
+        That the system has no room for a process, or kills one that loads, is no fault of the clip's that waits for it,
+        and may pass.
+        """
+        deaths, failure = 0, _WorkerFailure()
+        for pause in (*PAUSES, 0.0):
+            self._discard(place)
+            try:
+                return self._try_to_start(place, replaces or deaths > 0)
+            except _WorkerFailure as error:
+                failure, deaths = error, deaths + 1
+                if deaths == STARTS or (isinstance(error, _CannotLoad) and not replaces):
+                    break
+            except OSError as error:
+                failure = _NotStarted(f"no worker process can be started: {error}")
+            if self._ending.wait(pause):
+                break
+        raise failure
+
+    def _try_to_start(self, place: int, again: bool) -> _Worker:
         worker = _Worker(self.soundfont, self.sample_rate, self.seconds)
         with self._lock:
             self._workers[place] = worker
+            self.restarts += again
             if self._closed:
                 worker.kill()
-        kind, body = worker.answer(self.load_deadline)
-        if kind != _LOADED:
-            raise _WorkerFailure(f"the synthesiser refused it ({body.decode(errors='replace')})")
+        try:
+            kind, body = worker.answer(self.load_deadline)
+            if kind != _LOADED:
+                raise _CannotLoad(f"the synthesiser refused it ({body.decode(errors='replace')})")
+        except _WorkerFailure as error:
+            check_unchanged(self.soundfont, self._state)
+            died_of = -(worker.process.poll() or 0)
+            if worker.alive() or died_of in _CRASHES:  # alive: after all that time, or with a garbled answer
+                raise _CannotLoad(str(error)) from None
+            raise
+        try:
+            check_unchanged(self.soundfont, self._state)
+        except Failure:
+            self._discard(place)
+            raise
         return worker
 
     def _discard(self, place: int) -> None:
@@ -680,13 +729,13 @@ class RenderPool:
         if worker is not None:
             worker.close()
 
-    def _why_not_loaded(self, error: BaseException) -> BaseException:
-        if not isinstance(error, _WorkerFailure):
-            return error
-        return UserError(
-            f"soundfont {self.soundfont} cannot be loaded (the render worker: {error}): "
-            "download it again, or choose another"
-        )
+    def _why_not_started(self, error: BaseException) -> BaseException:
+        if isinstance(error, _CannotLoad):
+            return UserError(
+                f"soundfont {self.soundfont} cannot be loaded (the render worker: {error}): "
+                "download it again, or choose another"
+            )
+        return Failure(f"the render workers do not start: {error}") if isinstance(error, _WorkerFailure) else error
 
     def _render(self, place: int, notes: Notes) -> Audio:
         """Render with the worker at ``place``, and once more if that fails."""
@@ -700,8 +749,9 @@ class RenderPool:
                 with self._lock:
                     self._failed_in_a_row = 0
                 return audio
-            except (_WorkerFailure, OSError) as error:  # OSError: a worker cannot be started, or its memory is full
+            except (_WorkerFailure, OSError) as error:  # OSError: its audio cannot be read
                 reasons.append(str(error))
+                advice = "" if isinstance(error, _NotStarted) else "; choose another soundfont"
                 self._discard(place)
             with self._lock:
                 if self._closed:
@@ -713,7 +763,7 @@ class RenderPool:
                     self._failed_in_a_row += 1
                     self._hopeless = (
                         f"the last {self._failed_in_a_row} clips could all not be rendered with soundfont "
-                        f"{self.soundfont} (the last one: {'; again: '.join(reasons)}); choose another soundfont"
+                        f"{self.soundfont} (the last one: {'; again: '.join(reasons)}){advice}"
                     )
         raise RenderError(f"this clip could not be rendered: {reasons[0]}; again: {reasons[1]}")
 
@@ -721,16 +771,22 @@ class RenderPool:
         worker = self._workers[place]
         if worker is not None and worker.alive():
             return worker
-        for _ in range(STARTS - 1):  # that it dies while it loads the soundfont is no fault of the clip's
-            with contextlib.suppress(_WorkerFailure, OSError):
-                return self._replace(place)
-        return self._replace(place)
+        return self._start(place, replaces=True)
 
-    def _replace(self, place: int) -> _Worker:
-        self._discard(place)
-        with self._lock:
-            self.restarts += 1
-        return self._start(place)
+
+def file_state(path: Path) -> tuple[int, int] | None:
+    """By which a file is known again: its size, and when it was written; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+def check_unchanged(soundfont: Path, state: tuple[int, int] | None) -> None:
+    """``Failure`` if the file is no longer as ``state`` says: clips before and after would not be of one soundfont."""
+    if file_state(soundfont) != state:
+        raise Failure(f"soundfont {soundfont} was changed while it was in use")
 
 
 def usable_cores() -> int:

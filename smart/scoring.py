@@ -376,11 +376,13 @@ def _within(seconds: float, what: str) -> Iterator[None]:
             if done.wait(min(left, 1.0)):
                 return
             left -= 1.0
-        sys.stderr.write(
-            f"Error: {what} gave no answer within {seconds:g} s; this process ends, what was saved is kept\n"
-        )
-        sys.stderr.flush()
-        os._exit(1)
+        try:
+            sys.stderr.write(
+                f"Error: {what} gave no answer within {seconds:g} s; this process ends, what was saved is kept\n"
+            )
+            sys.stderr.flush()
+        finally:  # also where nobody reads it any more
+            os._exit(1)
 
     if math.isinf(seconds):
         yield

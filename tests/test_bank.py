@@ -1,17 +1,19 @@
 """smart.bank: what it mixes is what the synthesiser plays, and what it cannot mix goes to the pool."""
 
 import math
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from test_render import tiny_soundfont
 
-from smart import UserError
+from smart import Failure, UserError, regions
 from smart.bank import BankPool, NoteBank
 from smart.regions import read_regions, write_variant
-from smart.render import Notes, RenderPool, load_soundfont, render_notes
+from smart.render import Notes, RenderError, RenderPool, load_soundfont, render_notes
 from smart.reward import load_reward, resample
 from smart.sampler import Rollout
 from smart.scoring import Scorer
@@ -192,6 +194,89 @@ def test_the_pool_takes_what_the_bank_does_not(soundfont: Any, tokenizer: Any) -
     pool.close()
     with pytest.raises(RuntimeError, match="closed"):
         pool.submit(clips[0])
+
+
+def test_the_copy_of_the_soundfont_has_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a run that is killed leaves none behind."""
+    seen: list[list[Path]] = []
+
+    def watched(*words: Any) -> None:
+        write_variant(*words)
+        seen.append(list(tmp_path.iterdir()))
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("smart.bank.write_variant", watched)
+    assert NoteBank("timgm", sample_rate=RATE, seconds=1.0).render([[note(0, 1, 60)]])[0].any()
+    assert seen == [[]]
+
+
+# A soundfont that changes, or is made to do harm ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("igen", [b"", struct.pack("<HHHHHH", 57, 1, 54, 1, 53, 0) + bytes(4)])
+def test_a_soundfont_that_is_replaced_is_noticed(tmp_path: Path, igen: bytes) -> None:
+    """Before the bank takes more of it, or the first worker loads it for what the bank cannot do."""
+    path = tmp_path / "font.sf2"
+    replaced = {"igen": igen, "ibag": struct.pack("<HHHH", 0, 0, 3, 0)} if igen else {}
+    path.write_bytes(tiny_soundfont(((0, 0), (0, 1)), **replaced))
+    with BankPool(path, sample_rate=RATE, seconds=1.0, workers=1) as pool:
+        if not igen:
+            assert pool.submit([note(0, 1, 60)]).result(30).any()
+        (tmp_path / "other.sf2").write_bytes(tiny_soundfont(((0, 0), (0, 1), (0, 2)), **replaced))
+        (tmp_path / "other.sf2").replace(path)
+        pool.bank._programs = {}  # as if another program were needed: here all have the same generators
+        pool.bank._sounds.clear()
+        for _ in range(2):
+            with pytest.raises(Failure, match=r"font\.sf2 was changed while it was in use"):
+                pool.submit([note(0, 1, 61)]).result(30)
+
+
+def test_addresses_that_add_up_to_too_much_are_no_traceback(tmp_path: Path) -> None:
+    path, far = tmp_path / "far.sf2", struct.pack("<HH", 4, 32767)  # start, in steps of 32,768 samples
+    path.write_bytes(
+        tiny_soundfont(
+            igen=far + struct.pack("<HHHH", 54, 1, 53, 0) + bytes(4), ibag=struct.pack("<HHHH", 0, 0, 3, 0),
+            pgen=far + struct.pack("<HH", 41, 0) + bytes(4), pbag=struct.pack("<HHHH", 0, 0, 2, 0),
+        )
+    )  # fmt: skip
+    with pytest.raises(RenderError, match=r"far\.sf2 cannot be taken apart: .*out of bounds"):
+        NoteBank(path, sample_rate=RATE, seconds=1.0).render([[note(0, 1, 60)]])
+
+
+def test_a_file_that_becomes_another_while_it_is_read_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its size and time say that it is the same, and yet it is none."""
+    monkeypatch.setattr("smart.bank.check_unchanged", lambda *_: None)
+    path, whole = tmp_path / "font.sf2", tiny_soundfont()
+    other = whole.replace(b"shdr", b"what").replace(b"igen", b"what")
+    for damaged in (b"", whole[:10], other, whole[: len(whole) // 2]):
+        path.write_bytes(whole)
+        reader = NoteBank(path, sample_rate=RATE, seconds=1.0)
+        path.write_bytes(damaged)
+        with pytest.raises(RenderError, match=r"font\.sf2 cannot be taken apart"):
+            reader.render([[note(0, 1, 60)]])
+        with pytest.raises(UserError, match=r"font\.sf2 is damaged: its tables are missing or cut short"):
+            read_regions(path)
+
+
+def test_tables_that_repeat_themselves_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each preset plays all that there is: a file of some kilobytes would fill the memory."""
+    path, presets, zones = tmp_path / "bomb.sf2", 12, 400
+    bags = [0, zones] * (presets // 2) + [0]
+    path.write_bytes(
+        tiny_soundfont(
+            phdr=b"".join(struct.pack("<20sHHHIII", b"x", at, 0, bag, 0, 0, 0) for at, bag in enumerate(bags)),
+            pbag=b"".join(struct.pack("<HH", bag, 0) for bag in range(zones + 1)),
+            pgen=struct.pack("<HH", 41, 0) * zones + bytes(4),
+        )
+    )
+    assert len(read_regions(path)[0, 0]) == zones
+    for limit in ("MAX_REGIONS", "MAX_STEPS"):
+        with monkeypatch.context() as patch:
+            patch.setattr(regions, limit, 2000)
+            with pytest.raises(UserError, match=r"bomb\.sf2 is damaged, or too large: expected at most"):
+                NoteBank(path, sample_rate=RATE, seconds=1.0)
 
 
 # The cache --------------------------------------------------------------------------------------------------

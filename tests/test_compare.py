@@ -1,7 +1,10 @@
 """smart.compare: the same prompts and random numbers for every system, in any slice; what a system's name means."""
 
+import gc
 import math
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import pytest
 import torch
 from conftest import make_tiny_model
 
-from smart import UserError
+from smart import UserError, compare
 from smart.checkpoint import save
 from smart.compare import Piece, System, compose, find_system, find_systems, seed_of
 from smart.grpo import token_logprobs
@@ -65,6 +68,36 @@ def test_every_system_gets_the_same_prompts_and_seeds(systems: list[System], who
     assert [part.split("_")[0] for part in names["tiny"][0]] == ["Bar", "TimeSig", "Position", "Tempo"]
     assert of(whole, "all")[0].tokens[0] != of(whole, "all")[0].tokens[1]
     assert of(whole, "piano-small")[0].tokens != of(whole, "tiny")[0].tokens
+
+
+def test_audio_is_freed_with_its_block(systems: list[System], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without waiting for a collection of garbage, and before the next but one is drawn."""
+    heard: list[Any] = []
+    alive: list[int] = []
+    draw = compare._draw
+
+    def watched(*words: Any, **options: Any) -> Any:
+        alive.append(sum(audio() is not None for audio in heard))
+        return draw(*words, **options)
+
+    monkeypatch.setattr(compare, "_draw", watched)
+    gc.disable()
+    try:
+        for piece in compose(systems[:1], count=6, **{**SMALL, "batch": 2}):
+            heard.append(weakref.ref(piece.audio))
+            del piece
+    finally:
+        gc.enable()
+    assert alive == [0, 0, 0] and len(heard) == 6
+
+
+def test_a_clip_that_failed_is_asked_for_its_error() -> None:
+    """Raised, the error would hold every frame that it passes, and the audio in them."""
+    lost: Future[Any] = Future()
+    lost.set_exception(RenderError("twice"))
+    assert compare._audio(lost) is None
+    error = lost.exception()
+    assert error is not None and error.__traceback__ is None
 
 
 def test_a_model_twice_writes_the_same_twice(systems: list[System]) -> None:

@@ -907,3 +907,72 @@ def test_no_corpus_at_all(tmp_path: Path) -> None:
         Corpus(tmp_path / "none")
     with pytest.raises(UserError, match="unfinished or no corpus"):
         Corpus(tmp_path)
+
+
+# --- Workers that stand still or answer nonsense ------------------------------------------------------------------
+
+
+def test_a_worker_that_never_gets_ready_is_replaced(tmp_path: Path, monkeypatch: Any) -> None:
+    write_songs(tmp_path / "midi", range(4))
+    mark, folder = tmp_path / "mark", tmp_path / "hook"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(f"""
+import os, signal
+if os.environ.get("SMART_MIDI_WORKER") and not os.path.exists({str(mark)!r}):
+    open({str(mark)!r}, "w").close()
+    os.kill(os.getpid(), signal.SIGSTOP)
+""")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr("smart.midi_pool.Worker.START", 3.0)
+    assert build([tmp_path / "midi"], tmp_path / "out", workers=1).counts == {"kept": 4}
+    assert mark.exists()
+
+
+@pytest.mark.parametrize(
+    "send",
+    [
+        'self._send(struct.pack("!i", 1000) + b"half"), os.kill(os.getpid(), signal.SIGSTOP)',
+        "send(self, answer), send(self, answer)",
+        'self._send_bytes(b"nonsense")',
+        'send(self, (b"another file", answer[1]))',
+        "send(self, 5)",
+    ],
+)
+def test_a_worker_that_answers_nonsense_costs_nothing(tmp_path: Path, hook: Any, monkeypatch: Any, send: str) -> None:
+    """Once, at a certain file: it stops within its answer, answers twice, or something else."""
+    write_songs(tmp_path / "midi", range(10))
+    build([tmp_path / "midi"], tmp_path / "whole")
+    mark = tmp_path / "mark"
+    hook(f"""
+        if data == {bytes(song(4).dumps_midi())!r} and not os.path.exists({str(mark)!r}):
+            open({str(mark)!r}, 'w').close()
+            import signal, struct
+            from multiprocessing.connection import Connection
+            send = Connection.send
+            def wrong(self, answer):
+                Connection.send = send
+                {send}
+            Connection.send = wrong""")
+    monkeypatch.setattr("smart.midi_pool.Worker.GRACE", 1.0)
+    assert build([tmp_path / "midi"], tmp_path / "out", workers=1).counts == {"kept": 10}
+    assert mark.exists() and contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_stopped_worker_dies_with_its_parent(tmp_path: Path, tokenizer: Any) -> None:
+    save_tokenizer(tokenizer, tmp_path)
+    code = f"""
+import os, signal, time
+from pathlib import Path
+from smart.midi import Limits
+from smart.midi_pool import Worker
+worker = Worker(Path({str(tmp_path / FILE_NAME)!r}), Limits())
+worker.connection.recv()
+os.kill(worker.process.pid, signal.SIGSTOP)
+print(worker.process.pid, flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        pid = int(process.stdout.readline())
+        process.kill()
+        _wait_until_gone([pid])

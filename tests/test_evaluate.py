@@ -3,7 +3,9 @@
 import csv
 import json
 import math
+import os
 import shutil
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from symusic import Note, Score, Tempo, TimeSignature, Track
 from smart import UserError
 from smart.evaluate import hacks, main, rate, ratings, soundfonts
 from smart.files import sha256, write_atomically
-from smart.render import RenderPool, render_notes, score_notes
+from smart.midi import Limits
+from smart.render import RenderError, RenderPool, render_notes, score_notes
 from smart.reward import Reward, load_reward, resample
 from smart.shards import SPLITS, ShardWriter
 from smart.soundfonts import find_soundfont
@@ -391,3 +394,31 @@ def test_hacks_beside_what_a_model_writes(tmp_path: Path) -> None:
     ).output
     assert "written by piano-small as a stand-in for real music" in output
     assert {row["name"] for row in read(tmp_path / "ratings.csv")} == {"piano-small, prompt 0", "piano-small, prompt 1"}
+
+
+def test_a_clip_that_failed_is_asked_for_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raised, the error would hold the frame that rates, and the audio of its batch."""
+    lost: Future[Any] = Future()
+    lost.set_exception(RenderError("twice"))
+    with RenderPool("timgm", sample_rate=RATE, seconds=1.0, workers=1) as pool:
+        submit = pool.submit
+        monkeypatch.setattr(pool, "submit", lambda score: lost if isinstance(score, str) else submit(score))
+        rated = ratings.rate_scores([music(0), "lost", None], pool, [load_reward("ce_proxy")], change=np.negative)
+    assert np.isfinite(rated["ce_proxy.CE"]).tolist() == [True, False, False]
+    error = lost.exception()
+    assert error is not None and error.__traceback__ is None
+
+
+def test_midi_files_that_would_hang_or_swell_the_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe.mid")
+    (tmp_path / "zero.mid").symlink_to("/dev/zero")
+    with open(tmp_path / "large.mid", "wb") as file:
+        file.truncate(1 << 30)  # without a byte on the disk
+    music(0).dump_midi(tmp_path / "good.mid")
+    for name, reason in (("pipe", "not a regular file"), ("zero", "not a regular file"), ("large", "too large")):
+        with pytest.raises(UserError, match=rf"{name}\.mid: {reason}"):
+            ratings.read_score(tmp_path / f"{name}.mid")
+    notes = ratings.read_score(tmp_path / "good.mid").note_num()
+    monkeypatch.setattr(ratings, "Limits", lambda: Limits(max_notes=notes - 1))
+    with pytest.raises(UserError, match=f"too many notes: {notes}, expected at most {notes - 1}"):
+        ratings.read_score(tmp_path / "good.mid")

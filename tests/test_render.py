@@ -1,5 +1,6 @@
 """Notes to audio: timing, purity, and a pool whose workers are really killed, stopped and starved."""
 
+import gc
 import hashlib
 import os
 import resource
@@ -10,8 +11,10 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -658,7 +661,7 @@ def test_a_stopped_worker_is_replaced_after_the_deadline(sine_file: Path, sine: 
 
 POISON = """
 import os, signal, sys, time
-sys.path[:] = sys.argv[7:]
+sys.path[:] = sys.argv[6:]
 from smart import render
 clean = render.render_notes
 def poisoned(soundfont, notes, **settings):
@@ -666,7 +669,7 @@ def poisoned(soundfont, notes, **settings):
         {effect}
     return clean(soundfont, notes, **settings)
 render.render_notes = poisoned
-render._work(*sys.argv[1:7])
+render._work(*sys.argv[1:6])
 """
 
 
@@ -708,6 +711,136 @@ def test_a_worker_that_dies_while_it_starts_costs_no_clip(
         assert mark.exists() and (one.retries, one.failures, one.restarts) == (0, 0, 2)
 
 
+@contextmanager
+def files_at_most(count: int) -> Iterator[None]:
+    """As many files may be opened in this process, and no more."""
+    numbers = [os.dup(0) for _ in range(count + 1)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for number in numbers:
+        os.close(number)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (numbers[-1], hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("free", [0, 1, 3])
+def test_a_short_outage_of_the_system_costs_no_clip(sine_file: Path, free: int) -> None:
+    """For a while there is no file for the audio, none for the connection, none for the pipe of a new process."""
+    with RenderPool(sine_file, workers=1) as one:
+        inside = open_files()
+        os.kill(one.pids[0], signal.SIGKILL)
+        wait_until(lambda: not running(one.pids[0]))
+        with files_at_most(free):
+            futures = [one.submit(notes((0, 1, 60))) for _ in range(20)]
+            time.sleep(0.5)
+        assert not any(future.done() for future in futures)
+        assert all(future.result(30).any() for future in futures)
+        assert (one.retries, one.failures, one.restarts) == (0, 0, 1) and open_files() == inside
+
+
+def test_a_system_that_starts_no_process_is_named(sine_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render, "PAUSES", (0.01,))
+    monkeypatch.setattr(render, "GIVE_UP", 1)
+    with RenderPool(sine_file, workers=1) as one:
+        os.kill(one.pids[0], signal.SIGKILL)
+        wait_until(lambda: not running(one.pids[0]))
+        with files_at_most(0):
+            lost, hopeless = (one.submit(notes((0, 1, 60))) for _ in range(2))
+            with pytest.raises(RenderError, match=r"no worker process can be started: .*Too many open files"):
+                lost.result(30)
+            with pytest.raises(Failure, match=r"no worker process can be started: .*open files.*\)$"):
+                hopeless.result(30)
+    with files_at_most(1), pytest.raises(Failure, match=r"do not start: no worker process .*Too many open files"):
+        RenderPool(sine_file, workers=1)
+
+
+def test_closing_does_not_wait_for_the_system(sine_file: Path) -> None:
+    with RenderPool(sine_file, workers=1) as one:
+        os.kill(one.pids[0], signal.SIGKILL)
+        wait_until(lambda: not running(one.pids[0]))
+        with files_at_most(0):
+            future = one.submit(notes((0, 1, 60)))
+            time.sleep(0.4)
+            started = time.monotonic()
+            one.close()
+        assert time.monotonic() - started < 1
+        with pytest.raises(RenderError, match="closed"):
+            future.result(0)
+
+
+DIES = "import os; os.path.exists({mark!r}) or (open({mark!r}, 'w').close(), os.kill(os.getpid(), {signal}))\n"
+
+
+def test_the_loss_of_a_worker_that_starts_is_survived(
+    sine_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    boot, mark = render._BOOT, tmp_path / "died"
+    monkeypatch.setattr(render, "_BOOT", DIES.format(mark=str(mark), signal=9) + boot)
+    with RenderPool(sine_file, workers=2) as two:
+        assert mark.exists() and two.submit(notes((0, 1, 60))).result(30).any()
+        assert (two.retries, two.failures, two.restarts) == (0, 0, 1)
+    monkeypatch.setattr(render, "_BOOT", "import os; os.kill(os.getpid(), 9)")
+    with pytest.raises(Failure, match="the render workers do not start: it died of signal 9"):
+        RenderPool(sine_file, workers=1)
+    mark.unlink()  # but a synthesiser that crashes would do so again
+    monkeypatch.setattr(render, "_BOOT", DIES.format(mark=str(mark), signal=11) + boot)
+    with pytest.raises(UserError, match=r"sine\.sf2 cannot be loaded.*died of signal 11"):
+        RenderPool(sine_file, workers=1)
+
+
+def test_a_soundfont_that_is_replaced_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "font.sf2"
+    path.write_bytes(tiny_soundfont())
+    with RenderPool(path, workers=1) as one:
+        assert one.submit(notes((0, 1, 60))).result(30).any()
+        os.kill(one.pids[0], signal.SIGKILL)
+        wait_until(lambda: not running(one.pids[0]))
+        (tmp_path / "other.sf2").write_bytes(tiny_soundfont(((0, 0), (0, 1))))
+        (tmp_path / "other.sf2").replace(path)
+        for _ in range(2):  # not even by the worker that has loaded it
+            with pytest.raises(Failure, match=r"font\.sf2 was changed while it was in use"):
+                one.submit(notes((0, 1, 60))).result(30)
+
+
+TWICE = """
+import sys
+sys.path[:] = sys.argv[6:]
+from smart import render
+send = render._send
+def twice(connection, kind, *rest):
+    for _ in range(1 + (kind == render._AUDIO)):
+        send(connection, kind, *rest)
+render._send = twice
+render._work(*sys.argv[1:6])
+"""
+
+
+def test_an_answer_too_many_is_not_the_next_clip(sine_file: Path, sine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render, "_BOOT", TWICE)
+    with RenderPool(sine_file, workers=1) as one:
+        for pitch in (60, 64, 67):
+            rows = notes((0, 1, pitch))
+            np.testing.assert_array_equal(one.submit(rows).result(30), render_notes(sine, rows))
+        assert (one.retries, one.failures, one.restarts) == (2, 0, 2)
+
+
+def test_a_clip_that_failed_is_freed_without_a_collection(sine_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render, "_BOOT", POISON.format(effect="raise MemoryError('full')"))
+    with RenderPool(sine_file, workers=1) as one:
+        gc.collect()
+        gc.disable()
+        try:
+            future = one.submit(notes((0, 1, 13)))
+            assert isinstance(future.exception(30), RenderError)
+            freed = weakref.ref(future)
+            del future
+            wait_until(lambda: freed() is None)
+        finally:
+            gc.enable()
+
+
 def test_a_worker_out_of_memory_is_replaced(sine_file: Path, sine: Any) -> None:
     """It may have no more than it has: the clip is rendered by another, which may."""
     long = np.concatenate([notes((second, second + 1, 60)) for second in range(59)])
@@ -740,8 +873,8 @@ def test_a_pool_whose_every_clip_fails_stops_trying(sine_file: Path, monkeypatch
 IMPOSTOR = """
 import os, socket, struct, sys, time
 connection, memory = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
-message = lambda kind, body=b"": connection.sendall(struct.pack("<cQ", kind, len(body)) + body)
-message(b"L")
+message = lambda kind, body=b"", number=1: connection.sendall(struct.pack("<cQQ", kind, number, len(body)) + body)
+message(b"L", number=0)
 connection.recv(1)
 {answer}
 time.sleep(60)
@@ -757,6 +890,7 @@ time.sleep(60)
         "message(b'A', struct.pack('<Q', 1000))",  # without having written them
         "message(b'A', b'?')",
         "message(b'?', struct.pack('<Q', 1))",
+        "os.pwrite(memory, bytes(8), 0); message(b'A', struct.pack('<Q', 1), number=0)",  # to no request
         "connection.close()",
         "sys.exit(3)",
     ],
@@ -922,6 +1056,27 @@ def test_workers_die_with_a_killed_parent(tmp_path: Path, sine_file: Path) -> No
         os.kill(pids[0], signal.SIGSTOP)
         process.kill()
         assert finish(process, pids) == ("", "")
+
+
+def test_a_worker_that_stands_still_in_its_imports_dies_with_its_parent(tmp_path: Path, sine_file: Path) -> None:
+    code = f"""
+import os, threading, time
+from smart import render
+render._BOOT = "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"
+threading.Thread(target=render.RenderPool, args=({str(sine_file)!r},), kwargs=dict(workers=1), daemon=True).start()
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code]) as process:
+        children = Path(f"/proc/{process.pid}/task")
+        found: list[int] = []
+
+        def stopped() -> bool:
+            found[:] = [int(pid) for task in children.iterdir() for pid in (task / "children").read_text().split()]
+            return any(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T" for pid in found)
+
+        wait_until(stopped)
+        process.kill()
+        wait_until(lambda: not any(running(pid) for pid in found))
 
 
 def test_ctrl_c_while_waiting_ends_everything(tmp_path: Path, sine_file: Path) -> None:

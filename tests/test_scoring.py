@@ -2,6 +2,7 @@
 
 import gc
 import math
+import os
 import random
 import signal
 import subprocess
@@ -192,6 +193,15 @@ print("not reached")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
     assert (done.returncode, done.stdout) == (1, "[1.0, 1.0]\nalive\n")
     assert done.stderr == "Error: reward Hangs gave no answer within 0.5 s; this process ends, what was saved is kept\n"
+
+
+def test_a_reward_that_hangs_ends_the_process_though_nobody_listens() -> None:
+    code = "import time; from smart.scoring import _within\nwith _within(0.3, 'it'): time.sleep(30)"
+    reading, writing = os.pipe()
+    with subprocess.Popen([sys.executable, "-c", code], stderr=writing) as process:
+        os.close(reading)
+        os.close(writing)
+        assert process.wait(20) == 1
 
 
 PAUSED = """

@@ -11,7 +11,7 @@ import smart
 
 PACKAGE = Path(smart.__file__).parent
 GROUND = {"config", "tokens", "model", "checkpoint", "track", "shards", "hub", "soundfonts"}
-GROUND |= {"files", "remi", "midi", "midi_pool", "distributed", "regions", "paper"}
+GROUND |= {"files", "remi", "midi", "midi_pool", "distributed", "regions", "paper", "processes"}
 ROOMS = {"prompts", "sampler", "render", "bank", "scoring", "reward", "reward.audiobox", "reward.ce_proxy", "plots"}
 ROOMS |= {"compare", "features", "diversity", "envelopes", "guard"}
 PROGRAMS = {

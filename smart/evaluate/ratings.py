@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,11 +122,11 @@ def rate_scores(
         futures = [None if score is None else pool.submit(score) for score in scores[start : start + TOGETHER]]
         clips: list[Audio | None] = []
         for future in futures:
-            try:
-                audio = None if future is None else future.result()
-                clips.append(change(audio) if change is not None and audio is not None else audio)
-            except RenderError:
+            # asked, not caught: the traceback of an error would hold this frame, and so the audio of the whole batch
+            if future is None or isinstance(future.exception(), RenderError):
                 clips.append(None)
+            else:
+                clips.append(future.result() if change is None else change(future.result()))
         parts.append(rate(rewards, clips, pool.sample_rate))
     return {name: np.concatenate([np.empty(0), *(part[name] for part in parts)]) for name in columns(rewards)}
 
@@ -177,11 +178,20 @@ class Kept:
 
 
 def read_score(path: Path) -> ScoreTick:
-    """The music of a MIDI file. Raises ``UserError`` where it is missing, damaged or no MIDI file."""
+    """The music of a MIDI file. Raises ``UserError`` where it is missing, too large, damaged or no MIDI file."""
+    limits = Limits()
     try:
-        data = path.read_bytes()
-        check_structure(data, Limits())  # the parser would take a truncated file for a short one
-        return ScoreTick.from_midi(data)
+        if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
+            raise Reject("not a regular file")  # opening a pipe would wait for its other end
+        with path.open("rb") as file:
+            data = file.read(limits.max_bytes + 1)
+        if len(data) > limits.max_bytes:
+            raise Reject("too large", f"over {limits.max_bytes} bytes")
+        check_structure(data, limits)  # the parser would take a truncated file for a short one
+        score = ScoreTick.from_midi(data)
+        if (notes := sum(len(track.notes) for track in score.tracks)) > limits.max_notes:
+            raise Reject("too many notes", f"{notes}, expected at most {limits.max_notes}")
+        return score
     except OSError as error:
         raise UserError(f"MIDI file {path}: cannot be read ({error.strerror})") from error
     except Reject as reject:
