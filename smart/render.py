@@ -53,14 +53,8 @@ DRUM_BANK = 128  # where General MIDI soundfonts keep their drum kits
 PEAK_EPS = 1e-6
 GIVE_UP = 16  # clips that fail in a row, each of them twice, before a pool stops trying
 STARTS = 3  # workers that may die while they load, one after the other, before that counts as a failure
-PAUSES = (
-    0.1,
-    0.2,
-    0.4,
-    0.8,
-    1.6,
-    3.2,
-)  # seconds between attempts to start a worker: what the system lacks may come back
+# seconds between attempts to start a worker: what the system lacks may come back
+PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 
 
 class Renderer(Protocol):
