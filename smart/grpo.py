@@ -37,7 +37,7 @@ import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from safetensors.torch import save_file
@@ -479,6 +479,11 @@ def _train(config: Config, world: World, held: contextlib.ExitStack, *, resume: 
             clips.finish(rollout)
             return rollout, clips
 
+        def leave() -> NoReturn:
+            """End as a signal asked for: what a checkpoint does not hold yet is done again by ``--resume``."""
+            run.say(f"stopped; to go on: python -m smart.grpo --config {folder / track.CONFIG} --resume")
+            raise SystemExit(128 + (stop.requested or signal.SIGTERM))
+
         ahead: tuple[Rollout, Clips] | None = None
         if restored is not None:
             ahead = restored, scorer.listen(watch)
@@ -572,9 +577,8 @@ def _train(config: Config, world: World, held: contextlib.ExitStack, *, resume: 
                     f"iteration {step}: reward {metrics['reward/mean']:.3f}, KL {stats['kl']:.4f}, "
                     f"{metrics['seconds/iteration']:.1f} s"
                 )
-            if stopping and step < settings.iterations:
-                run.say(f"stopped; to go on: python -m smart.grpo --config {folder / track.CONFIG} --resume")
-                raise SystemExit(128 + (stop.requested or signal.SIGTERM))
+            if stopping:
+                leave()
 
         if guard.stop:
             world.sum(0)  # the best checkpoint is there
@@ -589,13 +593,18 @@ def _train(config: Config, world: World, held: contextlib.ExitStack, *, resume: 
         heard, mine = range(min(config.track.final_listen, len(starts))), world.share(len(starts))
         rewards = {}
         for name, sampler in samplers.items():
+            if world.any(bool(stop.requested)):
+                leave()
             rollout = sampler.sample(
                 starts[mine.start : mine.stop],
                 generator=torch.Generator(device).manual_seed(seed),
                 share=(mine.start, len(starts)),
                 **drawing,
             )
-            rated = scorer.collect(scorer.submit(rollout), keep=[row - mine.start for row in heard])
+            futures = scorer.submit(rollout)
+            if world.any(bool(stop.requested)):  # rating many takes long, too
+                leave()
+            rated = scorer.collect(futures, keep=[row - mine.start for row in heard])
             rollout, rated, _ = together(world, rollout, rated, rollout.logprobs, pad_id=facts.pad_id)
             rewards[name] = rated.rewards[rated.rewards.isfinite()].numpy()
             for row in heard:

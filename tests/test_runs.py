@@ -276,6 +276,25 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(
     assert_same_run(tmp_path / "r", either[ahead])
 
 
+@pytest.mark.parametrize("after", ["checkpoints/00000002", "final/00-base.mid"])
+def test_asked_to_stop_after_the_last_iteration_it_stops(base: Path, tmp_path: Path, after: str) -> None:
+    """While base and tuned are compared, of many prompts; only that is done again."""
+    short = {"grpo.iterations": 2, "track.held_out_every": 0, "track.final_prompts": 300, "render.seconds": 0.5}
+    process = start("grpo", "--config", "quickstart.toml", *arguments(base, tmp_path, **short))
+    while not (tmp_path / "r" / after).exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert f"--config {tmp_path}/r/config.toml --resume" in output and "Traceback" not in output
+    assert not (tmp_path / "r" / "summary.json").exists()
+    before = (tmp_path / "r" / "metrics.jsonl").read_bytes()
+    status, output = run("grpo", "--config", str(tmp_path / "r" / "config.toml"), "--resume")
+    assert status == 0 and (tmp_path / "r" / "summary.json").exists(), output
+    assert (tmp_path / "r" / "metrics.jsonl").read_bytes() == before
+
+
 def test_whose_music_an_iteration_learns_from(either: list[Path], base: Path) -> None:
     """Its own policy's; with a batch drawn ahead, that of the policy one iteration ago."""
     import pyarrow.parquet as pq
