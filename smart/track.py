@@ -101,6 +101,8 @@ def prepare(folder: Path, config: str, *, resume: bool, overwrite: bool) -> Iter
 
     Until the end of the ``with`` no other process can do the same, so that two never write one run.
     """
+    if "\0" in str(folder):
+        raise UserError(f"run {str(folder)!r}: no folder can have that name; choose another run.name")
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise UserError(f"run {folder}: is not a folder; choose another run.name")
     with ExitStack() as held:
@@ -116,11 +118,14 @@ def prepare(folder: Path, config: str, *, resume: bool, overwrite: bool) -> Iter
 
 
 def _make_or_check(folder: Path, config: str, *, resume: bool, overwrite: bool) -> None:
-    inside = sorted(folder.iterdir(), key=lambda path: path.name == CONFIG)
+    # checkpoints go first, so that what is half deleted is not continued without what came before them; what says that
+    # it is a run goes last
+    order = {"checkpoints": 0, CONFIG: 2}
+    inside = [] if is_empty(folder) else sorted(folder.iterdir(), key=lambda path: order.get(path.name, 1))
     if inside and overwrite:
         if not (folder / CONFIG).is_file():
             raise UserError(f"run {folder}: not overwritten, since it has no {CONFIG} and so is not a run")
-        for path in inside:  # what says that it is a run goes last
+        for path in inside:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     elif inside and not resume:
         raise UserError(

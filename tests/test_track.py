@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,49 @@ def test_prepare_never_loses_a_run(tmp_path: Path) -> None:
     assert (folder / "metrics.jsonl").read_text() == "kept"
     begin(overwrite=True)
     assert [path.name for path in folder.iterdir()] == ["config.toml"]
+
+
+def test_a_run_that_was_half_deleted_is_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that replaces it dies before any deletion: the checkpoints go before the metrics they go on from."""
+    for kept in range(1, 6):
+        folder = tmp_path / str(kept)
+        for name in ("zebra", "checkpoints", "a"):
+            (folder / name).mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text("1")
+        (folder / "config.toml").write_text(CONFIG)
+        child = os.fork()
+        if not child:
+            left = [kept]
+
+            def dies(*_: object, left: list[int] = left) -> None:
+                left[0] -= 1
+                if not left[0]:
+                    os._exit(9)
+
+            for function, name in ((os.unlink, "unlink"), (os.rmdir, "rmdir")):
+                real = function
+                monkeypatch.setattr(os, name, lambda *a, real=real, **k: (dies(), real(*a, **k)))
+            prepare(folder, CONFIG, resume=False, overwrite=True).__enter__()
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        assert (folder / "config.toml").exists()
+        assert (folder / "metrics.jsonl").exists() or not (folder / "checkpoints").exists()
+        with prepare(folder, CONFIG, resume=False, overwrite=True):
+            assert [path.name for path in folder.iterdir()] == ["config.toml"]
+
+
+def test_a_kill_at_the_first_write_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+    for number, (resume, overwrite) in enumerate(((False, False), (True, False), (False, True))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / ".config.toml.tmp").write_text("[ru")
+        with prepare(folder, CONFIG, resume=resume, overwrite=overwrite):
+            assert [path.name for path in folder.iterdir()] == ["config.toml"]
+
+
+def test_a_name_that_no_folder_can_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no folder can have that name"):
+        prepare(tmp_path / "a\0b", CONFIG, resume=False, overwrite=False).__enter__()
 
 
 def test_prepare_deletes_nothing_that_is_not_a_run(tmp_path: Path) -> None:
