@@ -41,7 +41,7 @@ from smart.files import hold, is_leftover, sha256, write_atomically
 from smart.midi import Limits, Piece
 from smart.midi_pool import Pool
 from smart.shards import Corpus
-from smart.tokens import build_tokenizer, load_tokenizer, save_tokenizer, vocabulary
+from smart.tokens import FILE_NAME, build_tokenizer, load_tokenizer, save_tokenizer, vocabulary
 from smart.track import in_one_line, progress
 
 EXTENSIONS = (".mid", ".midi")
@@ -239,8 +239,10 @@ def build(
     started = time.monotonic()
     state = State(out / ".work")
     with contextlib.closing(state):
-        save_tokenizer(tokenizer, out / "tokenizer")
-        tokenizer_file = out / "tokenizer" / "tokenizer.json"
+        save_tokenizer(tokenizer, out / ".work")
+        tokenizer_file = out / "tokenizer" / FILE_NAME
+        tokenizer_file.parent.mkdir(exist_ok=True)
+        write_atomically(tokenizer_file, (out / ".work" / FILE_NAME).read_bytes())
         settings = {
             "midi": [root.name for root in roots],
             "include": sorted(include),

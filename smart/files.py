@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,28 @@ def write_atomically(path: Path, write: bytes | Callable[[IO[bytes]], object]) -
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def replace_files(folder: Path, write: Callable[[Path], object], *, last: str) -> None:
+    """Put what ``write(other)`` writes into ``folder``, file by file, each on the disk before; ``last`` comes last.
+
+    Whenever the machine stops, each file is absent, as before, or whole.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    temporary.mkdir(parents=True)
+    try:
+        write(temporary)
+        paths = sorted(temporary.iterdir(), key=lambda path: (path.name == last, path.name))
+        for path in paths:
+            sync(path)
+        folder.mkdir(exist_ok=True)
+        for path in paths:
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync(folder)
+    sync(folder.parent)
 
 
 def is_leftover(path: Path) -> bool:

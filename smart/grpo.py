@@ -36,6 +36,7 @@ import copy
 import math
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -46,6 +47,7 @@ from smart import Failure, UserError, checkpoint, distributed, require, track
 from smart.bank import BankPool, open_renderer
 from smart.config import Config, Grpo, RewardConfig, dumps, load
 from smart.distributed import World
+from smart.files import replace_files
 from smart.guard import Guard, HeldOut, Judge, alikeness
 from smart.model import find_base, load_base, pick_device, pick_precision, save_base
 from smart.plots import curves, timeline
@@ -610,7 +612,8 @@ def _train(config: Config, world: World, held: contextlib.ExitStack, *, resume: 
             for row in heard:
                 listen(f"final/{row:02d}-{name}", rollout.tokens[row], rated.audio[row])
         if world.lead:
-            save_base(policy, tokenizer, folder / "tuned")
+            # one that is there already, of a run that is resumed once more, stays whole
+            replace_files(folder / "tuned", partial(save_base, policy, tokenizer), last="model.safetensors")
             run.say(track.summarise(folder, rewards))
         if parts.reward.is_stand_in:
             run.say(f"{config.reward.kind} is a stand-in, not the aesthetic model: see docs/rewards.md")

@@ -31,7 +31,7 @@ from smart import UserError, checkpoint, distributed, track
 from smart.bank import open_renderer
 from smart.config import Data, Optimisation, PretrainConfig, dumps, load
 from smart.distributed import World
-from smart.files import parse_json
+from smart.files import parse_json, sync
 from smart.model import build_model, load_base, pick_device, pick_precision, save_base
 from smart.plots import curves
 from smart.prompts import Pieces, draw
@@ -201,6 +201,8 @@ def _train(config: PretrainConfig, world: World, held: contextlib.ExitStack, *, 
             progress = json.dumps(asdict(replace(done, loss=loss)))
             (target / "progress.json").write_text(progress, encoding="utf-8")
 
+        if report:
+            report.run.flush(done.step)  # no checkpoint is ahead of the metrics
         checkpoint.save(folder / "checkpoints", done.step, write, keep=settings.keep_checkpoints)
 
     with contextlib.ExitStack() as opened:
@@ -389,6 +391,7 @@ def _keep_best(folder: Path, step: int, model: Any, tokenizer: Any) -> None:
     link.unlink(missing_ok=True)
     link.symlink_to(copy.relative_to(folder))
     os.replace(link, folder / "base")
+    sync(folder)
 
 
 @track.run_command(default="base.toml")

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from smart import UserError, checkpoint
-from smart.files import sha256, write_atomically
+from smart.files import replace_files, sha256, write_atomically
 
 
 def write_text(text: str) -> Any:
@@ -242,6 +242,51 @@ def test_write_atomically_replaces(tmp_path: Path) -> None:
         write_atomically(path, data)
         assert path.read_bytes() == data
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_files_are_replaced_whole_and_the_last_one_last(tmp_path: Path) -> None:
+    """The process dies at any operation, or the disk is full: each file is as before or new, "a" new only after "b"."""
+    folder = tmp_path / "tuned"
+
+    def write(text: str) -> Any:
+        return lambda other: [(other / name).write_text(text * 1000) for name in "ab"]
+
+    replace_files(folder, write("old"), last="a")
+
+    def full(other: Path) -> None:
+        (other / "a").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        replace_files(folder, full, last="a")
+    operation, died = 0, True
+    while died:
+        operation += 1
+        child = os.fork()
+        if not child:
+            left = operation
+
+            def counted(function: Any) -> Any:
+                def call(*args: Any, **options: Any) -> Any:
+                    nonlocal left
+                    left -= 1
+                    if not left:
+                        os._exit(9)
+                    return function(*args, **options)
+
+                return call
+
+            for name in ("replace", "fsync", "unlink", "rmdir", "mkdir"):
+                setattr(os, name, counted(getattr(os, name)))
+            replace_files(folder, write("new"), last="a")
+            os._exit(0)
+        died = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        a, b = ((folder / name).read_text() for name in "ab")
+        assert {a, b} <= {"old" * 1000, "new" * 1000} and (a <= b or a[0] != "n"), operation
+        assert a[0] == "n" or died
+        replace_files(folder, write("old"), last="a")
+        assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "tuned"]
+    assert operation > 6
 
 
 def test_first_signal_asks_second_interrupts() -> None:

@@ -224,9 +224,15 @@ def test_an_existing_run_is_kept(finished: Path, base: Path) -> None:
     status, output = run("grpo", *again, "--resume", "--set", "grpo.beta=0.5", "--set", "grpo.rollouts_ahead=1")
     assert status == 2 and "grpo.beta" in output and "0.04" in output and "grpo.rollouts_ahead was 0" in output
     assert (finished / "metrics.jsonl").read_bytes() == before
-    status, output = run("grpo", *again, "--resume")  # nothing is left to do but the comparison
+    tuned = finished / "tuned" / "model.safetensors"
+    whole, limit = tuned.read_bytes(), tuned.stat().st_size // 2
+    short = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))}
+    status, output = run("grpo", *again, "--resume", **short)  # nothing is left to do but the comparison; a full disk
+    assert status == 1 and "could not be written" in output and tuned.read_bytes() == whole, output
+    status, output = run("grpo", *again, "--resume")
     assert status == 0, output
-    assert (finished / "metrics.jsonl").read_bytes() == before
+    assert (finished / "metrics.jsonl").read_bytes() == before and tuned.read_bytes() == whole
+    assert not list(finished.glob(".*"))
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
