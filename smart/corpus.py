@@ -262,7 +262,7 @@ def build(
             summary.read = _read_all(state, {os.fsencode(root.name): os.fsencode(root) for root in roots}, pool)
         _write(state, out, settings, summary)
         (out / ".work").rename(out / ".work.tmp")  # at once, so that a kill leaves no half of a state
-    shutil.rmtree(out / ".work.tmp")
+    shutil.rmtree(out / ".work.tmp", ignore_errors=True)
     summary.seconds = time.monotonic() - started
     return summary
 
@@ -281,6 +281,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
     ]
     if foreign:
         raise UserError(f"--out {out}: holds {foreign[0]!r}, which no build wrote; give another folder")
+    shutil.rmtree(out / ".work.tmp", ignore_errors=True)  # of a build that was killed after its last write
     if overwrite:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(out / shards.MANIFEST)  # first, so that what is half cleared does not look finished

@@ -464,6 +464,8 @@ def _train(config: Config, world: World, held: contextlib.ExitStack, *, resume: 
         guard = open_guard(config, world, parts, scorer, base_logprobs, drawing)
         if last is not None:
             guard.read(last)
+            if world.lead:  # whoever wrote it may have been killed at once
+                checkpoint.settle(last.parent, done, keep=config.track.keep_checkpoints, best=guard.best)
         watch = track.Stopwatch()
 
         def draw_batch() -> tuple[Rollout, Clips]:
@@ -614,6 +616,7 @@ def _train(config: Config, world: World, held: contextlib.ExitStack, *, resume: 
         if world.lead:
             # one that is there already, of a run that is resumed once more, stays whole
             replace_files(folder / "tuned", partial(save_base, policy, tokenizer), last="model.safetensors")
+            curves(folder, ("reward/mean",), "reward")  # whoever wrote the last checkpoint may not have come to it
             run.say(track.summarise(folder, rewards))
         if parts.reward.is_stand_in:
             run.say(f"{config.reward.kind} is a stand-in, not the aesthetic model: see docs/rewards.md")

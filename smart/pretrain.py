@@ -185,7 +185,9 @@ def _train(config: PretrainConfig, world: World, held: contextlib.ExitStack, *, 
             done = Progress(**parse_json((last / "progress.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"checkpoint {last}: progress.json cannot be read ({error})") from None
-        if not world.lead:
+        if world.lead:  # whoever wrote it may have been killed at once
+            checkpoint.settle(last.parent, done.step, keep=settings.keep_checkpoints)
+        else:
             done.loss = 0.0  # the lead holds what all had lost
     forward: Any = model if world.size == 1 else DistributedDataParallel(model)
     forward = torch.compile(forward) if compiling else forward

@@ -38,6 +38,17 @@ def test_the_best_one_stays_and_has_a_link(tmp_path: Path) -> None:
     assert (tmp_path / checkpoint.BEST).readlink() == Path("00000005")  # a run's folder can be moved
 
 
+def test_what_follows_a_checkpoint_is_done_again_where_a_kill_came_before_it(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        checkpoint.save(tmp_path, step, write_text(str(step)), best=1)
+    (tmp_path / ".best.link").symlink_to("00000003")
+    (tmp_path / "00000002" / checkpoint.MANIFEST).unlink()  # it was being deleted
+    (tmp_path / ".00000005.tmp").mkdir()
+    checkpoint.settle(tmp_path, 4, keep=1, best=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000003", "00000004", "best"]
+    assert (tmp_path / checkpoint.BEST).readlink() == Path("00000003")
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest", "manifest removed"])
 def test_a_damaged_one_is_named_and_the_one_before_used(
     tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]

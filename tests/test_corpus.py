@@ -807,6 +807,15 @@ def test_killed_after_the_manifest_or_with_old_shards_about(tmp_path: Path, smal
     assert contents(tmp_path / "out") == contents(small)
 
 
+def test_killed_at_the_very_end_the_rest_is_cleared_away(tmp_path: Path, small: Path) -> None:
+    shutil.copytree(small, tmp_path / "out")
+    (tmp_path / "out" / ".work.tmp").mkdir()
+    (tmp_path / "out" / ".work.tmp" / "spool.bin").touch()
+    with pytest.raises(UserError, match="holds a finished corpus"):
+        build([small.parent / "midi"], tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(small) and not (tmp_path / "out" / ".work.tmp").exists()
+
+
 def test_files_that_are_gone_are_forgotten(tmp_path: Path, hook: Any) -> None:
     """A build that goes on after files were removed and added is that of the files that are there."""
     write_songs(tmp_path / "midi", range(6))

@@ -282,6 +282,23 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(
     assert_same_run(tmp_path / "r", either[ahead])
 
 
+def test_killed_right_after_the_last_checkpoint_the_rest_is_made_up_for(
+    base: Path, finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "r", symlinks=True)
+    best = (finished / "checkpoints" / "best").readlink()
+    (tmp_path / "r" / "checkpoints" / "best").unlink()
+    curve = tmp_path / "r" / "reward_mean.png"
+    curve.write_bytes(b"older")
+    for leftover in (curve.with_name(".reward_mean.png.tmp"), curve.with_name(".summary.json.tmp")):
+        leftover.write_bytes(b"half")
+    status, output = run("grpo", "--config", "quickstart.toml", *arguments(base, tmp_path), "--resume")
+    assert status == 0, output
+    assert (tmp_path / "r" / "checkpoints" / "best").readlink() == best
+    assert curve.read_bytes() == (finished / "reward_mean.png").read_bytes()
+    assert not list((tmp_path / "r").glob(".*"))
+
+
 @pytest.mark.parametrize("after", ["checkpoints/00000002", "final/00-base.mid"])
 def test_asked_to_stop_after_the_last_iteration_it_stops(base: Path, tmp_path: Path, after: str) -> None:
     """While base and tuned are compared, of many prompts; only that is done again."""

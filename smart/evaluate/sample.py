@@ -225,17 +225,18 @@ def sample(
         "audio": audio is not None,
         "version": version("smart"),
     }
+    parts = out.with_name(f"{out.name}.parts")
     if out.exists():
         changed = track.changes(read_settings(out)["settings"], settings)
         if changed:
             raise UserError(
                 f"--out {out}: holds pieces made with other settings ({'; '.join(changed)}); give another file"
             )
+        shutil.rmtree(parts, ignore_errors=True)  # whoever finished it may have been killed at once
         click.echo(f"{out} is finished; nothing was drawn")
         return
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}")
-    parts = out.with_name(f"{out.name}.parts")
     track.claim(parts, settings)
     batch = drawing["batch"]
     blocks = [parts / f"{block:06d}.parquet" for block in range(-(-count // batch))]
@@ -270,7 +271,7 @@ def sample(
     tokenizers = {system.name: (system.model / FILE_NAME).read_text(encoding="utf-8") for system in systems}
     provenance = {"settings": settings, "given": list(models), "tokenizers": tokenizers}
     table = finish(blocks, out, names, provenance)
-    shutil.rmtree(parts)
+    shutil.rmtree(parts, ignore_errors=True)
     click.echo(describe(table, names, axes))
     for reward in rewards:
         if reward.is_stand_in:
