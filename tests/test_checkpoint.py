@@ -255,6 +255,30 @@ def test_write_atomically_replaces(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_several_may_replace_one_file(tmp_path: Path) -> None:
+    """Two processes of two threads each, without end: whoever reads finds the whole of what one of them wrote."""
+    code = """
+import sys, threading
+from pathlib import Path
+from smart.files import write_atomically
+def write(letter):
+    for length in range(50_000, 50_150):
+        write_atomically(Path(sys.argv[1]), letter * length)
+threads = [threading.Thread(target=write, args=(letter.encode(),)) for letter in sys.argv[2]]
+threading.excepthook = lambda failure: __import__("os")._exit(9)
+[thread.start() for thread in threads]
+"""
+    path = tmp_path / "note"
+    (tmp_path / ".note.tmp").write_text("z" * 100_000)  # of a process that was killed
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(path), letters]) for letters in ("ab", "cd")]
+    while any(writer.poll() is None for writer in writers):
+        text = path.read_text() if path.exists() else ""
+        assert text == text[:1] * len(text) and (not text or len(text) >= 50_000)
+        time.sleep(0.001)
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert os.listdir(tmp_path) == ["note"]
+
+
 def test_files_are_replaced_whole_and_the_last_one_last(tmp_path: Path) -> None:
     """The process dies at any operation, or the disk is full: each file is as before or new, "a" new only after "b"."""
     folder = tmp_path / "tuned"
