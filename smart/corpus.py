@@ -83,10 +83,7 @@ class State:
         folder.mkdir(parents=True, exist_ok=True)
         self._open = contextlib.ExitStack()
         with contextlib.ExitStack() as opened:  # closed again where anything below fails
-            try:
-                opened.enter_context(hold(folder))
-            except BlockingIOError:
-                raise UserError(f"--out {folder.parent}: another build is writing it; wait for it") from None
+            _hold(folder, opened)
             damaged = f"--out {folder.parent}: its unfinished build is damaged; start again with --overwrite"
             self.table = sqlite3.connect(folder / "state.sqlite", isolation_level=None)
             opened.callback(self.table.close)
@@ -164,6 +161,14 @@ class State:
 
     def reasons(self) -> dict[str, int]:
         return dict(self.table.execute("SELECT reason, COUNT(*) FROM files GROUP BY reason ORDER BY reason"))
+
+
+def _hold(work: Path, held: contextlib.ExitStack) -> None:
+    """Have no other build work in ``work``. Raises ``UserError`` where one does."""
+    try:
+        held.enter_context(hold(work))
+    except BlockingIOError:
+        raise UserError(f"--out {work.parent}: another build is writing it; wait for it") from None
 
 
 # --- Building -----------------------------------------------------------------------------------------------------
@@ -283,9 +288,12 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise UserError(f"--out {out}: holds {foreign[0]!r}, which no build wrote; give another folder")
     shutil.rmtree(out / ".work.tmp", ignore_errors=True)  # of a build that was killed after its last write
     if overwrite:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(out / shards.MANIFEST)  # first, so that what is half cleared does not look finished
-        shutil.rmtree(out)
+        with contextlib.ExitStack() as held:
+            if (out / ".work").is_dir():
+                _hold(out / ".work", held)
+            # first, so that what is half cleared does not look finished
+            (out / shards.MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(out)
     elif (out / shards.MANIFEST).exists() and not (out / ".work").exists():
         raise UserError(f"--out {out}: holds a finished corpus; give another folder, or --overwrite")
 

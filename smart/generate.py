@@ -12,7 +12,8 @@ Axes: N pieces that are written together, P prompt length, T completion length.
 import csv
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -222,16 +223,21 @@ def read_table(folder: Path) -> list[dict[str, str]]:
     return [row for row in csv.DictReader(line for line in lines if line.endswith("\n")) if None not in row.values()]
 
 
-def prepare(out: Path, settings: dict[str, Any]) -> int:
-    """Make the folder ``out``, or go on with one of the same settings; how many pieces it holds already."""
+@contextmanager
+def prepare(out: Path, settings: dict[str, Any]) -> Iterator[int]:
+    """Make the folder ``out``, or go on with one of the same settings; how many pieces it holds already.
+
+    Until the end of the ``with`` no other process can do the same.
+    """
     track.claim(out, settings)
-    rows = read_table(out)
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)] if rows else []
-    try:
-        write_atomically(out / TABLE, "".join(",".join(line) + "\n" for line in lines).encode())
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
-    return len(rows)
+    with track.alone(out):
+        rows = read_table(out)
+        lines = [list(rows[0]), *(list(row.values()) for row in rows)] if rows else []
+        try:
+            write_atomically(out / TABLE, "".join(",".join(line) + "\n" for line in lines).encode())
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+        yield len(rows)
 
 
 COLUMNS = ("piece", "file", "notes", "seconds", "tokens", "unplayable", "candidate")
@@ -338,7 +344,6 @@ def generate(
         prompt = read + line
     for name, path in (("model", folder / "model.safetensors"), ("soundfont", soundfont_file), ("song", song)):
         settings[f"{name}_sha256"] = None if path is None else sha256(path)
-    done = prepare(out, settings)
     writer = Writer(Sampler(network, pad_id=facts.pad_id, eos_id=facts.eos_id), facts, temperature, top_k, top_p)
 
     def music(new: Sequence[int]) -> ScoreTick:
@@ -350,6 +355,7 @@ def generate(
         return writer.write(rows, tokens, torch.Generator().manual_seed(seed * 2**31 + batch), mask)
 
     with (
+        prepare(out, settings) as done,
         RenderPool(soundfont_file, sample_rate=sample_rate, seconds=seconds) as pool,
         track.progress(total=count, initial=done, unit="piece") as bar,
         open(out / TABLE, "a", encoding="utf-8", newline="") as file,

@@ -161,6 +161,17 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
         raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from None
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a claimed folder, so that no two processes write into it. Raises ``UserError`` where another one does."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(hold(folder))
+        except BlockingIOError:
+            raise UserError(f"--out {folder}: another process is working in it; wait for it, or stop it") from None
+        yield
+
+
 def _changes_in(before: str, now: str) -> str:
     """How two JSON texts of settings differ."""
     try:

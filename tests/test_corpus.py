@@ -775,8 +775,14 @@ def test_two_builds_do_not_share_a_folder(tmp_path: Path) -> None:
     state = State(tmp_path / "out" / ".work")
     with pytest.raises(UserError, match="another build is writing it"):
         build([tmp_path / "midi"], tmp_path / "out")
+    (tmp_path / "out" / "train-00000.bin.tmp").write_bytes(b"its")
+    with pytest.raises(UserError, match="another build is writing it"):
+        build([tmp_path / "midi"], tmp_path / "out", overwrite=True)
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*.*")) == [
+        ".work", "spool.bin", "state.sqlite", "train-00000.bin.tmp"
+    ]  # fmt: skip
     state.close()
-    assert build([tmp_path / "midi"], tmp_path / "out").counts == {"kept": 3}
+    assert build([tmp_path / "midi"], tmp_path / "out", overwrite=True).counts == {"kept": 3}
 
 
 @pytest.mark.parametrize("name", ["state.sqlite", "spool.bin"])

@@ -15,9 +15,10 @@ from click.testing import CliRunner, Result
 from scipy import stats
 from symusic import Note, Score, Tempo, TimeSignature, Track
 
-from smart import UserError
+from smart import UserError, track
 from smart.evaluate import hacks, main, rate, ratings, soundfonts
-from smart.files import sha256, write_atomically
+from smart.evaluate.sample import read_settings
+from smart.files import hold, sha256, write_atomically
 from smart.render import RenderPool, render_notes, score_notes
 from smart.reward import Reward, load_reward, resample
 from smart.shards import SPLITS, ShardWriter
@@ -391,3 +392,19 @@ def test_hacks_beside_what_a_model_writes(tmp_path: Path) -> None:
     ).output
     assert "written by piano-small as a stand-in for real music" in output
     assert {row["name"] for row in read(tmp_path / "ratings.csv")} == {"piano-small, prompt 0", "piano-small, prompt 1"}
+
+
+def test_two_processes_do_not_sample_into_one_table(tmp_path: Path) -> None:
+    out = tmp_path / "out.parquet"
+    words = ["sample", "piano-small", "-n", 2, "--tokens", 16, "--seconds", 1, "--sample-rate", RATE]
+    words += ["--workers", 1, "--device", "cpu", "--out", out]
+    run(*words)
+    made, parts = out.read_bytes(), tmp_path / "out.parquet.parts"
+    track.claim(parts, read_settings(out)["settings"])
+    assert "nothing was drawn" in run(*words).output and not parts.exists()  # left by a kill at the very end
+    track.claim(parts, read_settings(out)["settings"])
+    out.unlink()
+    with hold(parts):
+        assert "another process is working in it" in run(*words, code=2).output
+    run(*words)
+    assert out.read_bytes() == made and not parts.exists()

@@ -31,6 +31,7 @@ from smart.evaluate.frontier import (
     report,
     resample,
 )
+from smart.files import hold
 from smart.grpo import token_logprobs
 from smart.model import load_base, save_base
 
@@ -232,6 +233,8 @@ def test_a_report_that_was_cut_short_goes_on(run: Path, made: Path, monkeypatch:
     monkeypatch.setattr(
         frontier, "compose", lambda systems, **more: drawn.append(systems[0].name) or compose(systems, **more)
     )
+    with hold(made), pytest.raises(UserError, match="another process is working in it"):
+        report(runs=[run], out=made, device="cpu", **OPTIONS)
     report(runs=[run], out=made, device="cpu", **OPTIONS)
     assert drawn == ["sharp@4"]
     assert {path.name: path.read_bytes() for path in made.iterdir() if path.suffix in (".csv", ".json")} == before

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from symusic import Note, Score, Tempo, TimeSignature, Track
 
 from smart import UserError
+from smart.files import hold
 from smart.generate import WINDOW, Writer, last_bars, main, opening, unplayable_tokens
 from smart.reward import load_reward, resample
 from smart.sampler import Sampler
@@ -268,6 +269,15 @@ def test_mistakes_are_one_line(arguments: list[str], text: str, midi: Path, tmp_
     assert result.exit_code == 2, result.output
     assert text in result.output and "Traceback" not in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    arguments = ["--out", tmp_path / "out", "-n", 1, "--tokens", 8, "--seconds", 1]
+    assert generate(*arguments).exit_code == 0
+    with hold(tmp_path / "out"):
+        result = generate(*arguments)
+    assert result.exit_code == 2 and "another process is working in it" in result.output
+    assert generate(*arguments).exit_code == 0
 
 
 def test_other_settings_do_not_mix_with_what_is_there(tmp_path: Path) -> None:

@@ -570,7 +570,7 @@ def report(
     )
     many = max(best_of, samples)
     rows = resample(prompts, seed)
-    with track.progress(total=prompts * (many + samples * (len(models) - 1)), unit="piece") as bar:
+    with track.alone(out), track.progress(total=prompts * (many + samples * (len(models) - 1)), unit="piece") as bar:
         drawn = draw(base, many, setting, out / "pieces" / "base", network, bar)
         few = Drawn(
             [tokens for place, tokens in enumerate(drawn.tokens) if place % many < samples],

@@ -238,40 +238,41 @@ def sample(
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}")
     track.claim(parts, settings)
-    batch = drawing["batch"]
-    blocks = [parts / f"{block:06d}.parquet" for block in range(-(-count // batch))]
-    done = next((number for number, path in enumerate(blocks) if not path.is_file()), len(blocks))
-    if audio is not None:
-        audio.mkdir(parents=True, exist_ok=True)
-    first = min(done * batch, count)
-    pieces = compose(
-        systems,
-        corpus=corpus,
-        first=first,
-        soundfont=found[1],
-        rewards=rewards,
-        workers=workers,
-        device=device,
-        **drawing | {"count": count - first},
-    )
-    rows: list[dict[str, Any]] = []
-    with track.progress(total=count * len(systems), initial=first * len(systems), unit="piece") as bar:
-        for piece in pieces if done < len(blocks) else ():
-            rows.append(row(piece, sample_rate))
-            if audio is not None:
-                stem = audio / f"{piece.prompt:04d}-{piece.system}"
-                track.write_midi(Path(f"{stem}.mid"), piece.score)
-                if piece.audio is not None:
-                    track.write_wav(Path(f"{stem}.wav"), piece.audio, sample_rate)
-            bar.update()
-            if len(rows) == len(systems) * min(batch, count - done * batch):
-                part = pa.Table.from_pylist(rows, schema(axes))
-                write_atomically(blocks[done], lambda file, part=part: pq.write_table(part, file))  # type: ignore[misc]  # bound now
-                rows, done = [], done + 1
-    tokenizers = {system.name: (system.model / FILE_NAME).read_text(encoding="utf-8") for system in systems}
-    provenance = {"settings": settings, "given": list(models), "tokenizers": tokenizers}
-    table = finish(blocks, out, names, provenance)
-    shutil.rmtree(parts, ignore_errors=True)
+    with track.alone(parts):
+        batch = drawing["batch"]
+        blocks = [parts / f"{block:06d}.parquet" for block in range(-(-count // batch))]
+        done = next((number for number, path in enumerate(blocks) if not path.is_file()), len(blocks))
+        if audio is not None:
+            audio.mkdir(parents=True, exist_ok=True)
+        first = min(done * batch, count)
+        pieces = compose(
+            systems,
+            corpus=corpus,
+            first=first,
+            soundfont=found[1],
+            rewards=rewards,
+            workers=workers,
+            device=device,
+            **drawing | {"count": count - first},
+        )
+        rows: list[dict[str, Any]] = []
+        with track.progress(total=count * len(systems), initial=first * len(systems), unit="piece") as bar:
+            for piece in pieces if done < len(blocks) else ():
+                rows.append(row(piece, sample_rate))
+                if audio is not None:
+                    stem = audio / f"{piece.prompt:04d}-{piece.system}"
+                    track.write_midi(Path(f"{stem}.mid"), piece.score)
+                    if piece.audio is not None:
+                        track.write_wav(Path(f"{stem}.wav"), piece.audio, sample_rate)
+                bar.update()
+                if len(rows) == len(systems) * min(batch, count - done * batch):
+                    part = pa.Table.from_pylist(rows, schema(axes))
+                    write_atomically(blocks[done], lambda file, part=part: pq.write_table(part, file))  # type: ignore[misc]  # bound now
+                    rows, done = [], done + 1
+        tokenizers = {system.name: (system.model / FILE_NAME).read_text(encoding="utf-8") for system in systems}
+        provenance = {"settings": settings, "given": list(models), "tokenizers": tokenizers}
+        table = finish(blocks, out, names, provenance)
+        shutil.rmtree(parts, ignore_errors=True)
     click.echo(describe(table, names, axes))
     for reward in rewards:
         if reward.is_stand_in:
