@@ -92,14 +92,18 @@ def verify(folder: Path) -> None:
         raise UserError(f"checkpoint {folder}: {MANIFEST} cannot be read ({type(error).__name__})") from None
     for name, digest in names.items():
         path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"checkpoint {folder}: {MANIFEST} names {name!r}, outside the folder")
-        if not path.is_file():
-            raise UserError(f"checkpoint {folder}: {name} is missing")
         try:
+            if not path.resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"checkpoint {folder}: {MANIFEST} names {name!r}, outside the folder")
+            if not path.is_file():
+                raise UserError(f"checkpoint {folder}: {name} is missing")
             found = sha256(path)
-        except OSError as error:  # a disk that gives back no more what it holds
+        except UserError:
+            raise
+        except OSError as error:  # a disk that gives back no more what it holds, a name that is too long
             raise UserError(f"checkpoint {folder}: {name} cannot be read ({error.strerror})") from None
+        except (ValueError, RuntimeError):  # a null byte in it, or half of a character; a link to itself
+            raise UserError(f"checkpoint {folder}: {MANIFEST} names {name!r}, which no file can be called") from None
         if found != digest:
             raise UserError(f"checkpoint {folder}: {name} is damaged (its SHA-256 is not the recorded one)")
 

@@ -109,6 +109,17 @@ def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
         checkpoint.verify(folder)
 
 
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800", "a" * 300])
+def test_a_manifest_that_names_what_no_file_can_be_called_is_passed_over(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, write_text("x"))
+    (tmp_path / "00000002" / checkpoint.MANIFEST).write_text(json.dumps({"sha256": {name: "0"}}))
+    assert checkpoint.latest(tmp_path) == tmp_path / "00000001"
+    assert "00000002: " in capsys.readouterr().err
+
+
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, 1, write_text("good"))
 
