@@ -356,6 +356,26 @@ def open_guard(
     return Guard(held_out, every=every, kl_budget=config.grpo.kl_budget, stop_on_collapse=config.grpo.stop_on_collapse)
 
 
+def best_whole(guard: Guard, root: Path, say: Callable[[str], None]) -> Path:
+    """The best checkpoint in ``root`` that is as it was written; a better one that is damaged is named.
+
+    What the guard has measured of those passed over is forgotten. Raises ``UserError`` where all are damaged.
+    """
+    while (best := guard.best) is not None:
+        folder = root / f"{best:08d}"
+        try:
+            checkpoint.verify(folder)
+            return folder
+        except UserError as error:
+            if folder.exists():  # not all are kept
+                say(f"Warning: {error.message}; taking the next best")
+            guard.history = [one for one in guard.history if one.step != best]
+    newest = checkpoint.latest(root)
+    if newest is None:
+        raise UserError(f"{root} holds no checkpoint any more; start anew with --overwrite")
+    return newest
+
+
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Tune a base by ``config``; returns the folder of the run, whose ``tuned/`` holds the model in the form of a base.
 
@@ -586,9 +606,9 @@ def _train(config: Config, world: World, held: contextlib.ExitStack, *, resume: 
 
         if guard.stop:
             world.sum(0)  # the best checkpoint is there
-            best = folder / "checkpoints" / f"{guard.best:08d}"
+            why, best = guard.stop, best_whole(guard, folder / "checkpoints", run.say)
             policy.load_state_dict(load_base(best, device=device)[0].state_dict())
-            run.say(f"stopped early: {guard.stop}; tuned/ is iteration {guard.best}, the best by the held-out judge")
+            run.say(f"stopped early: {why}; tuned/ is iteration {int(best.name)}, the best by the held-out judge")
 
         # base against tuned: fresh samples for the same prompts and from the same seed
         bar.set_description("base against tuned")

@@ -482,6 +482,12 @@ def test_a_spent_budget_ends_the_run_with_the_best(base: Path, tmp_path: Path) -
     status, output = run("grpo", *args, "--resume")  # it knows that it has ended
     assert status == 0 and metrics(folder) == rows, output
     assert (folder / "tuned" / "model.safetensors").read_bytes() == tuned
+    weights = bytearray(tuned)
+    weights[-1] ^= 1
+    (folder / "checkpoints" / f"{best:08d}" / "model.safetensors").write_bytes(weights)
+    status, output = run("grpo", *args, "--resume")  # no damaged one becomes tuned/: the other that was kept does
+    assert status == 0 and f"{best:08d}: model.safetensors is damaged" in output, output
+    assert f"tuned/ is iteration {over['step']}" in output
 
 
 def test_a_render_worker_that_is_killed_costs_nothing(base: Path, finished: Path, tmp_path: Path) -> None:
