@@ -61,6 +61,7 @@ def split_of(digest: bytes) -> str:
 # --- The state of a build -----------------------------------------------------------------------------------------
 
 KEPT, DUPLICATE = "kept", "duplicate"  # reasons that no worker gives
+DAMAGED = "its unfinished build is damaged"
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT);
 CREATE TABLE IF NOT EXISTS files (
@@ -84,7 +85,7 @@ class State:
         self._open = contextlib.ExitStack()
         with contextlib.ExitStack() as opened:  # closed again where anything below fails
             _hold(folder, opened)
-            damaged = f"--out {folder.parent}: its unfinished build is damaged; start again with --overwrite"
+            damaged = f"--out {folder.parent}: {DAMAGED}; start again with --overwrite"
             self.table = sqlite3.connect(folder / "state.sqlite", isolation_level=None)
             opened.callback(self.table.close)
             try:
@@ -536,18 +537,21 @@ def build_command(
             only = frozenset(filter(None, listed.read_text(encoding="utf-8").splitlines()))
         except (OSError, ValueError) as error:
             raise UserError(f"--list {listed}: cannot be read ({error})") from None
-    # what SQLite says of a full disk is no OSError
-    with in_one_line("the corpus", "the same command goes on from here", sqlite3.OperationalError):
-        summary = build(
-            folders,
-            out,
-            workers=workers,
-            tokenizer=load_tokenizer(tokenizer) if tokenizer else build_tokenizer(instruments),
-            limits=Limits(**limits),
-            include=include,
-            listed=only,
-            overwrite=overwrite,
-        )
+    try:
+        # what SQLite says of a full disk is no OSError
+        with in_one_line("the corpus", "the same command goes on from here", sqlite3.OperationalError):
+            summary = build(
+                folders,
+                out,
+                workers=workers,
+                tokenizer=load_tokenizer(tokenizer) if tokenizer else build_tokenizer(instruments),
+                limits=Limits(**limits),
+                include=include,
+                listed=only,
+                overwrite=overwrite,
+            )
+    except sqlite3.DatabaseError as error:
+        raise UserError(f"--out {out}: {DAMAGED} ({error}); start again with --overwrite") from None
     for reason, number in summary.counts.items():
         click.echo(f"{reason:30}{number:>12,}")
     click.echo(f"{'split':30}{'pieces':>12}{'tokens':>16}")

@@ -92,13 +92,24 @@ class Book:
             out.mkdir(parents=True, exist_ok=True)
             self.rows: dict[str, dict[str, Any]] = {}
             if (out / STATE).is_file():
-                self.rows = dict(parse_json((out / STATE).read_text(encoding="utf-8")))
+                self.rows = parse_json((out / STATE).read_text(encoding="utf-8"))
+                if not isinstance(self.rows, dict) or not all(map(self._is_row, self.rows.values())):
+                    raise ValueError("it is of another shape")
             else:
                 self._write()
         except OSError as error:
             raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
         except ValueError as error:
             raise UserError(f"--out {out}: {STATE} cannot be read ({error}); give a new folder") from None
+
+    @staticmethod
+    def _is_row(row: Any) -> bool:
+        return (
+            isinstance(row, dict)
+            and isinstance(row.get("key"), str)
+            and isinstance(row.get("seconds"), int | float)
+            and isinstance(row.get("outputs", {}), dict)
+        )
 
     def _write(self) -> None:
         write_atomically(self.out / STATE, json.dumps(self.rows, indent=1).encode())

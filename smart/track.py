@@ -148,7 +148,7 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
         if folder.exists() and (not folder.is_dir() or (not is_empty(folder) and not kept.is_file())):
             raise UserError(f"--out {folder}: holds something else; give a new folder")
         if kept.is_file():
-            before = kept.read_text(encoding="utf-8")
+            before = kept.read_text(encoding="utf-8", errors="replace")
             if before != text:
                 raise UserError(
                     f"--out {folder}: holds pieces made with other settings ({_changes_in(before, text)}); "

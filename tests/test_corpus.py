@@ -798,6 +798,23 @@ def test_damaged_state_says_so(tmp_path: Path, name: str) -> None:
         build([tmp_path / "midi"], tmp_path / "out")
 
 
+def test_damage_within_the_state_is_one_line(tmp_path: Path) -> None:
+    """All but its first page, which says what it is."""
+    write_songs(tmp_path / "midi", range(3))
+    for number in range(2000):
+        (tmp_path / "midi" / f"{number}.mid").touch()
+    state = State(tmp_path / "out" / ".work")
+    state.list_files(find_files([tmp_path / "midi"]))
+    state.close()
+    path = tmp_path / "out" / ".work" / "state.sqlite"
+    data = path.read_bytes()
+    assert len(data) > 10 * 4096
+    path.write_bytes(data[:4096] + b"x" * (len(data) - 4096))
+    done = run("build", "--midi", str(tmp_path / "midi"), "--out", str(tmp_path / "out"), "--workers", "1")
+    assert done.exit_code == 2 and done.output.count("\n") == 1, (done.output, done.exception)
+    assert "is damaged" in done.output and "start again with --overwrite" in done.output
+
+
 def test_killed_after_the_manifest_or_with_old_shards_about(tmp_path: Path, small: Path, monkeypatch: Any) -> None:
     """What a kill leaves at the very end, and shards of files that have gone since, disturb no later run."""
     folder = small.parent / "midi"

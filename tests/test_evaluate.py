@@ -406,5 +406,6 @@ def test_two_processes_do_not_sample_into_one_table(tmp_path: Path) -> None:
     out.unlink()
     with hold(parts):
         assert "another process is working in it" in run(*words, code=2).output
-    run(*words)
+    (parts / "000000.parquet").write_bytes(made[: len(made) // 2])
+    assert "000000.parquet is damaged, and drawn again" in run(*words).output
     assert out.read_bytes() == made and not parts.exists()

@@ -226,8 +226,10 @@ def test_a_collapsed_checkpoint_is_flagged_and_not_kept(made: Path) -> None:
 
 def test_a_report_that_was_cut_short_goes_on(run: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path.name: path.read_bytes() for path in made.iterdir() if path.suffix in (".csv", ".json")}
-    for path in (made / "frontier.csv", made / "summary.json", *(made / "pieces" / "sharp@4").iterdir()):
+    for path in (made / "frontier.csv", made / "summary.json"):
         path.unlink()
+    (block,) = (made / "pieces" / "sharp@4").iterdir()
+    block.write_bytes(block.read_bytes()[:100])
     drawn = []
     compose = frontier.compose
     monkeypatch.setattr(

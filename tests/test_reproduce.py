@@ -119,9 +119,10 @@ def test_one_process_at_a_time_and_only_in_a_folder_of_its_own(out: Path, monkey
     (foreign / "thesis.txt").touch()
     with pytest.raises(UserError, match="holds something else"):
         Book(foreign)
-    (out / "state.json").write_text("{")
-    with pytest.raises(UserError, match=r"state\.json cannot be read"):
-        Book(out)
+    for text in ("{", "[]", '{"first": 1}', '{"first": {"key": "k"}}', '{"first": {"key": "k", "seconds": "x"}}'):
+        (out / "state.json").write_text(text)
+        with pytest.raises(UserError, match=r"state\.json cannot be read"):
+            Book(out)
 
 
 DRIVER = """

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from smart import UserError
 from smart.plots import curves, timeline
-from smart.track import Stopwatch, Tracker, prepare, read_audio, read_metrics, run_command, summarise, write_wav
+from smart.track import Stopwatch, Tracker, claim, prepare, read_audio, read_metrics, run_command, summarise, write_wav
 
 CONFIG = '[run]\nname = "a"\n\n[grpo]\nbeta = 0.04\n\n[render]\nworkers = 2\n'
 
@@ -95,6 +95,13 @@ def test_prepare_deletes_nothing_that_is_not_a_run(tmp_path: Path) -> None:
     for name in ("file", "link"):
         with pytest.raises(UserError, match="is not a folder"):
             prepare(tmp_path / name, CONFIG, resume=False, overwrite=True).__enter__()
+
+
+def test_settings_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    claim(tmp_path, {"n": "a"})
+    (tmp_path / "settings.json").write_bytes(b'{"n": "\xff"}')
+    with pytest.raises(UserError, match="other settings"):
+        claim(tmp_path, {"n": "a"})
 
 
 def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ import torch
 from smart import UserError, checkpoint, diversity, plots, require, track
 from smart.compare import BLOCK, Piece, System, compose, find_system
 from smart.config import Config, load, to_dict
+from smart.evaluate.sample import is_whole
 from smart.evaluate.statistics import RESAMPLES, Estimate, jackknife
 from smart.files import sha256, write_atomically
 from smart.guard import Judge, collapsed, variety
@@ -244,7 +245,7 @@ def draw(system: System, samples: int, setting: Setting, folder: Path, base: Any
     folder.mkdir(parents=True, exist_ok=True)
     config, size = setting.config, max(BLOCK // samples, 1)  # prompts of a block
     blocks = [folder / f"{number:05d}.parquet" for number in range(-(-setting.prompts // size))]
-    done = next((place for place, path in enumerate(blocks) if not path.is_file()), len(blocks))
+    done = next((place for place, path in enumerate(blocks) if not is_whole(path)), len(blocks))
     bar.update(min(done * size, setting.prompts) * samples)
     if done < len(blocks):
         tokenizer = load_tokenizer(system.model)

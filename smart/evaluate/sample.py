@@ -91,6 +91,18 @@ def read_settings(table: Path) -> dict[str, Any]:
     return provenance
 
 
+def is_whole(part: Path) -> bool:
+    """Whether a block was drawn before. One that cannot be read is named on stderr: it is drawn again."""
+    if not part.is_file():
+        return False
+    try:
+        pq.read_table(part)
+    except (OSError, pa.ArrowException):
+        click.echo(f"Warning: {part} is damaged, and drawn again", err=True)
+        return False
+    return True
+
+
 def finish(parts: Sequence[Path], out: Path, names: Sequence[str], metadata: Mapping[str, Any]) -> pa.Table:
     """Put the parts together, system after system, each by prompt, and write ``out``."""
     table = pa.concat_tables([pq.read_table(part) for part in parts])
@@ -241,7 +253,7 @@ def sample(
     with track.alone(parts):
         batch = drawing["batch"]
         blocks = [parts / f"{block:06d}.parquet" for block in range(-(-count // batch))]
-        done = next((number for number, path in enumerate(blocks) if not path.is_file()), len(blocks))
+        done = next((number for number, path in enumerate(blocks) if not is_whole(path)), len(blocks))
         if audio is not None:
             audio.mkdir(parents=True, exist_ok=True)
         first = min(done * batch, count)
