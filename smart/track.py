@@ -63,7 +63,8 @@ def run_command(default: str) -> Callable[[Callable[..., None]], click.Command]:
     return decorate
 
 
-OUT_OF_MEMORY = ("out of memory", "allocate memory")  # torch's words for it, on CUDA and on a CPU
+# words for it: torch's, on CUDA and on a CPU, those of threads, of C++, and of CUDA's libraries
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "can't start new thread", "bad_alloc", "ALLOC_FAILED")
 
 
 @contextmanager
@@ -83,6 +84,8 @@ def in_one_line(writing: str, then: str, *expected: type[Exception]) -> Iterator
         raise click.ClickException(f"{writing} could not be written ({error}); {then}") from error
     except (MemoryError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        if reason.startswith("Could not determine home directory"):  # pathlib's words
+            raise UserError("a path begins with ~ and means a home directory that is not known here") from error
         if not isinstance(error, MemoryError) and not any(words in reason for words in OUT_OF_MEMORY):
             raise
         raise click.ClickException(f"memory did not suffice ({reason}); {then}") from error

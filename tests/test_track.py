@@ -139,6 +139,9 @@ def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tmp_path: Path) -> 
     [
         MemoryError(),
         RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
+        RuntimeError("can't start new thread"),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation"),
         OSError(122, "Disk quota exceeded"),
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
@@ -161,6 +164,17 @@ def test_a_bug_is_not_taken_for_a_lack_of_memory() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     assert isinstance(CliRunner().invoke(program, []).exception, RuntimeError)
+
+
+def test_a_home_of_nobody_is_one_line() -> None:
+    @run_command("quickstart.toml")
+    def program(*_: object) -> None:
+        Path("~nobody-of-this-name/x.sf2").expanduser()
+
+    done = CliRunner().invoke(program, [])
+    assert done.exit_code == 2 and done.output == (
+        "Error: a path begins with ~ and means a home directory that is not known here\n"
+    )
 
 
 def test_damaged_metrics_are_named_and_the_others_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
