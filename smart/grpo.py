@@ -399,6 +399,7 @@ def _train(config: Config, world: World, held: contextlib.ExitStack, *, resume: 
     if sampling.max_new_tokens > longest:
         raise UserError(f"sampling.max_new_tokens = {sampling.max_new_tokens}: this base has room for {longest}")
     folder = Path(config.run.folder) / config.run.name
+    stop = held.enter_context(checkpoint.StopRequest())  # before all that takes its time
     if world.lead:
         held.enter_context(track.prepare(folder, dumps(config), resume=resume, overwrite=overwrite))
     world.sum(0)  # the others wait until the folder is there
@@ -471,7 +472,6 @@ def _train(config: Config, world: World, held: contextlib.ExitStack, *, resume: 
             device=device,
         ) as pool,
         track.progress(total=settings.iterations, initial=done, unit="iteration", show=world.lead) as bar,
-        checkpoint.StopRequest() as stop,
     ):
         scorer = Scorer(
             tokenizer,
@@ -516,6 +516,8 @@ def _train(config: Config, world: World, held: contextlib.ExitStack, *, resume: 
         run.say(f"reward: {parts.reward.provenance}")
         if guard.held_out:
             run.say(f"held-out judge: {guard.held_out.judge.name}")
+        if world.any(bool(stop.requested)):
+            leave()
         if not done and (measured := guard.look(0, samplers["base"])):
             run.metrics(0, measured)
         for step in range(done + 1, settings.iterations + 1):

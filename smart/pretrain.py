@@ -167,6 +167,7 @@ def _train(config: PretrainConfig, world: World, held: contextlib.ExitStack, *, 
     )
     compiling = _compiles(settings.compile, device)
     folder = Path(config.run.folder) / config.run.name
+    stop = held.enter_context(checkpoint.StopRequest())  # before all that takes its time
     if world.lead:
         held.enter_context(track.prepare(folder, dumps(config), resume=resume, overwrite=overwrite))
     world.sum(0)  # the others wait until the folder is there
@@ -208,7 +209,6 @@ def _train(config: PretrainConfig, world: World, held: contextlib.ExitStack, *, 
         checkpoint.save(folder / "checkpoints", done.step, write, keep=settings.keep_checkpoints)
 
     with contextlib.ExitStack() as opened:
-        stop = opened.enter_context(checkpoint.StopRequest())
         report = None
         if world.lead:
             report = Report(config, folder, soundfont, tokenizer, start=done.step, device=device)

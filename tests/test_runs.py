@@ -299,6 +299,18 @@ def test_killed_right_after_the_last_checkpoint_the_rest_is_made_up_for(
     assert not list((tmp_path / "r").glob(".*"))
 
 
+def test_asked_to_stop_before_its_first_iteration_it_says_how_to_go_on(base: Path, tmp_path: Path) -> None:
+    process = start("grpo", "--config", "quickstart.toml", *arguments(base, tmp_path))
+    while not (tmp_path / "r" / "config.toml").exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert f"--config {tmp_path}/r/config.toml --resume" in output and "Traceback" not in output
+    assert not (tmp_path / "r" / "checkpoints").exists()
+
+
 @pytest.mark.parametrize("after", ["checkpoints/00000002", "final/00-base.mid"])
 def test_asked_to_stop_after_the_last_iteration_it_stops(base: Path, tmp_path: Path, after: str) -> None:
     """While base and tuned are compared, of many prompts; only that is done again."""
