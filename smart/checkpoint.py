@@ -36,8 +36,7 @@ def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int = 0,
     before stays.
     """
     root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.glob(".*.tmp"):  # of a process that was killed while it wrote
-        shutil.rmtree(leftover, ignore_errors=True)
+    _sweep(root)
     final, temporary = root / f"{step:08d}", root / f".{step:08d}.tmp"
     temporary.mkdir()
     try:
@@ -54,16 +53,29 @@ def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int = 0,
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if best is not None:
+    settle(root, step, keep=keep, best=best)
+    return final
+
+
+def settle(root: Path, step: int, *, keep: int = 0, best: int | None = None) -> None:
+    """What follows once checkpoint ``step`` is there, as ``save`` says; again where a process was killed before it."""
+    _sweep(root)
+    if best is not None and os.path.realpath(root / BEST) != os.path.realpath(root / f"{best:08d}"):
         link = root / f".{BEST}.link"
-        link.unlink(missing_ok=True)
         link.symlink_to(f"{best:08d}")
         os.replace(link, root / BEST)
+        sync(root)
     if keep:
         for old in [old for old in steps(root) if old <= step][:-keep]:
             if old != best:
                 shutil.rmtree(root / f"{old:08d}", ignore_errors=True)
-    return final
+
+
+def _sweep(root: Path) -> None:
+    """Delete what a process that was killed had begun to write."""
+    for leftover in root.glob(".*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    (root / f".{BEST}.link").unlink(missing_ok=True)
 
 
 def steps(root: Path) -> list[int]:
@@ -80,14 +92,18 @@ def verify(folder: Path) -> None:
         raise UserError(f"checkpoint {folder}: {MANIFEST} cannot be read ({type(error).__name__})") from None
     for name, digest in names.items():
         path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"checkpoint {folder}: {MANIFEST} names {name!r}, outside the folder")
-        if not path.is_file():
-            raise UserError(f"checkpoint {folder}: {name} is missing")
         try:
+            if not path.resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"checkpoint {folder}: {MANIFEST} names {name!r}, outside the folder")
+            if not path.is_file():
+                raise UserError(f"checkpoint {folder}: {name} is missing")
             found = sha256(path)
-        except OSError as error:  # a disk that gives back no more what it holds
+        except UserError:
+            raise
+        except OSError as error:  # a disk that gives back no more what it holds, a name that is too long
             raise UserError(f"checkpoint {folder}: {name} cannot be read ({error.strerror})") from None
+        except (ValueError, RuntimeError):  # a null byte in it, or half of a character; a link to itself
+            raise UserError(f"checkpoint {folder}: {MANIFEST} names {name!r}, which no file can be called") from None
         if found != digest:
             raise UserError(f"checkpoint {folder}: {name} is damaged (its SHA-256 is not the recorded one)")
 

@@ -108,7 +108,7 @@ def _of_run(run: Path, which: str) -> System:
         folder = checkpoints / f"{int(which):08d}"
         checkpoint.verify(folder)
         return System(name, folder, run, int(which))
-    if (run / "tuned").is_dir():
+    if (run / "tuned" / "model.safetensors").is_file():  # it is written last
         return System(name, find_base(str(run / "tuned")), run, _setting(run, "grpo", "iterations"))
     if (run / "base").is_dir():
         return System(name, find_base(str(run / "base")), run, None)

@@ -41,7 +41,7 @@ from smart.files import hold, is_leftover, sha256, write_atomically
 from smart.midi import Limits, Piece
 from smart.midi_pool import Pool
 from smart.shards import Corpus
-from smart.tokens import build_tokenizer, load_tokenizer, save_tokenizer, vocabulary
+from smart.tokens import FILE_NAME, build_tokenizer, load_tokenizer, save_tokenizer, vocabulary
 from smart.track import in_one_line, progress
 
 EXTENSIONS = (".mid", ".midi")
@@ -61,6 +61,7 @@ def split_of(digest: bytes) -> str:
 # --- The state of a build -----------------------------------------------------------------------------------------
 
 KEPT, DUPLICATE = "kept", "duplicate"  # reasons that no worker gives
+DAMAGED = "its unfinished build is damaged"
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT);
 CREATE TABLE IF NOT EXISTS files (
@@ -83,11 +84,8 @@ class State:
         folder.mkdir(parents=True, exist_ok=True)
         self._open = contextlib.ExitStack()
         with contextlib.ExitStack() as opened:  # closed again where anything below fails
-            try:
-                opened.enter_context(hold(folder))
-            except BlockingIOError:
-                raise UserError(f"--out {folder.parent}: another build is writing it; wait for it") from None
-            damaged = f"--out {folder.parent}: its unfinished build is damaged; start again with --overwrite"
+            _hold(folder, opened)
+            damaged = f"--out {folder.parent}: {DAMAGED}; start again with --overwrite"
             self.table = sqlite3.connect(folder / "state.sqlite", isolation_level=None)
             opened.callback(self.table.close)
             try:
@@ -166,6 +164,14 @@ class State:
         return dict(self.table.execute("SELECT reason, COUNT(*) FROM files GROUP BY reason ORDER BY reason"))
 
 
+def _hold(work: Path, held: contextlib.ExitStack) -> None:
+    """Have no other build work in ``work``. Raises ``UserError`` where one does."""
+    try:
+        held.enter_context(hold(work))
+    except BlockingIOError:
+        raise UserError(f"--out {work.parent}: another build is writing it; wait for it") from None
+
+
 # --- Building -----------------------------------------------------------------------------------------------------
 
 
@@ -239,8 +245,10 @@ def build(
     started = time.monotonic()
     state = State(out / ".work")
     with contextlib.closing(state):
-        save_tokenizer(tokenizer, out / "tokenizer")
-        tokenizer_file = out / "tokenizer" / "tokenizer.json"
+        save_tokenizer(tokenizer, out / ".work")
+        tokenizer_file = out / "tokenizer" / FILE_NAME
+        tokenizer_file.parent.mkdir(exist_ok=True)
+        write_atomically(tokenizer_file, (out / ".work" / FILE_NAME).read_bytes())
         settings = {
             "midi": [root.name for root in roots],
             "include": sorted(include),
@@ -260,7 +268,7 @@ def build(
             summary.read = _read_all(state, {os.fsencode(root.name): os.fsencode(root) for root in roots}, pool)
         _write(state, out, settings, summary)
         (out / ".work").rename(out / ".work.tmp")  # at once, so that a kill leaves no half of a state
-    shutil.rmtree(out / ".work.tmp")
+    shutil.rmtree(out / ".work.tmp", ignore_errors=True)
     summary.seconds = time.monotonic() - started
     return summary
 
@@ -279,10 +287,14 @@ def _check_out(out: Path, overwrite: bool) -> None:
     ]
     if foreign:
         raise UserError(f"--out {out}: holds {foreign[0]!r}, which no build wrote; give another folder")
+    shutil.rmtree(out / ".work.tmp", ignore_errors=True)  # of a build that was killed after its last write
     if overwrite:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(out / shards.MANIFEST)  # first, so that what is half cleared does not look finished
-        shutil.rmtree(out)
+        with contextlib.ExitStack() as held:
+            if (out / ".work").is_dir():
+                _hold(out / ".work", held)
+            # first, so that what is half cleared does not look finished
+            (out / shards.MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(out)
     elif (out / shards.MANIFEST).exists() and not (out / ".work").exists():
         raise UserError(f"--out {out}: holds a finished corpus; give another folder, or --overwrite")
 
@@ -525,18 +537,21 @@ def build_command(
             only = frozenset(filter(None, listed.read_text(encoding="utf-8").splitlines()))
         except (OSError, ValueError) as error:
             raise UserError(f"--list {listed}: cannot be read ({error})") from None
-    # what SQLite says of a full disk is no OSError
-    with in_one_line("the corpus", "the same command goes on from here", sqlite3.OperationalError):
-        summary = build(
-            folders,
-            out,
-            workers=workers,
-            tokenizer=load_tokenizer(tokenizer) if tokenizer else build_tokenizer(instruments),
-            limits=Limits(**limits),
-            include=include,
-            listed=only,
-            overwrite=overwrite,
-        )
+    try:
+        # what SQLite says of a full disk is no OSError
+        with in_one_line("the corpus", "the same command goes on from here", sqlite3.OperationalError):
+            summary = build(
+                folders,
+                out,
+                workers=workers,
+                tokenizer=load_tokenizer(tokenizer) if tokenizer else build_tokenizer(instruments),
+                limits=Limits(**limits),
+                include=include,
+                listed=only,
+                overwrite=overwrite,
+            )
+    except sqlite3.DatabaseError as error:
+        raise UserError(f"--out {out}: {DAMAGED} ({error}); start again with --overwrite") from None
     for reason, number in summary.counts.items():
         click.echo(f"{reason:30}{number:>12,}")
     click.echo(f"{'split':30}{'pieces':>12}{'tokens':>16}")

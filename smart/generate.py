@@ -12,7 +12,8 @@ Axes: N pieces that are written together, P prompt length, T completion length.
 import csv
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -213,25 +214,49 @@ def choose(clips: Sequence[Any], scorer: Scorer | None) -> tuple[int, Any, dict[
     return best, rated.audio[best], {axis: values[best].item() for axis, values in rated.scores.items()}
 
 
-def read_table(folder: Path) -> list[dict[str, str]]:
-    """The pieces that were finished before, in order; a line that a crash cut short is left out."""
+def read_table(folder: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """The pieces that were finished before, in order, up to the first line that is damaged or that a crash cut short.
+
+    Damage is named on stderr: what was written from there on is written again.
+    """
     path = folder / TABLE
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [row for row in csv.DictReader(line for line in lines if line.endswith("\n")) if None not in row.values()]
+    # no value holds a comma or a quotation mark; what follows the last line's end was cut short
+    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    rows: list[dict[str, str]] = []
+    for number, line in enumerate(lines):
+        values = line.split(",")
+        if number == 0 and values == list(columns):
+            continue
+        try:
+            row = dict(zip(columns, values, strict=True))
+            numbers = {name: float(value) for name, value in row.items() if name != "file"}
+            whole = [int(row[name]) for name in ("piece", "tokens", "unplayable")]
+            if number == 0 or whole[0] != len(rows) or not all(map(math.isfinite, numbers.values())):
+                raise ValueError
+        except ValueError:
+            click.echo(f"Warning: {path}: line {number + 1} is damaged; from there on it is written again", err=True)
+            break
+        rows.append(row)
+    return rows
 
 
-def prepare(out: Path, settings: dict[str, Any]) -> int:
-    """Make the folder ``out``, or go on with one of the same settings; how many pieces it holds already."""
+@contextmanager
+def prepare(out: Path, settings: dict[str, Any], columns: Sequence[str]) -> Iterator[int]:
+    """Make the folder ``out``, or go on with one of the same settings; how many pieces it holds already.
+
+    Until the end of the ``with`` no other process can do the same.
+    """
     track.claim(out, settings)
-    rows = read_table(out)
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)] if rows else []
-    try:
-        write_atomically(out / TABLE, "".join(",".join(line) + "\n" for line in lines).encode())
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
-    return len(rows)
+    with track.alone(out):
+        rows = read_table(out, columns)
+        lines = [list(rows[0]), *(list(row.values()) for row in rows)] if rows else []
+        try:
+            write_atomically(out / TABLE, "".join(",".join(line) + "\n" for line in lines).encode())
+        except OSError as error:
+            raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+        yield len(rows)
 
 
 COLUMNS = ("piece", "file", "notes", "seconds", "tokens", "unplayable", "candidate")
@@ -338,7 +363,7 @@ def generate(
         prompt = read + line
     for name, path in (("model", folder / "model.safetensors"), ("soundfont", soundfont_file), ("song", song)):
         settings[f"{name}_sha256"] = None if path is None else sha256(path)
-    done = prepare(out, settings)
+    columns = [*COLUMNS, *(rates.axes if rates else ())]
     writer = Writer(Sampler(network, pad_id=facts.pad_id, eos_id=facts.eos_id), facts, temperature, top_k, top_p)
 
     def music(new: Sequence[int]) -> ScoreTick:
@@ -350,6 +375,7 @@ def generate(
         return writer.write(rows, tokens, torch.Generator().manual_seed(seed * 2**31 + batch), mask)
 
     with (
+        prepare(out, settings, columns) as done,
         RenderPool(soundfont_file, sample_rate=sample_rate, seconds=seconds) as pool,
         track.progress(total=count, initial=done, unit="piece") as bar,
         open(out / TABLE, "a", encoding="utf-8", newline="") as file,
@@ -357,7 +383,7 @@ def generate(
         scorer = None if rates is None else Scorer(tokenizer, pool, rates, sample_rate=sample_rate)
         table = csv.writer(file, lineterminator="\n")
         if not done:
-            table.writerow([*COLUMNS, *(rates.axes if rates else ())])
+            table.writerow(columns)
         together = max(ROWS // best_of, 1)
         for batch in range(done // together, -(-count // together)):
             pieces = range(batch * together, min((batch + 1) * together, count))
@@ -397,7 +423,7 @@ def generate(
                 )
                 file.flush()
                 bar.update()
-    rows = read_table(out)
+    rows = read_table(out, columns)
     silent = sum(row["notes"] == "0" for row in rows)
     click.echo(
         f"{len(rows)} {'piece' if len(rows) == 1 else 'pieces'} in {out}, {silent} without notes; "

@@ -36,8 +36,9 @@ import copy
 import math
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from safetensors.torch import save_file
@@ -46,6 +47,7 @@ from smart import Failure, UserError, checkpoint, distributed, require, track
 from smart.bank import BankPool, open_renderer
 from smart.config import Config, Grpo, RewardConfig, dumps, load
 from smart.distributed import World
+from smart.files import replace_files
 from smart.guard import Guard, HeldOut, Judge, alikeness
 from smart.model import find_base, load_base, pick_device, pick_precision, save_base
 from smart.plots import curves, timeline
@@ -354,6 +356,26 @@ def open_guard(
     return Guard(held_out, every=every, kl_budget=config.grpo.kl_budget, stop_on_collapse=config.grpo.stop_on_collapse)
 
 
+def best_whole(guard: Guard, root: Path, say: Callable[[str], None]) -> Path:
+    """The best checkpoint in ``root`` that is as it was written; a better one that is damaged is named.
+
+    What the guard has measured of those passed over is forgotten. Raises ``UserError`` where all are damaged.
+    """
+    while (best := guard.best) is not None:
+        folder = root / f"{best:08d}"
+        try:
+            checkpoint.verify(folder)
+            return folder
+        except UserError as error:
+            if folder.exists():  # not all are kept
+                say(f"Warning: {error.message}; taking the next best")
+            guard.history = [one for one in guard.history if one.step != best]
+    newest = checkpoint.latest(root)
+    if newest is None:
+        raise UserError(f"{root} holds no checkpoint any more; start anew with --overwrite")
+    return newest
+
+
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Tune a base by ``config``; returns the folder of the run, whose ``tuned/`` holds the model in the form of a base.
 
@@ -381,6 +403,7 @@ def _train(config: Config, world: World, held: contextlib.ExitStack, *, resume: 
     if sampling.max_new_tokens > longest:
         raise UserError(f"sampling.max_new_tokens = {sampling.max_new_tokens}: this base has room for {longest}")
     folder = Path(config.run.folder) / config.run.name
+    stop = held.enter_context(checkpoint.StopRequest())  # before all that takes its time
     if world.lead:
         held.enter_context(track.prepare(folder, dumps(config), resume=resume, overwrite=overwrite))
     world.sum(0)  # the others wait until the folder is there
@@ -453,7 +476,6 @@ def _train(config: Config, world: World, held: contextlib.ExitStack, *, resume: 
             device=device,
         ) as pool,
         track.progress(total=settings.iterations, initial=done, unit="iteration", show=world.lead) as bar,
-        checkpoint.StopRequest() as stop,
     ):
         scorer = Scorer(
             tokenizer,
@@ -466,6 +488,8 @@ def _train(config: Config, world: World, held: contextlib.ExitStack, *, resume: 
         guard = open_guard(config, world, parts, scorer, base_logprobs, drawing)
         if last is not None:
             guard.read(last)
+            if world.lead:  # whoever wrote it may have been killed at once
+                checkpoint.settle(last.parent, done, keep=config.track.keep_checkpoints, best=guard.best)
         watch = track.Stopwatch()
 
         def draw_batch() -> tuple[Rollout, Clips]:
@@ -483,6 +507,11 @@ def _train(config: Config, world: World, held: contextlib.ExitStack, *, resume: 
             clips.finish(rollout)
             return rollout, clips
 
+        def leave() -> NoReturn:
+            """End as a signal asked for: what a checkpoint does not hold yet is done again by ``--resume``."""
+            run.say(f"stopped; to go on: python -m smart.grpo --config {folder / track.CONFIG} --resume")
+            raise SystemExit(128 + (stop.requested or signal.SIGTERM))
+
         ahead: tuple[Rollout, Clips] | None = None
         if restored is not None:
             ahead = restored, scorer.listen(watch)
@@ -491,6 +520,8 @@ def _train(config: Config, world: World, held: contextlib.ExitStack, *, resume: 
         run.say(f"reward: {parts.reward.provenance}")
         if guard.held_out:
             run.say(f"held-out judge: {guard.held_out.judge.name}")
+        if world.any(bool(stop.requested)):
+            leave()
         if not done and (measured := guard.look(0, samplers["base"])):
             run.metrics(0, measured)
         for step in range(done + 1, settings.iterations + 1):
@@ -576,15 +607,14 @@ def _train(config: Config, world: World, held: contextlib.ExitStack, *, resume: 
                     f"iteration {step}: reward {metrics['reward/mean']:.3f}, KL {stats['kl']:.4f}, "
                     f"{metrics['seconds/iteration']:.1f} s"
                 )
-            if stopping and step < settings.iterations:
-                run.say(f"stopped; to go on: python -m smart.grpo --config {folder / track.CONFIG} --resume")
-                raise SystemExit(128 + (stop.requested or signal.SIGTERM))
+            if stopping:
+                leave()
 
         if guard.stop:
             world.sum(0)  # the best checkpoint is there
-            best = folder / "checkpoints" / f"{guard.best:08d}"
+            why, best = guard.stop, best_whole(guard, folder / "checkpoints", run.say)
             policy.load_state_dict(load_base(best, device=device)[0].state_dict())
-            run.say(f"stopped early: {guard.stop}; tuned/ is iteration {guard.best}, the best by the held-out judge")
+            run.say(f"stopped early: {why}; tuned/ is iteration {int(best.name)}, the best by the held-out judge")
 
         # base against tuned: fresh samples for the same prompts and from the same seed
         bar.set_description("base against tuned")
@@ -593,19 +623,26 @@ def _train(config: Config, world: World, held: contextlib.ExitStack, *, resume: 
         heard, mine = range(min(config.track.final_listen, len(starts))), world.share(len(starts))
         rewards = {}
         for name, sampler in samplers.items():
+            if world.any(bool(stop.requested)):
+                leave()
             rollout = sampler.sample(
                 starts[mine.start : mine.stop],
                 generator=torch.Generator(device).manual_seed(seed),
                 share=(mine.start, len(starts)),
                 **drawing,
             )
-            rated = scorer.collect(scorer.submit(rollout), keep=[row - mine.start for row in heard])
+            futures = scorer.submit(rollout)
+            if world.any(bool(stop.requested)):  # rating many takes long, too
+                leave()
+            rated = scorer.collect(futures, keep=[row - mine.start for row in heard])
             rollout, rated, _ = together(world, rollout, rated, rollout.logprobs, pad_id=facts.pad_id)
             rewards[name] = rated.rewards[rated.rewards.isfinite()].numpy()
             for row in heard:
                 listen(f"final/{row:02d}-{name}", rollout.tokens[row], rated.audio[row])
         if world.lead:
-            save_base(policy, tokenizer, folder / "tuned")
+            # one that is there already, of a run that is resumed once more, stays whole
+            replace_files(folder / "tuned", partial(save_base, policy, tokenizer), last="model.safetensors")
+            curves(folder, ("reward/mean",), "reward")  # whoever wrote the last checkpoint may not have come to it
             run.say(track.summarise(folder, rewards))
         if parts.reward.is_stand_in:
             run.say(f"{config.reward.kind} is a stand-in, not the aesthetic model: see docs/rewards.md")

@@ -31,7 +31,7 @@ from smart import UserError, checkpoint, distributed, track
 from smart.bank import open_renderer
 from smart.config import Data, Optimisation, PretrainConfig, dumps, load
 from smart.distributed import World
-from smart.files import parse_json
+from smart.files import parse_json, sync
 from smart.model import build_model, load_base, pick_device, pick_precision, save_base
 from smart.plots import curves
 from smart.prompts import Pieces, draw
@@ -167,6 +167,7 @@ def _train(config: PretrainConfig, world: World, held: contextlib.ExitStack, *, 
     )
     compiling = _compiles(settings.compile, device)
     folder = Path(config.run.folder) / config.run.name
+    stop = held.enter_context(checkpoint.StopRequest())  # before all that takes its time
     if world.lead:
         held.enter_context(track.prepare(folder, dumps(config), resume=resume, overwrite=overwrite))
     world.sum(0)  # the others wait until the folder is there
@@ -185,7 +186,9 @@ def _train(config: PretrainConfig, world: World, held: contextlib.ExitStack, *, 
             done = Progress(**parse_json((last / "progress.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"checkpoint {last}: progress.json cannot be read ({error})") from None
-        if not world.lead:
+        if world.lead:  # whoever wrote it may have been killed at once
+            checkpoint.settle(last.parent, done.step, keep=settings.keep_checkpoints)
+        else:
             done.loss = 0.0  # the lead holds what all had lost
     forward: Any = model if world.size == 1 else DistributedDataParallel(model)
     forward = torch.compile(forward) if compiling else forward
@@ -201,10 +204,11 @@ def _train(config: PretrainConfig, world: World, held: contextlib.ExitStack, *, 
             progress = json.dumps(asdict(replace(done, loss=loss)))
             (target / "progress.json").write_text(progress, encoding="utf-8")
 
+        if report:
+            report.run.flush(done.step)  # no checkpoint is ahead of the metrics
         checkpoint.save(folder / "checkpoints", done.step, write, keep=settings.keep_checkpoints)
 
     with contextlib.ExitStack() as opened:
-        stop = opened.enter_context(checkpoint.StopRequest())
         report = None
         if world.lead:
             report = Report(config, folder, soundfont, tokenizer, start=done.step, device=device)
@@ -389,6 +393,7 @@ def _keep_best(folder: Path, step: int, model: Any, tokenizer: Any) -> None:
     link.unlink(missing_ok=True)
     link.symlink_to(copy.relative_to(folder))
     os.replace(link, folder / "base")
+    sync(folder)
 
 
 @track.run_command(default="base.toml")

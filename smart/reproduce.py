@@ -92,13 +92,24 @@ class Book:
             out.mkdir(parents=True, exist_ok=True)
             self.rows: dict[str, dict[str, Any]] = {}
             if (out / STATE).is_file():
-                self.rows = dict(parse_json((out / STATE).read_text(encoding="utf-8")))
+                self.rows = parse_json((out / STATE).read_text(encoding="utf-8"))
+                if not isinstance(self.rows, dict) or not all(map(self._is_row, self.rows.values())):
+                    raise ValueError("it is of another shape")
             else:
                 self._write()
         except OSError as error:
             raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
         except ValueError as error:
             raise UserError(f"--out {out}: {STATE} cannot be read ({error}); give a new folder") from None
+
+    @staticmethod
+    def _is_row(row: Any) -> bool:
+        return (
+            isinstance(row, dict)
+            and isinstance(row.get("key"), str)
+            and isinstance(row.get("seconds"), int | float)
+            and isinstance(row.get("outputs", {}), dict)
+        )
 
     def _write(self) -> None:
         write_atomically(self.out / STATE, json.dumps(self.rows, indent=1).encode())
@@ -214,9 +225,15 @@ def run(step: Step, out: Path, log: Path, lock: int, stop: checkpoint.StopReques
 
 
 def _overwrite(text: str) -> None:
-    width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
-    sys.stderr.write(f"\r\033[K{text[:width]}")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a terminal that was closed
+        width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
+        sys.stderr.write(f"\r\033[K{text[:width]}")
+        sys.stderr.flush()
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # a terminal that was closed, a pipe that nobody reads any more
+        click.echo(text, err=True)
 
 
 def _last_line(log: Path) -> str:
@@ -237,13 +254,13 @@ def perform(steps: Sequence[Step], out: Path, book: Book, lock: int) -> None:
         for number, step in enumerate(steps, 1):
             say = f"[{number:2}/{len(steps)}] {step.name}: {step.title}"
             if book.is_done(step):
-                click.echo(f"{say} - done before ({_clock(book.rows[step.name]['seconds'])})", err=True)
+                _say(f"{say} - done before ({_clock(book.rows[step.name]['seconds'])})")
                 continue
             log = out / LOGS / f"{step.name}.log"
             again = book.was_begun(step)
             if not again:
                 book.begin(step)
-            click.echo(f"{say} - {'goes on' if again else 'begins'}", err=True)
+            _say(f"{say} - {'goes on' if again else 'begins'}")
             began = time.monotonic()
             finished = again and step.last and (out / step.name / step.last).is_file()
             code = 0 if finished else run(step, out, log, lock, stop, say, again=again)
@@ -259,7 +276,7 @@ def perform(steps: Sequence[Step], out: Path, book: Book, lock: int) -> None:
                     code if code > 0 else 1,
                 )
             book.finish(step)
-            click.echo(f"{say} - done in {_clock(seconds)}", err=True)
+            _say(f"{say} - done in {_clock(seconds)}")
             if stop.requested:
                 raise _Failed("stopped; the same command goes on from here", 128 + stop.requested)
 
@@ -760,7 +777,7 @@ def main(
         return
     assert found is not None
     book = Book(out)
-    with alone(out) as lock:
+    with track.in_one_line("the reproduction", "the same command goes on from here"), alone(out) as lock:
         (out / CONFIGS).mkdir(exist_ok=True)
         for name, one in variants(config, str(corpus) if corpus else str(out / "corpus")).items():
             write_atomically(out / CONFIGS / f"{name}.toml", dumps(one).encode())

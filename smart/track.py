@@ -63,7 +63,8 @@ def run_command(default: str) -> Callable[[Callable[..., None]], click.Command]:
     return decorate
 
 
-OUT_OF_MEMORY = ("out of memory", "allocate memory")  # torch's words for it, on CUDA and on a CPU
+# words for it: torch's, on CUDA and on a CPU, those of threads, of C++, and of CUDA's libraries
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "can't start new thread", "bad_alloc", "ALLOC_FAILED")
 
 
 @contextmanager
@@ -83,6 +84,8 @@ def in_one_line(writing: str, then: str, *expected: type[Exception]) -> Iterator
         raise click.ClickException(f"{writing} could not be written ({error}); {then}") from error
     except (MemoryError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        if reason.startswith("Could not determine home directory"):  # pathlib's words
+            raise UserError("a path begins with ~ and means a home directory that is not known here") from error
         if not isinstance(error, MemoryError) and not any(words in reason for words in OUT_OF_MEMORY):
             raise
         raise click.ClickException(f"memory did not suffice ({reason}); {then}") from error
@@ -101,6 +104,8 @@ def prepare(folder: Path, config: str, *, resume: bool, overwrite: bool) -> Iter
 
     Until the end of the ``with`` no other process can do the same, so that two never write one run.
     """
+    if "\0" in str(folder):
+        raise UserError(f"run {str(folder)!r}: no folder can have that name; choose another run.name")
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise UserError(f"run {folder}: is not a folder; choose another run.name")
     with ExitStack() as held:
@@ -116,11 +121,14 @@ def prepare(folder: Path, config: str, *, resume: bool, overwrite: bool) -> Iter
 
 
 def _make_or_check(folder: Path, config: str, *, resume: bool, overwrite: bool) -> None:
-    inside = sorted(folder.iterdir(), key=lambda path: path.name == CONFIG)
+    # checkpoints go first, so that what is half deleted is not continued without what came before them; what says that
+    # it is a run goes last
+    order = {"checkpoints": 0, CONFIG: 2}
+    inside = [] if is_empty(folder) else sorted(folder.iterdir(), key=lambda path: order.get(path.name, 1))
     if inside and overwrite:
         if not (folder / CONFIG).is_file():
             raise UserError(f"run {folder}: not overwritten, since it has no {CONFIG} and so is not a run")
-        for path in inside:  # what says that it is a run goes last
+        for path in inside:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     elif inside and not resume:
         raise UserError(
@@ -143,7 +151,7 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
         if folder.exists() and (not folder.is_dir() or (not is_empty(folder) and not kept.is_file())):
             raise UserError(f"--out {folder}: holds something else; give a new folder")
         if kept.is_file():
-            before = kept.read_text(encoding="utf-8")
+            before = kept.read_text(encoding="utf-8", errors="replace")
             if before != text:
                 raise UserError(
                     f"--out {folder}: holds pieces made with other settings ({_changes_in(before, text)}); "
@@ -154,6 +162,17 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
             write_atomically(kept, text.encode())
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from None
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a claimed folder, so that no two processes write into it. Raises ``UserError`` where another one does."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(hold(folder))
+        except BlockingIOError:
+            raise UserError(f"--out {folder}: another process is working in it; wait for it, or stop it") from None
+        yield
 
 
 def _changes_in(before: str, now: str) -> str:

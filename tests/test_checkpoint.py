@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from smart import UserError, checkpoint
-from smart.files import sha256, write_atomically
+from smart.files import replace_files, sha256, write_atomically
 
 
 def write_text(text: str) -> Any:
@@ -36,6 +36,17 @@ def test_the_best_one_stays_and_has_a_link(tmp_path: Path) -> None:
         assert (tmp_path / checkpoint.BEST / "weights").read_text() == str(best)
     assert checkpoint.latest(tmp_path) == tmp_path / "00000006"
     assert (tmp_path / checkpoint.BEST).readlink() == Path("00000005")  # a run's folder can be moved
+
+
+def test_what_follows_a_checkpoint_is_done_again_where_a_kill_came_before_it(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        checkpoint.save(tmp_path, step, write_text(str(step)), best=1)
+    (tmp_path / ".best.link").symlink_to("00000003")
+    (tmp_path / "00000002" / checkpoint.MANIFEST).unlink()  # it was being deleted
+    (tmp_path / ".00000005.tmp").mkdir()
+    checkpoint.settle(tmp_path, 4, keep=1, best=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000003", "00000004", "best"]
+    assert (tmp_path / checkpoint.BEST).readlink() == Path("00000003")
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest", "manifest removed"])
@@ -96,6 +107,17 @@ def test_a_manifest_cannot_point_outside(tmp_path: Path) -> None:
     (folder / checkpoint.MANIFEST).write_text(json.dumps({"sha256": {"../../secret": "0"}}))
     with pytest.raises(UserError, match="outside the folder"):
         checkpoint.verify(folder)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800", "a" * 300])
+def test_a_manifest_that_names_what_no_file_can_be_called_is_passed_over(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, write_text("x"))
+    (tmp_path / "00000002" / checkpoint.MANIFEST).write_text(json.dumps({"sha256": {name: "0"}}))
+    assert checkpoint.latest(tmp_path) == tmp_path / "00000001"
+    assert "00000002: " in capsys.readouterr().err
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
@@ -242,6 +264,75 @@ def test_write_atomically_replaces(tmp_path: Path) -> None:
         write_atomically(path, data)
         assert path.read_bytes() == data
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_several_may_replace_one_file(tmp_path: Path) -> None:
+    """Two processes of two threads each, without end: whoever reads finds the whole of what one of them wrote."""
+    code = """
+import sys, threading
+from pathlib import Path
+from smart.files import write_atomically
+def write(letter):
+    for length in range(50_000, 50_150):
+        write_atomically(Path(sys.argv[1]), letter * length)
+threads = [threading.Thread(target=write, args=(letter.encode(),)) for letter in sys.argv[2]]
+threading.excepthook = lambda failure: __import__("os")._exit(9)
+[thread.start() for thread in threads]
+"""
+    path = tmp_path / "note"
+    (tmp_path / ".note.tmp").write_text("z" * 100_000)  # of a process that was killed
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(path), letters]) for letters in ("ab", "cd")]
+    while any(writer.poll() is None for writer in writers):
+        text = path.read_text() if path.exists() else ""
+        assert text == text[:1] * len(text) and (not text or len(text) >= 50_000)
+        time.sleep(0.001)
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert os.listdir(tmp_path) == ["note"]
+
+
+def test_files_are_replaced_whole_and_the_last_one_last(tmp_path: Path) -> None:
+    """The process dies at any operation, or the disk is full: each file is as before or new, "a" new only after "b"."""
+    folder = tmp_path / "tuned"
+
+    def write(text: str) -> Any:
+        return lambda other: [(other / name).write_text(text * 1000) for name in "ab"]
+
+    replace_files(folder, write("old"), last="a")
+
+    def full(other: Path) -> None:
+        (other / "a").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        replace_files(folder, full, last="a")
+    operation, died = 0, True
+    while died:
+        operation += 1
+        child = os.fork()
+        if not child:
+            left = operation
+
+            def counted(function: Any) -> Any:
+                def call(*args: Any, **options: Any) -> Any:
+                    nonlocal left
+                    left -= 1
+                    if not left:
+                        os._exit(9)
+                    return function(*args, **options)
+
+                return call
+
+            for name in ("replace", "fsync", "unlink", "rmdir", "mkdir"):
+                setattr(os, name, counted(getattr(os, name)))
+            replace_files(folder, write("new"), last="a")
+            os._exit(0)
+        died = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        a, b = ((folder / name).read_text() for name in "ab")
+        assert {a, b} <= {"old" * 1000, "new" * 1000} and (a <= b or a[0] != "n"), operation
+        assert a[0] == "n" or died
+        replace_files(folder, write("old"), last="a")
+        assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "tuned"]
+    assert operation > 6
 
 
 def test_first_signal_asks_second_interrupts() -> None:

@@ -775,8 +775,14 @@ def test_two_builds_do_not_share_a_folder(tmp_path: Path) -> None:
     state = State(tmp_path / "out" / ".work")
     with pytest.raises(UserError, match="another build is writing it"):
         build([tmp_path / "midi"], tmp_path / "out")
+    (tmp_path / "out" / "train-00000.bin.tmp").write_bytes(b"its")
+    with pytest.raises(UserError, match="another build is writing it"):
+        build([tmp_path / "midi"], tmp_path / "out", overwrite=True)
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*.*")) == [
+        ".work", "spool.bin", "state.sqlite", "train-00000.bin.tmp"
+    ]  # fmt: skip
     state.close()
-    assert build([tmp_path / "midi"], tmp_path / "out").counts == {"kept": 3}
+    assert build([tmp_path / "midi"], tmp_path / "out", overwrite=True).counts == {"kept": 3}
 
 
 @pytest.mark.parametrize("name", ["state.sqlite", "spool.bin"])
@@ -792,6 +798,23 @@ def test_damaged_state_says_so(tmp_path: Path, name: str) -> None:
         build([tmp_path / "midi"], tmp_path / "out")
 
 
+def test_damage_within_the_state_is_one_line(tmp_path: Path) -> None:
+    """All but its first page, which says what it is."""
+    write_songs(tmp_path / "midi", range(3))
+    for number in range(2000):
+        (tmp_path / "midi" / f"{number}.mid").touch()
+    state = State(tmp_path / "out" / ".work")
+    state.list_files(find_files([tmp_path / "midi"]))
+    state.close()
+    path = tmp_path / "out" / ".work" / "state.sqlite"
+    data = path.read_bytes()
+    assert len(data) > 10 * 4096
+    path.write_bytes(data[:4096] + b"x" * (len(data) - 4096))
+    done = run("build", "--midi", str(tmp_path / "midi"), "--out", str(tmp_path / "out"), "--workers", "1")
+    assert done.exit_code == 2 and done.output.count("\n") == 1, (done.output, done.exception)
+    assert "is damaged" in done.output and "start again with --overwrite" in done.output
+
+
 def test_killed_after_the_manifest_or_with_old_shards_about(tmp_path: Path, small: Path, monkeypatch: Any) -> None:
     """What a kill leaves at the very end, and shards of files that have gone since, disturb no later run."""
     folder = small.parent / "midi"
@@ -805,6 +828,15 @@ def test_killed_after_the_manifest_or_with_old_shards_about(tmp_path: Path, smal
         (tmp_path / "out" / name).write_bytes(b"old")
     assert build([folder], tmp_path / "out").read == 0
     assert contents(tmp_path / "out") == contents(small)
+
+
+def test_killed_at_the_very_end_the_rest_is_cleared_away(tmp_path: Path, small: Path) -> None:
+    shutil.copytree(small, tmp_path / "out")
+    (tmp_path / "out" / ".work.tmp").mkdir()
+    (tmp_path / "out" / ".work.tmp" / "spool.bin").touch()
+    with pytest.raises(UserError, match="holds a finished corpus"):
+        build([small.parent / "midi"], tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(small) and not (tmp_path / "out" / ".work.tmp").exists()
 
 
 def test_files_that_are_gone_are_forgotten(tmp_path: Path, hook: Any) -> None:

@@ -17,9 +17,10 @@ from click.testing import CliRunner, Result
 from scipy import stats
 from symusic import Note, Score, Tempo, TimeSignature, Track
 
-from smart import UserError
+from smart import UserError, track
 from smart.evaluate import hacks, main, rate, ratings, soundfonts
-from smart.files import sha256, write_atomically
+from smart.evaluate.sample import read_settings
+from smart.files import hold, sha256, write_atomically
 from smart.midi import Limits
 from smart.render import RenderError, RenderPool, render_notes, score_notes
 from smart.reward import Reward, load_reward, resample
@@ -422,3 +423,20 @@ def test_midi_files_that_would_hang_or_swell_the_reader(tmp_path: Path, monkeypa
     monkeypatch.setattr(ratings, "Limits", lambda: Limits(max_notes=notes - 1))
     with pytest.raises(UserError, match=f"too many notes: {notes}, expected at most {notes - 1}"):
         ratings.read_score(tmp_path / "good.mid")
+
+
+def test_two_processes_do_not_sample_into_one_table(tmp_path: Path) -> None:
+    out = tmp_path / "out.parquet"
+    words = ["sample", "piano-small", "-n", 2, "--tokens", 16, "--seconds", 1, "--sample-rate", RATE]
+    words += ["--workers", 1, "--device", "cpu", "--out", out]
+    run(*words)
+    made, parts = out.read_bytes(), tmp_path / "out.parquet.parts"
+    track.claim(parts, read_settings(out)["settings"])
+    assert "nothing was drawn" in run(*words).output and not parts.exists()  # left by a kill at the very end
+    track.claim(parts, read_settings(out)["settings"])
+    out.unlink()
+    with hold(parts):
+        assert "another process is working in it" in run(*words, code=2).output
+    (parts / "000000.parquet").write_bytes(made[: len(made) // 2])
+    assert "000000.parquet is damaged, and drawn again" in run(*words).output
+    assert out.read_bytes() == made and not parts.exists()

@@ -31,6 +31,7 @@ from smart.evaluate.frontier import (
     report,
     resample,
 )
+from smart.files import hold
 from smart.grpo import token_logprobs
 from smart.model import load_base, save_base
 
@@ -225,13 +226,17 @@ def test_a_collapsed_checkpoint_is_flagged_and_not_kept(made: Path) -> None:
 
 def test_a_report_that_was_cut_short_goes_on(run: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path.name: path.read_bytes() for path in made.iterdir() if path.suffix in (".csv", ".json")}
-    for path in (made / "frontier.csv", made / "summary.json", *(made / "pieces" / "sharp@4").iterdir()):
+    for path in (made / "frontier.csv", made / "summary.json"):
         path.unlink()
+    (block,) = (made / "pieces" / "sharp@4").iterdir()
+    block.write_bytes(block.read_bytes()[:100])
     drawn = []
     compose = frontier.compose
     monkeypatch.setattr(
         frontier, "compose", lambda systems, **more: drawn.append(systems[0].name) or compose(systems, **more)
     )
+    with hold(made), pytest.raises(UserError, match="another process is working in it"):
+        report(runs=[run], out=made, device="cpu", **OPTIONS)
     report(runs=[run], out=made, device="cpu", **OPTIONS)
     assert drawn == ["sharp@4"]
     assert {path.name: path.read_bytes() for path in made.iterdir() if path.suffix in (".csv", ".json")} == before

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from symusic import Note, Score, Tempo, TimeSignature, Track
 
 from smart import UserError
+from smart.files import hold
 from smart.generate import WINDOW, Writer, last_bars, main, opening, unplayable_tokens
 from smart.reward import load_reward, resample
 from smart.sampler import Sampler
@@ -236,6 +237,19 @@ def test_a_killed_command_goes_on(tmp_path: Path) -> None:
         assert (out / "pieces.csv").read_bytes() == (tmp_path / "whole" / "pieces.csv").read_bytes()
 
 
+@pytest.mark.parametrize("line", [b"1,\xff.wav\n", b"1,0001.wav,5,1.0,8,0,0,7,7\n", b"\n", b"1,0001.wav,5,1.0,x,0,0\n"])
+def test_a_damaged_table_is_named_and_made_up_for(tmp_path: Path, line: bytes) -> None:
+    arguments = ["--out", tmp_path / "out", "-n", 3, "--tokens", 8, "--seconds", 1]
+    assert generate(*arguments).exit_code == 0
+    path = tmp_path / "out" / "pieces.csv"
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:2], line, lines[3]]))
+    result = generate(*arguments)
+    assert result.exit_code == 0 and "line 3 is damaged" in result.output, (result.output, result.exception)
+    assert path.read_bytes() == whole
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -268,6 +282,15 @@ def test_mistakes_are_one_line(arguments: list[str], text: str, midi: Path, tmp_
     assert result.exit_code == 2, result.output
     assert text in result.output and "Traceback" not in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_do_not_write_into_one_folder(tmp_path: Path) -> None:
+    arguments = ["--out", tmp_path / "out", "-n", 1, "--tokens", 8, "--seconds", 1]
+    assert generate(*arguments).exit_code == 0
+    with hold(tmp_path / "out"):
+        result = generate(*arguments)
+    assert result.exit_code == 2 and "another process is working in it" in result.output
+    assert generate(*arguments).exit_code == 0
 
 
 def test_other_settings_do_not_mix_with_what_is_there(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -119,9 +120,10 @@ def test_one_process_at_a_time_and_only_in_a_folder_of_its_own(out: Path, monkey
     (foreign / "thesis.txt").touch()
     with pytest.raises(UserError, match="holds something else"):
         Book(foreign)
-    (out / "state.json").write_text("{")
-    with pytest.raises(UserError, match=r"state\.json cannot be read"):
-        Book(out)
+    for text in ("{", "[]", '{"first": 1}', '{"first": {"key": "k"}}', '{"first": {"key": "k", "seconds": "x"}}'):
+        (out / "state.json").write_text(text)
+        with pytest.raises(UserError, match=r"state\.json cannot be read"):
+            Book(out)
 
 
 DRIVER = """
@@ -177,6 +179,29 @@ def test_ctrl_c_reaches_the_step_and_says_how_to_go_on(out: Path) -> None:
     assert process.returncode and "stopped in step slow; the same command goes on from here" in errors
     rows = json.loads((out / "state.json").read_text())
     assert "outputs" in rows["first"] and "outputs" not in rows["slow"] and "third" not in rows
+
+
+def test_it_goes_on_when_nobody_reads_what_it_says(out: Path) -> None:
+    process = drive(out, "import time; time.sleep(0.5); (here / 'made.txt').touch()")
+    assert process.stderr is not None
+    process.stderr.readline()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 0
+    assert (out / "third" / "made.txt").read_text() == "ca"
+
+
+def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path) -> None:
+    """A limit on the size of a file, below that of a configuration."""
+    words = [sys.executable, "-m", "smart.reproduce", "--smoke", "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        words,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500)),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1 and done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.endswith("; the same command goes on from here\n")
 
 
 def test_the_runs_are_those_of_the_shipped_configurations() -> None:

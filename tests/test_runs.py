@@ -224,9 +224,15 @@ def test_an_existing_run_is_kept(finished: Path, base: Path) -> None:
     status, output = run("grpo", *again, "--resume", "--set", "grpo.beta=0.5", "--set", "grpo.rollouts_ahead=1")
     assert status == 2 and "grpo.beta" in output and "0.04" in output and "grpo.rollouts_ahead was 0" in output
     assert (finished / "metrics.jsonl").read_bytes() == before
-    status, output = run("grpo", *again, "--resume")  # nothing is left to do but the comparison
+    tuned = finished / "tuned" / "model.safetensors"
+    whole, limit = tuned.read_bytes(), tuned.stat().st_size // 2
+    short = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))}
+    status, output = run("grpo", *again, "--resume", **short)  # nothing is left to do but the comparison; a full disk
+    assert status == 1 and "could not be written" in output and tuned.read_bytes() == whole, output
+    status, output = run("grpo", *again, "--resume")
     assert status == 0, output
-    assert (finished / "metrics.jsonl").read_bytes() == before
+    assert (finished / "metrics.jsonl").read_bytes() == before and tuned.read_bytes() == whole
+    assert not list(finished.glob(".*"))
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
@@ -274,6 +280,54 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(
     status, output = run("grpo", "--config", str(tmp_path / "r" / "config.toml"), "--resume")
     assert status == 0, output
     assert_same_run(tmp_path / "r", either[ahead])
+
+
+def test_killed_right_after_the_last_checkpoint_the_rest_is_made_up_for(
+    base: Path, finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "r", symlinks=True)
+    best = (finished / "checkpoints" / "best").readlink()
+    (tmp_path / "r" / "checkpoints" / "best").unlink()
+    curve = tmp_path / "r" / "reward_mean.png"
+    curve.write_bytes(b"older")
+    for leftover in (curve.with_name(".reward_mean.png.tmp"), curve.with_name(".summary.json.tmp")):
+        leftover.write_bytes(b"half")
+    status, output = run("grpo", "--config", "quickstart.toml", *arguments(base, tmp_path), "--resume")
+    assert status == 0, output
+    assert (tmp_path / "r" / "checkpoints" / "best").readlink() == best
+    assert curve.read_bytes() == (finished / "reward_mean.png").read_bytes()
+    assert not list((tmp_path / "r").glob(".*"))
+
+
+def test_asked_to_stop_before_its_first_iteration_it_says_how_to_go_on(base: Path, tmp_path: Path) -> None:
+    process = start("grpo", "--config", "quickstart.toml", *arguments(base, tmp_path))
+    while not (tmp_path / "r" / "config.toml").exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert f"--config {tmp_path}/r/config.toml --resume" in output and "Traceback" not in output
+    assert not (tmp_path / "r" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("after", ["checkpoints/00000002", "final/00-base.mid"])
+def test_asked_to_stop_after_the_last_iteration_it_stops(base: Path, tmp_path: Path, after: str) -> None:
+    """While base and tuned are compared, of many prompts; only that is done again."""
+    short = {"grpo.iterations": 2, "track.held_out_every": 0, "track.final_prompts": 300, "render.seconds": 0.5}
+    process = start("grpo", "--config", "quickstart.toml", *arguments(base, tmp_path, **short))
+    while not (tmp_path / "r" / after).exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert f"--config {tmp_path}/r/config.toml --resume" in output and "Traceback" not in output
+    assert not (tmp_path / "r" / "summary.json").exists()
+    before = (tmp_path / "r" / "metrics.jsonl").read_bytes()
+    status, output = run("grpo", "--config", str(tmp_path / "r" / "config.toml"), "--resume")
+    assert status == 0 and (tmp_path / "r" / "summary.json").exists(), output
+    assert (tmp_path / "r" / "metrics.jsonl").read_bytes() == before
 
 
 def test_whose_music_an_iteration_learns_from(either: list[Path], base: Path) -> None:
@@ -440,6 +494,12 @@ def test_a_spent_budget_ends_the_run_with_the_best(base: Path, tmp_path: Path) -
     status, output = run("grpo", *args, "--resume")  # it knows that it has ended
     assert status == 0 and metrics(folder) == rows, output
     assert (folder / "tuned" / "model.safetensors").read_bytes() == tuned
+    weights = bytearray(tuned)
+    weights[-1] ^= 1
+    (folder / "checkpoints" / f"{best:08d}" / "model.safetensors").write_bytes(weights)
+    status, output = run("grpo", *args, "--resume")  # no damaged one becomes tuned/: the other that was kept does
+    assert status == 0 and f"{best:08d}: model.safetensors is damaged" in output, output
+    assert f"tuned/ is iteration {over['step']}" in output
 
 
 def test_a_render_worker_that_is_killed_costs_nothing(base: Path, finished: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from smart import UserError
 from smart.plots import curves, timeline
-from smart.track import Stopwatch, Tracker, prepare, read_audio, read_metrics, run_command, summarise, write_wav
+from smart.track import Stopwatch, Tracker, claim, prepare, read_audio, read_metrics, run_command, summarise, write_wav
 
 CONFIG = '[run]\nname = "a"\n\n[grpo]\nbeta = 0.04\n\n[render]\nworkers = 2\n'
 
@@ -41,6 +42,49 @@ def test_prepare_never_loses_a_run(tmp_path: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["config.toml"]
 
 
+def test_a_run_that_was_half_deleted_is_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that replaces it dies before any deletion: the checkpoints go before the metrics they go on from."""
+    for kept in range(1, 6):
+        folder = tmp_path / str(kept)
+        for name in ("zebra", "checkpoints", "a"):
+            (folder / name).mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text("1")
+        (folder / "config.toml").write_text(CONFIG)
+        child = os.fork()
+        if not child:
+            left = [kept]
+
+            def dies(*_: object, left: list[int] = left) -> None:
+                left[0] -= 1
+                if not left[0]:
+                    os._exit(9)
+
+            for function, name in ((os.unlink, "unlink"), (os.rmdir, "rmdir")):
+                real = function
+                monkeypatch.setattr(os, name, lambda *a, real=real, **k: (dies(), real(*a, **k)))
+            prepare(folder, CONFIG, resume=False, overwrite=True).__enter__()
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        assert (folder / "config.toml").exists()
+        assert (folder / "metrics.jsonl").exists() or not (folder / "checkpoints").exists()
+        with prepare(folder, CONFIG, resume=False, overwrite=True):
+            assert [path.name for path in folder.iterdir()] == ["config.toml"]
+
+
+def test_a_kill_at_the_first_write_leaves_nothing_in_the_way(tmp_path: Path) -> None:
+    for number, (resume, overwrite) in enumerate(((False, False), (True, False), (False, True))):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / ".config.toml.tmp").write_text("[ru")
+        with prepare(folder, CONFIG, resume=resume, overwrite=overwrite):
+            assert [path.name for path in folder.iterdir()] == ["config.toml"]
+
+
+def test_a_name_that_no_folder_can_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no folder can have that name"):
+        prepare(tmp_path / "a\0b", CONFIG, resume=False, overwrite=False).__enter__()
+
+
 def test_prepare_deletes_nothing_that_is_not_a_run(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years")
     with pytest.raises(UserError, match=r"has no config\.toml and so is not a run"):
@@ -51,6 +95,13 @@ def test_prepare_deletes_nothing_that_is_not_a_run(tmp_path: Path) -> None:
     for name in ("file", "link"):
         with pytest.raises(UserError, match="is not a folder"):
             prepare(tmp_path / name, CONFIG, resume=False, overwrite=True).__enter__()
+
+
+def test_settings_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    claim(tmp_path, {"n": "a"})
+    (tmp_path / "settings.json").write_bytes(b'{"n": "\xff"}')
+    with pytest.raises(UserError, match="other settings"):
+        claim(tmp_path, {"n": "a"})
 
 
 def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tmp_path: Path) -> None:
@@ -88,6 +139,9 @@ def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tmp_path: Path) -> 
     [
         MemoryError(),
         RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
+        RuntimeError("can't start new thread"),
+        RuntimeError("std::bad_alloc"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation"),
         OSError(122, "Disk quota exceeded"),
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
@@ -110,6 +164,17 @@ def test_a_bug_is_not_taken_for_a_lack_of_memory() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     assert isinstance(CliRunner().invoke(program, []).exception, RuntimeError)
+
+
+def test_a_home_of_nobody_is_one_line() -> None:
+    @run_command("quickstart.toml")
+    def program(*_: object) -> None:
+        Path("~nobody-of-this-name/x.sf2").expanduser()
+
+    done = CliRunner().invoke(program, [])
+    assert done.exit_code == 2 and done.output == (
+        "Error: a path begins with ~ and means a home directory that is not known here\n"
+    )
 
 
 def test_damaged_metrics_are_named_and_the_others_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,6 +35,7 @@ import torch
 from smart import UserError, checkpoint, diversity, plots, require, track
 from smart.compare import BLOCK, Piece, System, compose, find_system
 from smart.config import Config, load, to_dict
+from smart.evaluate.sample import is_whole
 from smart.evaluate.statistics import RESAMPLES, Estimate, jackknife
 from smart.files import sha256, write_atomically
 from smart.guard import Judge, collapsed, variety
@@ -244,7 +245,7 @@ def draw(system: System, samples: int, setting: Setting, folder: Path, base: Any
     folder.mkdir(parents=True, exist_ok=True)
     config, size = setting.config, max(BLOCK // samples, 1)  # prompts of a block
     blocks = [folder / f"{number:05d}.parquet" for number in range(-(-setting.prompts // size))]
-    done = next((place for place, path in enumerate(blocks) if not path.is_file()), len(blocks))
+    done = next((place for place, path in enumerate(blocks) if not is_whole(path)), len(blocks))
     bar.update(min(done * size, setting.prompts) * samples)
     if done < len(blocks):
         tokenizer = load_tokenizer(system.model)
@@ -570,7 +571,7 @@ def report(
     )
     many = max(best_of, samples)
     rows = resample(prompts, seed)
-    with track.progress(total=prompts * (many + samples * (len(models) - 1)), unit="piece") as bar:
+    with track.alone(out), track.progress(total=prompts * (many + samples * (len(models) - 1)), unit="piece") as bar:
         drawn = draw(base, many, setting, out / "pieces" / "base", network, bar)
         few = Drawn(
             [tokens for place, tokens in enumerate(drawn.tokens) if place % many < samples],

@@ -91,6 +91,18 @@ def read_settings(table: Path) -> dict[str, Any]:
     return provenance
 
 
+def is_whole(part: Path) -> bool:
+    """Whether a block was drawn before. One that cannot be read is named on stderr: it is drawn again."""
+    if not part.is_file():
+        return False
+    try:
+        pq.read_table(part)
+    except (OSError, pa.ArrowException):
+        click.echo(f"Warning: {part} is damaged, and drawn again", err=True)
+        return False
+    return True
+
+
 def finish(parts: Sequence[Path], out: Path, names: Sequence[str], metadata: Mapping[str, Any]) -> pa.Table:
     """Put the parts together, system after system, each by prompt, and write ``out``."""
     table = pa.concat_tables([pq.read_table(part) for part in parts])
@@ -225,52 +237,54 @@ def sample(
         "audio": audio is not None,
         "version": version("smart"),
     }
+    parts = out.with_name(f"{out.name}.parts")
     if out.exists():
         changed = track.changes(read_settings(out)["settings"], settings)
         if changed:
             raise UserError(
                 f"--out {out}: holds pieces made with other settings ({'; '.join(changed)}); give another file"
             )
+        shutil.rmtree(parts, ignore_errors=True)  # whoever finished it may have been killed at once
         click.echo(f"{out} is finished; nothing was drawn")
         return
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}")
-    parts = out.with_name(f"{out.name}.parts")
     track.claim(parts, settings)
-    batch = drawing["batch"]
-    blocks = [parts / f"{block:06d}.parquet" for block in range(-(-count // batch))]
-    done = next((number for number, path in enumerate(blocks) if not path.is_file()), len(blocks))
-    if audio is not None:
-        audio.mkdir(parents=True, exist_ok=True)
-    first = min(done * batch, count)
-    pieces = compose(
-        systems,
-        corpus=corpus,
-        first=first,
-        soundfont=found[1],
-        rewards=rewards,
-        workers=workers,
-        device=device,
-        **drawing | {"count": count - first},
-    )
-    rows: list[dict[str, Any]] = []
-    with track.progress(total=count * len(systems), initial=first * len(systems), unit="piece") as bar:
-        for piece in pieces if done < len(blocks) else ():
-            rows.append(row(piece, sample_rate))
-            if audio is not None:
-                stem = audio / f"{piece.prompt:04d}-{piece.system}"
-                track.write_midi(Path(f"{stem}.mid"), piece.score)
-                if piece.audio is not None:
-                    track.write_wav(Path(f"{stem}.wav"), piece.audio, sample_rate)
-            bar.update()
-            if len(rows) == len(systems) * min(batch, count - done * batch):
-                part = pa.Table.from_pylist(rows, schema(axes))
-                write_atomically(blocks[done], lambda file, part=part: pq.write_table(part, file))  # type: ignore[misc]  # bound now
-                rows, done = [], done + 1
-    tokenizers = {system.name: (system.model / FILE_NAME).read_text(encoding="utf-8") for system in systems}
-    provenance = {"settings": settings, "given": list(models), "tokenizers": tokenizers}
-    table = finish(blocks, out, names, provenance)
-    shutil.rmtree(parts)
+    with track.alone(parts):
+        batch = drawing["batch"]
+        blocks = [parts / f"{block:06d}.parquet" for block in range(-(-count // batch))]
+        done = next((number for number, path in enumerate(blocks) if not is_whole(path)), len(blocks))
+        if audio is not None:
+            audio.mkdir(parents=True, exist_ok=True)
+        first = min(done * batch, count)
+        pieces = compose(
+            systems,
+            corpus=corpus,
+            first=first,
+            soundfont=found[1],
+            rewards=rewards,
+            workers=workers,
+            device=device,
+            **drawing | {"count": count - first},
+        )
+        rows: list[dict[str, Any]] = []
+        with track.progress(total=count * len(systems), initial=first * len(systems), unit="piece") as bar:
+            for piece in pieces if done < len(blocks) else ():
+                rows.append(row(piece, sample_rate))
+                if audio is not None:
+                    stem = audio / f"{piece.prompt:04d}-{piece.system}"
+                    track.write_midi(Path(f"{stem}.mid"), piece.score)
+                    if piece.audio is not None:
+                        track.write_wav(Path(f"{stem}.wav"), piece.audio, sample_rate)
+                bar.update()
+                if len(rows) == len(systems) * min(batch, count - done * batch):
+                    part = pa.Table.from_pylist(rows, schema(axes))
+                    write_atomically(blocks[done], lambda file, part=part: pq.write_table(part, file))  # type: ignore[misc]  # bound now
+                    rows, done = [], done + 1
+        tokenizers = {system.name: (system.model / FILE_NAME).read_text(encoding="utf-8") for system in systems}
+        provenance = {"settings": settings, "given": list(models), "tokenizers": tokenizers}
+        table = finish(blocks, out, names, provenance)
+        shutil.rmtree(parts, ignore_errors=True)
     click.echo(describe(table, names, axes))
     for reward in rewards:
         if reward.is_stand_in:
