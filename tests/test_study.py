@@ -701,6 +701,7 @@ def test_start_and_stop(study: Path, tmp_path: Path, client: httpx.Client) -> No
             (["--out", str(out), "--overwrite"], 0, "0 ratings"),
             (["--out", str(tmp_path / "no" / "where")], 2, "cannot be written"),
             (["--out", "-x", "--database", "mysql://x/y"], 2, "expected a sqlite or a postgresql URL"),
+            (["--out", "-x", "--database", "postgresql://host:port/x"], 2, "is not a URL"),
             (["--out", "-x", "--database", "postgresql://nobody:secret@127.0.0.1:1/x"], 2, "cannot be used"),
         ):
             done = CliRunner().invoke(main, ["export", str(server.folder), *words])
@@ -715,6 +716,16 @@ def test_a_database_belongs_to_one_study(study: Path, wavs: list[str], tmp_path:
     assert CliRunner().invoke(main, ["export", str(study), "--database", url, "--out", out]).exit_code == 0
     done = CliRunner().invoke(main, ["invite", str(tmp_path / "other"), "--database", url])
     assert done.exit_code == 2 and "another study" in done.output
+
+
+def test_a_studys_own_database_is_in_its_folder_whatever_that_is_called(study: Path, tmp_path: Path) -> None:
+    import shutil
+
+    for name in ("study?", "50%25", "a b#c"):
+        folder = Path(shutil.copytree(study, tmp_path / name))
+        assert CliRunner().invoke(main, ["invite", str(folder)]).exit_code == 0
+        assert (folder / "ratings.sqlite").stat().st_size > 0
+    assert {path.name for path in tmp_path.iterdir()} == {"study?", "50%25", "a b#c"}
 
 
 def test_invitations_are_links_that_cannot_be_guessed(study: Path, tmp_path: Path) -> None:

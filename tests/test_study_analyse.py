@@ -471,5 +471,9 @@ def test_the_columns_are_those_of_the_export_and_a_study_tells_what_is_silent(tm
         table.writerows([{"excerpt": "a", "silent": 1}, {"excerpt": "b", "silent": 0}])
     with pytest.raises(UserError, match="cannot be read"):
         ratings.read_study(tmp_path)
+    for wrong in ("NaN", "9" * 400, "0", "-1"):
+        (tmp_path / "study.json").write_text(f'{{"seconds": {wrong}}}')
+        with pytest.raises(UserError, match="cannot be read"):
+            ratings.read_study(tmp_path)
     (tmp_path / "study.json").write_text('{"seconds": 4.5}')
     assert ratings.read_study(tmp_path) == (frozenset({"a"}), 4.5)

@@ -116,8 +116,10 @@ def iso(instant: float) -> str:
 def connect(study: Study, url: str | None) -> Engine:
     """An engine for ``url``, or for the study's own SQLite file. Raises ``UserError`` where it cannot be reached."""
     try:
-        parsed = sa.make_url(url or f"sqlite:///{study.folder / FILE}")
-    except sa.exc.ArgumentError:
+        # the study's own file is no part of a URL: its folder may hold a "?" or a "%"
+        own = sa.URL.create("sqlite", database=str((study.folder / FILE).absolute()))
+        parsed = sa.make_url(url) if url else own
+    except (sa.exc.ArgumentError, ValueError):  # ValueError: a port that is no number
         raise UserError("--database: is not a URL (expected postgresql://USER@HOST/NAME)") from None
     kind = parsed.get_backend_name()
     if kind not in ("sqlite", "postgresql"):
