@@ -11,7 +11,7 @@ import sqlite3
 import struct
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ import httpx
 import numpy as np
 import pytest
 import soundfile
+import sqlalchemy as sa
 from click.testing import CliRunner
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -256,6 +257,23 @@ def test_mistakes_of_a_build_are_named_in_one_line(
     assert not (tmp_path / "study").exists()
 
 
+def redesign(**changes: Any) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        path = folder / "study.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes), encoding="utf-8")
+
+    return change
+
+
+def renumber(path: Path) -> None:
+    """Prompts from 1 and not from 0."""
+    rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
+    place = rows[0].index("prompt")
+    for row in rows[1:]:
+        row[place] = str(int(row[place]) + 1) if row[place] else ""
+    path.write_text("".join(",".join(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def test_what_is_not_a_study_is_named(study: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -267,6 +285,20 @@ def test_what_is_not_a_study_is_named(study: Path, tmp_path: Path) -> None:
         (lambda folder: (folder / "key.csv").write_bytes(b"excerpt,kind\n" + b"a" * 200_000), "key.csv"),
         (lambda folder: (folder / "key.csv").write_text("excerpt,kind\n../../secret,main"), "no excerpt's name"),
         (lambda folder: (folder / "consent.txt").write_text("Hello"), "Version: NAME"),
+        (redesign(repeats=4), "repeats = 4 is not what"),
+        (redesign(study="-ff"), "study = '-ff' is not what"),
+        (redesign(seconds=0), "seconds = 0 is not what"),
+        (redesign(seconds=float("nan")), "seconds = nan is not what"),
+        (redesign(prompts=0), "prompts = 0 is not what"),
+        (redesign(prompts=10**9), "does not list what study.json says"),
+        (redesign(practice=0), "does not list what study.json says"),
+        (redesign(silence=False), "does not list what study.json says"),
+        (redesign(systems=["zebra", "zebra"]), "systems = ['zebra', 'zebra'] is not what"),
+        (redesign(systems=["zebra", 3]), "systems = ['zebra', 3] is not what"),
+        (redesign(systems=["zebra", "gnu"]), "does not list every prompt of every system"),
+        (redesign(question="\ud800"), "cannot be read"),
+        (lambda folder: renumber(folder / "key.csv"), "does not list every prompt of every system"),
+        (lambda folder: (folder / "check.wav").unlink(), "check.wav: cannot be read"),
     ):
         copy = Path(shutil.copytree(study, tmp_path / "copy"))
         damage(copy)
@@ -616,6 +648,55 @@ def test_headphones_are_asked_about_twice_at_most(server: Server, client: httpx.
     assert "Headphones" in client.get(link).text
     assert client.post(f"{link}/check", data={"tone": "third", "again": "yes"}).status_code == 303
     assert "Practice 1 of 2" in client.get(link).text
+
+
+def test_nothing_is_stored_before_consent_and_what_was_answered_stays(
+    server: Server, client: httpx.Client, capfd: pytest.CaptureFixture[str]
+) -> None:
+    link = server.invite(1)[0]
+    version = Study(server.folder).consent[0]
+    store = Store(Study(server.folder), *server.database[1:])
+
+    def stored() -> dict[str, Any]:
+        return dict(store.find(link.rpartition("/")[2]) or {})
+
+    assert client.post(f"{link}/check", data={"tone": "second"}).status_code == 303
+    assert stored()["headphones"] is None and stored()["consented"] is None
+    client.post(f"{link}/consent", data={"agree": "yes", "version": version})
+    first = stored()
+    time.sleep(0.01)
+    client.post(f"{link}/consent", data={"agree": "yes", "version": version})
+    assert stored() == first and first["consented"]
+    for given_ in ("passed", "failed"):  # of two at once, the one that comes later finds the other one's
+        store.checked(first["id"], given_)
+    assert stored()["headphones"] == "passed"
+    store.close()
+
+
+def test_a_disk_that_fails_is_no_failure_of_the_pages(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An excerpt that has gone, and a log that cannot be emptied after a withdrawal, which holds nevertheless."""
+    import shutil
+
+    made = Study(Path(shutil.copytree(study, tmp_path / "study")))
+    store = Store(made)
+    client = TestClient(make_app(store), follow_redirects=False)
+    link = f"/s/{store.invite(1)[0]}"
+    consent(client, link)  # type: ignore[arg-type]  # a TestClient is a client of httpx
+    for path in (made.folder / "audio").iterdir():
+        path.unlink()
+    gone = client.get(f"{link}/audio/-1")
+    assert gone.status_code == 503 and gone.headers["retry-after"] and "No such file" in capsys.readouterr().err
+
+    def deny(action: int, name: str | None, *more: object) -> int:
+        emptying = action == sqlite3.SQLITE_PRAGMA and name == "wal_checkpoint"
+        return sqlite3.SQLITE_DENY if emptying else sqlite3.SQLITE_OK
+
+    sa.event.listen(store.engine, "checkout", lambda connection, *_: connection.set_authorizer(deny))
+    assert "has been deleted" in client.post(f"{link}/withdraw").text
+    assert "could not be emptied" in capsys.readouterr().err and client.get(link).status_code == 404
+    store.close()
 
 
 def test_a_changed_consent_is_shown_again(study: Path, tmp_path: Path, client: httpx.Client) -> None:

@@ -7,6 +7,7 @@ acknowledged, and fetches the next page. Nothing is loaded from elsewhere, and n
 """
 
 import re
+import sqlite3
 import threading
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -25,6 +26,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from smart import UserError
 from smart.files import parse_json
 from smart.study.export import ratings_csv
 from smart.study.folder import CHECK
@@ -97,7 +99,7 @@ def too_many(wait: float) -> HTTPException:
 
 
 class Guard:
-    """Around everything: the address's rate, the size of what is sent, headers, and a database that fails."""
+    """Around everything: the address's rate, the size of what is sent, headers, and a disk or database that fails."""
 
     def __init__(self, app: Any, limits: Limits) -> None:
         self.app, self.limits = app, limits
@@ -130,12 +132,13 @@ class Guard:
         scope["body"] = body  # so that endpoints need not wait for it
         try:
             await self.app(scope, receive, send_with_headers)
-        except sa.exc.SQLAlchemyError as failure:  # disk full, database gone: the browser keeps the answer and retries
-            reason = str(getattr(failure, "orig", failure)).strip().splitlines()[0]
-            click.echo(f"the database failed: {reason}", err=True)
+        except (sa.exc.SQLAlchemyError, sqlite3.Error, OSError) as failure:
+            # disk full, database gone, excerpt unreadable: the browser keeps the answer and retries
+            reason = [*str(getattr(failure, "orig", failure)).strip().splitlines(), type(failure).__name__][0]
+            click.echo(f"the database or the disk failed: {reason}", err=True)
             if begun:
                 raise
-            answer = Response("The server cannot store answers at the moment.", 503, {"retry-after": "5"})
+            answer = Response("The server cannot store or send anything at the moment.", 503, {"retry-after": "5"})
             await answer(scope, receive, send_with_headers)
 
 
@@ -163,7 +166,10 @@ class Pages:
         )  # fmt: skip
         pages = files("smart.study") / "pages"
         self.assets = {name: (pages / name).read_bytes() for name in ASSETS}
-        self.check_sound = (self.study.folder / CHECK).read_bytes()
+        try:
+            self.check_sound = (self.study.folder / CHECK).read_bytes()
+        except OSError as error:
+            raise UserError(f"{self.study.folder / CHECK}: cannot be read ({error.strerror})") from None
 
     def html(self, name: str, status: int = 200, **values: Any) -> Response:
         text = self.templates.get_template(name).render(design=self.design, **values)
@@ -220,12 +226,11 @@ class Pages:
         person, form = self.person(request), read_form(request)
         base = f"/s/{request.path_params['token']}"
         answer = form.get("tone")
-        if answer not in ("first", "second", "third", "unsure"):
+        if answer not in ("first", "second", "third", "unsure") or not self.consented(person):
             return RedirectResponse(base, 303)
         if answer in ("first", "third") and form.get("again") != "yes":
             return self.html("check.html", base=base, wrong=True)
-        if person["headphones"] is None:
-            self.store.checked(person["id"], {"second": "passed", "unsure": "unsure"}.get(answer, "failed"))
+        self.store.checked(person["id"], {"second": "passed", "unsure": "unsure"}.get(answer, "failed"))
         return RedirectResponse(base, 303)
 
     def sound(self, request: Request) -> Response:
