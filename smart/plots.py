@@ -283,8 +283,13 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writeheader()
     for row in rows:
         undefined = {key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
-        writer.writerow({key: "" if key in undefined else value for key, value in row.items()})
+        writer.writerow({key: "" if key in undefined else plain(value) for key, value in row.items()})
     write_atomically(path, text.getvalue().encode())
+
+
+def plain(cell: Any) -> Any:
+    """A cell of a CSV; of text that a spreadsheet could take for a formula, an apostrophe stands before it."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell
 
 
 def ratings(table: Sequence[tuple[str, str, float]], systems: Sequence[str], path: Path) -> None:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
@@ -28,11 +29,12 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 from study_server import RATE, SECONDS, Server, answer, build, consent, make_wavs, postgres, serving, take_part
 
+from smart.plots import plain
 from smart.study import build as building
 from smart.study import loudness, main
 from smart.study.app import Buckets, Limits, make_app
-from smart.study.export import COLUMNS, plain
-from smart.study.folder import Study
+from smart.study.export import COLUMNS, ratings_csv
+from smart.study.folder import Excerpt, Study
 from smart.study.order import order, with_checks
 from smart.study.ratings import read_ratings
 from smart.study.store import Store
@@ -874,7 +876,19 @@ def test_buckets_fill_again_and_forget(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1"])
 def test_formulas_are_defused(text: str) -> None:
-    assert plain(text) == f"'{text}" and plain("Mozilla/5.0 (=)") == "Mozilla/5.0 (=)"
+    assert plain(text) == f"'{text}" and plain("Mozilla/5.0 (=)") == "Mozilla/5.0 (=)" and plain(-1) == -1
+
+
+def test_formulas_of_a_key_from_others_are_defused_in_the_export() -> None:
+    rating = {
+        "participant": 1, "session": "s", "position": 1, "excerpt": "a", "rating": 3, "play_count": 1,
+        "listened_s": 1.0, "response_ms": 5, "kind": "main", "user_agent": "=1", "stored": 0.0, "version": "+1",
+    }  # fmt: skip
+    made = SimpleNamespace(excerpts={"a": Excerpt("a", "main", "@x", "-1", "=2")})
+    store: Any = SimpleNamespace(rows=lambda: [rating], study=made)
+    (row,) = csv.DictReader(ratings_csv(store).splitlines())
+    columns = ("system", "prompt", "seed", "user_agent", "version")
+    assert [row[name] for name in columns] == ["'@x", "'-1", "'=2", "'=1", "'+1"]
 
 
 # --- Requests of all kinds ----------------------------------------------------------------------------------------
