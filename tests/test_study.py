@@ -26,12 +26,13 @@ import sqlalchemy as sa
 from click.testing import CliRunner
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from starlette.requests import Request
 from starlette.testclient import TestClient
 from study_server import RATE, SECONDS, Server, answer, build, consent, make_wavs, postgres, serving, take_part
 
 from smart.plots import plain
+from smart.study import app, loudness, main
 from smart.study import build as building
-from smart.study import loudness, main
 from smart.study.app import Buckets, Limits, make_app
 from smart.study.export import COLUMNS, ratings_csv
 from smart.study.folder import Excerpt, Study
@@ -300,7 +301,7 @@ def test_what_is_not_a_study_is_named(study: Path, tmp_path: Path) -> None:
         (redesign(systems=["zebra", "gnu"]), "does not list every prompt of every system"),
         (redesign(question="\ud800"), "cannot be read"),
         (lambda folder: renumber(folder / "key.csv"), "does not list every prompt of every system"),
-        (lambda folder: (folder / "check.wav").unlink(), "check.wav: cannot be read"),
+        (lambda folder: (folder / "check.wav").unlink(), "check.wav: is missing"),
     ):
         copy = Path(shutil.copytree(study, tmp_path / "copy"))
         damage(copy)
@@ -570,6 +571,65 @@ def test_parts_of_the_audio_may_be_asked_for(server: Server, client: httpx.Clien
         assert client.get(url, headers={"range": odd}).status_code in (200, 416)
     audio, rate = soundfile.read(__import__("io").BytesIO(whole))
     assert (len(audio), rate) == (round(SECONDS * RATE), RATE)
+
+
+def test_a_sound_is_read_as_it_is_sent(tmp_path: Path) -> None:
+    """A part of it, and no more; the whole of it, a block at a time."""
+    import tracemalloc
+
+    path, sent = tmp_path / "sound.wav", 0
+    with path.open("wb") as file:
+        file.truncate(64 << 20)
+
+    async def send(message: Any) -> None:
+        nonlocal sent
+        sent += len(message.get("body", b""))
+
+    for asked, size in (("bytes=40000000-40000000", 1), ("", 64 << 20)):
+        request = Request({"type": "http", "headers": [(b"range", asked.encode())]})
+        sent = 0
+        tracemalloc.start()
+        asyncio.run(app.send_wav(request, path, Counter(), "link")({}, None, send))  # type: ignore[arg-type]  # not used
+        assert sent == size and tracemalloc.get_traced_memory()[1] < 1 << 20
+        tracemalloc.stop()
+
+
+def test_who_takes_nothing_or_sends_nothing_is_not_waited_for(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five that ask for one sound and do not read it: the fifth is refused. A body that never comes: 408."""
+    monkeypatch.setattr(app, "BODY_SECONDS", 0.1)
+    monkeypatch.setattr(app, "BLOCK_SECONDS", 0.3)
+    store = Store(Study(study), f"sqlite:///{tmp_path / 'ratings.sqlite'}")
+    pages, link = make_app(store), f"/s/{store.invite(1)[0]}"
+
+    async def ask(method: str, path: str, body: bool, reads: bool) -> int:
+        status = []
+
+        async def receive() -> dict[str, Any]:
+            if not body:
+                await asyncio.Event().wait()
+            return {"type": "http.request"}
+
+        async def send(message: Any) -> None:
+            status.append(message.get("status"))
+            if message["type"] == "http.response.body" and not reads:
+                await asyncio.Event().wait()
+
+        scope = {"type": "http", "method": method, "path": path, "headers": [], "query_string": b"", "client": ("x", 1)}
+        await pages(scope, receive, send)
+        return int(status[0])
+
+    async def run() -> None:
+        assert await ask("POST", f"{link}/check", False, True) == 408
+        slow = [asyncio.create_task(ask("GET", f"{link}/sound", True, False)) for _ in range(4)]
+        await asyncio.sleep(0.15)
+        assert await ask("GET", f"{link}/sound", True, True) == 429
+        assert await asyncio.gather(*slow) == [200] * 4
+        assert await ask("GET", f"{link}/sound", True, True) == 200
+
+    asyncio.run(run())
+    store.close()
 
 
 def test_withdrawal_deletes_everything(server: Server, client: httpx.Client) -> None:
