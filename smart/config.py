@@ -316,6 +316,8 @@ def _check(kind: Any, value: Any, name: str, allowed: Any, source: str) -> Any:
         return UserError(f"{source}: {name} = {_short(value)}: expected {expected}")
 
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if not _is_number(value):
+            raise wrong("a finite number")
         value = float(value)
     if kind == dict[str, float]:
         if not isinstance(value, dict) or not all(_is_number(item) for item in value.values()):
@@ -344,7 +346,10 @@ def _check(kind: Any, value: Any, name: str, allowed: Any, source: str) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
 
 
 def _range(allowed: Any) -> str:
@@ -359,5 +364,8 @@ def _range(allowed: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes out no integer of thousands of digits, though it reads one from hexadecimal
+        return "an integer of thousands of digits"
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -5,6 +5,7 @@ on the Hugging Face hub which is not in the local cache, and then nothing is dow
 """
 
 import math
+import os
 import platform
 import shlex
 import shutil
@@ -191,7 +192,7 @@ def _reward(config: Config) -> Finding:
     wanted = config.reward
     if wanted.kind == "audiobox":
         model = str(wanted.options.get("model", audiobox.HUB_ID))
-        here = Path(model).expanduser().exists() or not hub.is_hub_id(model)
+        here = Path(os.path.expanduser(model)).exists() or not hub.is_hub_id(model)
         files = (audiobox.CONFIG_FILE, audiobox.WEIGHTS_FILE)
         if not here and hub.find_cached(model, files) is None:
             return _on_the_hub(model, files, "reward.options.model")

@@ -20,8 +20,12 @@ def is_hub_id(name: str) -> bool:
 def find_cached(hub_id: str, files: Sequence[str]) -> list[Path] | None:
     """The paths of ``files`` where an earlier download left all of them in the hub's cache, else None."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    paths = [try_to_load_from_cache(hub_id, name) for name in files]
+    try:
+        paths = [try_to_load_from_cache(hub_id, name) for name in files]
+    except HFValidationError:  # of the form owner/model, but no name that the hub gives; ``ask`` says why
+        return None
     return [Path(path) for path in paths if isinstance(path, str)] if all(isinstance(p, str) for p in paths) else None
 
 

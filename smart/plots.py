@@ -260,10 +260,17 @@ def _legend(figure: Any, names: Sequence[str]) -> None:
 
 def save(figure: Any, stem: Path, table: Sequence[Mapping[str, Any]]) -> list[Path]:
     """Write a figure as PNG and PDF, the same bytes for the same data, and its data as CSV."""
+    import matplotlib
+    from matplotlib.text import Text
+
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf", "csv")]
-    write_atomically(paths[0], lambda file: figure.savefig(file, format="png", dpi=DPI))
-    figure.set_layout_engine("none")  # it has been laid out, and need not be again
-    write_atomically(paths[1], lambda file: figure.savefig(file, format="pdf", metadata={"CreationDate": None}))
+    # a system may be called "$\\foo$": no text here is mathematics, nor one that is made while the figure is drawn
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    with matplotlib.rc_context({"text.parse_math": False}):
+        write_atomically(paths[0], lambda file: figure.savefig(file, format="png", dpi=DPI))
+        figure.set_layout_engine("none")  # it has been laid out, and need not be again
+        write_atomically(paths[1], lambda file: figure.savefig(file, format="pdf", metadata={"CreationDate": None}))
     write_csv(paths[2], table)
     return paths
 
@@ -276,8 +283,13 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writeheader()
     for row in rows:
         undefined = {key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
-        writer.writerow({key: "" if key in undefined else value for key, value in row.items()})
+        writer.writerow({key: "" if key in undefined else plain(value) for key, value in row.items()})
     write_atomically(path, text.getvalue().encode())
+
+
+def plain(cell: Any) -> Any:
+    """A cell of a CSV; of text that a spreadsheet could take for a formula, an apostrophe stands before it."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell
 
 
 def ratings(table: Sequence[tuple[str, str, float]], systems: Sequence[str], path: Path) -> None:
@@ -294,12 +306,13 @@ def ratings(table: Sequence[tuple[str, str, float]], systems: Sequence[str], pat
     figure = Figure(figsize=(min(max(10.0, 4.5 + 0.42 * len(people)), 60.0), 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1, min(max(1.6, 0.11 * len(people)), 14)])
     width = 0.8 / len(systems)
-    lines = []
+    lines, bars = [], {}
     for number, system in enumerate(systems):
         colour, offset = COLOURS[number % len(COLOURS)], (number - (len(systems) - 1) / 2) * width
         own = [value for _, name, value in table if name == system]
         shares = [100 * own.count(value) / len(own) for value in values]
-        left.bar([value + offset for value in values], shares, width, color=colour, label=f"{system} (n = {len(own)})")
+        bar = left.bar([value + offset for value in values], shares, width, color=colour)
+        bars[f"{system} (n = {len(own)})"] = bar
         left.axvline(sum(own) / len(own), ymax=1 / 1.2, color=colour, linestyle="--", linewidth=1)
         for place, person in enumerate(people):
             given = [value for who, name, value in table if who == person and name == system]
@@ -320,7 +333,8 @@ def ratings(table: Sequence[tuple[str, str, float]], systems: Sequence[str], pat
     left.set(xlabel="rating", ylabel="share of the system's ratings (%)", title="overall (dashed: means)")
     left.set_xticks(range(1, 11))
     left.set_ylim(0, 1.2 * left.get_ylim()[1])  # room for the legend
-    left.legend(frameon=False, fontsize="small", ncols=2, loc="upper center")
+    # given, and not found by their labels: one that begins with "_" would be passed over
+    left.legend(list(bars.values()), list(bars), frameon=False, fontsize="small", ncols=2, loc="upper center")
     right.set(xlabel="participant", ylabel="rating", title="by participant (diamond: mean)", ylim=(0.5, 10.5))
     right.set_xticks(range(len(people)), people, rotation=90, fontsize="small")
     right.set_yticks(range(1, 11))

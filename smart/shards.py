@@ -13,6 +13,7 @@ Other files beside these (tables of pieces and rejects) are for people and are l
 
 import hashlib
 import os
+import re
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ SPLITS = ("train", "validation", "test")
 MANIFEST = "manifest.json"
 FORMAT = 1
 DTYPE = np.dtype("<u2")
+NAME = re.compile(rf"(?:{'|'.join(SPLITS)})-\d{{5,}}", re.ASCII)  # of a shard
 SHARD_TOKENS = 1 << 26  # 128 MiB a shard
 
 
@@ -86,7 +88,7 @@ class Split(Sequence[npt.NDArray[np.uint16]]):
 
     def __init__(self, folder: Path, shards: Sequence[dict[str, Any]]) -> None:
         self._maps = [np.memmap(folder / f"{shard['name']}.bin", DTYPE, "r") for shard in shards]
-        self._starts = [np.load(folder / f"{shard['name']}.idx.npy", mmap_mode="r") for shard in shards]
+        self._starts = [np.lib.format.open_memmap(folder / f"{shard['name']}.idx.npy", mode="r") for shard in shards]
         self._first = np.cumsum([0] + [int(shard["pieces"]) for shard in shards])
         self.tokens = sum(int(shard["tokens"]) for shard in shards)  # of all pieces together
 
@@ -113,8 +115,8 @@ class Corpus:
     """A finished corpus: ``corpus.split("train")``, ``corpus.tokenizer``, ``corpus.manifest``.
 
     Opening checks the manifest, the size of every shard, every index and the tokenizer; ``verify=True`` reads
-    all tokens and checks their hashes as well. Raises ``UserError`` where the folder is no corpus, unfinished
-    or damaged.
+    all tokens and checks their hashes, and that they are of the tokenizer's vocabulary, as well. Raises
+    ``UserError`` where the folder is no corpus, unfinished or damaged.
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = False) -> None:
@@ -125,6 +127,8 @@ class Corpus:
         tokenizer = self.folder / "tokenizer" / "tokenizer.json"
         if not tokenizer.is_file() or sha256(tokenizer) != self.manifest["tokenizer"]["sha256"]:
             raise self._damaged(f"{tokenizer.name} is missing or not the one that wrote the tokens")
+        if verify:
+            self._check_tokens()
         self._splits: dict[str, Split] = {}
 
     def split(self, name: str) -> Split:
@@ -151,14 +155,31 @@ class Corpus:
         for path in (tokens, index):
             if not path.is_file():
                 raise self._damaged(f"{path.name} is missing")
+            if path.resolve().parent != self.folder.resolve():
+                raise self._damaged(f"{path.name} is a link that leaves the folder")
         if tokens.stat().st_size != shard["tokens"] * DTYPE.itemsize:
             raise self._damaged(
                 f"{tokens.name} holds {tokens.stat().st_size} bytes, expected {shard['tokens'] * DTYPE.itemsize}"
             )
         if sha256(index) != shard["index_sha256"]:
             raise self._damaged(f"{index.name} is not what was written")
+        try:  # its hash stands in a manifest that others may have written
+            starts = np.lib.format.open_memmap(index, mode="r")
+            sound = starts.dtype == np.dtype("<i8") and starts.shape == (shard["pieces"] + 1,)
+            sound = sound and starts[0] == 0 and starts[-1] == shard["tokens"] and bool((np.diff(starts) >= 0).all())
+        except (OSError, ValueError, EOFError) as error:
+            raise self._damaged(f"{index.name} cannot be read ({error})") from None
+        if not sound:
+            raise self._damaged(f"{index.name} does not divide {shard['tokens']} tokens into {shard['pieces']} pieces")
         if verify and sha256(tokens) != shard["sha256"]:
             raise self._damaged(f"{tokens.name} is not what was written")
+
+    def _check_tokens(self) -> None:
+        size = len(self.tokenizer.vocab)
+        for shard in self._shards():
+            largest = int(np.memmap(self.folder / f"{shard['name']}.bin", DTYPE, "r").max())
+            if largest >= size:
+                raise self._damaged(f"{shard['name']}.bin holds token {largest}, of a vocabulary of {size}")
 
     def _damaged(self, what: str) -> UserError:
         return UserError(f"corpus {self.folder}: {what}; build it again with `smart corpus build`")
@@ -187,6 +208,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 "index_sha256": str,
             }.items()
         )
+        for shard in shards if well_formed else ():
+            if not NAME.fullmatch(shard["name"]):  # it could lead out of the folder
+                raise ValueError(f"{shard['name']!r:.60} is no name of a shard")
+            if shard["pieces"] < 1 or shard["tokens"] < 1:
+                raise ValueError(f"shard {shard['name']} is empty")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"corpus {folder}: {MANIFEST} cannot be read ({error!r}); {build}") from None
     if version != FORMAT or not well_formed:

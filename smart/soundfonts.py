@@ -74,7 +74,7 @@ def find_soundfont(name_or_path: str | os.PathLike[str]) -> Path:
     that is neither a file nor a short name. A path is returned as it is: see ``check_soundfont``.
     """
     text = os.fspath(name_or_path)
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))  # unlike pathlib's, it lets a ~user whom nobody knows stand
     known = _KNOWN.get(text.lower())
     if path.is_file() or (known is None and (path.suffix or os.sep in text)):
         return path
@@ -110,7 +110,7 @@ def _folders() -> list[Path]:
     """Where soundfonts are looked for, first come first served."""
     own = [folder for folder in os.environ.get("SMART_SOUNDFONTS", "").split(os.pathsep) if folder]
     usual = [_OWN_FOLDER, "/usr/share/sounds/sf2", "/usr/share/sounds/sf3", "/usr/share/soundfonts"]
-    return [Path(folder).expanduser() for folder in (*own, *usual)]
+    return [Path(os.path.expanduser(folder)) for folder in (*own, *usual)]
 
 
 def _search(known: _Known) -> Path | None:

@@ -129,9 +129,12 @@ def _read_tokenizer(path: Path) -> REMI:
         units = config["time_signature_range"].items()
         config["time_signature_range"] = {int(unit): beats for unit, beats in units}
         config.setdefault("additional_params", {})
-        counted = {key: value for key, value in config.items() if key != "pitch_bend_range"}
-        if (largest := max(_numbers(counted), default=0)) > LARGEST_NUMBER:
-            raise ValueError(f"{largest:g} in its configuration, at most {LARGEST_NUMBER} expected")
+        # of the bends only the number of steps is counted: the ends are usually thousands
+        counted = [value for key, value in config.items() if key != "pitch_bend_range"]
+        counted += config.get("pitch_bend_range", [])[2:]
+        for number in _numbers(counted):
+            if not abs(number) <= LARGEST_NUMBER:  # NaN as well
+                raise ValueError(f"{float(number):g} in its configuration, at most {LARGEST_NUMBER} expected")
         tokenizer = REMI(TokenizerConfig.from_dict(config))
         vocabulary(tokenizer)
     except Exception as error:  # MidiTok raises whatever the wrong value happens to break

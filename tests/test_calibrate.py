@@ -243,6 +243,9 @@ def _set(row: int, column: str, value: str) -> Callable[[list[dict[str, str]]], 
     ("change", "message"),
     [
         (_set(3, "clip", "nowhere.wav"), "nowhere.wav"),
+        (_set(3, "clip", "/etc/x.wav"), 'line 5: clip "/etc/x.wav" is not inside of --audio'),
+        (_set(3, "clip", "../x.wav"), 'line 5: clip "../x.wav" is not inside of --audio'),
+        (_set(3, "clip", "x" * 300), "missing from"),
         (_set(3, "clip", ""), 'line 5: no file name in column "clip"'),
         (_set(3, "clip", "0.wav"), 'clip "0.wav" is listed twice'),
         (_set(3, "CE", "11"), 'line 5: column "CE" must lie in 1 to 10, got 11'),
@@ -324,6 +327,19 @@ def test_audio_that_cannot_be_used_is_named(tmp_path: Path, content: bytes | str
     with pytest.raises(UserError, match=message) as caught:
         read_clip(path)
     assert str(path) in caught.value.message and "\n" not in caught.value.message
+
+
+def test_a_header_of_few_samples_a_second_and_a_clip_of_many_minutes_are_refused(tmp_path: Path) -> None:
+    """Resampled, the first would take four gigabytes."""
+    path = tmp_path / "clip.wav"
+    soundfile.write(path, np.zeros(65536), 1, subtype="PCM_U8")
+    with pytest.raises(UserError, match="1 samples a second, at least 4000"):
+        read_clip(path)
+    soundfile.write(path, np.zeros(601 * 4000), 4000, subtype="PCM_U8")
+    with pytest.raises(UserError, match="longer than 600 s"):
+        read_clip(path)
+    soundfile.write(path, np.zeros(600 * 4000), 4000, subtype="PCM_U8")
+    assert len(read_clip(path)) == 600 * 16000
 
 
 def test_without_soundfile_the_message_says_what_to_install(audio: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -24,6 +25,7 @@ from symusic.core import NoteTick, ScoreTick, TempoTick, TimeSignatureTick, Trac
 
 from smart import UserError, shards
 from smart.corpus import State, build, find_files, main, measure, split_of
+from smart.files import sha256
 from smart.midi import Limits, Piece, PieceReader, Reject, content_hash, seconds_at
 from smart.midi_pool import Pool
 from smart.shards import Corpus, ShardWriter, Split
@@ -911,6 +913,25 @@ def _flip(data: bytearray) -> bytearray:
     return data
 
 
+def _forge(change: Any) -> Any:
+    """Change a shard's entry in the manifest, or its index, and have the manifest's hash agree."""
+
+    def forge(folder: Path) -> None:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        shard = manifest["splits"]["train"]["shards"][0]
+        index = folder / f"{shard['name']}.idx.npy"
+        change(shard, index)
+        shard["index_sha256"] = sha256(index)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return forge
+
+
+def _flood(tokens: Path, shard: dict[str, Any]) -> None:
+    tokens.write_bytes(b"\xff" * tokens.stat().st_size)
+    shard["sha256"] = sha256(tokens)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -923,6 +944,17 @@ def _flip(data: bytearray) -> bytearray:
         (_spoil("train*.bin", _flip), "not what was written"),
         (_spoil("train*.npy", _flip), "not what was written"),
         (_spoil("tokenizer/tokenizer.json", _flip), "not the one that wrote the tokens"),
+        (_forge(lambda shard, file: shard.update(name="/elsewhere/train-00000")), "is no name of a shard"),
+        (_forge(lambda shard, file: shard.update(name="../out/train-00000")), "is no name of a shard"),
+        (_forge(lambda shard, file: shard.update(pieces=shard["pieces"] + 1)), "does not divide"),
+        (_forge(lambda shard, file: shard.update(pieces=0)), "train-00000 is empty"),
+        (_forge(lambda shard, file: file.write_bytes(b"junk" * 100)), "train-00000.idx.npy cannot be read"),
+        (_forge(lambda shard, file: file.write_bytes(b"")), "train-00000.idx.npy cannot be read"),
+        (_forge(lambda shard, file: file.write_bytes(pickle.dumps([1]))), "train-00000.idx.npy cannot be read"),
+        (_forge(lambda shard, file: np.save(file, np.load(file)[::-1].copy())), "does not divide"),
+        (_forge(lambda shard, file: np.save(file, np.load(file).astype(float))), "does not divide"),
+        (_forge(lambda shard, file: file.rename(file.parents[1] / "x") and file.symlink_to("../x")), "leaves the fol"),
+        (_forge(lambda shard, file: _flood(file.parent / "train-00000.bin", shard)), "holds token 65535"),
     ],
 )
 def test_damaged_corpora_are_refused(small: Path, tmp_path: Path, spoil: Any, message: str) -> None:

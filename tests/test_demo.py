@@ -6,8 +6,11 @@ import io
 import json
 import math
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +227,19 @@ def test_sections_share_audio() -> None:
     assert [clip["audio"] for clip in parsed.data["clips"]] == [0, 1, 0, 2]
     for clip, heard in zip(parsed.data["clips"], [audio[0], audio[1], audio[0], audio[2]], strict=True):
         np.testing.assert_array_equal(pcm(parsed.audio[clip["audio"]]), quantise(heard))
+
+
+def test_choices_are_saved_without_formulas() -> None:
+    """The very lines of the page that write a cell of the CSV, in node."""
+    if shutil.which("node") is None:
+        pytest.skip("no node")
+    script = files("smart.demo").joinpath("page.js").read_text(encoding="utf-8")
+    found = re.search(r"const cell = .*?\n    };\n", script, re.DOTALL)
+    assert found
+    cells = ["=1+1", "-x", "@a", "plain", '=a"b', -1, 0.5]
+    code = f"{found[0]}console.log(JSON.stringify({json.dumps(cells)}.map(cell)))"
+    done = subprocess.run(["node", "-e", code], capture_output=True, text=True, check=True, timeout=60)
+    assert json.loads(done.stdout) == ["'=1+1", "'-x", "'@a", "plain", '"\'=a""b"', "-1", "0.5"]
 
 
 def test_full_scale_does_not_wrap_around() -> None:

@@ -50,6 +50,9 @@ def test_a_machine_that_is_ready(tmp_path: Path) -> None:
         ("grpo.beta=-1", "configuration", "grpo.beta = -1", "correct that line"),
         ("model.base=nowhere", "base", "nowhere", "--set model.base=piano-small"),
         ("model.base=owner/model", "base", "owner/model is not in the cache", "download owner/model"),
+        ("model.base=owner/my--model", "base", "owner/my--model is not in the cache", "download owner/my--model"),
+        ("model.base=owner/model.git", "base", "owner/model.git is not in the cache", None),
+        ("render.soundfont=~unknown/x.sf2", "soundfont", "~unknown/x.sf2 does not exist", None),
         ("render.soundfont=musescore", "soundfont", "is not on this machine", "apt-get install musescore-general"),
         ("render.soundfont=no.sf2", "soundfont", "does not exist", None),
         ("reward.kind=none", "reward", 'no reward "none"', "--set reward.kind=ce_proxy"),
@@ -69,6 +72,11 @@ def test_what_is_missing_is_named_with_its_remedy(
     assert code == 1 and rows[row][0] == "MISSING" and found in rows[row][1], rows
     assert [name for name in rows if rows[name][0] == "MISSING"] == [row]
     assert mend is None or mend in rows[row][2]
+
+
+def test_the_folder_of_a_user_whom_nobody_knows(tmp_path: Path) -> None:
+    code, rows = ask("--set", "reward.kind=audiobox", "--set", "reward.options.model=~unknown/x.pt", *READY)
+    assert code == 1 and "there is no such folder or file" in rows["reward"][1], rows
 
 
 def test_a_small_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

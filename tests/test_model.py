@@ -137,6 +137,10 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UserError, match=r"base 'owner/name': .*set model\.base to that folder") as caught:
         find_base("owner/name")
     assert "\n" not in caught.value.message
+    for name in ("owner/my--model", "owner/model.git", "owner/model."):  # which the hub gives to nothing
+        with pytest.raises(UserError, match=r"base 'owner/.*set model\.base to that folder") as caught:
+            find_base(name)
+        assert "\n" not in caught.value.message
 
 
 def test_device() -> None:

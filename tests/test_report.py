@@ -274,6 +274,24 @@ def test_a_figure_has_the_same_bytes_every_time(tmp_path: Path) -> None:
     assert [row["share"] for row in rows_of(first[2])][:4] == ["0.5", "0.5", "0.0", "0.0"]
 
 
+def test_names_of_systems_and_people_are_drawn_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither as mathematics, nor left out of the legend."""
+    odd, panels = r"$\foo$", {r"$\foo$": np.array([1.0]), "_x": np.array([2.0])}
+    panel = plots.Panel(odd, "x", "y", panels, plots.edges_of(panels.values(), bins=2))
+    plots.histograms([panel], tmp_path / "histograms")
+    plots.rewards_and_rolls(panel, dict.fromkeys(panels, np.ones((8, 128), np.float32)), tmp_path / "rolls", per_beat=4)
+    rows = [{"step": step, "reward/mean": step} for step in range(3)]
+    plots.rewards_by_iteration(dict.fromkeys(panels, rows), tmp_path / "iterations", odd)
+    table = [(person, system, 3.0) for person in (odd, "$x_{") for system in panels]
+    plots.ratings(table, list(panels), tmp_path / "ratings")
+    assert len(list(tmp_path.glob("*.pdf"))) == 4
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "save", lambda figure, *_: figures.append(figure))
+    plots.ratings(table, list(panels), tmp_path / "ratings")
+    shown = [text.get_text() for text in figures[0].axes[0].get_legend().get_texts()]
+    assert shown == [r"$\foo$ (n = 2)", "_x (n = 2)"]
+
+
 def test_bins_hold_as_many_whole_numbers_each() -> None:
     for low, high in ((26, 76), (0, 29), (0, 30), (5, 5)):
         edges = plots.edges_of([np.arange(low, high + 1.0), np.array([math.nan])])

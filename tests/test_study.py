@@ -11,9 +11,10 @@ import sqlite3
 import struct
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
@@ -21,17 +22,20 @@ import httpx
 import numpy as np
 import pytest
 import soundfile
+import sqlalchemy as sa
 from click.testing import CliRunner
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from starlette.requests import Request
 from starlette.testclient import TestClient
 from study_server import RATE, SECONDS, Server, answer, build, consent, make_wavs, postgres, serving, take_part
 
+from smart.plots import plain
+from smart.study import app, loudness, main
 from smart.study import build as building
-from smart.study import loudness, main
 from smart.study.app import Buckets, Limits, make_app
-from smart.study.export import COLUMNS, plain
-from smart.study.folder import Study
+from smart.study.export import COLUMNS, ratings_csv
+from smart.study.folder import Excerpt, Study
 from smart.study.order import order, with_checks
 from smart.study.ratings import read_ratings
 from smart.study.store import Store
@@ -256,6 +260,23 @@ def test_mistakes_of_a_build_are_named_in_one_line(
     assert not (tmp_path / "study").exists()
 
 
+def redesign(**changes: Any) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        path = folder / "study.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes), encoding="utf-8")
+
+    return change
+
+
+def renumber(path: Path) -> None:
+    """Prompts from 1 and not from 0."""
+    rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
+    place = rows[0].index("prompt")
+    for row in rows[1:]:
+        row[place] = str(int(row[place]) + 1) if row[place] else ""
+    path.write_text("".join(",".join(row) + "\n" for row in rows), encoding="utf-8")
+
+
 def test_what_is_not_a_study_is_named(study: Path, tmp_path: Path) -> None:
     import shutil
 
@@ -267,6 +288,20 @@ def test_what_is_not_a_study_is_named(study: Path, tmp_path: Path) -> None:
         (lambda folder: (folder / "key.csv").write_bytes(b"excerpt,kind\n" + b"a" * 200_000), "key.csv"),
         (lambda folder: (folder / "key.csv").write_text("excerpt,kind\n../../secret,main"), "no excerpt's name"),
         (lambda folder: (folder / "consent.txt").write_text("Hello"), "Version: NAME"),
+        (redesign(repeats=4), "repeats = 4 is not what"),
+        (redesign(study="-ff"), "study = '-ff' is not what"),
+        (redesign(seconds=0), "seconds = 0 is not what"),
+        (redesign(seconds=float("nan")), "seconds = nan is not what"),
+        (redesign(prompts=0), "prompts = 0 is not what"),
+        (redesign(prompts=10**9), "does not list what study.json says"),
+        (redesign(practice=0), "does not list what study.json says"),
+        (redesign(silence=False), "does not list what study.json says"),
+        (redesign(systems=["zebra", "zebra"]), "systems = ['zebra', 'zebra'] is not what"),
+        (redesign(systems=["zebra", 3]), "systems = ['zebra', 3] is not what"),
+        (redesign(systems=["zebra", "gnu"]), "does not list every prompt of every system"),
+        (redesign(question="\ud800"), "cannot be read"),
+        (lambda folder: renumber(folder / "key.csv"), "does not list every prompt of every system"),
+        (lambda folder: (folder / "check.wav").unlink(), "check.wav: is missing"),
     ):
         copy = Path(shutil.copytree(study, tmp_path / "copy"))
         damage(copy)
@@ -538,6 +573,65 @@ def test_parts_of_the_audio_may_be_asked_for(server: Server, client: httpx.Clien
     assert (len(audio), rate) == (round(SECONDS * RATE), RATE)
 
 
+def test_a_sound_is_read_as_it_is_sent(tmp_path: Path) -> None:
+    """A part of it, and no more; the whole of it, a block at a time."""
+    import tracemalloc
+
+    path, sent = tmp_path / "sound.wav", 0
+    with path.open("wb") as file:
+        file.truncate(64 << 20)
+
+    async def send(message: Any) -> None:
+        nonlocal sent
+        sent += len(message.get("body", b""))
+
+    for asked, size in (("bytes=40000000-40000000", 1), ("", 64 << 20)):
+        request = Request({"type": "http", "headers": [(b"range", asked.encode())]})
+        sent = 0
+        tracemalloc.start()
+        asyncio.run(app.send_wav(request, path, Counter(), "link")({}, None, send))  # type: ignore[arg-type]  # not used
+        assert sent == size and tracemalloc.get_traced_memory()[1] < 1 << 20
+        tracemalloc.stop()
+
+
+def test_who_takes_nothing_or_sends_nothing_is_not_waited_for(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five that ask for one sound and do not read it: the fifth is refused. A body that never comes: 408."""
+    monkeypatch.setattr(app, "BODY_SECONDS", 0.1)
+    monkeypatch.setattr(app, "BLOCK_SECONDS", 0.3)
+    store = Store(Study(study), f"sqlite:///{tmp_path / 'ratings.sqlite'}")
+    pages, link = make_app(store), f"/s/{store.invite(1)[0]}"
+
+    async def ask(method: str, path: str, body: bool, reads: bool) -> int:
+        status = []
+
+        async def receive() -> dict[str, Any]:
+            if not body:
+                await asyncio.Event().wait()
+            return {"type": "http.request"}
+
+        async def send(message: Any) -> None:
+            status.append(message.get("status"))
+            if message["type"] == "http.response.body" and not reads:
+                await asyncio.Event().wait()
+
+        scope = {"type": "http", "method": method, "path": path, "headers": [], "query_string": b"", "client": ("x", 1)}
+        await pages(scope, receive, send)
+        return int(status[0])
+
+    async def run() -> None:
+        assert await ask("POST", f"{link}/check", False, True) == 408
+        slow = [asyncio.create_task(ask("GET", f"{link}/sound", True, False)) for _ in range(4)]
+        await asyncio.sleep(0.15)
+        assert await ask("GET", f"{link}/sound", True, True) == 429
+        assert await asyncio.gather(*slow) == [200] * 4
+        assert await ask("GET", f"{link}/sound", True, True) == 200
+
+    asyncio.run(run())
+    store.close()
+
+
 def test_withdrawal_deletes_everything(server: Server, client: httpx.Client) -> None:
     link = server.invite(1)[0]
     consent(client, link)
@@ -616,6 +710,55 @@ def test_headphones_are_asked_about_twice_at_most(server: Server, client: httpx.
     assert "Headphones" in client.get(link).text
     assert client.post(f"{link}/check", data={"tone": "third", "again": "yes"}).status_code == 303
     assert "Practice 1 of 2" in client.get(link).text
+
+
+def test_nothing_is_stored_before_consent_and_what_was_answered_stays(
+    server: Server, client: httpx.Client, capfd: pytest.CaptureFixture[str]
+) -> None:
+    link = server.invite(1)[0]
+    version = Study(server.folder).consent[0]
+    store = Store(Study(server.folder), *server.database[1:])
+
+    def stored() -> dict[str, Any]:
+        return dict(store.find(link.rpartition("/")[2]) or {})
+
+    assert client.post(f"{link}/check", data={"tone": "second"}).status_code == 303
+    assert stored()["headphones"] is None and stored()["consented"] is None
+    client.post(f"{link}/consent", data={"agree": "yes", "version": version})
+    first = stored()
+    time.sleep(0.01)
+    client.post(f"{link}/consent", data={"agree": "yes", "version": version})
+    assert stored() == first and first["consented"]
+    for given_ in ("passed", "failed"):  # of two at once, the one that comes later finds the other one's
+        store.checked(first["id"], given_)
+    assert stored()["headphones"] == "passed"
+    store.close()
+
+
+def test_a_disk_that_fails_is_no_failure_of_the_pages(
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An excerpt that has gone, and a log that cannot be emptied after a withdrawal, which holds nevertheless."""
+    import shutil
+
+    made = Study(Path(shutil.copytree(study, tmp_path / "study")))
+    store = Store(made)
+    client = TestClient(make_app(store), follow_redirects=False)
+    link = f"/s/{store.invite(1)[0]}"
+    consent(client, link)  # type: ignore[arg-type]  # a TestClient is a client of httpx
+    for path in (made.folder / "audio").iterdir():
+        path.unlink()
+    gone = client.get(f"{link}/audio/-1")
+    assert gone.status_code == 503 and gone.headers["retry-after"] and "No such file" in capsys.readouterr().err
+
+    def deny(action: int, name: str | None, *more: object) -> int:
+        emptying = action == sqlite3.SQLITE_PRAGMA and name == "wal_checkpoint"
+        return sqlite3.SQLITE_DENY if emptying else sqlite3.SQLITE_OK
+
+    sa.event.listen(store.engine, "checkout", lambda connection, *_: connection.set_authorizer(deny))
+    assert "has been deleted" in client.post(f"{link}/withdraw").text
+    assert "could not be emptied" in capsys.readouterr().err and client.get(link).status_code == 404
+    store.close()
 
 
 def test_a_changed_consent_is_shown_again(study: Path, tmp_path: Path, client: httpx.Client) -> None:
@@ -701,6 +844,7 @@ def test_start_and_stop(study: Path, tmp_path: Path, client: httpx.Client) -> No
             (["--out", str(out), "--overwrite"], 0, "0 ratings"),
             (["--out", str(tmp_path / "no" / "where")], 2, "cannot be written"),
             (["--out", "-x", "--database", "mysql://x/y"], 2, "expected a sqlite or a postgresql URL"),
+            (["--out", "-x", "--database", "postgresql://host:port/x"], 2, "is not a URL"),
             (["--out", "-x", "--database", "postgresql://nobody:secret@127.0.0.1:1/x"], 2, "cannot be used"),
         ):
             done = CliRunner().invoke(main, ["export", str(server.folder), *words])
@@ -715,6 +859,16 @@ def test_a_database_belongs_to_one_study(study: Path, wavs: list[str], tmp_path:
     assert CliRunner().invoke(main, ["export", str(study), "--database", url, "--out", out]).exit_code == 0
     done = CliRunner().invoke(main, ["invite", str(tmp_path / "other"), "--database", url])
     assert done.exit_code == 2 and "another study" in done.output
+
+
+def test_a_studys_own_database_is_in_its_folder_whatever_that_is_called(study: Path, tmp_path: Path) -> None:
+    import shutil
+
+    for name in ("study?", "50%25", "a b#c"):
+        folder = Path(shutil.copytree(study, tmp_path / name))
+        assert CliRunner().invoke(main, ["invite", str(folder)]).exit_code == 0
+        assert (folder / "ratings.sqlite").stat().st_size > 0
+    assert {path.name for path in tmp_path.iterdir()} == {"study?", "50%25", "a b#c"}
 
 
 def test_invitations_are_links_that_cannot_be_guessed(study: Path, tmp_path: Path) -> None:
@@ -782,7 +936,19 @@ def test_buckets_fill_again_and_forget(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1"])
 def test_formulas_are_defused(text: str) -> None:
-    assert plain(text) == f"'{text}" and plain("Mozilla/5.0 (=)") == "Mozilla/5.0 (=)"
+    assert plain(text) == f"'{text}" and plain("Mozilla/5.0 (=)") == "Mozilla/5.0 (=)" and plain(-1) == -1
+
+
+def test_formulas_of_a_key_from_others_are_defused_in_the_export() -> None:
+    rating = {
+        "participant": 1, "session": "s", "position": 1, "excerpt": "a", "rating": 3, "play_count": 1,
+        "listened_s": 1.0, "response_ms": 5, "kind": "main", "user_agent": "=1", "stored": 0.0, "version": "+1",
+    }  # fmt: skip
+    made = SimpleNamespace(excerpts={"a": Excerpt("a", "main", "@x", "-1", "=2")})
+    store: Any = SimpleNamespace(rows=lambda: [rating], study=made)
+    (row,) = csv.DictReader(ratings_csv(store).splitlines())
+    columns = ("system", "prompt", "seed", "user_agent", "version")
+    assert [row[name] for name in columns] == ["'@x", "'-1", "'=2", "'=1", "'+1"]
 
 
 # --- Requests of all kinds ----------------------------------------------------------------------------------------

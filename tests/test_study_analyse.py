@@ -377,7 +377,7 @@ def test_columns_and_systems_that_are_missing(tmp_path: Path) -> None:
 
 def test_the_whole_analysis_of_a_small_study(tmp_path: Path) -> None:
     path, out = tmp_path / "ratings.csv", tmp_path / "report"
-    rows = write_study(path, name="<b>tuned")
+    rows = write_study(path, name="=<b>tuned")
     rows[10][7] = "9"
     save(path, rows)
     done = CliRunner().invoke(analyse.main, [str(path), "--out", str(out), "--bootstrap", "10"])
@@ -389,6 +389,7 @@ def test_the_whole_analysis_of_a_small_study(tmp_path: Path) -> None:
     with (out / "figure5.csv").open() as file:
         drawn = list(csv.DictReader(file))
     assert sum(int(row["count"]) for row in drawn) == 40
+    assert {row["system"] for row in drawn} == {"base", "'=<b>tuned"}  # which no spreadsheet takes for a formula
     with (out / "tables.csv").open() as file:
         values = {(r["ratings"], r["table"][:5], r["label"], r["column"]): r["value"] for r in csv.DictReader(file)}
     read = ratings.read_ratings(path)[0]
@@ -399,7 +400,7 @@ def test_the_whole_analysis_of_a_small_study(tmp_path: Path) -> None:
             - np.mean([e.rating for e in main if e.participant == person and e.system == "base"])
             for person in kept
         ]
-        assert float(values[name, "Fixed", "<b>tuned", "estimate"]) == pytest.approx(np.mean(gaps))
+        assert float(values[name, "Fixed", "'=<b>tuned", "estimate"]) == pytest.approx(np.mean(gaps))
         assert f"{np.mean(gaps):+.2f} points against base" in done.output
         assert int(values[name, "Ratin", "base", "n"]) == 4 * len(kept)
     assert "Categories without a rating, merged with their neighbours: 1, 2" in done.output
@@ -471,5 +472,9 @@ def test_the_columns_are_those_of_the_export_and_a_study_tells_what_is_silent(tm
         table.writerows([{"excerpt": "a", "silent": 1}, {"excerpt": "b", "silent": 0}])
     with pytest.raises(UserError, match="cannot be read"):
         ratings.read_study(tmp_path)
+    for wrong in ("NaN", "9" * 400, "0", "-1"):
+        (tmp_path / "study.json").write_text(f'{{"seconds": {wrong}}}')
+        with pytest.raises(UserError, match="cannot be read"):
+            ratings.read_study(tmp_path)
     (tmp_path / "study.json").write_text('{"seconds": 4.5}')
     assert ratings.read_study(tmp_path) == (frozenset({"a"}), 4.5)

@@ -469,7 +469,10 @@
     save(JSON.stringify({ page: data.id, choices: chosen() }, null, 1), "application/json", `choices-${data.id}.json`));
   document.getElementById("save-csv").addEventListener("click", () => {
     const columns = ["section", "prompt", "seed", "a", "b", "choice", "preferred", "heard_a_s", "heard_b_s", "heard_open", "utc"];
-    const cell = (value) => (/[",\r\n]/.test(value) ? `"${String(value).replaceAll('"', '""')}"` : String(value));
+    const cell = (value) => {  // an apostrophe before what a spreadsheet could take for a formula
+      const text = typeof value === "string" && /^[=+\-@\t\r\n]/.test(value) ? `'${value}` : String(value);
+      return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+    };
     const lines = [["page", ...columns], ...chosen().map((choice) => [data.id, ...columns.map((name) => choice[name])])];
     save(lines.map((line) => line.map(cell).join(",") + "\r\n").join(""), "text/csv", `choices-${data.id}.csv`);
   });

@@ -312,7 +312,7 @@ def _find_local(model: str | os.PathLike[str]) -> _Files | None:
     """The files of a folder or checkpoint; None where ``model`` can only be a hub id."""
     if not isinstance(model, (str, os.PathLike)) or not str(model):
         raise UserError(f'model of reward "audiobox" must be a hub id, a folder or a file, got {model!r}')
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # unlike pathlib's, it lets a ~user whom nobody knows stand
     if path.is_dir():
         absent = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (path / name).is_file()]
         if absent:

@@ -19,9 +19,10 @@ import importlib.metadata
 import itertools
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import click
@@ -49,6 +50,8 @@ from smart.track import load_soundfile, progress, read_audio
 __all__ = ["Clip", "cross_validate", "fit", "main", "order_pairs", "read_clip", "read_scores", "spearman"]
 
 MIN_CLIPS = 8
+LOWEST_RATE = 4000  # Hz; a header that says 1 Hz would make 64 KB of each byte
+LONGEST = 600  # seconds of a clip
 DIGITS = 6  # of what is written: descriptors computed on another machine differ further down
 CONSTANT = 1e-4  # standard deviation under which a descriptor, 0 to 1.4, is left unscaled: it says nothing
 DEFAULT_GROUP = "sample"
@@ -157,8 +160,8 @@ def read_scores(
         group_column: column with the group; None: "sample" where there is such a column, else no groups.
 
     Raises:
-        UserError: the file or a column is missing, or a row lacks a name, repeats one, or has no rating from
-            1 to 10.
+        UserError: the file or a column is missing, or a row lacks a name, repeats one, names a file outside of the
+            audio folder, or has no rating from 1 to 10.
     """
     columns, rows = _read_csv(path)
     alias = SCORE_ALIASES.get(score_column, score_column)
@@ -174,12 +177,16 @@ def read_scores(
                 f'{path} has no column "{column}", only {", ".join(columns)}; name the right one with {option}'
             )
     clips: list[Clip] = []
+    names: set[str] = set()
     for line, row in rows:
         name = (row[clip_column] or "").strip()
         if not name:
             raise UserError(f'{path}, line {line}: no file name in column "{clip_column}"')
-        if any(name == clip.name for clip in clips):
+        if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+            raise UserError(f'{path}, line {line}: clip "{name:.60}" is not inside of --audio; name it from there')
+        if name in names:
             raise UserError(f'{path}, line {line}: clip "{name}" is listed twice; keep one rating per clip')
+        names.add(name)
         group = (row[group_column] or "").strip() if group_column is not None else ""
         clips.append(Clip(name, _rating(row[score_column], score_column, f"{path}, line {line}"), group))
     return clips, group_column
@@ -189,11 +196,16 @@ def read_clip(path: Path) -> torch.Tensor:
     """Mono audio (S,) float32 at ``SAMPLE_RATE``: the mean of the channels of a wav, flac, mp3 or ogg file.
 
     Raises:
-        UserError: the file is missing, unreadable, empty or not finite, or the soundfile package is missing.
+        UserError: the file is missing, unreadable, empty, not finite, of fewer than ``LOWEST_RATE`` samples a second or
+            longer than ``LONGEST``, or the soundfile package is missing.
     """
     if not path.is_file():
         raise UserError(f"audio file {path} is missing; it is listed in the scores")
-    audio, rate = read_audio(path)
+    audio, rate = read_audio(path, LONGEST + 1)
+    if rate < LOWEST_RATE:
+        raise UserError(f"audio file {path} has {rate} samples a second, at least {LOWEST_RATE} are needed")
+    if len(audio) > LONGEST * rate:
+        raise UserError(f"audio file {path} is longer than {LONGEST} s; cut it, or remove it from the scores")
     mono = torch.from_numpy(audio)
     if len(mono) == 0:
         raise UserError(f"audio file {path} is empty; remove it from the scores")
@@ -398,9 +410,12 @@ def _check_ratings(clips: Sequence[Clip], path: Path, folds: int) -> None:
 
 def _check_files(clips: Sequence[Clip], audio: Path) -> None:
     """Name what is missing before anything is computed."""
-    absent = [clip.name for clip in clips if not (audio / clip.name).is_file()]
+    # unlike pathlib's, os.path's takes a name that is too long for one that is not there
+    absent = [clip.name for clip in clips if not os.path.isfile(audio / clip.name)]
     if absent:
-        shown = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
+        shown = ", ".join(f"{name:.80}" for name in absent[:3]) + (
+            f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        )
         raise UserError(f"missing from {audio}, though listed in the scores: {shown}")
 
 

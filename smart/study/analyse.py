@@ -472,7 +472,7 @@ def write_report(
             for each in tables:
                 for number, row in enumerate(each.rows):
                     for column, value in zip(each.columns, row, strict=True):
-                        table.writerow([section, each.title, number, row[0], column, value])
+                        table.writerow(map(plots.plain, (section, each.title, number, row[0], column, value)))
         text.flush()
         text.detach()
 

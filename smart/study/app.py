@@ -6,11 +6,15 @@ excerpts apart, only their sound does. Pages are rendered here; ``study.js`` pla
 acknowledged, and fetches the next page. Nothing is loaded from elsewhere, and no cookie is set.
 """
 
+import asyncio
 import re
+import sqlite3
 import threading
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -19,12 +23,14 @@ import jinja2
 import sqlalchemy as sa
 from sqlalchemy.engine import RowMapping
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
+from smart import UserError
 from smart.files import parse_json
 from smart.study.export import ratings_csv
 from smart.study.folder import CHECK
@@ -35,6 +41,10 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 LONGEST_BODY = 16 * 1024  # bytes
+BODY_SECONDS = 10.0  # in which a body must have come
+BLOCK = 64 * 1024  # bytes of a sound that are read, and sent, at once
+BLOCK_SECONDS = 30.0  # in which they must have been taken
+MOST_SOUNDS = 4  # that one link is sent at once
 ASSETS = {"study.css": "text/css", "study.js": "text/javascript", "icon.svg": "image/svg+xml"}
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -97,7 +107,7 @@ def too_many(wait: float) -> HTTPException:
 
 
 class Guard:
-    """Around everything: the address's rate, the size of what is sent, headers, and a database that fails."""
+    """Around everything: the address's rate, the size of what is sent, headers, and a disk or database that fails."""
 
     def __init__(self, app: Any, limits: Limits) -> None:
         self.app, self.limits = app, limits
@@ -117,25 +127,31 @@ class Guard:
             await send(message)
 
         wait = self.limits.addresses.wait(scope["client"][0] if scope.get("client") else "")
-        body = b"" if wait else await read_body(receive)
         response: Response | None = None
+        body: bytes | None = b""
         if wait:
             error = too_many(wait)
             response = Response(error.detail, error.status_code, error.headers)
-        elif body is None:
-            response = Response(f"At most {LONGEST_BODY} bytes may be sent.", 413, {"connection": "close"})
+        else:
+            try:
+                body = await asyncio.wait_for(read_body(receive), BODY_SECONDS)
+                if body is None:
+                    response = Response(f"At most {LONGEST_BODY} bytes may be sent.", 413, {"connection": "close"})
+            except TimeoutError:
+                response = Response("What was announced did not come in time.", 408, {"connection": "close"})
         if response is not None:
             await response(scope, receive, send_with_headers)
             return
         scope["body"] = body  # so that endpoints need not wait for it
         try:
             await self.app(scope, receive, send_with_headers)
-        except sa.exc.SQLAlchemyError as failure:  # disk full, database gone: the browser keeps the answer and retries
-            reason = str(getattr(failure, "orig", failure)).strip().splitlines()[0]
-            click.echo(f"the database failed: {reason}", err=True)
+        except (sa.exc.SQLAlchemyError, sqlite3.Error, OSError) as failure:
+            # disk full, database gone, excerpt unreadable: the browser keeps the answer and retries
+            reason = [*str(getattr(failure, "orig", failure)).strip().splitlines(), type(failure).__name__][0]
+            click.echo(f"the database or the disk failed: {reason}", err=True)
             if begun:
                 raise
-            answer = Response("The server cannot store answers at the moment.", 503, {"retry-after": "5"})
+            answer = Response("The server cannot store or send anything at the moment.", 503, {"retry-after": "5"})
             await answer(scope, receive, send_with_headers)
 
 
@@ -162,8 +178,11 @@ class Pages:
             undefined=jinja2.StrictUndefined,
         )  # fmt: skip
         pages = files("smart.study") / "pages"
+        self.sending: Counter[str] = Counter()  # sounds, by link
         self.assets = {name: (pages / name).read_bytes() for name in ASSETS}
-        self.check_sound = (self.study.folder / CHECK).read_bytes()
+        self.check_sound = self.study.folder / CHECK
+        if not self.check_sound.is_file():
+            raise UserError(f"{self.check_sound}: is missing; build the study again")
 
     def html(self, name: str, status: int = 200, **values: Any) -> Response:
         text = self.templates.get_template(name).render(design=self.design, **values)
@@ -220,17 +239,15 @@ class Pages:
         person, form = self.person(request), read_form(request)
         base = f"/s/{request.path_params['token']}"
         answer = form.get("tone")
-        if answer not in ("first", "second", "third", "unsure"):
+        if answer not in ("first", "second", "third", "unsure") or not self.consented(person):
             return RedirectResponse(base, 303)
         if answer in ("first", "third") and form.get("again") != "yes":
             return self.html("check.html", base=base, wrong=True)
-        if person["headphones"] is None:
-            self.store.checked(person["id"], {"second": "passed", "unsure": "unsure"}.get(answer, "failed"))
+        self.store.checked(person["id"], {"second": "passed", "unsure": "unsure"}.get(answer, "failed"))
         return RedirectResponse(base, 303)
 
     def sound(self, request: Request) -> Response:
-        self.person(request)
-        return send_wav(request, self.check_sound)
+        return send_wav(request, self.check_sound, self.sending, self.person(request)["token_hash"])
 
     def audio(self, request: Request) -> Response:
         """The excerpt at a position of this participant's order."""
@@ -240,7 +257,7 @@ class Pages:
             excerpt = self.store.serve(person["id"], int(position))
         if excerpt is None:
             raise HTTPException(404, "There is nothing to be heard here yet.")
-        return send_wav(request, self.study.audio(excerpt).read_bytes())
+        return send_wav(request, self.study.audio(excerpt), self.sending, person["token_hash"])
 
     def rate(self, request: Request) -> Response:
         """Store an answer; the reply says which rating of the excerpt counts."""
@@ -361,19 +378,65 @@ def read_answer(request: Request) -> Answer:
     return Answer(**values)
 
 
-def send_wav(request: Request, data: bytes) -> Response:
+class Part(Response):
+    """``length`` bytes of a sound's file from ``start``, read as they are sent, so that slow readers hold no memory.
+
+    ``sending`` counts those under way for ``key``; one more than ``MOST_SOUNDS`` is refused.
+    """
+
+    def __init__(
+        self, path: Path, start: int, length: int, status: int, headers: dict[str, str], sending: Counter[str], key: str
+    ) -> None:
+        super().__init__(None, status, headers | {"content-length": str(length)}, "audio/wav")
+        self.path, self.start, self.length, self.sending, self.key = path, start, length, sending, key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.sending[self.key] >= MOST_SOUNDS:
+            error = too_many(1)
+            await Response(error.detail, error.status_code, error.headers)(scope, receive, send)
+            return
+        self.sending[self.key] += 1
+        try:
+            await self.stream(send)
+        except TimeoutError:  # nobody takes it: the server closes the connection
+            return
+        finally:
+            self.sending[self.key] -= 1
+            if not self.sending[self.key]:
+                del self.sending[self.key]
+
+    async def stream(self, send: Send) -> None:
+        left = self.length
+        with await run_in_threadpool(self.path.open, "rb") as file:
+            file.seek(self.start)
+            block = await run_in_threadpool(
+                file.read, min(left, BLOCK)
+            )  # before the headers: a disk that fails is a 503
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            while True:
+                left -= len(block)
+                more = bool(block) and left > 0
+                message = {"type": "http.response.body", "body": block, "more_body": more}
+                await asyncio.wait_for(send(message), BLOCK_SECONDS)
+                if not more:
+                    return
+                block = await run_in_threadpool(file.read, min(left, BLOCK))
+
+
+def send_wav(request: Request, path: Path, sending: Counter[str], key: str) -> Response:
     """A sound, or the part of it that is asked for (one range of bytes; several are answered with the whole)."""
     headers = {"accept-ranges": "bytes"}
+    size = path.stat().st_size
     asked = BYTES.fullmatch(request.headers.get("range", ""))
     if asked is None or asked.groups() == ("", ""):
-        return Response(data, media_type="audio/wav", headers=headers)
+        return Part(path, 0, size, 200, headers, sending, key)
     first, last = asked.groups()
-    start = int(first) if first else max(len(data) - int(last), 0)
-    end = min(int(last), len(data) - 1) if first and last else len(data) - 1
+    start = int(first) if first else max(size - int(last), 0)
+    end = min(int(last), size - 1) if first and last else size - 1
     if start > end:
-        return Response(status_code=416, headers=headers | {"content-range": f"bytes */{len(data)}"})
-    headers["content-range"] = f"bytes {start}-{end}/{len(data)}"
-    return Response(data[start : end + 1], 206, media_type="audio/wav", headers=headers)
+        return Response(status_code=416, headers=headers | {"content-range": f"bytes */{size}"})
+    headers["content-range"] = f"bytes {start}-{end}/{size}"
+    return Part(path, start, end + 1 - start, 206, headers, sending, key)
 
 
 def make_app(store: Store, *, limits: Limits | None = None, open_enrolment: bool = False) -> Starlette:

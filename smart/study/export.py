@@ -8,6 +8,7 @@ import click
 
 from smart import UserError
 from smart.files import write_atomically
+from smart.plots import plain
 from smart.study.folder import Study
 from smart.study.store import Store, iso
 
@@ -15,11 +16,6 @@ COLUMNS = [
     "participant", "session", "position", "excerpt", "system", "prompt", "seed", "rating", "play_count", "listened_s",
     "response_ms", "repeat", "check", "user_agent", "utc", "version",
 ]  # fmt: skip
-
-
-def plain(text: str) -> str:
-    """Text that no spreadsheet takes for a formula: an apostrophe stands before what could begin one."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else text
 
 
 def ratings_csv(store: Store) -> str:
@@ -33,10 +29,10 @@ def ratings_csv(store: Store) -> str:
     for row in store.rows():
         made = store.study.excerpts[row["excerpt"]]
         table.writerow([
-            f"p{row['participant']:04d}", row["session"], row["position"], made.name, plain(made.system), made.prompt,
-            made.seed, row["rating"], row["play_count"], f"{row['listened_s']:.3f}", row["response_ms"],
-            int(row["kind"] == "repeat"), "silence" if row["kind"] == "silence" else "", plain(row["user_agent"]),
-            iso(row["stored"]), plain(row["version"]),
+            f"p{row['participant']:04d}", row["session"], row["position"], made.name, plain(made.system),
+            plain(made.prompt), plain(made.seed), row["rating"], row["play_count"], f"{row['listened_s']:.3f}",
+            row["response_ms"], int(row["kind"] == "repeat"), "silence" if row["kind"] == "silence" else "",
+            plain(row["user_agent"]), iso(row["stored"]), plain(row["version"]),
         ])  # fmt: skip
     return text.getvalue()
 

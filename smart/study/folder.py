@@ -8,9 +8,12 @@
 import csv
 import hashlib
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,7 +76,7 @@ class Study:
         self.excerpts: dict[str, Excerpt] = {}
         try:
             with open(folder / KEY, encoding="utf-8", newline="") as file:
-                for row in csv.DictReader(file):
+                for row in csv.DictReader(file, restval=""):
                     name = row["excerpt"]
                     if not name.isalnum():  # nor can it lead out of the folder
                         raise ValueError(f"{name!r} is no excerpt's name")
@@ -84,8 +87,14 @@ class Study:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"study {folder}: {KEY} or an excerpt cannot be read ({error})") from None
-        made = {(each.system, each.prompt) for each in self.excerpts.values() if each.kind == "main"}
-        if len(made) != self.design.prompts * len(self.design.systems):
+        design = self.design
+        main = design.prompts * len(design.systems)
+        expected = {"main": main, "practice": design.practice, "silence": int(design.silence)}
+        kinds = Counter(each.kind for each in self.excerpts.values())
+        if dict(kinds) != {kind: count for kind, count in expected.items() if count}:
+            wanted = ", ".join(f"{count} {kind}" for kind, count in expected.items())
+            raise UserError(f"study {folder}: {KEY} does not list what {DESIGN} says: {wanted}")
+        if set(self._names) != set(product(design.systems, map(str, range(design.prompts)))):
             raise UserError(f"study {folder}: {KEY} does not list every prompt of every system")
         self.consent  # noqa: B018  # read now, so that a mistake in it is found before anyone comes
 
@@ -132,7 +141,7 @@ def read_design(folder: Path) -> Design:
     try:
         values = parse_json(path.read_text(encoding="utf-8"))
         design = Design(**values)
-        int(design.study, 16)
+        json.dumps(values, ensure_ascii=False).encode()  # half of a pair of surrogates is JSON, but no text
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     for each in fields(Design):
@@ -144,6 +153,20 @@ def read_design(folder: Path) -> Design:
         raise UserError(
             f"{path}: format {design.format} is not known (expected {FORMAT}); use the version that built it"
         )
+    excerpts = design.prompts * len(design.systems)
+    sound = {  # as ``smart study build`` makes them
+        "study": re.fullmatch(r"[0-9a-f]{1,64}", design.study),
+        "systems": design.systems
+        and all(isinstance(name, str) for name in design.systems)
+        and len(set(design.systems)) == len(design.systems),
+        "prompts": design.prompts >= 1,
+        "practice": 0 <= design.practice <= 1000,
+        "repeats": 0 <= design.repeats <= excerpts // 2,
+        "seconds": 0.1 <= design.seconds <= 600,
+    }
+    for name, fine in sound.items():
+        if not fine:
+            raise UserError(f"{path}: {name} = {getattr(design, name)!r:.60} is not what smart study build writes")
     return design
 
 

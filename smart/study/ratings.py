@@ -160,7 +160,9 @@ def read_study(folder: Path) -> tuple[frozenset[str], float]:
         with (folder / "key.csv").open(encoding="utf-8", newline="") as file:
             silent = frozenset(row["excerpt"] for row in csv.DictReader(file) if int(row["silent"] or 0))
         seconds = float(parse_json((folder / "study.json").read_text(encoding="utf-8"))["seconds"])
-    except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
+        if not 0 < seconds < math.inf:
+            raise ValueError(f"seconds = {seconds:g}")
+    except (OSError, KeyError, ValueError, TypeError, OverflowError, csv.Error) as error:
         raise UserError(f"--study {folder}: its key.csv and study.json cannot be read ({error})") from None
     return silent, seconds
 

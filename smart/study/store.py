@@ -7,16 +7,19 @@ first rating of a position is the one that counts.
 Positions count from 1; practice stands at 0, -1, ... before them.
 """
 
+import contextlib
 import hashlib
 import hmac
 import os
 import secrets
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import click
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, RowMapping
 
@@ -116,8 +119,10 @@ def iso(instant: float) -> str:
 def connect(study: Study, url: str | None) -> Engine:
     """An engine for ``url``, or for the study's own SQLite file. Raises ``UserError`` where it cannot be reached."""
     try:
-        parsed = sa.make_url(url or f"sqlite:///{study.folder / FILE}")
-    except sa.exc.ArgumentError:
+        # the study's own file is no part of a URL: its folder may hold a "?" or a "%"
+        own = sa.URL.create("sqlite", database=str((study.folder / FILE).absolute()))
+        parsed = sa.make_url(url) if url else own
+    except (sa.exc.ArgumentError, ValueError):  # ValueError: a port that is no number
         raise UserError("--database: is not a URL (expected postgresql://USER@HOST/NAME)") from None
     kind = parsed.get_backend_name()
     if kind not in ("sqlite", "postgresql"):
@@ -233,7 +238,8 @@ class Store:
         """Note the consent; with the first one comes the order: the lowest number that nobody has."""
         with self._writing(participant) as database:
             mine = PARTICIPANTS.c.id == participant
-            database.execute(PARTICIPANTS.update().where(mine).values(version=version, consented=iso(now())))
+            other = PARTICIPANTS.c.version.is_distinct_from(version)  # a form that is sent again changes no time
+            database.execute(PARTICIPANTS.update().where(mine & other).values(version=version, consented=iso(now())))
             if database.execute(sa.select(PARTICIPANTS.c.slot).where(mine)).scalar() is not None:
                 return
             self._alone(database)
@@ -249,8 +255,10 @@ class Store:
             database.execute(TRIALS.insert(), rows)
 
     def checked(self, participant: int, answer: str) -> None:
+        """Note the answer of the headphone check; the first one stays."""
         with self._writing(participant) as database:
-            database.execute(PARTICIPANTS.update().where(PARTICIPANTS.c.id == participant).values(headphones=answer))
+            mine = (PARTICIPANTS.c.id == participant) & PARTICIPANTS.c.headphones.is_(None)
+            database.execute(PARTICIPANTS.update().where(mine).values(headphones=answer))
 
     def next_position(self, participant: int) -> int | None:
         """The first position that has no rating; None when all have one."""
@@ -314,11 +322,11 @@ class Store:
             database.execute(META.delete().where(META.c.key == "withdrawn"))
             database.execute(META.insert().values(key="withdrawn", value=str(count)))
         if self.engine.dialect.name == "sqlite":  # nor in the log that SQLite keeps beside the file
-            raw = self.engine.raw_connection()  # outside of any transaction
             try:
-                raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").close()
-            finally:
-                raw.close()
+                with contextlib.closing(self.engine.raw_connection()) as raw:  # outside of any transaction
+                    raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").close()
+            except (sqlite3.Error, sa.exc.SQLAlchemyError) as error:  # they are deleted all the same
+                click.echo(f"deleted, but {FILE}-wal could not be emptied yet: {error}", err=True)
 
     def rows(self) -> Iterator[RowMapping]:
         """All ratings but those of practice, with what was heard, by participant and position."""
