@@ -29,9 +29,10 @@ import queue
 import struct
 import tempfile
 import threading
+import weakref
 import zlib
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -527,7 +528,7 @@ class BankPool:
         self.batch = batch
         self.clips = self.fallbacks = 0
         self.reasons: Counter[str] = Counter()
-        self._told = (0, 0)
+        self._left: weakref.WeakSet[Future[Audio]] = weakref.WeakSet()  # to the pool
         self._settings: dict[str, Any] = {
             "sample_rate": sample_rate, "seconds": seconds, "workers": workers, "deadline": deadline,
         }  # fmt: skip
@@ -554,11 +555,9 @@ class BankPool:
             self._jobs.put((future, notes))
         return future
 
-    def fallback_fraction(self) -> float:
-        """Share of the clips since this was last asked that went to the pool; 0 where there were none."""
-        clips, fallbacks = self.clips - self._told[0], self.fallbacks - self._told[1]
-        self._told = self.clips, self.fallbacks
-        return fallbacks / max(clips, 1)
+    def fallback_fraction(self, clips: Collection[Future[Audio]]) -> float:
+        """Share of these clips, which have been rendered, that went to the pool; 0 where there are none."""
+        return sum(clip in self._left for clip in clips) / max(len(clips), 1)
 
     def close(self) -> None:
         """Cancel clips that wait, and end the pool if there is one. May be repeated."""
@@ -599,6 +598,7 @@ class BankPool:
                 if isinstance(answer, str):
                     self.fallbacks += 1
                     self.reasons[answer] += 1
+                    self._left.add(future)
                     self._pool = self._pool or self._start_pool()
                     self._pool.submit(notes).add_done_callback(partial(_pass_on, future))
                 else:

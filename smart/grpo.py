@@ -540,6 +540,10 @@ def _train(config: Config, world: World, held: contextlib.ExitStack, *, resume: 
                 watch.lap("reference")
                 heard = range(config.track.samples) if step % config.track.samples_every == 0 else range(0)
                 rated = clips.rate(keep=[row - rows.start for row in heard])
+                left = {}
+                if isinstance(pool, BankPool):
+                    left["render/fallback_fraction"] = pool.fallback_fraction(clips.futures.values())
+                del clips  # and the audio with them, before anything is learnt
                 rollout, rated, ref_logp = together(world, rollout, rated, ref_logp, pad_id=facts.pad_id)
                 rated.check()
                 watch.lap("score")
@@ -573,7 +577,7 @@ def _train(config: Config, world: World, held: contextlib.ExitStack, *, resume: 
                 **{f"policy/{key}": value for key, value in stats.items()},
                 "policy/learning_rate": rate,
                 **completion_metrics(rollout, facts.eos_id, grammar),
-                **({"render/fallback_fraction": pool.fallback_fraction()} if isinstance(pool, BankPool) else {}),
+                **left,
                 **watch.metrics(),
                 **(measured := guard.look(step, samplers["tuned"])),
             }

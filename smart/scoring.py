@@ -344,7 +344,8 @@ class Scorer:
                     else:
                         stereo = clip.result()
                         audio[row] = stereo if row in kept else None
-                        wave = resample(torch.from_numpy(stereo).mean(0), self.sample_rate, reward.sample_rate)
+                        channel = torch.from_numpy(stereo).mean(0).to(reward.device)
+                        wave = resample(channel, self.sample_rate, reward.sample_rate)
                         silent += bool(wave.abs().amax() < SILENT)
                         mono[row] = wave
                     number = row // self.batch
