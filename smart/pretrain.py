@@ -211,7 +211,7 @@ def _train(config: PretrainConfig, world: World, held: contextlib.ExitStack, *, 
     with contextlib.ExitStack() as opened:
         report = None
         if world.lead:
-            report = Report(config, folder, soundfont, tokenizer, start=done.step, device=device)
+            report = Report(config, folder, soundfont, model, tokenizer, start=done.step, device=device)
             opened.enter_context(report)
             report.run.say(
                 f"{folder}: {sum(weights.numel() for weights in model.parameters()):,} parameters on {device}"
@@ -254,7 +254,6 @@ def _train(config: PretrainConfig, world: World, held: contextlib.ExitStack, *, 
                 if report:
                     spent = time.perf_counter() - began
                     report.evaluated(
-                        model,
                         done.step,
                         {
                             "loss": loss_sum / done.steps,
@@ -293,12 +292,16 @@ class Report:
         config: PretrainConfig,
         folder: Path,
         soundfont: Path,
+        model: Any,
         tokenizer: Any,
         *,
         start: int,
         device: torch.device,
     ) -> None:
         render, self.config, self.folder, self.tokenizer = config.render, config, folder, tokenizer
+        self.model, self.facts = model, vocabulary(tokenizer)
+        # one for all evaluations: on CUDA each captures a graph, and holds its cache
+        self.sampler = Sampler(model, pad_id=self.facts.pad_id, eos_id=self.facts.eos_id)
         with contextlib.ExitStack() as opened:
             self.run = opened.enter_context(track.Tracker(folder, start=start))
             pool = open_renderer(
@@ -325,9 +328,9 @@ class Report:
         self.bar.update()
         self.bar.set_postfix(loss=f"{loss:.3f}", best=f"{best:.3f}")
 
-    def evaluated(self, model: Any, step: int, metrics: dict[str, float]) -> None:
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         """Write the metrics, the curves and some samples of ``step``."""
-        metrics = metrics | self._sample(model, step)
+        metrics = metrics | self._sample(step)
         self.run.metrics(step, metrics)
         self.run.say(
             f"step {step}: loss {metrics['loss']:.4f}, validation {metrics['validation_loss']:.4f} (perplexity "
@@ -335,17 +338,16 @@ class Report:
         )
         curves(self.folder, ("loss", "validation_loss"), "nats a token")
 
-    def _sample(self, model: Any, step: int) -> dict[str, float]:
+    def _sample(self, step: int) -> dict[str, float]:
         """Pieces for the same prompts and seed each time: how many are music, and some as MIDI and WAV."""
         settings, render, seed = self.config.optimisation, self.config.render, self.config.run.seed
         if not settings.samples:
             return {}
-        facts = vocabulary(self.tokenizer)
         prompts = draw("procedural", settings.samples, self.tokenizer, torch.Generator().manual_seed(seed))
-        rollout = Sampler(model, pad_id=facts.pad_id, eos_id=facts.eos_id).sample(
-            prompts.to(model.device),
-            max_new_tokens=min(256, model.config.max_position_embeddings - prompts.shape[1]),
-            generator=torch.Generator(model.device).manual_seed(seed),
+        rollout = self.sampler.sample(
+            prompts.to(self.model.device),
+            max_new_tokens=min(256, self.model.config.max_position_embeddings - prompts.shape[1]),
+            generator=torch.Generator(self.model.device).manual_seed(seed),
         )
         scores = [decode(self.tokenizer, row) for row in rollout.tokens.cpu()]
         clips = [self.pool.submit(score) for score in scores]
@@ -358,7 +360,7 @@ class Report:
                 audio = None  # the MIDI file is written all the same
             if index < settings.listen:
                 self.run.listen(f"samples/{step:08d}/{index:02d}", score, audio, render.sample_rate)
-        rates = completion_metrics(rollout, facts.eos_id, build_grammar(self.tokenizer))
+        rates = completion_metrics(rollout, self.facts.eos_id, build_grammar(self.tokenizer))
         return {
             "samples/unplayable_rate": rates["completions/unplayable_rate"],
             "samples/silent_rate": silent / len(scores),

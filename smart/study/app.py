@@ -409,9 +409,7 @@ class Part(Response):
         left = self.length
         with await run_in_threadpool(self.path.open, "rb") as file:
             file.seek(self.start)
-            block = await run_in_threadpool(
-                file.read, min(left, BLOCK)
-            )  # before the headers: a disk that fails is a 503
+            block = await run_in_threadpool(file.read, min(left, BLOCK))  # before the headers: a failure is a 503
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             while True:
                 left -= len(block)
