@@ -164,6 +164,7 @@ class Kept:
         self, unit: str, work: Callable[[], dict[str, npt.NDArray[np.float64]]]
     ) -> dict[str, npt.NDArray[np.float64]]:
         """The ratings of ``unit``, (pieces,) by column: those kept, or else what ``work`` gives, which are kept."""
+        unit = plots.plain(unit)  # as it stands in the table
         if unit not in self.units:
             self.units[unit] = work()
             rows = [
