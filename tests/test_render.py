@@ -770,7 +770,16 @@ def test_closing_does_not_wait_for_the_system(sine_file: Path) -> None:
             future.result(0)
 
 
-DIES = "import os; os.path.exists({mark!r}) or (open({mark!r}, 'w').close(), os.kill(os.getpid(), {signal}))\n"
+# the first to make the folder dies, and no other
+DIES = """
+import os
+try:
+    os.mkdir({mark!r})
+except FileExistsError:
+    pass
+else:
+    os.kill(os.getpid(), {signal})
+"""
 
 
 def test_the_loss_of_a_worker_that_starts_is_survived(
@@ -784,7 +793,7 @@ def test_the_loss_of_a_worker_that_starts_is_survived(
     monkeypatch.setattr(render, "_BOOT", "import os; os.kill(os.getpid(), 9)")
     with pytest.raises(Failure, match="the render workers do not start: it died of signal 9"):
         RenderPool(sine_file, workers=1)
-    mark.unlink()  # but a synthesiser that crashes would do so again
+    mark.rmdir()  # but a synthesiser that crashes would do so again
     monkeypatch.setattr(render, "_BOOT", DIES.format(mark=str(mark), signal=11) + boot)
     with pytest.raises(UserError, match=r"sine\.sf2 cannot be loaded.*died of signal 11"):
         RenderPool(sine_file, workers=1)
