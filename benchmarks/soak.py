@@ -8,6 +8,7 @@ holds (USS), the least that was seen in a part: what a process holds between two
 waiting to be collected. The first part warms up. The table comes first, one line of JSON last.
 """
 
+import contextlib
 import subprocess
 import sys
 import tempfile
@@ -32,8 +33,9 @@ def tree(pid: int) -> list[int]:
     """A process and its descendants."""
     found = [pid]
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in task.read_text().split():
-            found += tree(int(child))
+        with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+            for child in task.read_text().split():
+                found += tree(int(child))
     return found
 
 

@@ -1080,8 +1080,11 @@ time.sleep(60)
         found: list[int] = []
 
         def stopped() -> bool:
-            found[:] = [int(pid) for task in children.iterdir() for pid in (task / "children").read_text().split()]
-            return any(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T" for pid in found)
+            try:
+                found[:] = [int(pid) for task in children.iterdir() for pid in (task / "children").read_text().split()]
+                return any(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T" for pid in found)
+            except OSError:  # a thread that has ended meanwhile
+                return False
 
         wait_until(stopped)
         process.kill()

@@ -1,5 +1,6 @@
 """Whole runs of ``python -m smart.grpo`` and ``python -m smart.pretrain``, as real processes that get killed."""
 
+import contextlib
 import json
 import math
 import os
@@ -508,9 +509,10 @@ def test_a_render_worker_that_is_killed_costs_nothing(base: Path, finished: Path
     path = tmp_path / "r" / "metrics.jsonl"
     while process.poll() is None and killed < 3:
         if path.exists() and len(path.read_text().splitlines()) > killed:  # one in each of the first iterations
-            threads = Path(f"/proc/{process.pid}/task").glob("*/children")
-            for pid in {int(pid) for file in threads for pid in file.read_text().split()}:
-                os.kill(pid, signal.SIGKILL)
+            for task in Path(f"/proc/{process.pid}/task").glob("*/children"):
+                with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+                    for pid in task.read_text().split():
+                        os.kill(int(pid), signal.SIGKILL)
             killed += 1
         time.sleep(0.01)
     output, _ = process.communicate(timeout=120)
