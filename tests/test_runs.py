@@ -300,15 +300,20 @@ def test_killed_right_after_the_last_checkpoint_the_rest_is_made_up_for(
     assert not list((tmp_path / "r").glob(".*"))
 
 
-def test_asked_to_stop_before_its_first_iteration_it_says_how_to_go_on(base: Path, tmp_path: Path) -> None:
-    process = start("grpo", "--config", "quickstart.toml", *arguments(base, tmp_path))
-    while not (tmp_path / "r" / "config.toml").exists():
+def stop_once_there_is(path: Path, process: subprocess.Popen[str], folder: Path) -> None:
+    """SIGTERM as soon as a run has written ``path``: it says how to go on."""
+    while not path.exists():
         assert process.poll() is None
         time.sleep(0.001)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, output
-    assert f"--config {tmp_path}/r/config.toml --resume" in output and "Traceback" not in output
+    assert f"--config {folder}/config.toml --resume" in output and "Traceback" not in output
+
+
+def test_asked_to_stop_before_its_first_iteration_it_says_how_to_go_on(base: Path, tmp_path: Path) -> None:
+    process = start("grpo", "--config", "quickstart.toml", *arguments(base, tmp_path))
+    stop_once_there_is(tmp_path / "r" / "config.toml", process, tmp_path / "r")
     assert not (tmp_path / "r" / "checkpoints").exists()
 
 
@@ -317,13 +322,7 @@ def test_asked_to_stop_after_the_last_iteration_it_stops(base: Path, tmp_path: P
     """While base and tuned are compared, of many prompts; only that is done again."""
     short = {"grpo.iterations": 2, "track.held_out_every": 0, "track.final_prompts": 300, "render.seconds": 0.5}
     process = start("grpo", "--config", "quickstart.toml", *arguments(base, tmp_path, **short))
-    while not (tmp_path / "r" / after).exists():
-        assert process.poll() is None
-        time.sleep(0.001)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM, output
-    assert f"--config {tmp_path}/r/config.toml --resume" in output and "Traceback" not in output
+    stop_once_there_is(tmp_path / "r" / after, process, tmp_path / "r")
     assert not (tmp_path / "r" / "summary.json").exists()
     before = (tmp_path / "r" / "metrics.jsonl").read_bytes()
     status, output = run("grpo", "--config", str(tmp_path / "r" / "config.toml"), "--resume")
