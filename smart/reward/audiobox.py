@@ -244,7 +244,7 @@ class _Convolutions:
 class _PositionalConvolution(torch.nn.Module):
     """The encoder's positional convolution, 128 taps in 16 groups of channels, by Fourier transforms; for CPUs.
 
-    A product of channels for each frequency takes a thirtieth of the operations. It is computed in float32 always.
+    A product of channels for each frequency takes a fortieth of the operations. It is computed in float32 always.
     """
 
     def __init__(self, convolution: Any, frames: int) -> None:
