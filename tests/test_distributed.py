@@ -200,6 +200,19 @@ def test_a_process_that_dies_ends_the_run_with_its_name(base: Path, together: li
     assert (tmp_path / "r" / weights).read_bytes() == (together[1] / weights).read_bytes()
 
 
+def test_one_that_is_asked_to_stop_stops_all(base: Path, tmp_path: Path) -> None:  # noqa: F811 (the fixture)
+    process = launch("--config", "quickstart.toml", *arguments(base, tmp_path, **{"grpo.iterations": 500}))
+    path = tmp_path / "r" / "metrics.jsonl"
+    while not (path.exists() and path.read_bytes()):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(workers_of(process.pid)[1], signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "has lost another" not in output  # the traceback is torchrun's
+    assert f"stopped; to go on: python -m smart.grpo --config {tmp_path}/r/config.toml --resume" in output
+    assert [int(folder.name) for folder in (tmp_path / "r" / "checkpoints").glob("0*")][-1] < 500
+
+
 def test_fewer_prompts_than_processes_are_refused(base: Path, tmp_path: Path) -> None:  # noqa: F811 (the fixture)
     process = launch("--config", "quickstart.toml", *arguments(base, tmp_path, **{"grpo.prompts": 1}))
     output, _ = process.communicate(timeout=120)
