@@ -19,16 +19,16 @@ import numpy.typing as npt
 import torch
 
 from smart import UserError, checkpoint, track
-from smart.bank import open_renderer
 from smart.files import parse_toml
 from smart.model import find_base, load_base, pick_device, pick_precision
 from smart.prompts import draw
-from smart.render import RenderError, usable_cores
+from smart.render import RenderError, open_renderer
 from smart.reward import Reward
 from smart.sampler import Sampler
 from smart.scoring import Scorer
 from smart.shards import Corpus
 from smart.tokens import decode, load_tokenizer, vocabulary
+from smart.workers import usable_cores
 
 Audio = npt.NDArray[np.float32]  # (2, S)
 BLOCK = 64  # prompts that are drawn together

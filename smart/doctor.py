@@ -21,7 +21,7 @@ import numpy as np
 
 from smart import UserError, hub
 from smart.config import Config, load
-from smart.soundfonts import check_soundfont, find_soundfont, package_of
+from smart.render import check_soundfont, find_soundfont, package_of
 from smart.track import check_packages
 
 READY, MISSING, NOTE = "ready", "MISSING", "note"
@@ -79,7 +79,7 @@ def _torch(config: Config | None) -> Finding:
 
 
 def _cores(config: Config | None) -> Finding:
-    from smart.render import usable_cores
+    from smart.workers import usable_cores
 
     cores = usable_cores()
     if config is not None and config.render.workers > cores:

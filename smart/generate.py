@@ -28,11 +28,10 @@ from smart.files import sha256, write_atomically
 from smart.midi import Limits
 from smart.midi_pool import Pool
 from smart.model import load_base, pick_device
-from smart.render import RenderError, RenderPool, score_notes
+from smart.render import RenderError, RenderPool, check_soundfont, find_soundfont, score_notes
 from smart.reward import Reward, load_reward, read_options
 from smart.sampler import Sampler
 from smart.scoring import Scorer
-from smart.soundfonts import check_soundfont, find_soundfont
 from smart.tokens import Grammar, Vocabulary, build_grammar, decode, unplayable, vocabulary
 
 WINDOW = 512  # tokens that the model sees at once: the crops that bases are trained on (paper section 3.1)

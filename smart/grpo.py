@@ -44,7 +44,6 @@ import torch
 from safetensors.torch import save_file
 
 from smart import Failure, UserError, checkpoint, distributed, require, track
-from smart.bank import BankPool, open_renderer
 from smart.config import Config, Grpo, RewardConfig, dumps, load
 from smart.distributed import World
 from smart.files import replace_files
@@ -52,13 +51,14 @@ from smart.guard import Guard, HeldOut, Judge, alikeness
 from smart.model import find_base, load_base, pick_device, pick_precision, save_base
 from smart.plots import curves, timeline
 from smart.prompts import Pieces, draw
-from smart.render import usable_cores
+from smart.render import check_soundfont, find_soundfont, open_renderer
+from smart.render.bank_pool import BankPool
 from smart.reward import Reward, load_reward
 from smart.sampler import Rollout, Sampler
 from smart.scoring import Clips, Scorer, completion_metrics, gather_rollout, together
 from smart.shards import Corpus
-from smart.soundfonts import check_soundfont, find_soundfont
 from smart.tokens import build_grammar, decode, vocabulary
+from smart.workers import usable_cores
 
 MOST_WEIGHT = 2.0  # of a token that an older policy drew
 AHEAD = "ahead.safetensors"  # in a checkpoint: what was drawn ahead

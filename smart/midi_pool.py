@@ -21,7 +21,7 @@ from pathlib import Path
 
 from smart import Failure
 from smart.midi import CRASHED_BY_MEMORY, Limits, Piece
-from smart.processes import die_with_parent
+from smart.workers import die_with_parent
 
 
 class Worker:

@@ -28,18 +28,16 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Phi3ForCausalLM
 
 from smart import UserError, checkpoint, distributed, track
-from smart.bank import open_renderer
 from smart.config import Data, Optimisation, PretrainConfig, dumps, load
 from smart.distributed import World
 from smart.files import parse_json, sync
 from smart.model import build_model, load_base, pick_device, pick_precision, save_base
 from smart.plots import curves
 from smart.prompts import Pieces, draw
-from smart.render import Renderer, RenderError
+from smart.render import Renderer, RenderError, check_soundfont, find_soundfont, open_renderer
 from smart.sampler import Sampler
 from smart.scoring import SILENT, completion_metrics
 from smart.shards import Corpus
-from smart.soundfonts import check_soundfont, find_soundfont
 from smart.tokens import Vocabulary, build_grammar, decode, vocabulary
 
 

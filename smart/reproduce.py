@@ -35,9 +35,9 @@ from smart import UserError, checkpoint, paper, require, track
 from smart.config import Config, dumps, load
 from smart.files import hold, is_empty, parse_json, sha256, write_atomically
 from smart.model import find_base
+from smart.render import check_soundfont, find_soundfont
 from smart.reward import Reward, load_reward
 from smart.shards import MANIFEST, Corpus
-from smart.soundfonts import check_soundfont, find_soundfont
 
 STATE, LOGS, REPLACED = "state.json", "logs", "replaced"
 CONFIGS, PAGE = "configs", "index.html"

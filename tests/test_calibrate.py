@@ -20,15 +20,7 @@ from hypothesis import strategies as st
 
 from smart import UserError
 from smart.reward import load_reward
-from smart.reward.calibrate import (
-    cross_validate,
-    fit,
-    main,
-    order_pairs,
-    read_clip,
-    read_scores,
-    spearman,
-)
+from smart.reward.calibrate import cross_validate, fit, main, order_pairs, read_clip, read_scores, spearman
 from smart.reward.ce_proxy import DESCRIPTORS, SAMPLE_RATE, Coefficients, describe, predict
 
 CLIPS = 16

@@ -22,10 +22,9 @@ from smart.evaluate import hacks, main, rate, ratings, soundfonts
 from smart.evaluate.sample import read_settings
 from smart.files import hold, sha256, write_atomically
 from smart.midi import Limits
-from smart.render import RenderError, RenderPool, render_notes, score_notes
+from smart.render import RenderError, RenderPool, find_soundfont, render_notes, score_notes
 from smart.reward import Reward, load_reward, resample
 from smart.shards import SPLITS, ShardWriter
-from smart.soundfonts import find_soundfont
 from smart.tokens import build_tokenizer, encode, merge_piano, save_tokenizer
 
 RATE = 16000

@@ -20,9 +20,8 @@ from smart.demo.page import Page, Section
 from smart.files import parse_toml, sha256, write_atomically
 from smart.model import pick_device
 from smart.prompts import KINDS
-from smart.render import RenderError
+from smart.render import RenderError, check_soundfont, find_soundfont
 from smart.reward import load_reward, read_options
-from smart.soundfonts import check_soundfont, find_soundfont
 from smart.tokens import load_tokenizer
 
 LARGE = 25_000_000  # bytes; a page above is announced

@@ -40,9 +40,8 @@ from smart.evaluate.statistics import RESAMPLES, Estimate, jackknife
 from smart.files import sha256, write_atomically
 from smart.guard import Judge, collapsed, variety
 from smart.model import load_base, pick_device
-from smart.render import RenderError
+from smart.render import RenderError, check_soundfont, find_soundfont
 from smart.reward import Reward, load_reward
-from smart.soundfonts import check_soundfont, find_soundfont
 from smart.tokens import decode, load_tokenizer, vocabulary
 
 Floats = npt.NDArray[np.float64]

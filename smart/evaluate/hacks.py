@@ -45,8 +45,16 @@ from smart.evaluate.ratings import (
     writing,
 )
 from smart.files import sha256
-from smart.render import NOTE_COLUMNS, Notes, RenderPool, score_notes
-from smart.soundfonts import available_soundfonts, check_soundfont, find_soundfont, short_name
+from smart.render import (
+    NOTE_COLUMNS,
+    Notes,
+    RenderPool,
+    available_soundfonts,
+    check_soundfont,
+    find_soundfont,
+    score_notes,
+    short_name,
+)
 
 Ratings = dict[str, npt.NDArray[np.float64]]  # column -> (pieces,)
 

@@ -37,10 +37,9 @@ from smart.evaluate.ratings import (
     with_interval,
     writing,
 )
-from smart.render import RenderError, RenderPool, score_notes
+from smart.render import RenderError, RenderPool, check_soundfont, find_soundfont, score_notes
 from smart.reward import Reward
 from smart.reward.audiobox import HUB_ID
-from smart.soundfonts import check_soundfont, find_soundfont
 from smart.track import progress, read_audio
 
 WINDOW_SECONDS = 10

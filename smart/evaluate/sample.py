@@ -28,11 +28,10 @@ from smart.features import SCALARS, is_empty, midi_features
 from smart.files import parse_json, sha256, write_atomically
 from smart.model import pick_device
 from smart.prompts import KINDS
-from smart.render import RenderError
+from smart.render import RenderError, check_soundfont, find_soundfont
 from smart.reward import Reward
 from smart.scoring import SILENT
 from smart.shards import MANIFEST, SPLITS, Corpus
-from smart.soundfonts import check_soundfont, find_soundfont
 from smart.tokens import FILE_NAME
 
 METADATA = b"smart"

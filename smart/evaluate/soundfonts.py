@@ -38,9 +38,8 @@ from smart.evaluate.ratings import (
     writing,
 )
 from smart.files import sha256
-from smart.render import RenderPool
+from smart.render import RenderPool, check_soundfont, find_soundfont, short_name
 from smart.shards import SPLITS, Corpus
-from smart.soundfonts import check_soundfont, find_soundfont, short_name
 from smart.tokens import decode
 
 Ratings = npt.NDArray[np.float64]

@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from smart import UserError
 from smart.files import hold, sha256, sync, write_atomically
-from smart.soundfonts import check_soundfont, find_soundfont
+from smart.render import check_soundfont, find_soundfont
 from smart.study import loudness
 from smart.study.folder import AUDIO, CHECK, CONSENT, FORMAT, KEY, KEY_COLUMNS, Design, write_csv, write_design
 from smart.study.power import Population, Power, simulate_power

@@ -25,8 +25,18 @@ import symusic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smart import Failure, UserError, render, soundfonts
-from smart.render import RenderError, RenderPool, render_notes, score_notes
+from smart import Failure, UserError
+from smart.render import (
+    NOTE_COLUMNS,
+    RenderError,
+    RenderPool,
+    check_notes,
+    load_soundfont,
+    render_notes,
+    score_notes,
+    soundfonts,
+)
+from smart.render import pool as pool_file
 
 RATE = 44100
 Array = npt.NDArray[Any]
@@ -88,7 +98,7 @@ def tiny_soundfont(presets: tuple[tuple[int, int], ...] = ((0, 0),), *, first_ba
 
 @pytest.fixture(scope="module")
 def piano() -> Any:
-    return render.load_soundfont("timgm")
+    return load_soundfont("timgm")
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +110,7 @@ def sine_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sine(sine_file: Path) -> Any:
-    return render.load_soundfont(sine_file)
+    return load_soundfont(sine_file)
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +295,7 @@ def test_any_notes_give_finite_audio_whatever_their_order(sine: Any, rows: list[
 
 
 def test_structured_notes(sine: Any) -> None:
-    kinds = [(name, np.float32 if index < 2 else np.int16) for index, name in enumerate(render.NOTE_COLUMNS)]
+    kinds = [(name, np.float32 if index < 2 else np.int16) for index, name in enumerate(NOTE_COLUMNS)]
     array = np.array([(0, 0.5, 60, 100, 0, 0)], dtype=kinds)
     np.testing.assert_array_equal(render_notes(sine, array), render_notes(sine, notes((0, 0.5, 60))))
     with pytest.raises(ValueError, match="velocity"):
@@ -299,8 +309,8 @@ def test_impossible_notes_name_their_column(column: int, value: float) -> None:
         return  # half a second is a time like any other
     rows = notes((0, 1, 60), (0, 1, 60))
     rows[1, column] = value
-    with pytest.raises(ValueError, match=f"{render.NOTE_COLUMNS[column]} of note 1"):
-        render.check_notes(rows)
+    with pytest.raises(ValueError, match=f"{NOTE_COLUMNS[column]} of note 1"):
+        check_notes(rows)
 
 
 def test_programming_errors(piano: Any) -> None:
@@ -415,7 +425,7 @@ def test_what_is_no_score() -> None:
 def refuse(path: Path | str) -> str:
     """The message with which a soundfont is refused: one line that names it."""
     with pytest.raises(UserError) as error:
-        render.check_soundfont(path)
+        soundfonts.check_soundfont(path)
     message = error.value.message
     assert str(path) in message and "\n" not in message
     with pytest.raises(UserError):  # before any process is started
@@ -444,7 +454,7 @@ def test_bad_soundfonts_are_refused_in_one_line(tmp_path: Path) -> None:
         path.write_bytes(content)
         assert message in refuse(path)
     path.write_bytes(good + b"trailing")
-    render.check_soundfont(path)
+    soundfonts.check_soundfont(path)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
@@ -460,8 +470,8 @@ def test_every_beginning_of_a_soundfont_is_refused(tmp_path: Path) -> None:
     for length in range(0, len(good), 7):
         path.write_bytes(good[:length])
         with pytest.raises(UserError):
-            render.check_soundfont(path)
-    real = render.find_soundfont("timgm").read_bytes()
+            soundfonts.check_soundfont(path)
+    real = soundfonts.find_soundfont("timgm").read_bytes()
     for length in (13, 5000, len(real) // 2, len(real) - 1):
         path.write_bytes(real[:length])
         assert "cut short" in refuse(path)
@@ -477,7 +487,7 @@ def test_damage_is_refused_or_passes_but_nothing_else(
         data[place % len(data)] = value
     path.write_bytes(data)
     try:
-        render.check_soundfont(path)
+        soundfonts.check_soundfont(path)
     except UserError as error:
         assert "\n" not in error.message
 
@@ -501,16 +511,16 @@ def test_damage_never_hurts_the_parent(tmp_path: Path, seed: int) -> None:
 def test_a_soundfont_that_crashes_the_synthesiser(tmp_path: Path) -> None:
     path = tmp_path / "crash.sf2"
     path.write_bytes(tiny_soundfont(first_bag=60000))  # the synthesiser follows this index out of its memory
-    render.check_soundfont(path)
+    soundfonts.check_soundfont(path)
     with pytest.raises(UserError, match=r"crash\.sf2 cannot be loaded.*died of signal 11"):
         RenderPool(path, workers=2)
 
 
 def test_short_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert render.find_soundfont("timgm").name == "TimGM6mb.sf2"
-    assert render.find_soundfont("some/where.sf2") == Path("some/where.sf2")
+    assert soundfonts.find_soundfont("timgm").name == "TimGM6mb.sf2"
+    assert soundfonts.find_soundfont("some/where.sf2") == Path("some/where.sf2")
     with pytest.raises(UserError, match="yamaha"):
-        render.find_soundfont("steinway")
+        soundfonts.find_soundfont("steinway")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("SMART_SOUNDFONTS", f"{tmp_path}/nowhere{os.pathsep}{tmp_path}")
     names = {
@@ -522,12 +532,12 @@ def test_short_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for short, name in names.items():
         (tmp_path / name).write_bytes(tiny_soundfont())
-        assert render.find_soundfont(short) == tmp_path / name
+        assert soundfonts.find_soundfont(short) == tmp_path / name
     (tmp_path / "MuseScore_General.sf2").write_bytes(tiny_soundfont())  # plain samples before compressed ones
-    assert render.find_soundfont("MuseScore").name == "MuseScore_General.sf2"
+    assert soundfonts.find_soundfont("MuseScore").name == "MuseScore_General.sf2"
     monkeypatch.chdir(tmp_path)
     (tmp_path / "timgm").write_bytes(b"a file of that very name")
-    assert render.find_soundfont("timgm") == Path("timgm")
+    assert soundfonts.find_soundfont("timgm") == Path("timgm")
 
 
 def test_an_absent_soundfont_says_where_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -662,14 +672,14 @@ def test_a_stopped_worker_is_replaced_after_the_deadline(sine_file: Path, sine: 
 POISON = """
 import os, signal, sys, time
 sys.path[:] = sys.argv[6:]
-from smart import render
-clean = render.render_notes
+from smart.render import pool
+clean = pool.render_notes
 def poisoned(soundfont, notes, **settings):
     if len(notes) and notes[0, 2] == 13:
         {effect}
     return clean(soundfont, notes, **settings)
-render.render_notes = poisoned
-render._work(*sys.argv[1:6])
+pool.render_notes = poisoned
+pool._work(*sys.argv[1:6])
 """
 
 
@@ -686,7 +696,7 @@ render._work(*sys.argv[1:6])
 def test_a_clip_that_fails_twice_fails_alone(
     sine_file: Path, sine: Any, monkeypatch: pytest.MonkeyPatch, effect: str, reason: str, restarts: int
 ) -> None:
-    monkeypatch.setattr(render, "_BOOT", POISON.format(effect=effect))
+    monkeypatch.setattr(pool_file, "_BOOT", POISON.format(effect=effect))
     poison, good = notes((0, 1, 13)), notes((0, 1, 60))
     with RenderPool(sine_file, workers=1, deadline=1.0) as one:
         futures = [one.submit(rows) for rows in (good, poison, good)]
@@ -703,7 +713,7 @@ def test_a_worker_that_dies_while_it_starts_costs_no_clip(
     with RenderPool(sine_file, workers=1) as one:
         mark = tmp_path / "died"
         dies_once = f"import os; os.path.exists({str(mark)!r}) or (open({str(mark)!r}, 'w').close(), os._exit(9))\n"
-        monkeypatch.setattr(render, "_BOOT", dies_once + render._BOOT)
+        monkeypatch.setattr(pool_file, "_BOOT", dies_once + pool_file._BOOT)
         os.kill(one.pids[0], signal.SIGKILL)
         wait_until(lambda: not running(one.pids[0]))
         rows = notes((0, 1, 60))
@@ -741,8 +751,8 @@ def test_a_short_outage_of_the_system_costs_no_clip(sine_file: Path, free: int) 
 
 
 def test_a_system_that_starts_no_process_is_named(sine_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(render, "PAUSES", (0.01,))
-    monkeypatch.setattr(render, "GIVE_UP", 1)
+    monkeypatch.setattr(pool_file, "PAUSES", (0.01,))
+    monkeypatch.setattr(pool_file, "GIVE_UP", 1)
     with RenderPool(sine_file, workers=1) as one:
         os.kill(one.pids[0], signal.SIGKILL)
         wait_until(lambda: not running(one.pids[0]))
@@ -785,16 +795,16 @@ else:
 def test_the_loss_of_a_worker_that_starts_is_survived(
     sine_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    boot, mark = render._BOOT, tmp_path / "died"
-    monkeypatch.setattr(render, "_BOOT", DIES.format(mark=str(mark), signal=9) + boot)
+    boot, mark = pool_file._BOOT, tmp_path / "died"
+    monkeypatch.setattr(pool_file, "_BOOT", DIES.format(mark=str(mark), signal=9) + boot)
     with RenderPool(sine_file, workers=2) as two:
         assert mark.exists() and two.submit(notes((0, 1, 60))).result(30).any()
         assert (two.retries, two.failures, two.restarts) == (0, 0, 1)
-    monkeypatch.setattr(render, "_BOOT", "import os; os.kill(os.getpid(), 9)")
+    monkeypatch.setattr(pool_file, "_BOOT", "import os; os.kill(os.getpid(), 9)")
     with pytest.raises(Failure, match="the render workers do not start: it died of signal 9"):
         RenderPool(sine_file, workers=1)
     mark.rmdir()  # but a synthesiser that crashes would do so again
-    monkeypatch.setattr(render, "_BOOT", DIES.format(mark=str(mark), signal=11) + boot)
+    monkeypatch.setattr(pool_file, "_BOOT", DIES.format(mark=str(mark), signal=11) + boot)
     with pytest.raises(UserError, match=r"sine\.sf2 cannot be loaded.*died of signal 11"):
         RenderPool(sine_file, workers=1)
 
@@ -816,18 +826,18 @@ def test_a_soundfont_that_is_replaced_is_noticed(tmp_path: Path) -> None:
 TWICE = """
 import sys
 sys.path[:] = sys.argv[6:]
-from smart import render
-send = render._send
+from smart.render import pool
+send = pool._send
 def twice(connection, kind, *rest):
-    for _ in range(1 + (kind == render._AUDIO)):
+    for _ in range(1 + (kind == pool._AUDIO)):
         send(connection, kind, *rest)
-render._send = twice
-render._work(*sys.argv[1:6])
+pool._send = twice
+pool._work(*sys.argv[1:6])
 """
 
 
 def test_an_answer_too_many_is_not_the_next_clip(sine_file: Path, sine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(render, "_BOOT", TWICE)
+    monkeypatch.setattr(pool_file, "_BOOT", TWICE)
     with RenderPool(sine_file, workers=1) as one:
         for pitch in (60, 64, 67):
             rows = notes((0, 1, pitch))
@@ -836,7 +846,7 @@ def test_an_answer_too_many_is_not_the_next_clip(sine_file: Path, sine: Any, mon
 
 
 def test_a_clip_that_failed_is_freed_without_a_collection(sine_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(render, "_BOOT", POISON.format(effect="raise MemoryError('full')"))
+    monkeypatch.setattr(pool_file, "_BOOT", POISON.format(effect="raise MemoryError('full')"))
     with RenderPool(sine_file, workers=1) as one:
         gc.collect()
         gc.disable()
@@ -862,8 +872,8 @@ def test_a_worker_out_of_memory_is_replaced(sine_file: Path, sine: Any) -> None:
 
 
 def test_a_pool_whose_every_clip_fails_stops_trying(sine_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(render, "_BOOT", POISON.format(effect="os.kill(os.getpid(), signal.SIGSEGV)"))
-    monkeypatch.setattr(render, "GIVE_UP", 3)
+    monkeypatch.setattr(pool_file, "_BOOT", POISON.format(effect="os.kill(os.getpid(), signal.SIGSEGV)"))
+    monkeypatch.setattr(pool_file, "GIVE_UP", 3)
     poison, good = notes((0, 1, 13)), notes((0, 1, 60))
     with RenderPool(sine_file, workers=1) as one:
         futures = [one.submit(rows) for rows in (poison, poison, good, poison, poison, poison, good, poison)]
@@ -905,7 +915,7 @@ time.sleep(60)
     ],
 )
 def test_nonsense_from_a_worker_fails_the_clip(sine_file: Path, monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
-    monkeypatch.setattr(render, "_BOOT", IMPOSTOR.format(answer=answer))
+    monkeypatch.setattr(pool_file, "_BOOT", IMPOSTOR.format(answer=answer))
     with RenderPool(sine_file, workers=1, deadline=10.0) as one:
         first = one.pids[0]
         with pytest.raises(RenderError, match="again"):
@@ -915,7 +925,7 @@ def test_nonsense_from_a_worker_fails_the_clip(sine_file: Path, monkeypatch: pyt
 
 
 def test_a_soundfont_that_takes_too_long(sine_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(render, "_BOOT", "import time; time.sleep(60)")
+    monkeypatch.setattr(pool_file, "_BOOT", "import time; time.sleep(60)")
     with pytest.raises(UserError, match=r"sine\.sf2 cannot be loaded.*no answer within 0\.3 s"):
         RenderPool(sine_file, workers=2, load_deadline=0.3)
 
@@ -1070,9 +1080,9 @@ def test_workers_die_with_a_killed_parent(tmp_path: Path, sine_file: Path) -> No
 def test_a_worker_that_stands_still_in_its_imports_dies_with_its_parent(tmp_path: Path, sine_file: Path) -> None:
     code = f"""
 import os, threading, time
-from smart import render
-render._BOOT = "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"
-threading.Thread(target=render.RenderPool, args=({str(sine_file)!r},), kwargs=dict(workers=1), daemon=True).start()
+from smart.render import pool
+pool._BOOT = "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"
+threading.Thread(target=pool.RenderPool, args=({str(sine_file)!r},), kwargs=dict(workers=1), daemon=True).start()
 time.sleep(60)
 """
     with subprocess.Popen([sys.executable, "-c", code]) as process:

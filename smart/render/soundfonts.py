@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from smart import UserError
+from smart import Failure, UserError
 
 
 class _Known(NamedTuple):
@@ -232,3 +232,18 @@ def _chunks(file: BinaryIO, start: int, stop: int) -> Iterator[tuple[bytes, int,
             return
         yield name, start, length
         start += length
+
+
+def file_state(path: Path) -> tuple[int, int] | None:
+    """By which a file is known again: its size, and when it was written; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+def check_unchanged(soundfont: Path, state: tuple[int, int] | None) -> None:
+    """``Failure`` if the file is no longer as ``state`` says: clips before and after would not be of one soundfont."""
+    if file_state(soundfont) != state:
+        raise Failure(f"soundfont {soundfont} was changed while it was in use")

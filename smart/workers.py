@@ -1,4 +1,4 @@
-"""What every worker process does first of all: it makes sure that it cannot outlive the process it works for."""
+"""Worker processes: how many, and what each does first, so that it cannot outlive the process it works for."""
 
 import os
 
@@ -18,3 +18,10 @@ def die_with_parent() -> str:
     stands still, deep in its imports, say, would stay behind.
     """
     return _DIE_WITH_PARENT.format(parent=os.getpid())
+
+
+def usable_cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -10,14 +10,14 @@ import pytest
 import torch
 from test_render import tiny_soundfont
 
-from smart import Failure, UserError, regions
-from smart.bank import BankPool, NoteBank
-from smart.regions import read_regions, write_variant
-from smart.render import Notes, RenderError, RenderPool, load_soundfont, render_notes
+from smart import Failure, UserError
+from smart.render import Notes, RenderError, RenderPool, find_soundfont, load_soundfont, regions, render_notes
+from smart.render.bank import NoteBank
+from smart.render.bank_pool import BankPool
+from smart.render.regions import read_regions, write_variant
 from smart.reward import load_reward, resample
 from smart.sampler import Rollout
 from smart.scoring import Scorer
-from smart.soundfonts import find_soundfont
 
 RATE, SECONDS = 22050, 3.0
 DRUMS = 1
@@ -158,7 +158,7 @@ def test_what_is_not_linear_is_refused(bank: NoteBank) -> None:
 
 def test_more_voices_than_the_synthesiser_has_are_refused(bank: NoteBank, monkeypatch: pytest.MonkeyPatch) -> None:
     chord = [note(0, 1, 40 + k) for k in range(20)]
-    monkeypatch.setattr("smart.bank.MAX_VOICES", 20)
+    monkeypatch.setattr("smart.render.bank.MAX_VOICES", 20)
     assert bank.supports(chord) is None
     assert "20 voices" in (bank.supports([*chord, note(1.1, 1, 70)]) or "")  # the chord still dies away
     assert bank.supports([*chord[:10], *[note(2.9, 1, 50 + k) for k in range(10)]]) is None
@@ -166,7 +166,7 @@ def test_more_voices_than_the_synthesiser_has_are_refused(bank: NoteBank, monkey
 
 def test_a_sound_that_disagrees_with_the_synthesiser_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison finds it when the law is wrong, whatever the reason."""
-    monkeypatch.setattr("smart.envelopes._STEEPNESS", 5.0)
+    monkeypatch.setattr("smart.render.envelopes._STEEPNESS", 5.0)
     wrong = NoteBank("timgm", sample_rate=RATE, seconds=SECONDS)
     assert "agree with the synthesiser to" in (wrong.supports(music(1)) or "")
 
@@ -205,7 +205,7 @@ def test_the_copy_of_the_soundfont_has_no_name(tmp_path: Path, monkeypatch: pyte
         seen.append(list(tmp_path.iterdir()))
 
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("smart.bank.write_variant", watched)
+    monkeypatch.setattr("smart.render.bank.write_variant", watched)
     assert NoteBank("timgm", sample_rate=RATE, seconds=1.0).render([[note(0, 1, 60)]])[0].any()
     assert seen == [[]]
 
@@ -247,7 +247,7 @@ def test_a_file_that_becomes_another_while_it_is_read_is_no_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its size and time say that it is the same, and yet it is none."""
-    monkeypatch.setattr("smart.bank.check_unchanged", lambda *_: None)
+    monkeypatch.setattr("smart.render.bank.check_unchanged", lambda *_: None)
     path, whole = tmp_path / "font.sf2", tiny_soundfont()
     other = whole.replace(b"shdr", b"what").replace(b"igen", b"what")
     for damaged in (b"", whole[:10], other, whole[: len(whole) // 2]):

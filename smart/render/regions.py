@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from smart import UserError
-from smart.soundfonts import find_chunks
+from smart.render.soundfonts import find_chunks
 
 # records of the format (SoundFont 2.04, section 7)
 _HEADER = np.dtype(

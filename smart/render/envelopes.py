@@ -1,7 +1,7 @@
 """How TinySoundFont plays a voice: the envelopes of a region, and weighted sums of stored samples that follow them.
 
 ``law_of`` turns a region's generators into times and gains; ``stored`` says which variants of the region are rendered
-once; ``mix`` adds up what they give, block by block, as the synthesiser would have (``smart.bank`` has the formula).
+once; ``mix`` adds up what they give, block by block, as the synthesiser would have (see ``smart.render.bank``).
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from smart.regions import Values
+from smart.render.regions import Values
 
 BLOCK = 64  # samples between two steps of the synthesiser's envelopes
 _STEEPNESS = 9.226  # an exponential segment falls by exp(-9.226) in its time
