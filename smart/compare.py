@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from smart import UserError, checkpoint, track
+from smart.corpus import Corpus
 from smart.files import parse_toml
 from smart.model import find_base, load_base, pick_device, pick_precision
 from smart.prompts import draw
@@ -26,7 +27,6 @@ from smart.render import RenderError, open_renderer
 from smart.reward import Reward
 from smart.sampler import Sampler
 from smart.scoring import Scorer
-from smart.shards import Corpus
 from smart.tokens import decode, load_tokenizer, vocabulary
 from smart.workers import usable_cores
 

@@ -211,7 +211,7 @@ def _reward(config: Config) -> Finding:
 
 
 def _prompts(config: Config) -> Finding:
-    from smart.shards import Corpus
+    from smart.corpus import Corpus
 
     if config.prompts.kind != "dataset":
         return Finding(READY, f"{config.prompts.kind}: no corpus needed")

@@ -24,9 +24,9 @@ from symusic.core import NoteTick, ScoreTick, TempoTick, TimeSignatureTick, Trac
 
 from smart import UserError, require, track
 from smart.compare import find_system
+from smart.corpus.piece import Limits
+from smart.corpus.readers import Pool
 from smart.files import sha256, write_atomically
-from smart.midi import Limits
-from smart.midi_pool import Pool
 from smart.model import load_base, pick_device
 from smart.render import RenderError, RenderPool, check_soundfont, find_soundfont, score_notes
 from smart.reward import Reward, load_reward, read_options

@@ -45,6 +45,7 @@ from safetensors.torch import save_file
 
 from smart import Failure, UserError, checkpoint, distributed, require, track
 from smart.config import Config, Grpo, RewardConfig, dumps, load
+from smart.corpus import Corpus
 from smart.distributed import World
 from smart.files import replace_files
 from smart.guard import Guard, HeldOut, Judge, alikeness
@@ -56,7 +57,6 @@ from smart.render.bank_pool import BankPool
 from smart.reward import Reward, load_reward
 from smart.sampler import Rollout, Sampler
 from smart.scoring import Clips, Scorer, completion_metrics, gather_rollout, together
-from smart.shards import Corpus
 from smart.tokens import build_grammar, decode, vocabulary
 from smart.workers import usable_cores
 

@@ -29,6 +29,7 @@ from transformers import Phi3ForCausalLM
 
 from smart import UserError, checkpoint, distributed, track
 from smart.config import Data, Optimisation, PretrainConfig, dumps, load
+from smart.corpus import Corpus
 from smart.distributed import World
 from smart.files import parse_json, sync
 from smart.model import build_model, load_base, pick_device, pick_precision, save_base
@@ -37,7 +38,6 @@ from smart.prompts import Pieces, draw
 from smart.render import Renderer, RenderError, check_soundfont, find_soundfont, open_renderer
 from smart.sampler import Sampler
 from smart.scoring import SILENT, completion_metrics
-from smart.shards import Corpus
 from smart.tokens import Vocabulary, build_grammar, decode, vocabulary
 
 

@@ -33,11 +33,11 @@ import click
 
 from smart import UserError, checkpoint, paper, require, track
 from smart.config import Config, dumps, load
+from smart.corpus import MANIFEST, Corpus
 from smart.files import hold, is_empty, parse_json, sha256, write_atomically
 from smart.model import find_base
 from smart.render import check_soundfont, find_soundfont
 from smart.reward import Reward, load_reward
-from smart.shards import MANIFEST, Corpus
 
 STATE, LOGS, REPLACED = "state.json", "logs", "replaced"
 CONFIGS, PAGE = "configs", "index.html"

@@ -210,7 +210,7 @@ def test_mistakes_are_named_before_anything_is_drawn(systems: list[System], tmp_
 def test_dataset_prompts_come_from_the_split(systems: list[System], tmp_path: Path) -> None:
     from symusic import Note, Score, Tempo, TimeSignature, Track
 
-    from smart.corpus import build
+    from smart.corpus.build import build
 
     (tmp_path / "midi").mkdir()
     for number in range(40):

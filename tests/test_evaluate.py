@@ -18,13 +18,13 @@ from scipy import stats
 from symusic import Note, Score, Tempo, TimeSignature, Track
 
 from smart import UserError, track
+from smart.corpus import SPLITS, ShardWriter
+from smart.corpus.piece import Limits
 from smart.evaluate import hacks, main, rate, ratings, soundfonts
 from smart.evaluate.sample import read_settings
 from smart.files import hold, sha256, write_atomically
-from smart.midi import Limits
 from smart.render import RenderError, RenderPool, find_soundfont, render_notes, score_notes
 from smart.reward import Reward, load_reward, resample
-from smart.shards import SPLITS, ShardWriter
 from smart.tokens import build_tokenizer, encode, merge_piano, save_tokenizer
 
 RATE = 16000

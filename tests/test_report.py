@@ -423,9 +423,9 @@ def test_what_cannot_be_sampled_is_one_line(arguments: list[str], text: str, tmp
 
 
 def test_what_was_copied_from_the_training_pieces_is_told_from_what_was_not(tmp_path: Path) -> None:
-    from smart.corpus import build
+    from smart.corpus import Corpus
+    from smart.corpus.build import build
     from smart.evaluate.report import closeness
-    from smart.shards import Corpus
 
     def piece(seed: int) -> Score:
         random_ = np.random.default_rng(seed)

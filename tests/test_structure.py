@@ -83,7 +83,7 @@ def test_importing_the_programs_opens_no_connection() -> None:
 import socket, sys
 def refuse(*args, **kwargs): raise AssertionError(f"network at import: {args}")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-import smart.__main__, smart.grpo, smart.pretrain, smart.generate, smart.corpus, smart.demo, smart.doctor
+import smart.__main__, smart.grpo, smart.pretrain, smart.generate, smart.corpus.command, smart.demo, smart.doctor
 import smart.evaluate.report, smart.evaluate.rate, smart.evaluate.soundfonts, smart.evaluate.hacks
 import smart.reward.audiobox, smart.reward.calibrate
 import smart.study.build, smart.study.serve, smart.study.app, smart.study.analyse, smart.study.power

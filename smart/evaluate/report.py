@@ -21,11 +21,11 @@ import pyarrow.parquet as pq
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from smart import UserError, plots, track
+from smart.corpus import Corpus
 from smart.diversity import BEATS, PER_BEAT, kernel, nearest, piano_roll, summary, vendi_score
 from smart.evaluate.sample import read_settings
 from smart.evaluate.statistics import RESAMPLES, Estimate, Paired, holm, jackknife, mean, paired
 from smart.files import write_atomically
-from smart.shards import Corpus
 from smart.tokens import FILE_NAME, decode, load_tokenizer
 
 Floats = npt.NDArray[np.float64]

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from smart import UserError, require, track
 from smart.compare import BLOCK, Piece, System, compose, find_systems
+from smart.corpus import MANIFEST, SPLITS, Corpus
 from smart.diversity import audio_vector
 from smart.evaluate.ratings import load_rewards, reward_options
 from smart.features import SCALARS, is_empty, midi_features
@@ -31,7 +32,6 @@ from smart.prompts import KINDS
 from smart.render import RenderError, check_soundfont, find_soundfont
 from smart.reward import Reward
 from smart.scoring import SILENT
-from smart.shards import MANIFEST, SPLITS, Corpus
 from smart.tokens import FILE_NAME
 
 METADATA = b"smart"

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from smart import UserError, paper, plots, require, track
+from smart.corpus import SPLITS, Corpus
 from smart.evaluate import statistics
 from smart.evaluate.ratings import (
     MEAN,
@@ -39,7 +40,6 @@ from smart.evaluate.ratings import (
 )
 from smart.files import sha256
 from smart.render import RenderPool, check_soundfont, find_soundfont, short_name
-from smart.shards import SPLITS, Corpus
 from smart.tokens import decode
 
 Ratings = npt.NDArray[np.float64]

@@ -23,12 +23,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from symusic.core import NoteTick, ScoreTick, TempoTick, TimeSignatureTick, TrackTick
 
-from smart import UserError, shards
-from smart.corpus import State, build, find_files, main, measure, split_of
+from smart import UserError
+from smart.corpus import Corpus, ShardWriter, Split, shards
+from smart.corpus.build import State, build, find_files, split_of
+from smart.corpus.command import main
+from smart.corpus.piece import Limits, Piece, PieceReader, Reject, content_hash, seconds_at
+from smart.corpus.readers import Pool
+from smart.corpus.stats import measure
 from smart.files import sha256
-from smart.midi import Limits, Piece, PieceReader, Reject, content_hash, seconds_at
-from smart.midi_pool import Pool
-from smart.shards import Corpus, ShardWriter, Split
 from smart.tokens import FILE_NAME, decode, encode, merge_piano, save_tokenizer, vocabulary
 
 # --- Files --------------------------------------------------------------------------------------------------------
@@ -426,7 +428,7 @@ def test_no_piece_is_in_two_splits_whatever_its_file(tmp_path: Path) -> None:
 SLOW = """
 import os, time
 if os.environ.get("SMART_MIDI_WORKER"):
-    import smart.midi as midi
+    import smart.corpus.piece as midi
     read = midi.PieceReader.read
     def slow(self, data):
         {body}
@@ -455,7 +457,11 @@ def test_killed_and_continued_is_bit_identical(tmp_path: Path, hook: Any) -> Non
     (tmp_path / "midi" / "bad.mid").write_bytes(b"")
     build([tmp_path / "midi"], tmp_path / "whole")
     folder = hook("time.sleep(0.03)")
-    command = [sys.executable, "-c", "import smart.corpus as c; c.COMMIT_SECONDS = 0.1; c.main()"]
+    command = [
+        sys.executable,
+        "-c",
+        "import smart.corpus.build as c; from smart.corpus.command import main; c.COMMIT_SECONDS = 0.1; main()",
+    ]
     command += ["build", "--midi", str(tmp_path / "midi"), "--out", str(tmp_path / "out"), "--workers", "2"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, sys.path)])}
     reached = [0]
@@ -620,7 +626,7 @@ def test_workers_that_cannot_start_stop_the_build(tmp_path: Path, monkeypatch: A
 
 def test_workers_are_replaced_after_a_while(tmp_path: Path, monkeypatch: Any) -> None:
     write_songs(tmp_path / "midi", range(10))
-    monkeypatch.setattr("smart.midi_pool.Worker.SERVES", 4)
+    monkeypatch.setattr("smart.corpus.readers.Worker.SERVES", 4)
     assert build([tmp_path / "midi"], tmp_path / "out", workers=2).counts == {"kept": 10}
 
 
@@ -633,7 +639,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
         for seed in range(count):
             song(seed, bars=20).dump_midi(folder / f"{seed}.mid")
         code = (
-            "import resource, sys; from pathlib import Path; from smart.corpus import build\n"
+            "import resource, sys; from pathlib import Path; from smart.corpus.build import build\n"
             "build([Path(sys.argv[1])], Path(sys.argv[2]))\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "
             "resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
@@ -987,7 +993,7 @@ if os.environ.get("SMART_MIDI_WORKER") and not os.path.exists({str(mark)!r}):
     os.kill(os.getpid(), signal.SIGSTOP)
 """)
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.setattr("smart.midi_pool.Worker.START", 3.0)
+    monkeypatch.setattr("smart.corpus.readers.Worker.START", 3.0)
     assert build([tmp_path / "midi"], tmp_path / "out", workers=1).counts == {"kept": 4}
     assert mark.exists()
 
@@ -1017,7 +1023,7 @@ def test_a_worker_that_answers_nonsense_costs_nothing(tmp_path: Path, hook: Any,
                 Connection.send = send
                 {send}
             Connection.send = wrong""")
-    monkeypatch.setattr("smart.midi_pool.Worker.GRACE", 1.0)
+    monkeypatch.setattr("smart.corpus.readers.Worker.GRACE", 1.0)
     assert build([tmp_path / "midi"], tmp_path / "out", workers=1).counts == {"kept": 10}
     assert mark.exists() and contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -1027,8 +1033,8 @@ def test_a_stopped_worker_dies_with_its_parent(tmp_path: Path, tokenizer: Any) -
     code = f"""
 import os, signal, time
 from pathlib import Path
-from smart.midi import Limits
-from smart.midi_pool import Worker
+from smart.corpus.piece import Limits
+from smart.corpus.readers import Worker
 worker = Worker(Path({str(tmp_path / FILE_NAME)!r}), Limits())
 worker.connection.recv()
 os.kill(worker.process.pid, signal.SIGSTOP)

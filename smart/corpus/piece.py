@@ -30,7 +30,7 @@ if os.environ.get("SMART_MIDI_WORKER") == "1":
 
 from symusic.core import ScoreTick
 
-from smart.remi import FastRemi
+from smart.corpus.remi import FastRemi
 from smart.tokens import all_tracks, decode, encode, load_tokenizer, merge_piano, vocabulary
 
 TOKEN = np.dtype("<u2")

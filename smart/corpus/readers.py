@@ -1,6 +1,6 @@
 """Worker processes that read MIDI files which nobody trusts: each may crash, hang or swell a native parser.
 
-``Pool`` gives files to a few processes (``smart.midi.serve``) with a limit on time and memory for each file. A
+``Pool`` gives files to a few processes (``smart.corpus.piece.serve``) with a limit on time and memory for each file. A
 worker that dies is replaced, and costs the file that it was working on and no other.
 """
 
@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from smart import Failure
-from smart.midi import CRASHED_BY_MEMORY, Limits, Piece
+from smart.corpus.piece import CRASHED_BY_MEMORY, Limits, Piece
 from smart.workers import die_with_parent
 
 
@@ -35,7 +35,11 @@ class Worker:
         ours, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", die_with_parent() + f"from smart.midi import serve; serve({theirs.fileno()})"],
+                [
+                    sys.executable,
+                    "-c",
+                    die_with_parent() + f"from smart.corpus.piece import serve; serve({theirs.fileno()})",
+                ],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 env={

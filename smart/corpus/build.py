@@ -1,12 +1,12 @@
 """From folders of MIDI files, many of them broken, to tokenised pieces in shards: ``python -m smart.corpus build``.
 
-What a file must be to be kept is said in ``smart.midi`` (paper section 3.1). Of files with the same onsets
+What a file must be to be kept is said in ``smart.corpus.piece`` (paper section 3.1). Of files with the same onsets
 and pitches one is kept, the first by path. A piece goes into ``train``, ``validation`` or ``test`` by the
 hash of its onsets and pitches alone, so that no piece is in two splits, and each stays where it is when files
 are added.
 
 Scraped files crash, hang or swell native parsers. Every file is therefore read by a worker process with a
-limit on time and memory (``smart.midi_pool``); one that kills its worker goes into ``rejects.csv`` with the
+limit on time and memory (``smart.corpus.readers``); one that kills its worker goes into ``rejects.csv`` with the
 reason, like every other that is left out.
 
 A build keeps its state in ``OUT/.work`` (an SQLite table with a row for each file, and the tokens so far) and
@@ -25,28 +25,23 @@ import re
 import shutil
 import sqlite3
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
-import click
-import numpy as np
-import numpy.typing as npt
-
-from smart import UserError, shards
+from smart import UserError
+from smart.corpus.piece import Limits, Piece
+from smart.corpus.readers import Pool
+from smart.corpus.shards import DTYPE, FORMAT, MANIFEST, SHARD_TOKENS, SPLITS, ShardWriter
 from smart.files import hold, is_leftover, sha256, write_atomically
-from smart.midi import Limits, Piece
-from smart.midi_pool import Pool
-from smart.shards import Corpus
-from smart.tokens import FILE_NAME, build_tokenizer, load_tokenizer, save_tokenizer, vocabulary
-from smart.track import in_one_line, progress
+from smart.tokens import FILE_NAME, build_tokenizer, save_tokenizer
+from smart.track import progress
 
 EXTENSIONS = (".mid", ".midi")
 TEST_SHARE, VALIDATION_SHARE = 0.1, 0.1  # of all pieces; of those that are not test (paper section 3.1)
-SHARD_FILE = re.compile(rf"({'|'.join(shards.SPLITS)})-\d{{5,}}\.(bin|idx\.npy)(\.tmp)?")
+SHARD_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.(bin|idx\.npy)(\.tmp)?")
 COMMIT_SECONDS = 2.0  # at most so much work is lost when a build is killed
 
 
@@ -57,8 +52,6 @@ def split_of(digest: bytes) -> str:
         return "test"
     return "validation" if share < TEST_SHARE + VALIDATION_SHARE * (1 - TEST_SHARE) else "train"
 
-
-# --- The state of a build -----------------------------------------------------------------------------------------
 
 KEPT, DUPLICATE = "kept", "duplicate"  # reasons that no worker gives
 DAMAGED = "its unfinished build is damaged"
@@ -172,9 +165,6 @@ def _hold(work: Path, held: contextlib.ExitStack) -> None:
         raise UserError(f"--out {work.parent}: another build is writing it; wait for it") from None
 
 
-# --- Building -----------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Summary:
     """What a build made: files by reason, ``kept`` among them, and pieces and tokens by split."""
@@ -226,7 +216,7 @@ def build(
     include: Sequence[str] = (),
     listed: frozenset[str] | None = None,
     overwrite: bool = False,
-    shard_tokens: int = shards.SHARD_TOKENS,
+    shard_tokens: int = SHARD_TOKENS,
 ) -> Summary:
     """Tokenise the MIDI files under ``folders`` into the corpus ``out``, or continue an unfinished build of it.
 
@@ -279,7 +269,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
         return
     if not out.is_dir():
         raise UserError(f"--out {out}: is not a folder")
-    ours = {shards.MANIFEST, "tokenizer", ".work", "pieces.csv", "rejects.csv", "stats.png"}
+    ours = {MANIFEST, "tokenizer", ".work", "pieces.csv", "rejects.csv", "stats.png"}
     foreign = [
         path.name
         for path in out.iterdir()
@@ -293,9 +283,9 @@ def _check_out(out: Path, overwrite: bool) -> None:
             if (out / ".work").is_dir():
                 _hold(out / ".work", held)
             # first, so that what is half cleared does not look finished
-            (out / shards.MANIFEST).unlink(missing_ok=True)
+            (out / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(out)
-    elif (out / shards.MANIFEST).exists() and not (out / ".work").exists():
+    elif (out / MANIFEST).exists() and not (out / ".work").exists():
         raise UserError(f"--out {out}: holds a finished corpus; give another folder, or --overwrite")
 
 
@@ -325,21 +315,21 @@ def _read_all(state: State, roots: dict[bytes, bytes], pool: Pool) -> int:
 
 def _write(state: State, out: Path, settings: dict[str, Any], summary: Summary) -> None:
     """Write the pieces into shards, by path, then the tables and, last, the manifest."""
-    for path in [out / shards.MANIFEST, *filter(lambda path: SHARD_FILE.fullmatch(path.name), out.iterdir())]:
+    for path in [out / MANIFEST, *filter(lambda path: SHARD_FILE.fullmatch(path.name), out.iterdir())]:
         path.unlink(missing_ok=True)  # of a run that was killed here; files may have come and gone since
     state.mark_duplicates()
     summary.counts = state.reasons()
     if KEPT not in summary.counts:
         reasons = ", ".join(f"{number} {reason}" for reason, number in summary.counts.items())
         raise UserError(f"--midi: no file can be kept ({reasons}); nothing was built")
-    writers = {split: shards.ShardWriter(out, split, shard_tokens=settings["shard_tokens"]) for split in shards.SPLITS}
+    writers = {split: ShardWriter(out, split, shard_tokens=settings["shard_tokens"]) for split in SPLITS}
     write_atomically(out / "pieces.csv", lambda file: _write_pieces(state, writers, file))
     write_atomically(out / "rejects.csv", lambda file: _write_rejects(state, file))
     splits = {split: writer.close() for split, writer in writers.items()}
     summary.pieces = {split: sum(shard["pieces"] for shard in splits[split]) for split in splits}
     summary.tokens = {split: sum(shard["tokens"] for shard in splits[split]) for split in splits}
     manifest = {
-        "format": shards.FORMAT,
+        "format": FORMAT,
         "settings": settings,
         "tokenizer": {"sha256": settings["tokenizer"]},
         "versions": {name: version(name) for name in ("smart", "miditok", "symusic", "numpy")},
@@ -350,10 +340,10 @@ def _write(state: State, out: Path, settings: dict[str, Any], summary: Summary) 
         "files": {name: sha256(out / name) for name in ("pieces.csv", "rejects.csv")},
     }
     text = json.dumps(manifest, indent=2) + "\n"
-    write_atomically(out / shards.MANIFEST, lambda file: file.write(text.encode()))
+    write_atomically(out / MANIFEST, lambda file: file.write(text.encode()))
 
 
-def _write_pieces(state: State, writers: dict[str, shards.ShardWriter], file: IO[bytes]) -> None:
+def _write_pieces(state: State, writers: dict[str, ShardWriter], file: IO[bytes]) -> None:
     table = _table(file, "path", "hash", "split", "shard", "index", "tokens", "notes", "bars", "seconds")
     columns = "path, hash, place, length, notes, bars, seconds"
     with open(state.folder / "spool.bin", "rb") as spool:
@@ -361,7 +351,7 @@ def _write_pieces(state: State, writers: dict[str, shards.ShardWriter], file: IO
             spool.seek(place)
             split = split_of(digest)
             shard, index = writers[split].add(spool.read(length))
-            numbers = (length // shards.DTYPE.itemsize, notes, bars, f"{seconds:.2f}")
+            numbers = (length // DTYPE.itemsize, notes, bars, f"{seconds:.2f}")
             table([_shown(path), digest.hex(), split, shard, index, *numbers])
 
 
@@ -386,196 +376,3 @@ def _table(file: IO[bytes], *header: str) -> Callable[[Sequence[Any]], object]:
 def _shown(path: bytes) -> str:
     """A path for people; file names need not be UTF-8."""
     return path.decode("utf-8", "backslashreplace")
-
-
-# --- What is in a corpus ------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Statistics:
-    """Counts over a corpus; ``vocabulary_counts`` (V,) tells how often each token occurs."""
-
-    tokens_per_piece: npt.NDArray[np.int64]
-    vocabulary_counts: npt.NDArray[np.int64]
-    notes_per_bar: npt.NDArray[np.int64]  # [n]: bars with n notes
-
-
-def measure(corpus: Corpus, splits: Sequence[str] = shards.SPLITS) -> Statistics:
-    """Count tokens and notes per bar, a few hundred pieces at a time."""
-    facts = vocabulary(corpus.tokenizer)
-    is_pitch = np.zeros(facts.size, dtype=bool)
-    is_pitch[[*facts.pitch_ids, *facts.drum_ids]] = True
-    total = Statistics(np.zeros(0, np.int64), np.zeros(facts.size, np.int64), np.zeros(1, np.int64))
-    for name in splits:
-        split = corpus.split(name)
-        total.tokens_per_piece = np.append(total.tokens_per_piece, split.lengths())
-        for start in range(0, len(split), 256):
-            tokens = np.concatenate(split[start : start + 256]).astype(np.int64)
-            total.vocabulary_counts += np.bincount(tokens, minlength=facts.size)
-            bar = np.cumsum(tokens == facts.bar_id) - 1  # every piece begins with a bar line
-            per_bar = np.bincount(np.bincount(bar[is_pitch[tokens]], minlength=bar[-1] + 1))
-            longer, shorter = sorted((total.notes_per_bar, per_bar), key=len, reverse=True)
-            total.notes_per_bar = longer.copy()
-            total.notes_per_bar[: len(shorter)] += shorter
-    return total
-
-
-def _spread(values: npt.NDArray[Any], counts: npt.NDArray[np.int64]) -> str:
-    """Least, quartiles and greatest of ``values``, each occurring ``counts`` times."""
-    order = np.argsort(values)
-    values, reached = values[order], np.cumsum(counts[order])
-    shares = (0.0, 0.25, 0.5, 0.75, 1.0)
-    places = [int(np.searchsorted(reached, max(share * reached[-1], 1))) for share in shares]
-    return "  ".join(f"{values[place]:>8g}" for place in places)
-
-
-def _by_value(corpus: Corpus, counts: npt.NDArray[np.int64], kind: str) -> dict[str, int]:
-    """How often each token of ``kind`` occurs, by its value."""
-    vocab: dict[str, int] = corpus.tokenizer.vocab
-    return {
-        token.split("_", 1)[1]: int(counts[number])
-        for token, number in vocab.items()
-        if token.startswith(f"{kind}_") and counts[number]
-    }
-
-
-def describe(corpus: Corpus, stats: Statistics) -> str:
-    """Tables for a terminal."""
-    manifest = corpus.manifest
-    lines = ["files"]
-    lines += [f"  {reason:28}{number:>12,}" for reason, number in manifest["counts"].items()]
-    lines += [f"{'split':30}{'pieces':>12}{'tokens':>16}"]
-    lines += [f"  {name:28}{manifest['pieces'][name]:>12,}{manifest['tokens'][name]:>16,}" for name in shards.SPLITS]
-    signatures = _by_value(corpus, stats.vocabulary_counts, "TimeSig")
-    bars = sum(signatures.values())
-    lines += ["time signatures, share of bars"]
-    lines += [f"  {name:28}{number / bars:>12.1%}" for name, number in Counter(signatures).most_common(8)]
-    lines += [f"{'':30}{'least':>8}  {'25%':>8}  {'half':>8}  {'75%':>8}  {'most':>8}"]
-    ones = np.ones(len(stats.tokens_per_piece), np.int64)
-    lines += [f"{'tokens a piece':30}{_spread(stats.tokens_per_piece, ones)}"]
-    lines += [f"{'notes a bar':30}{_spread(np.arange(len(stats.notes_per_bar)), stats.notes_per_bar)}"]
-    for title, kind in (("tempo marks, quarters a minute", "Tempo"), ("velocities", "Velocity")):
-        found = _by_value(corpus, stats.vocabulary_counts, kind)
-        lines += [f"{title:30}{_spread(np.array([float(value) for value in found]), np.array([*found.values()]))}"]
-    return "\n".join(lines)
-
-
-def plot(corpus: Corpus, stats: Statistics, path: Path) -> None:
-    """Draw the distributions that ``describe`` prints into a PNG file."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    axes = figure.subplots(2, 3).flatten()
-    lengths = stats.tokens_per_piece
-    bins = np.geomspace(max(lengths.min(), 1), lengths.max() + 1, 40)
-    axes[0].hist(lengths, bins=bins.tolist())
-    axes[0].set(title="tokens a piece", xscale="log", ylabel="pieces")
-    signatures = _by_value(corpus, stats.vocabulary_counts, "TimeSig")
-    axes[1].bar([*signatures], [*signatures.values()])
-    axes[1].set(title="time signatures", ylabel="bars")
-    axes[1].tick_params(axis="x", rotation=90)
-    for axis, kind, title, width in ((axes[2], "Tempo", "tempo marks", 3.0), (axes[3], "Velocity", "velocities", 3.6)):
-        found = _by_value(corpus, stats.vocabulary_counts, kind)
-        axis.bar([float(value) for value in found], [*found.values()], width=width)
-        axis.set(title=title, ylabel="tokens")
-    shown = stats.notes_per_bar[:65]
-    axes[4].bar(np.arange(len(shown)), shown)
-    axes[4].set(title="notes a bar (up to 64)", ylabel="bars")
-    splits = corpus.manifest["tokens"]
-    axes[5].bar([*splits], [*splits.values()])
-    axes[5].set(title="splits", ylabel="tokens")
-    figure.savefig(path, dpi=120)
-
-
-# --- Commands -----------------------------------------------------------------------------------------------------
-
-
-@click.group()
-def main() -> None:
-    """Turn folders of MIDI files into a tokenised corpus, and look into one."""
-
-
-def _limit_options(command: Any) -> Any:
-    """One option for each field of ``Limits``."""
-    for limit in reversed(fields(Limits)):
-        kind = click.IntRange(min=0) if isinstance(limit.default, int) else click.FloatRange(min=0)
-        name = f"--{limit.name.replace('_', '-')}"
-        command = click.option(name, default=limit.default, show_default=True, type=kind)(command)
-    return command
-
-
-FOLDER = click.Path(path_type=Path)
-
-
-@main.command("build")
-@click.option("--midi", "folders", multiple=True, required=True, type=FOLDER, help="Folder to search; repeatable.")
-@click.option("--out", required=True, type=FOLDER, help="Folder of the corpus, new or unfinished.")
-@click.option("--workers", default=os.cpu_count() or 1, show_default=True, type=click.IntRange(min=1))
-@click.option(
-    "--instruments", default="piano", type=click.Choice(["piano", "all"]), show_default=True, help="Tracks to keep."
-)
-@click.option("--tokenizer", help="tokenizer.json, a folder with it, or a hub id, in place of --instruments.")
-@click.option("--include", multiple=True, help="Glob over FOLDER-NAME/PATH of files to take; repeatable.")
-@click.option("--list", "listed", type=FOLDER, help="File with one FOLDER-NAME/PATH a line: take only these.")
-@click.option("--overwrite", is_flag=True, help="Replace a corpus, or an unfinished build.")
-@_limit_options
-def build_command(
-    folders: tuple[Path, ...],
-    out: Path,
-    workers: int,
-    instruments: str,
-    tokenizer: str | None,
-    include: tuple[str, ...],
-    listed: Path | None,
-    overwrite: bool,
-    **limits: Any,
-) -> None:
-    """Tokenise the MIDI files under the --midi folders; run again after an interruption, it continues."""
-    only = None
-    if listed is not None:
-        try:
-            only = frozenset(filter(None, listed.read_text(encoding="utf-8").splitlines()))
-        except (OSError, ValueError) as error:
-            raise UserError(f"--list {listed}: cannot be read ({error})") from None
-    try:
-        # what SQLite says of a full disk is no OSError
-        with in_one_line("the corpus", "the same command goes on from here", sqlite3.OperationalError):
-            summary = build(
-                folders,
-                out,
-                workers=workers,
-                tokenizer=load_tokenizer(tokenizer) if tokenizer else build_tokenizer(instruments),
-                limits=Limits(**limits),
-                include=include,
-                listed=only,
-                overwrite=overwrite,
-            )
-    except sqlite3.DatabaseError as error:
-        raise UserError(f"--out {out}: {DAMAGED} ({error}); start again with --overwrite") from None
-    for reason, number in summary.counts.items():
-        click.echo(f"{reason:30}{number:>12,}")
-    click.echo(f"{'split':30}{'pieces':>12}{'tokens':>16}")
-    for split in shards.SPLITS:
-        click.echo(f"  {split:28}{summary.pieces[split]:>12,}{summary.tokens[split]:>16,}")
-    rate = summary.read / summary.seconds
-    click.echo(f"{summary.read:,} files read in {summary.seconds:.1f} s, {rate:.1f} files/s -> {out}")
-
-
-@main.command("stats")
-@click.argument("folder", type=FOLDER)
-@click.option("--plot", "picture", type=FOLDER, help="PNG file to draw; else stats.png in the corpus.")
-def stats_command(folder: Path, picture: Path | None) -> None:
-    """Print and plot what is in a corpus, after checking every byte of it."""
-    corpus = Corpus(folder, verify=True)
-    stats = measure(corpus)
-    click.echo(describe(corpus, stats))
-    picture = picture or folder / "stats.png"
-    try:
-        plot(corpus, stats, picture)
-    except ModuleNotFoundError as error:
-        raise UserError(f"the plot needs {error.name}; install it with: pip install 'smart[track]'") from None
-    click.echo(f"drawn in {picture}")
-
-
-if __name__ == "__main__":
-    main()
