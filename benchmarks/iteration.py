@@ -43,9 +43,9 @@ from smart.model import build_model, find_base, load_base, pick_device, pick_pre
 from smart.render import RenderPool, find_soundfont
 from smart.reward import load_reward
 from smart.reward.audiobox import HUB_ID
+from smart.run import read_metrics
 from smart.sampler import Sampler
 from smart.tokens import build_tokenizer, decode, vocabulary
-from smart.track import read_metrics
 
 LAPS = ("generate", "reference", "score", "learn")  # follow each other; what else is timed overlaps (docs/metrics.md)
 PEER = Path(__file__).parent / "peers" / "grpo_trl.py"

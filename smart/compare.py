@@ -18,13 +18,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from smart import UserError, checkpoint, track
+from smart import UserError
 from smart.corpus import Corpus
 from smart.files import parse_toml
 from smart.model import find_base, load_base, pick_device, pick_precision
 from smart.prompts import draw
 from smart.render import RenderError, open_renderer
 from smart.reward import Reward
+from smart.run import CONFIG, checkpoint
 from smart.sampler import Sampler
 from smart.scoring import Scorer
 from smart.tokens import decode, load_tokenizer, vocabulary
@@ -91,7 +92,7 @@ def find_systems(texts: Sequence[str]) -> list[System]:
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / track.CONFIG).is_file()
+    return (folder / CONFIG).is_file()
 
 
 def _of_run(run: Path, which: str) -> System:
@@ -122,9 +123,9 @@ def _of_run(run: Path, which: str) -> System:
 def _setting(run: Path, section: str, key: str) -> Any:
     """One value of a run's configuration, which always holds them all."""
     try:
-        return parse_toml((run / track.CONFIG).read_text(encoding="utf-8"))[section][key]
+        return parse_toml((run / CONFIG).read_text(encoding="utf-8"))[section][key]
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"run {run}: {track.CONFIG} holds no {section}.{key} ({type(error).__name__})") from None
+        raise UserError(f"run {run}: {CONFIG} holds no {section}.{key} ({type(error).__name__})") from None
 
 
 def seed_of(seed: int, prompt: int, *sample: int) -> int:

@@ -22,7 +22,7 @@ import numpy as np
 from smart import UserError, hub
 from smart.config import Config, load
 from smart.render import check_soundfont, find_soundfont, package_of
-from smart.track import check_packages
+from smart.run import check_packages
 
 READY, MISSING, NOTE = "ready", "MISSING", "note"
 FEWEST_BYTES = 2 << 30  # of memory: the processes of the quickstart take 1.9 GiB together at most

@@ -31,17 +31,18 @@ from typing import Any, NamedTuple
 
 import click
 
-from smart import UserError, checkpoint, paper, require, track
+from smart import UserError, paper, require
 from smart.config import Config, dumps, load
 from smart.corpus import MANIFEST, Corpus
 from smart.files import hold, is_empty, parse_json, sha256, write_atomically
 from smart.model import find_base
 from smart.render import check_soundfont, find_soundfont
 from smart.reward import Reward, load_reward
+from smart.run import NEEDED, StopRequest, in_one_line, read_metrics
 
 STATE, LOGS, REPLACED = "state.json", "logs", "replaced"
 CONFIGS, PAGE = "configs", "index.html"
-NEEDED = (*track.NEEDED, "jinja2", "scipy")
+PACKAGES = (*NEEDED, "jinja2", "scipy")
 OUT = "{out}"  # in a step's words: the folder that all goes into, wherever it is
 
 
@@ -181,7 +182,7 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 
 
-def run(step: Step, out: Path, log: Path, lock: int, stop: checkpoint.StopRequest, say: str, *, again: bool) -> int:
+def run(step: Step, out: Path, log: Path, lock: int, stop: StopRequest, say: str, *, again: bool) -> int:
     """Run one step's program, with its output in ``log``; returns its exit code, or minus the signal that ended it.
 
     A request to stop is passed on as SIGINT: every program then saves what it has.
@@ -250,7 +251,7 @@ def _clock(seconds: float) -> str:
 
 def perform(steps: Sequence[Step], out: Path, book: Book, lock: int) -> None:
     """Do what is not done yet. Raises ``click.ClickException`` with the step's exit code where one fails."""
-    with checkpoint.StopRequest() as stop:
+    with StopRequest() as stop:
         for number, step in enumerate(steps, 1):
             say = f"[{number:2}/{len(steps)}] {step.name}: {step.title}"
             if book.is_done(step):
@@ -444,7 +445,7 @@ def find(
     """Everything that the steps need from outside. Raises one ``UserError`` that lists all that is missing."""
 
     def packages() -> None:
-        missing = [name for name in NEEDED if find_spec(name) is None]
+        missing = [name for name in PACKAGES if find_spec(name) is None]
         if missing:
             raise UserError(f"these packages are missing: pip install {' '.join(missing)}")
 
@@ -516,7 +517,7 @@ def read_json(path: Path) -> Any:
 
 def duration(run: Path) -> float:
     """Minutes of a run's iterations, added up."""
-    rows = track.read_metrics(run)
+    rows = read_metrics(run)
     return sum(row.get("seconds/iteration") or 0.0 for row in rows) / 60
 
 
@@ -777,7 +778,7 @@ def main(
         return
     assert found is not None
     book = Book(out)
-    with track.in_one_line("the reproduction", "the same command goes on from here"), alone(out) as lock:
+    with in_one_line("the reproduction", "the same command goes on from here"), alone(out) as lock:
         (out / CONFIGS).mkdir(exist_ok=True)
         for name, one in variants(config, str(corpus) if corpus else str(out / "corpus")).items():
             write_atomically(out / CONFIGS / f"{name}.toml", dumps(one).encode())

@@ -32,9 +32,9 @@ from smart.distributed import World
 from smart.hub import brief
 from smart.render import Renderer, RenderError
 from smart.reward import Reward, resample
+from smart.run import Stopwatch
 from smart.sampler import Rollout
 from smart.tokens import Grammar, decode, unplayable, vocabulary
-from smart.track import Stopwatch
 
 SILENT = 1e-3  # of full scale: a clip that never passes it counts as silent (clips are peak-normalised)
 MAX_BEATS = 100.0  # quarter notes after which nothing is rendered: the default of ``smart.render.score_notes``

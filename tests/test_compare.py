@@ -14,12 +14,12 @@ import torch
 from conftest import make_tiny_model
 
 from smart import UserError, compare
-from smart.checkpoint import save
 from smart.compare import Piece, System, compose, find_system, find_systems, seed_of
 from smart.grpo import token_logprobs
 from smart.model import build_model, find_base, load_base, save_base
 from smart.render import RenderError, RenderPool, score_notes
 from smart.reward import load_reward, resample
+from smart.run.checkpoint import save
 from smart.tokens import build_tokenizer, decode
 
 RATE = 22050

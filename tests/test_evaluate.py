@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from scipy import stats
 from symusic import Note, Score, Tempo, TimeSignature, Track
 
-from smart import UserError, track
+from smart import UserError
 from smart.corpus import SPLITS, ShardWriter
 from smart.corpus.piece import Limits
 from smart.evaluate import hacks, main, rate, ratings, soundfonts
@@ -25,6 +25,7 @@ from smart.evaluate.sample import read_settings
 from smart.files import hold, sha256, write_atomically
 from smart.render import RenderError, RenderPool, find_soundfont, render_notes, score_notes
 from smart.reward import Reward, load_reward, resample
+from smart.run import folder
 from smart.tokens import build_tokenizer, encode, merge_piano, save_tokenizer
 
 RATE = 16000
@@ -430,9 +431,9 @@ def test_two_processes_do_not_sample_into_one_table(tmp_path: Path) -> None:
     words += ["--workers", 1, "--device", "cpu", "--out", out]
     run(*words)
     made, parts = out.read_bytes(), tmp_path / "out.parquet.parts"
-    track.claim(parts, read_settings(out)["settings"])
+    folder.claim(parts, read_settings(out)["settings"])
     assert "nothing was drawn" in run(*words).output and not parts.exists()  # left by a kill at the very end
-    track.claim(parts, read_settings(out)["settings"])
+    folder.claim(parts, read_settings(out)["settings"])
     out.unlink()
     with hold(parts):
         assert "another process is working in it" in run(*words, code=2).output

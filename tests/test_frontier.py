@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from smart import UserError
-from smart.checkpoint import save
 from smart.config import dumps, load
 from smart.evaluate import frontier
 from smart.evaluate.frontier import (
@@ -34,6 +33,7 @@ from smart.evaluate.frontier import (
 from smart.files import hold
 from smart.grpo import token_logprobs
 from smart.model import load_base, save_base
+from smart.run.checkpoint import save
 
 
 def test_the_weights_of_order_statistics_worked_by_hand() -> None:

@@ -274,7 +274,7 @@ def test_what_the_base_writes_becomes_a_corpus_and_survives_a_kill(tmp_path: Pat
 def test_a_kill_while_the_first_file_is_written_leaves_nothing_in_the_way(tmp_path: Path) -> None:
     """What an atomic write leaves beside its target is no other's folder: here, in a claimed folder, in a corpus."""
     from smart.corpus.build import _check_out
-    from smart.track import claim
+    from smart.run import claim
 
     for name, begin in (("state.json", Book), ("settings.json", lambda out: claim(out, {"n": 1}))):
         out = tmp_path / name

@@ -22,10 +22,10 @@ from smart.model import build_model
 from smart.prompts import draw
 from smart.render import RenderError, RenderPool, load_soundfont, played_notes, render_notes, score_notes
 from smart.reward import Reward, load_reward, resample
+from smart.run import Stopwatch
 from smart.sampler import Rollout, Sampler
 from smart.scoring import Horizon, Rated, Scorer, completion_metrics
 from smart.tokens import build_grammar, build_tokenizer, decode, vocabulary
-from smart.track import Stopwatch
 
 RATE = 22050
 

@@ -36,8 +36,8 @@ from smart.corpus.piece import Limits, Piece
 from smart.corpus.readers import Pool
 from smart.corpus.shards import DTYPE, FORMAT, MANIFEST, SHARD_TOKENS, SPLITS, ShardWriter
 from smart.files import hold, is_leftover, sha256, write_atomically
+from smart.run import progress
 from smart.tokens import FILE_NAME, build_tokenizer, save_tokenizer
-from smart.track import progress
 
 EXTENSIONS = (".mid", ".midi")
 TEST_SHARE, VALIDATION_SHARE = 0.1, 0.1  # of all pieces; of those that are not test (paper section 3.1)

@@ -13,8 +13,8 @@ from smart.corpus.build import DAMAGED, build
 from smart.corpus.piece import Limits
 from smart.corpus.shards import SPLITS, Corpus
 from smart.corpus.stats import describe, measure, plot
+from smart.run import in_one_line
 from smart.tokens import build_tokenizer, load_tokenizer
-from smart.track import in_one_line
 
 
 @click.group()

@@ -32,7 +32,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from smart import UserError, checkpoint, diversity, plots, require, track
+from smart import UserError, diversity, plots, require
 from smart.compare import BLOCK, Piece, System, compose, find_system
 from smart.config import Config, load, to_dict
 from smart.evaluate.sample import is_whole
@@ -42,6 +42,7 @@ from smart.guard import Judge, collapsed, variety
 from smart.model import load_base, pick_device
 from smart.render import RenderError, check_soundfont, find_soundfont
 from smart.reward import Reward, load_reward
+from smart.run import CONFIG, alone, changes, checkpoint, claim, in_one_line, progress
 from smart.tokens import decode, load_tokenizer, vocabulary
 
 Floats = npt.NDArray[np.float64]
@@ -464,13 +465,13 @@ def find_settings(runs: Sequence[Path]) -> list[Config]:
     """Each run's configuration. Raises ``UserError`` where they differ in what must be alike to be compared."""
     configs: list[Config] = []
     for run in runs:
-        if not (run / track.CONFIG).is_file():
-            raise UserError(f"{run}: expected the folder of a tuning run, with {track.CONFIG}")
-        configs.append(load(run / track.CONFIG))
+        if not (run / CONFIG).is_file():
+            raise UserError(f"{run}: expected the folder of a tuning run, with {CONFIG}")
+        configs.append(load(run / CONFIG))
     wanted = ("model", "prompts", "sampling", "render", "reward")
     first, *others = [{name: to_dict(config)[name] for name in wanted} for config in configs]
     for run, other in zip(runs[1:], others, strict=True):
-        apart = track.changes(first, other, but=("render.workers", "render.deadline", "prompts.split"))
+        apart = changes(first, other, but=("render.workers", "render.deadline", "prompts.split"))
         if apart:
             raise UserError(f"{run} cannot be compared with {runs[0]}: {'; '.join(apart)}")
     return configs
@@ -495,7 +496,7 @@ def main(**given: Any) -> None:
 
     The same command goes on after an interruption.
     """
-    with track.in_one_line("the report", "the same command goes on from here", RenderError):
+    with in_one_line("the report", "the same command goes on from here", RenderError):
         report(**given)
 
 
@@ -552,7 +553,7 @@ def report(
     network, tokenizer = load_base(base.model, device=where)
     setting = Setting(config, rates, other_rates, prompts, seed, device)
     models = [base, *itertools.chain(*systems)]
-    track.claim(
+    claim(
         out,
         {
             "models": {model.name: sha256(model.model / "model.safetensors") for model in models},
@@ -570,7 +571,7 @@ def report(
     )
     many = max(best_of, samples)
     rows = resample(prompts, seed)
-    with track.alone(out), track.progress(total=prompts * (many + samples * (len(models) - 1)), unit="piece") as bar:
+    with alone(out), progress(total=prompts * (many + samples * (len(models) - 1)), unit="piece") as bar:
         drawn = draw(base, many, setting, out / "pieces" / "base", network, bar)
         few = Drawn(
             [tokens for place, tokens in enumerate(drawn.tokens) if place % many < samples],

@@ -26,7 +26,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from smart import UserError, plots, require, track
+from smart import UserError, plots, require
 from smart.compare import compose, find_system
 from smart.evaluate.ratings import (
     Audio,
@@ -55,6 +55,7 @@ from smart.render import (
     score_notes,
     short_name,
 )
+from smart.run import check_packages, progress
 
 Ratings = dict[str, npt.NDArray[np.float64]]  # column -> (pieces,)
 
@@ -219,9 +220,7 @@ def written_by(model: str, count: int, seed: int, soundfont: Path, device: str) 
     pieces = compose(
         [find_system(model)], count=count, seed=seed, soundfont=soundfont, seconds=0.1, device=device, batch=count
     )
-    return {
-        f"{model}, prompt {piece.prompt}": piece.score for piece in track.progress(pieces, total=count, unit="piece")
-    }
+    return {f"{model}, prompt {piece.prompt}": piece.score for piece in progress(pieces, total=count, unit="piece")}
 
 
 @click.command()
@@ -271,7 +270,7 @@ def main(
         fonts,
         lambda: load_rewards(kinds, options, device),
         lambda: {str(path): read_score(path) for path in files},
-        track.check_packages,
+        check_packages,
     )
     announce(rewards)
     settings = {

@@ -37,10 +37,10 @@ from smart.evaluate.ratings import (
     with_interval,
     writing,
 )
-from smart.render import RenderError, RenderPool, check_soundfont, find_soundfont, score_notes
+from smart.render import RenderError, RenderPool, check_soundfont, find_soundfont, read_audio, score_notes
 from smart.reward import Reward
 from smart.reward.audiobox import HUB_ID
-from smart.track import progress, read_audio
+from smart.run import progress
 
 WINDOW_SECONDS = 10
 SILENCE, NOISE = "silence", "white noise"

@@ -23,7 +23,7 @@ from smart.files import is_empty, write_atomically
 from smart.model import pick_device
 from smart.render import RenderError, RenderPool
 from smart.reward import Reward, load_reward, read_options, resample
-from smart.track import progress
+from smart.run import progress
 
 Audio = npt.NDArray[np.float32]
 Row = dict[str, Any]

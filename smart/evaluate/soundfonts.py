@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from smart import UserError, paper, plots, require, track
+from smart import UserError, paper, plots, require
 from smart.corpus import SPLITS, Corpus
 from smart.evaluate import statistics
 from smart.evaluate.ratings import (
@@ -40,6 +40,7 @@ from smart.evaluate.ratings import (
 )
 from smart.files import sha256
 from smart.render import RenderPool, check_soundfont, find_soundfont, short_name
+from smart.run import check_packages
 from smart.tokens import decode
 
 Ratings = npt.NDArray[np.float64]
@@ -174,7 +175,7 @@ def main(
         return {str(path): read_score(path) for path in midi}
 
     fonts, rewards, scores, _ = require(
-        lambda: find_fonts(names), lambda: load_rewards(kinds, options, device), pieces, track.check_packages
+        lambda: find_fonts(names), lambda: load_rewards(kinds, options, device), pieces, check_packages
     )
     announce(rewards)
     settings = {

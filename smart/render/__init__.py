@@ -7,6 +7,7 @@
 import os
 from typing import TYPE_CHECKING
 
+from smart.render.audio import load_soundfile, read_audio, write_midi, write_wav
 from smart.render.notes import NOTE_COLUMNS, Notes, check_notes, played_notes, score_notes
 from smart.render.pool import Renderer, RenderPool
 from smart.render.soundfonts import available_soundfonts, check_soundfont, find_soundfont, package_of, short_name
@@ -28,13 +29,17 @@ __all__ = [
     "check_notes",
     "check_soundfont",
     "find_soundfont",
+    "load_soundfile",
     "load_soundfont",
     "open_renderer",
     "package_of",
     "played_notes",
+    "read_audio",
     "render_notes",
     "score_notes",
     "short_name",
+    "write_midi",
+    "write_wav",
 ]
 
 

@@ -21,10 +21,10 @@ from scipy import stats
 
 from smart import UserError, plots
 from smart.files import write_atomically
+from smart.run import progress
 from smart.study.mixed import Array, Fit, Term, fit, minimise, profile_interval, simulate
 from smart.study.ordinal import OrdinalFit, fit_ordinal
 from smart.study.ratings import HIGH, LOW, Excluded, Rating, Rules, exclude, read_ratings, read_study
-from smart.track import progress
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}
 body{color:#111;background:#fff}table{border-collapse:collapse;margin:.5rem 0 1rem}

@@ -29,11 +29,11 @@ import numpy.typing as npt
 
 from smart import UserError
 from smart.files import hold, sha256, sync, write_atomically
-from smart.render import check_soundfont, find_soundfont
+from smart.render import check_soundfont, find_soundfont, write_wav
+from smart.run import progress
 from smart.study import loudness
 from smart.study.folder import AUDIO, CHECK, CONSENT, FORMAT, KEY, KEY_COLUMNS, Design, write_csv, write_design
 from smart.study.power import Population, Power, simulate_power
-from smart.track import progress, write_wav
 
 if TYPE_CHECKING:  # it imports torch, which a folder of WAV files does not need
     from smart.compare import System

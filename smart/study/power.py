@@ -19,8 +19,8 @@ import numpy as np
 from scipy import stats
 
 from smart import UserError, plots
+from smart.run import progress
 from smart.study.mixed import Array, Problem, Term, fit
-from smart.track import progress
 
 
 @dataclass(frozen=True)

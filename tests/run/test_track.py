@@ -1,4 +1,4 @@
-"""smart.track: a run's files, and cutting them back to a step."""
+"""smart.run: a run's files, and cutting them back to a step."""
 
 import json
 import math
@@ -15,7 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from smart import UserError
 from smart.plots import curves, timeline
-from smart.track import Stopwatch, Tracker, claim, prepare, read_audio, read_metrics, run_command, summarise, write_wav
+from smart.render import read_audio, write_wav
+from smart.run import Stopwatch, Tracker, claim, prepare, read_metrics, run_command, summarise
 
 CONFIG = '[run]\nname = "a"\n\n[grpo]\nbeta = 0.04\n\n[render]\nworkers = 2\n'
 

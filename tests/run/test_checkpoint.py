@@ -1,4 +1,4 @@
-"""smart.checkpoint: what was saved comes back, whatever happened to the newest copy."""
+"""smart.run.checkpoint: what was saved comes back, whatever happened to the newest copy."""
 
 import json
 import os
@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from smart import UserError, checkpoint
+from smart import UserError
 from smart.files import replace_files, sha256, write_atomically
+from smart.run import StopRequest, checkpoint
 
 
 def write_text(text: str) -> Any:
@@ -189,7 +190,7 @@ def test_killed_while_writing(tmp_path: Path) -> None:
     """SIGKILL at many instants of an endless series of saves: the newest checkpoint is always whole."""
     code = """
 import sys, pathlib
-from smart import checkpoint
+from smart.run import checkpoint
 root, step = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 while True:
     step += 1
@@ -339,17 +340,17 @@ def test_first_signal_asks_second_interrupts() -> None:
     hung_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
     try:
         for number in (signal.SIGHUP, signal.SIGINT):
-            with checkpoint.StopRequest() as stop:
+            with StopRequest() as stop:
                 os.kill(os.getpid(), number)
                 assert stop.requested == number
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        with checkpoint.StopRequest() as stop:
+        with StopRequest() as stop:
             os.kill(os.getpid(), signal.SIGHUP)
             assert not stop.requested
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, hung_up)
-    with checkpoint.StopRequest() as stop:
+    with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):
