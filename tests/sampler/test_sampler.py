@@ -224,7 +224,7 @@ def test_ended_rows_that_wait_for_the_next_look(model: Phi3ForCausalLM, monkeypa
     options: dict[str, Any] = {"max_new_tokens": 40, "group_size": 8}
     expected = sampler.sample(random_prompts([3, 4, 2]), generator=seeded(10), **options)
     for steps in (7, 100):
-        monkeypatch.setattr("smart.sampler.STEPS_PER_LOOK", {"cpu": steps})
+        monkeypatch.setattr("smart.sampler.eager.STEPS_PER_LOOK", {"cpu": steps})
         rollout = sampler.sample(random_prompts([3, 4, 2]), generator=seeded(10), **options)
         assert torch.equal(rollout.tokens, expected.tokens)
         assert torch.equal(rollout.mask, expected.mask)
@@ -332,9 +332,9 @@ def test_optimiser_step_is_seen_at_once() -> None:
 
 def test_weights_are_read_in_place(model: Phi3ForCausalLM) -> None:
     """In the parameters' own dtype nothing of their size is allocated."""
-    from smart.sampler import _read
+    from smart.sampler.network import read_network
 
-    net = _read(model, torch.float32)
+    net = read_network(model, torch.float32)
     own = {parameter.data_ptr() for parameter in model.parameters()}
     used = [net.embedding, net.norm, net.head, *(w for layer in net.layers for w in layer)]
     assert {w.data_ptr() for w in used} == own
@@ -413,15 +413,15 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         captures.append(1)
         return step
 
-    monkeypatch.setattr("smart.sampler.GRAPH_DEVICES", {"cpu"})
-    monkeypatch.setattr("smart.sampler._capture", capture)
+    monkeypatch.setattr("smart.sampler.sample.GRAPH_DEVICES", {"cpu"})
+    monkeypatch.setattr("smart.sampler.graph._capture", capture)
     return captures
 
 
 def stepwise(model: Any, prompts: Tensor, **options: Any) -> Rollout:
     """The same by the path that runs everywhere."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("smart.sampler.GRAPH_DEVICES", set())
+        patch.setattr("smart.sampler.sample.GRAPH_DEVICES", set())
         dtype = options.pop("dtype", None)
         eos = options.pop("eos_id", EOS)
         return Sampler(model, pad_id=PAD, eos_id=eos, dtype=dtype).sample(prompts, **options)
@@ -526,7 +526,7 @@ def test_a_step_could_be_captured(
     captured: list[int], filters: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It reads no number from the device, brings none there, and leaves everything where it was."""
-    from smart.sampler import _weights
+    from smart.sampler.network import weights_of
 
     sampler = Sampler(MUSICIANS[1], pad_id=PAD, eos_id=EOS, dtype=torch.bfloat16)
     watched: list[Any] = []
@@ -539,7 +539,7 @@ def test_a_step_could_be_captured(
 
         return watched_step
 
-    monkeypatch.setattr("smart.sampler._capture", capture)
+    monkeypatch.setattr("smart.sampler.graph._capture", capture)
     sampler.sample(torch.tensor([[PAD, BOS], [21, 30]]), max_new_tokens=3, grammar=GRAMMAR, **filters)
     assert len(watched) == 3 and watched[0] == watched[1] == watched[2]
     for name in ("_local_scalar_dense", "nonzero", "masked_select", "scalar_tensor", "where.Scalar", "lift_fresh",
@@ -549,7 +549,7 @@ def test_a_step_could_be_captured(
 
     def addresses() -> list[int]:
         slots = graph.slots
-        parts = [*_weights(slots.net), *(part for pair in slots.cache for part in pair), *(slots.stand or ())]
+        parts = [*weights_of(slots.net), *(part for pair in slots.cache for part in pair), *(slots.stand or ())]
         return [part.data_ptr() for part in (*parts, *(part for part in slots if isinstance(part, Tensor)))]
 
     before = addresses()
@@ -572,8 +572,8 @@ def test_without_a_graph_it_goes_on_step_by_step(
         step()
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    monkeypatch.setattr("smart.sampler.GRAPH_DEVICES", {"cpu"})
-    monkeypatch.setattr("smart.sampler._capture", refuse)
+    monkeypatch.setattr("smart.sampler.sample.GRAPH_DEVICES", {"cpu"})
+    monkeypatch.setattr("smart.sampler.graph._capture", refuse)
     sampler = Sampler(model, pad_id=PAD, eos_id=EOS)
     prompts = random_prompts([3, 5])
     for _ in range(2):
@@ -828,7 +828,7 @@ def test_under_a_grammar_an_ended_row_changes_no_other(monkeypatch: pytest.Monke
     options: dict[str, Any] = {"max_new_tokens": 60, "group_size": 8, "grammar": GRAMMAR}
     endless = Sampler(musician, pad_id=PAD, eos_id=None).sample(prompts, generator=seeded(33), **options)
     for steps in (1, 7, 100):
-        monkeypatch.setattr("smart.sampler.STEPS_PER_LOOK", {"cpu": steps})
+        monkeypatch.setattr("smart.sampler.eager.STEPS_PER_LOOK", {"cpu": steps})
         ended = Sampler(musician, pad_id=PAD, eos_id=EOS).sample(prompts, generator=seeded(33), **options)
         counts = ended.mask.sum(1)
         assert len(counts.unique()) > 2
