@@ -23,16 +23,15 @@ import torch
 from symusic.core import NoteTick, ScoreTick, TempoTick, TimeSignatureTick, TrackTick
 
 from smart import UserError, require
-from smart.compare import find_system
 from smart.corpus.piece import Limits
 from smart.corpus.readers import Pool
 from smart.files import sha256, write_atomically
 from smart.model import load_base, pick_device
 from smart.render import RenderError, RenderPool, check_soundfont, find_soundfont, score_notes, write_midi, write_wav
 from smart.reward import Reward, load_reward, read_options
+from smart.rollout import Scorer, find_system
 from smart.run import alone, check_packages, claim, in_one_line, progress
 from smart.sampler import Sampler
-from smart.scoring import Scorer
 from smart.tokens import Grammar, Vocabulary, build_grammar, decode, unplayable, vocabulary
 
 WINDOW = 512  # tokens that the model sees at once: the crops that bases are trained on (paper section 3.1)

@@ -55,6 +55,7 @@ from smart.prompts import Pieces, draw
 from smart.render import check_soundfont, find_soundfont, open_renderer
 from smart.render.bank_pool import BankPool
 from smart.reward import Reward, load_reward
+from smart.rollout import Clips, Scorer, completion_metrics, gather_rollout, together
 from smart.run import (
     CONFIG,
     Onlooker,
@@ -69,7 +70,6 @@ from smart.run import (
     summarise,
 )
 from smart.sampler import Rollout, Sampler
-from smart.scoring import Clips, Scorer, completion_metrics, gather_rollout, together
 from smart.tokens import build_grammar, decode, vocabulary
 from smart.workers import usable_cores
 

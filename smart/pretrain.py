@@ -36,9 +36,9 @@ from smart.model import build_model, load_base, pick_device, pick_precision, sav
 from smart.plots import curves
 from smart.prompts import Pieces, draw
 from smart.render import Renderer, RenderError, check_soundfont, find_soundfont, open_renderer
+from smart.rollout import SILENT, completion_metrics
 from smart.run import CONFIG, StopRequest, Tracker, check_packages, checkpoint, prepare, progress, run_command
 from smart.sampler import Sampler
-from smart.scoring import SILENT, completion_metrics
 from smart.tokens import Vocabulary, build_grammar, decode, vocabulary
 
 

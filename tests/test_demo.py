@@ -23,12 +23,12 @@ from click.testing import CliRunner
 from conftest import HOSTILE, Demo
 from symusic import Note, Score, Track
 
-from smart.compare import Piece, System, compose, find_system
 from smart.config import Config, dumps
 from smart.demo import main
 from smart.demo.page import Page, Section, quantise, rate
 from smart.render import score_notes
 from smart.reward import load_reward, resample
+from smart.rollout import Piece, System, compose, find_system
 
 RATE, COUNT = 22050, 2
 

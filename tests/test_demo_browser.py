@@ -276,7 +276,7 @@ def test_every_control_has_a_name(page: Any) -> None:
 
 
 def test_what_failed_or_is_silent_can_be_looked_at(browser: Any, tmp_path: Path) -> None:
-    from smart.compare import System
+    from smart.rollout import System
 
     systems = [System(name, Path(name), None, None) for name in ("one", "two")]
     made = Page(load_reward("ce_proxy"), 22050)

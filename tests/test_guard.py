@@ -18,8 +18,8 @@ from smart.guard import COMPLETIONS, Guard, HeldOut, Judge, Measured, alikeness,
 from smart.prompts import draw
 from smart.render import RenderPool, find_soundfont
 from smart.reward import Reward, load_reward
+from smart.rollout import Scorer
 from smart.sampler import Rollout, Sampler
-from smart.scoring import Scorer
 from smart.tokens import vocabulary
 
 NAN = math.nan

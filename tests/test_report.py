@@ -21,7 +21,6 @@ from scipy import stats
 from symusic import Note, Score, Tempo, TimeSignature, Track
 
 from smart import UserError, plots
-from smart.compare import Piece
 from smart.diversity import vendi_score
 from smart.evaluate import main
 from smart.evaluate.report import Sample, compare, diversity, interval, read, verdict
@@ -29,6 +28,7 @@ from smart.evaluate.sample import METADATA, finish, read_settings, row, schema
 from smart.evaluate.statistics import Estimate, holm, jackknife, mean, paired
 from smart.features import FEATURES, midi_features
 from smart.model import save_base
+from smart.rollout import Piece
 from smart.tokens import build_tokenizer, decode, encode, save_tokenizer
 
 TOKENIZER = build_tokenizer()

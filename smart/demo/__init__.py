@@ -14,13 +14,13 @@ from typing import Any
 import click
 
 from smart import UserError, require
-from smart.compare import System, compose, find_system
 from smart.demo.page import Page, Section
 from smart.files import parse_toml, sha256, write_atomically
 from smart.model import pick_device
 from smart.prompts import KINDS
 from smart.render import RenderError, check_soundfont, find_soundfont
 from smart.reward import load_reward, read_options
+from smart.rollout import System, compose, find_system
 from smart.run import CONFIG, check_packages, in_one_line, progress
 from smart.run.checkpoint import steps
 from smart.tokens import load_tokenizer

@@ -33,7 +33,6 @@ import pyarrow.parquet as pq
 import torch
 
 from smart import UserError, diversity, plots, require
-from smart.compare import BLOCK, Piece, System, compose, find_system
 from smart.config import Config, load, to_dict
 from smart.evaluate.sample import is_whole
 from smart.evaluate.statistics import RESAMPLES, Estimate, jackknife
@@ -42,6 +41,7 @@ from smart.guard import Judge, collapsed, variety
 from smart.model import load_base, pick_device
 from smart.render import RenderError, check_soundfont, find_soundfont
 from smart.reward import Reward, load_reward
+from smart.rollout import BLOCK, Piece, System, compose, find_system
 from smart.run import CONFIG, alone, changes, checkpoint, claim, in_one_line, progress
 from smart.tokens import decode, load_tokenizer, vocabulary
 

@@ -27,7 +27,6 @@ import numpy as np
 import numpy.typing as npt
 
 from smart import UserError, plots, require
-from smart.compare import compose, find_system
 from smart.evaluate.ratings import (
     Audio,
     Kept,
@@ -55,6 +54,7 @@ from smart.render import (
     score_notes,
     short_name,
 )
+from smart.rollout import compose, find_system
 from smart.run import check_packages, progress
 
 Ratings = dict[str, npt.NDArray[np.float64]]  # column -> (pieces,)

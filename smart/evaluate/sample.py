@@ -21,7 +21,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from smart import UserError, require
-from smart.compare import BLOCK, Piece, System, compose, find_systems
 from smart.corpus import MANIFEST, SPLITS, Corpus
 from smart.diversity import audio_vector
 from smart.evaluate.ratings import load_rewards, reward_options
@@ -31,8 +30,8 @@ from smart.model import pick_device
 from smart.prompts import KINDS
 from smart.render import RenderError, check_soundfont, find_soundfont, write_midi, write_wav
 from smart.reward import Reward
+from smart.rollout import BLOCK, SILENT, Piece, System, compose, find_systems
 from smart.run import alone, changes, claim, in_one_line, progress
-from smart.scoring import SILENT
 from smart.tokens import FILE_NAME
 
 METADATA = b"smart"

@@ -36,7 +36,7 @@ from smart.study.folder import AUDIO, CHECK, CONSENT, FORMAT, KEY, KEY_COLUMNS, 
 from smart.study.power import Population, Power, simulate_power
 
 if TYPE_CHECKING:  # it imports torch, which a folder of WAV files does not need
-    from smart.compare import System
+    from smart.rollout import System
 
 QUESTION = "How much do you enjoy this audio? Rate from 1 to 10."  # the paper's
 LOW, HIGH = "not at all", "very much"
@@ -72,7 +72,7 @@ def recordings(text: str) -> Recordings | None:
 
 
 def find_model(text: str) -> "System":
-    from smart.compare import find_system
+    from smart.rollout import find_system
 
     return find_system(text)
 
@@ -288,7 +288,7 @@ def fill(work: Work, systems: Sequence["Recordings | System"], design: Design, o
     first = next((i for i in range(wanted) if not all(work.path(n, i).exists() for n in models.values())), wanted)
     if first == wanted:
         return
-    from smart.compare import compose
+    from smart.rollout import compose
 
     pieces = compose(
         [system for system in systems if not isinstance(system, Recordings)], count=wanted - first, first=first,
@@ -311,7 +311,7 @@ def build(
 ) -> list[str]:
     """Make the study's folder ``out``; returns what the person who builds it should know.
 
-    ``target``: LUFS; ``studies``: how many are simulated for the power; ``options`` go to ``smart.compare.compose``.
+    ``target``: LUFS; ``studies``: how many are simulated for the power; ``options`` go to ``smart.rollout.compose``.
     """
     sources = {each.name: str(origin(each).resolve()) for each in systems}
     settings = {"target": target, "sources": sources} | {name: getattr(design, name) for name in SETTINGS}

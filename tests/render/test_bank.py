@@ -16,8 +16,8 @@ from smart.render.bank import NoteBank
 from smart.render.bank_pool import BankPool
 from smart.render.regions import read_regions, write_variant
 from smart.reward import load_reward, resample
+from smart.rollout import Scorer
 from smart.sampler import Rollout
-from smart.scoring import Scorer
 
 RATE, SECONDS = 22050, 3.0
 DRUMS = 1

@@ -13,35 +13,24 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import click
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from smart import UserError
 from smart.corpus import Corpus
-from smart.files import parse_toml
-from smart.model import find_base, load_base, pick_device, pick_precision
+from smart.model import load_base, pick_device, pick_precision
 from smart.prompts import draw
 from smart.render import RenderError, open_renderer
 from smart.reward import Reward
-from smart.run import CONFIG, checkpoint
+from smart.rollout.scorer import Scorer
+from smart.rollout.systems import System
 from smart.sampler import Sampler
-from smart.scoring import Scorer
 from smart.tokens import decode, load_tokenizer, vocabulary
 from smart.workers import usable_cores
 
 Audio = npt.NDArray[np.float32]  # (2, S)
 BLOCK = 64  # prompts that are drawn together
-
-
-class System(NamedTuple):
-    """A model that is compared, and the name that tables show."""
-
-    name: str
-    model: Path  # folder in the form of a base
-    run: Path | None  # the run that it belongs to, if any
-    step: int | None  # of the run: 0 is the base; None where there is no run, or it has no steps of tuning
 
 
 class Piece(NamedTuple):
@@ -58,74 +47,6 @@ class Piece(NamedTuple):
     logprobs: float  # of the completion's tokens in the distribution that they were drawn from, summed
     length: int  # tokens of the completion
     sample: int = 0  # number of the completion, where a prompt has several
-
-
-def find_system(text: str) -> System:
-    """A system by its name: a run's folder, or a base (folder, shipped name, or hub id).
-
-    A run is its tuned model, or the base that a pretraining made, or, while unfinished, its newest checkpoint, which is
-    said on stderr. RUN@base is the base that it started from (or made), RUN@STEP a checkpoint. NAME=TEXT gives the
-    name that tables show; else it is the folder's. Raises ``UserError`` where there is no such model.
-    """
-    name, separator, rest = text.partition("=")
-    if separator and name and not set(name) & set("/@"):
-        return find_system(rest)._replace(name=name)
-    path, _, which = text.rpartition("@")
-    if path and _is_run(Path(path)):
-        return _of_run(Path(path), which)
-    if _is_run(Path(text)):
-        return _of_run(Path(text), "")
-    folder = find_base(text)
-    return System(Path(text).name or folder.name, folder, None, None)
-
-
-def find_systems(texts: Sequence[str]) -> list[System]:
-    """``find_system`` of each. Raises ``UserError`` where two have one name, or there is none."""
-    systems = [find_system(text) for text in texts]
-    if not systems:
-        raise UserError("no model was given; expected a run, a base's folder or a shipped name")
-    names = [system.name for system in systems]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"two models are called {name!r}; give one another name, as in {name}-2=PATH")
-    return systems
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / CONFIG).is_file()
-
-
-def _of_run(run: Path, which: str) -> System:
-    name = run.resolve().name + (f"@{which}" if which else "")
-    checkpoints = run / "checkpoints"
-    if which == "base":
-        folder = run / "base" if (run / "base").is_dir() else find_base(_setting(run, "model", "base"))
-        return System(name, folder, run, 0)
-    if which:
-        steps = checkpoint.steps(checkpoints)
-        if not which.isdecimal() or int(which) not in steps:
-            known = ", ".join(map(str, steps)) or "none"
-            raise UserError(f"{run}@{which}: expected {run}@base or a checkpoint's step; this run has {known}")
-        folder = checkpoints / f"{int(which):08d}"
-        checkpoint.verify(folder)
-        return System(name, folder, run, int(which))
-    if (run / "tuned" / "model.safetensors").is_file():  # it is written last
-        return System(name, find_base(str(run / "tuned")), run, _setting(run, "grpo", "iterations"))
-    if (run / "base").is_dir():
-        return System(name, find_base(str(run / "base")), run, None)
-    newest = checkpoint.latest(checkpoints)
-    if newest is None:
-        raise UserError(f"{run}: this run has made no model yet")
-    click.echo(f"{run} is not finished: its checkpoint {newest.name} is used", err=True)
-    return System(name, newest, run, int(newest.name))
-
-
-def _setting(run: Path, section: str, key: str) -> Any:
-    """One value of a run's configuration, which always holds them all."""
-    try:
-        return parse_toml((run / CONFIG).read_text(encoding="utf-8"))[section][key]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"run {run}: {CONFIG} holds no {section}.{key} ({type(error).__name__})") from None
 
 
 def seed_of(seed: int, prompt: int, *sample: int) -> int:
@@ -170,7 +91,7 @@ def compose(
 
     ``samples`` completions of each prompt; the first one is that of ``samples`` = 1. They come block by block of
     ``batch`` pieces, within a block system by system, within a system by prompt, then by sample.
-    Rendering overlaps with drawing as in training (``smart.scoring``); a block is rated while workers render the next.
+    Rendering overlaps with drawing as in training (``smart.rollout``); a block is rated while workers render the next.
 
     A block is always drawn whole, also where a part of it was asked for, since rounding depends on how many rows are
     multiplied at once: so tokens and audio of a prompt are the same, bit for bit, in any slice of the same ``batch``.

@@ -1,4 +1,4 @@
-"""smart.scoring: completions to rewards through the real renderer, and clips that fail."""
+"""smart.rollout: completions to rewards through the real renderer, and clips that fail."""
 
 import gc
 import math
@@ -22,9 +22,9 @@ from smart.model import build_model
 from smart.prompts import draw
 from smart.render import RenderError, RenderPool, load_soundfont, played_notes, render_notes, score_notes
 from smart.reward import Reward, load_reward, resample
+from smart.rollout import Horizon, Rated, Scorer, completion_metrics
 from smart.run import Stopwatch
 from smart.sampler import Rollout, Sampler
-from smart.scoring import Horizon, Rated, Scorer, completion_metrics
 from smart.tokens import build_grammar, build_tokenizer, decode, vocabulary
 
 RATE = 22050
@@ -174,7 +174,7 @@ def test_a_reward_that_hangs_ends_the_process_in_one_line() -> None:
 import time, torch, numpy as np
 from concurrent.futures import Future
 from smart.reward import Reward
-from smart.scoring import Scorer
+from smart.rollout import Scorer
 from smart.tokens import build_tokenizer
 class Hangs(Reward):
     axes, sample_rate = ("X",), 16000
@@ -196,7 +196,7 @@ print("not reached")
 
 
 def test_a_reward_that_hangs_ends_the_process_though_nobody_listens() -> None:
-    code = "import time; from smart.scoring import _within\nwith _within(0.3, 'it'): time.sleep(30)"
+    code = "import time; from smart.rollout.scorer import _within\nwith _within(0.3, 'it'): time.sleep(30)"
     reading, writing = os.pipe()
     with subprocess.Popen([sys.executable, "-c", code], stderr=writing) as process:
         os.close(reading)
@@ -206,7 +206,7 @@ def test_a_reward_that_hangs_ends_the_process_though_nobody_listens() -> None:
 
 PAUSED = """
 import time
-from smart.scoring import _within
+from smart.rollout.scorer import _within
 with _within(3.0, "a reward"):
     print("begun", flush=True)
     end = time.process_time() + 0.5  # of its own time

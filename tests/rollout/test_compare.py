@@ -1,4 +1,4 @@
-"""smart.compare: the same prompts and random numbers for every system, in any slice; what a system's name means."""
+"""smart.rollout: the same prompts and random numbers for every system, in any slice; what a system's name means."""
 
 import gc
 import math
@@ -13,12 +13,12 @@ import pytest
 import torch
 from conftest import make_tiny_model
 
-from smart import UserError, compare
-from smart.compare import Piece, System, compose, find_system, find_systems, seed_of
+from smart import UserError
 from smart.grpo import token_logprobs
 from smart.model import build_model, find_base, load_base, save_base
 from smart.render import RenderError, RenderPool, score_notes
 from smart.reward import load_reward, resample
+from smart.rollout import Piece, System, compare, compose, find_system, find_systems, seed_of
 from smart.run.checkpoint import save
 from smart.tokens import build_tokenizer, decode
 
@@ -168,7 +168,7 @@ def test_a_clip_that_fails_is_kept_without_audio_and_score(
 def test_rendering_overlaps_with_drawing(systems: list[System], monkeypatch: pytest.MonkeyPatch) -> None:
     """No block waits for its clips before the next has been drawn."""
     happened: list[str] = []
-    import smart.compare as room
+    import smart.rollout.compare as room
 
     draw, pieces = room._draw, room._pieces
 
