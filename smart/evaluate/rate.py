@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from smart import UserError, paper, plots, require
+from smart import UserError, plots, require
 from smart.evaluate.ratings import (
     MIDI,
     Audio,
@@ -37,6 +37,7 @@ from smart.evaluate.ratings import (
     with_interval,
     writing,
 )
+from smart.published import AXES, TABLE_1, tolerance
 from smart.render import RenderError, RenderPool, check_soundfont, find_soundfont, read_audio, score_notes
 from smart.reward import Reward
 from smart.reward.audiobox import HUB_ID
@@ -46,8 +47,8 @@ WINDOW_SECONDS = 10
 SILENCE, NOISE = "silence", "white noise"
 BUILT_IN_RATE = 16000  # Hz of the two rows
 NOISE_LEVEL = 0.1  # standard deviation
-PAPER = {name: dict(zip(paper.AXES, paper.TABLE_1[name], strict=True)) for name in (SILENCE, NOISE)}
-TOLERANCE = {name: paper.tolerance(name) for name in PAPER}
+PAPER = {name: dict(zip(AXES, TABLE_1[name], strict=True)) for name in (SILENCE, NOISE)}
+TOLERANCE = {name: tolerance(name) for name in PAPER}
 
 
 class Unreadable(NamedTuple):

@@ -1,4 +1,4 @@
-"""Batches of completions: rendered while they are written, rated, and gathered over processes; comparisons of systems."""
+"""Batches of completions: rendered while they are written, rated, gathered over processes; comparisons of systems."""
 
 from smart.rollout.compare import BLOCK, Piece, compose, seed_of
 from smart.rollout.gather import gather_rollout, together

@@ -14,11 +14,14 @@ from typing import Any
 import click
 import pytest
 
-from smart import UserError, paper, reproduce
+from smart import UserError, published
 from smart.config import load, to_dict
 from smart.corpus import Corpus
 from smart.files import hold, sha256
-from smart.reproduce import Book, Step, alone, perform, variants
+from smart.reproduce.book import Book, Step, alone, perform
+from smart.reproduce.command import main
+from smart.reproduce.page import write_page
+from smart.reproduce.steps import SMOKE, Found, plan, variants
 from smart.reward import load_reward
 
 
@@ -221,28 +224,29 @@ def test_what_is_missing_for_the_papers_run_is_said_at_once(tmp_path: Path, monk
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("SMART_SOUNDFONTS", "")
     monkeypatch.setenv("HOME", str(tmp_path))
-    result = CliRunner().invoke(reproduce.main, ["--out", str(tmp_path / "out")])
+    result = CliRunner().invoke(main, ["--out", str(tmp_path / "out")])
     assert result.exit_code == 2 and not (tmp_path / "out").exists()
     for part in ("things are missing", "metamidipianophi3_4L", "yamaha", "grandeur", "Audiobox", "--corpus is needed"):
         assert part in result.output
-    listed = CliRunner().invoke(reproduce.main, ["--out", str(tmp_path / "out"), "--list"])
+    listed = CliRunner().invoke(main, ["--out", str(tmp_path / "out"), "--list"])
     assert listed.exit_code == 0 and "things are missing" in listed.output and "tuned-long-beta0" in listed.output
     assert not (tmp_path / "out").exists()
-    wrong = CliRunner().invoke(reproduce.main, ["--smoke", "--config", "paper.toml", "--out", str(tmp_path / "out")])
+    wrong = CliRunner().invoke(main, ["--smoke", "--config", "paper.toml", "--out", str(tmp_path / "out")])
     assert wrong.exit_code == 2 and "leave out --config" in wrong.output
 
 
 def test_every_step_is_a_command_that_its_program_takes(tmp_path: Path) -> None:
     """Without running them: each step's words against the options of the program that it starts."""
-    from importlib import import_module
+    from smart.__main__ import main as programs
 
-    for config, corpus in ((load("paper.toml"), tmp_path), (load("quickstart.toml", reproduce.SMOKE), None)):
-        steps = reproduce.plan(config, corpus, ["timgm", "fluidr3"], [Path("a recording.wav")], "")
+    for config, corpus in ((load("paper.toml"), tmp_path), (load("quickstart.toml", SMOKE), None)):
+        steps = plan(config, corpus, ["timgm", "fluidr3"], [Path("a recording.wav")], "")
         names = [step.name for step in steps]
         for place, step in enumerate(steps):
             assert set(step.after) <= set(names[:place]), f"{step.name} reads what is not there yet"
             module, *words = [word.replace("{out}", str(tmp_path)) for word in (*step.words, *step.resume)]
-            command, context = import_module(module).main, None
+            context = click.Context(programs)
+            command = programs.get_command(context, module.removeprefix("smart."))
             while isinstance(command, click.Group):
                 context = click.Context(command, parent=context)
                 chosen = command.get_command(context, words.pop(0))
@@ -307,7 +311,7 @@ def finished(out: Path) -> Path:
     ratings = [f"{name},audiobox.{axis},{value}" for name, row in (
         ("silence", (3.25, 6.45, 1.70, 6.75)), ("white noise", (2.37, 4.65, 2.99, 4.79)),
         ("clips/Keith Jarrett - Solar.wav", (7.0, 7.0, 4.0, 7.0)), ("clips/mine.wav", (1.0, 2.0, 3.0, 4.0)),
-    ) for axis, value in zip(paper.AXES, row, strict=True)]  # fmt: skip
+    ) for axis, value in zip(published.AXES, row, strict=True)]  # fmt: skip
     texts = {
         "table-1/ratings.csv": "\n".join(["file,rating,mean", *ratings]),
         "table-2/soundfonts.csv": "soundfont,rating,n,mean,low,high,paper\n"
@@ -337,11 +341,11 @@ PARTS = ("ratings", "features", "rolls")
 
 def test_the_page_sets_the_paper_beside_ours_and_judges_only_what_can_be_compared(finished: Path) -> None:
     config = load("paper.toml")
-    for published in (True, False):
+    for is_published in (True, False):
         reward = load_reward("ce_proxy")
-        reward.is_published = published  # type: ignore[attr-defined]  # as only audiobox has it
-        found = reproduce.Found(base=Path("base"), reward=reward, corpus=None, soundfonts=[])
-        page = reproduce.write_page([], finished, Book(finished), config, found, smoke=False).read_text()
+        reward.is_published = is_published  # type: ignore[attr-defined]  # as only audiobox has it
+        found = Found(base=Path("base"), reward=reward, corpus=None, soundfonts=[])
+        page = write_page([], finished, Book(finished), config, found, smoke=False).read_text()
         assert "3.24 / 3.25" in page and "7.48 / -" in page and "- / 1.00" in page
         assert "7.12 / 7.00" in page, "a recording that is called as a row of the paper's table"
         assert "6.53 / 6.500 [6.400, 6.600]" in page and "5.42 / -" in page and "- / 6.500 [-, -]" in page
@@ -349,9 +353,9 @@ def test_the_page_sets_the_paper_beside_ours_and_judges_only_what_can_be_compare
         assert "<td>1.5</td>" in page and "50 minutes" in page  # of 90 seconds
         assert "no law is fitted (2 of 3 points)" in page and "&lt;b&gt;Notes" in page
         assert page.count("data:image/png;base64,") == 10 and not re.search(r"(?:src|href)=.?(?:http|//)", page)
-        assert ("agrees (at most 0.01 apart)" in page) == published  # silence
-        assert ("differs (at most 1.00 apart)" in page) == published  # noise
-        assert ("1 of 2 agree" in page) == published and ("as in the paper" in page) == published
+        assert ("agrees (at most 0.01 apart)" in page) == is_published  # silence
+        assert ("differs (at most 1.00 apart)" in page) == is_published  # noise
+        assert ("1 of 2 agree" in page) == is_published and ("as in the paper" in page) == is_published
     found = found._replace(reward=load_reward("ce_proxy"))
-    page = reproduce.write_page([], finished, Book(finished), config, found, smoke=True).read_text()
+    page = write_page([], finished, Book(finished), config, found, smoke=True).read_text()
     assert "This is the smoke test" in page and "as in the paper" not in page
