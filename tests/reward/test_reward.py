@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from smart import UserError
 from smart.reward import Reward, available_rewards, load_reward, resample
 
-DOCS = Path(__file__).parents[1] / "docs" / "rewards.md"
+DOCS = Path(__file__).parents[2] / "docs" / "rewards.md"
 
 
 class Level(Reward):
