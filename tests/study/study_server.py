@@ -1,4 +1,4 @@
-"""A study of short excerpts, its server as a real process, and a participant without a browser, for two test files."""
+"""A study of short excerpts, a real server process and a participant without a browser, shared by two test files."""
 
 import asyncio
 import os
@@ -23,14 +23,14 @@ POSTGRES = os.environ.get("SMART_TEST_POSTGRES", "")
 
 
 def needed(what: str, found: object) -> None:
-    """Skip where ``what`` is not there; in continuous integration that is a failure."""
+    """Skip the test if ``what`` is missing; in continuous integration fail instead."""
     if not found:
-        assert os.environ.get("CI") != "true", f"{what} must be there in continuous integration"
+        assert os.environ.get("CI") != "true", f"{what} is required in continuous integration"
         pytest.skip(f"no {what}")
 
 
 def make_wavs(folder: Path, systems: tuple[str, ...], count: int, seconds: float = SECONDS) -> list[str]:
-    """Folders of WAV files, each clip a chord of its own loudness; returns what --runs takes."""
+    """Write folders of WAV files, each a chord with a different loudness; returns the values for --runs."""
     time = np.arange(round(seconds * RATE)) / RATE
     for number, system in enumerate(systems):
         (folder / system).mkdir(parents=True)
@@ -42,7 +42,7 @@ def make_wavs(folder: Path, systems: tuple[str, ...], count: int, seconds: float
 
 
 def build(out: Path, runs: list[str], *options: str) -> str:
-    """``smart study build``, in this process; returns what it says."""
+    """Run ``smart study build`` in this process; returns its output."""
     from click.testing import CliRunner
 
     from smart.study.build import main
@@ -55,7 +55,7 @@ def build(out: Path, runs: list[str], *options: str) -> str:
 
 
 class Server:
-    """``smart study serve`` on a port of its own, which stays the same when it is started again."""
+    """``smart study serve`` on a free port, which stays the same after a restart."""
 
     def __init__(self, folder: Path, *options: str, database: str = "") -> None:
         self.folder, self.options, self.port, self.token = folder, options, 0, ""
@@ -106,7 +106,7 @@ class Server:
 
 @contextmanager
 def serving(study: Path, place: Path, *options: str, database: str = "") -> Iterator[Server]:
-    """A server of a copy of ``study``."""
+    """A server for a copy of ``study``."""
     server = Server(Path(shutil.copytree(study, place / "study")), *options, database=database)
     try:
         yield server
@@ -131,7 +131,7 @@ def postgres() -> Iterator[str]:
 
 
 def consent(client: httpx.Client, link: str) -> None:
-    """Go as far as the first trial."""
+    """Consent and pass the headphone check, up to the first trial."""
     from re import search
 
     version = search(r'name="version" value="([^"]+)"', client.get(link).text)
@@ -141,7 +141,7 @@ def consent(client: httpx.Client, link: str) -> None:
 
 
 def answer(position: int, rating: int, **changes: Any) -> dict[str, Any]:
-    """What study.js sends."""
+    """An answer as study.js sends it."""
     return {
         "position": position, "rating": rating, "client_id": secrets.token_hex(16), "session": "0123456789abcdef" * 2,
         "play_count": 1, "listened_s": SECONDS, "response_ms": 5, **changes,
@@ -149,7 +149,7 @@ def answer(position: int, rating: int, **changes: Any) -> dict[str, Any]:
 
 
 async def ask(client: httpx.AsyncClient, method: str, url: str, **options: Any) -> httpx.Response:
-    """Until there is an answer, as study.js does: with a server that is gone or busy, wait and ask again."""
+    """Repeat a request until it is answered, as study.js does: if the server is down or busy, wait and try again."""
     for _ in range(600):
         try:
             response = await client.request(method, url, **options)
@@ -164,9 +164,9 @@ async def ask(client: httpx.AsyncClient, method: str, url: str, **options: Any) 
 
 
 async def take_part(client: httpx.AsyncClient, link: str, rate: Any, acknowledged: dict[int, int]) -> None:
-    """A whole study; ``rate(position)`` is the rating, and what the server acknowledged goes into ``acknowledged``.
+    """Take a whole study; ``rate(position)`` gives the ratings; acknowledged ones go into ``acknowledged``.
 
-    Every third rating is sent twice, as when a reply was lost.
+    Every third rating is sent twice, as if a reply had been lost.
     """
     from re import search
 
@@ -176,7 +176,7 @@ async def take_part(client: httpx.AsyncClient, link: str, rate: Any, acknowledge
         await ask(client, "POST", f"{link}/consent", data={"agree": "yes", "version": version[1]})
         await ask(client, "POST", f"{link}/check", data={"tone": "second"})
     while found := search(r'data-position="(-?\d+)"', (await ask(client, "GET", link)).text):
-        for position in range(int(found[1]), int(found[1]) + 5):  # a look at the page for every fifth trial
+        for position in range(int(found[1]), int(found[1]) + 5):  # the page is loaded only for every fifth trial
             if (await ask(client, "GET", f"{link}/audio/{position}")).status_code != 200:
                 break  # after the last one
             await asyncio.sleep(SECONDS)

@@ -1,4 +1,4 @@
-"""The listening study: excerpts, orders, and a server that loses, doubles and tells nothing."""
+"""The listening study: excerpts, orders, and a server that loses, duplicates and reveals nothing."""
 
 import asyncio
 import contextlib
@@ -50,7 +50,7 @@ def wavs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory, wavs: list[str]) -> Path:
-    """Three prompts of two systems, two practice items, two repeats and the silence."""
+    """Three prompts of two systems, two practice items, two repeats and the silent excerpt."""
     out = tmp_path_factory.mktemp("built") / "study"
     build(out, wavs, "--prompts", str(PROMPTS), "--repeats", "2", "--silence", "--completion-code", "--power", "4")
     return out
@@ -89,18 +89,18 @@ def test_all_clips_get_one_loudness_and_none_clips() -> None:
     calm, spiky = loudness.Loudness(-20.0, -5.0), loudness.Loudness(-40.0, -12.0)
     silent = loudness.Loudness(-np.inf, -np.inf)
     target, gains = loudness.gains([calm, spiky, silent], -23.0)
-    assert target == -29.0  # where the spiky one reaches -1 dB
+    assert target == -29.0  # at which the spiky one reaches -1 dB
     assert gains == [-9.0, 11.0, 0.0]
     assert loudness.gains([calm, silent], -23.0) == (-23.0, [-3.0, 0.0])
     target, gains = loudness.gains([calm, loudness.Loudness(-60.0, -12.0)], -23.0)
-    assert target == loudness.LOWEST_TARGET and gains == [-15.0, 11.0]  # one odd clip does not make all inaudible
+    assert target == loudness.LOWEST_TARGET and gains == [-15.0, 11.0]  # one odd clip does not silence the rest
 
 
 # --- Building -----------------------------------------------------------------------------------------------------
 
 
 def test_files_tell_nothing_but_their_sound(study: Path) -> None:
-    """Name, size, header, time of change: the same, or random."""
+    """Name, size, header and modification time are the same, or random."""
     files = sorted((study / "audio").iterdir())
     assert len(files) == PROMPTS * 2 + 2 + 1
     assert len({path.stat().st_size for path in files}) == 1
@@ -144,11 +144,11 @@ def test_silent_clips_stay_silent_and_long_ones_are_cut(tmp_path: Path) -> None:
     runs = make_wavs(tmp_path, ("a", "b"), 2, seconds=0.5)
     soundfile.write(tmp_path / "a" / "00.wav", np.zeros((RATE, 2)), RATE)
     click = np.zeros(RATE)
-    click[50] = 0.9  # far above its own loudness: what would clip at the loudness of the others
+    click[50] = 0.9  # a peak far above its loudness: it would clip at the loudness of the others
     soundfile.write(tmp_path / "b" / "01.wav", click, RATE)
     said = build(tmp_path / "study", runs, "--prompts", "2", "--practice", "0")
-    assert "silent, and left so: a, prompt 0" in said
-    assert "LUFS and not at -23.0" in said
+    assert "silent, left unchanged: a, prompt 0" in said
+    assert "LUFS instead of -23.0" in said
     rows = {(row["system"], row["prompt"]): row for row in key_of(tmp_path / "study")}
     assert rows["a", "0"]["silent"] == "1" and rows["a", "0"]["gain_db"] == "0.00"
     levels = {name: float(row["lufs_after"]) for name, row in rows.items() if row["silent"] == "0"}
@@ -159,7 +159,7 @@ def test_silent_clips_stay_silent_and_long_ones_are_cut(tmp_path: Path) -> None:
 
 
 def test_manifests_hold_no_secret(study: Path) -> None:
-    """They are for pages of other tools: stimulus, excerpt, practice, seconds; no system, prompt, seed or check."""
+    """They are for other tools: stimulus, excerpt, practice and seconds, but no system, prompt, seed or check."""
     with open(study / "manifest.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     variables = json.loads((study / "manifest.json").read_text(encoding="utf-8"))
@@ -197,14 +197,14 @@ def test_a_study_is_never_overwritten_and_goes_on_after_an_interruption(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "study"]
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     again = CliRunner().invoke(building.main, words)
-    assert again.exit_code == 2 and "exists already" in again.output
+    assert again.exit_code == 2 and "already exists" in again.output
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
 def test_models_get_the_same_prompts_and_seeds_and_go_on_where_they_were(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One model under two names: the same pieces. A build that was interrupted: the same pieces as one that was not."""
+    """One model under two names makes the same pieces, and so does a build that was interrupted and continued."""
     monkeypatch.setattr(building, "BLOCK", 1)
     runs = ["--runs", "a=piano-small", "b=piano-small", "--prompts", "2", "--practice", "0", "--power", "0"]
     runs += ["--seconds", "1", "--sample-rate", str(RATE), "--tokens", "24", "--workers", "1"]
@@ -235,12 +235,12 @@ def test_models_get_the_same_prompts_and_seeds_and_go_on_where_they_were(
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (["--prompts", "9"], "5 WAV files, and 9 are needed"),
-        (["--sample-rate", "44100"], "16000 samples a second, expected 44100"),
+        (["--prompts", "9"], "5 WAV files, but 9 are needed"),
+        (["--sample-rate", "44100"], "16000 samples per second, expected 44100"),
         (["--repeats", "4"], "at most half of the 6 excerpts"),
         (["{zebra}"], "called 'zebra'"),
         (["nowhere"], "nowhere"),
-        (["--out", "{there}"], "exists already"),
+        (["--out", "{there}"], "already exists"),
         (["--out", "{there}/a/b"], "does not exist"),
     ],
 )
@@ -269,7 +269,7 @@ def redesign(**changes: Any) -> Callable[[Path], object]:
 
 
 def renumber(path: Path) -> None:
-    """Prompts from 1 and not from 0."""
+    """Number the prompts from 1 instead of 0."""
     rows = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
     place = rows[0].index("prompt")
     for row in rows[1:]:
@@ -283,10 +283,13 @@ def test_what_is_not_a_study_is_named(study: Path, tmp_path: Path) -> None:
     for damage, told in (
         (lambda folder: (folder / "study.json").unlink(), "has no study.json"),
         (lambda folder: (folder / "study.json").write_text("{}"), "study.json: cannot be read"),
-        (lambda folder: next((folder / "audio").iterdir()).write_bytes(b""), "is not the file that was built"),
+        (lambda folder: next((folder / "audio").iterdir()).write_bytes(b""), "differs from the built file"),
         (lambda folder: (folder / "key.csv").unlink(), "key.csv"),
         (lambda folder: (folder / "key.csv").write_bytes(b"excerpt,kind\n" + b"a" * 200_000), "key.csv"),
-        (lambda folder: (folder / "key.csv").write_text("excerpt,kind\n../../secret,main"), "no excerpt's name"),
+        (
+            lambda folder: (folder / "key.csv").write_text("excerpt,kind\n../../secret,main"),
+            "not the name of an excerpt",
+        ),
         (lambda folder: (folder / "consent.txt").write_text("Hello"), "Version: NAME"),
         (redesign(repeats=4), "repeats = 4 is not what"),
         (redesign(study="-ff"), "study = '-ff' is not what"),
@@ -301,7 +304,7 @@ def test_what_is_not_a_study_is_named(study: Path, tmp_path: Path) -> None:
         (redesign(systems=["zebra", "gnu"]), "does not list every prompt of every system"),
         (redesign(question="\ud800"), "cannot be read"),
         (lambda folder: renumber(folder / "key.csv"), "does not list every prompt of every system"),
-        (lambda folder: (folder / "check.wav").unlink(), "check.wav: is missing"),
+        (lambda folder: (folder / "check.wav").unlink(), "check.wav is missing"),
     ):
         copy = Path(shutil.copytree(study, tmp_path / "copy"))
         damage(copy)
@@ -323,7 +326,7 @@ def test_orders_are_balanced_over_positions_and_carry_over(prompts: int, systems
         assert len(places) == count**2 and set(places.values()) == {rows // count}
         pairs = Counter(pair for row in heard for pair in pairwise(row))
         assert len(pairs) == count * (count - 1) and set(pairs.values()) == {rows // count}
-        for start in range(0, rows, systems):  # already of these few participants
+        for start in range(0, rows, systems):  # even for so few participants
             for together in zip(*heard[start : start + systems], strict=True):
                 assert {system for _, system in together} == set(range(systems))
                 assert len({prompt for prompt, _ in together}) == 1
@@ -334,7 +337,7 @@ def test_orders_differ_between_participants_and_show_no_pattern() -> None:
     assert len({tuple(row) for row in heard}) == 90
     assert order(15, 2, 7, seed=1) == heard[7] and order(15, 2, 7, seed=2) != heard[7]
     runs = [sum(a[1] != b[1] for a, b in pairwise(row)) for row in heard]
-    assert 10 < np.mean(runs) < 19  # of 29 neighbours; an alternation would have 29
+    assert 10 < np.mean(runs) < 19  # of 29 neighbouring pairs; an alternation would change at all 29
 
 
 def test_repeats_and_silence_come_in_the_second_half() -> None:
@@ -348,7 +351,7 @@ def test_repeats_and_silence_come_in_the_second_half() -> None:
         checks = [place for place, trial in enumerate(trials) if trial.kind != "main"]
         assert len(checks) == 4 and min(checks) >= 15 and max(checks) < 33
         places.update(checks)
-    assert len(places) == 18  # everywhere there
+    assert len(places) == 18  # every possible position occurs
 
 
 # --- The server ---------------------------------------------------------------------------------------------------
@@ -376,7 +379,7 @@ def admin_csv(server: Server) -> str:
 
 
 def rated(server: Server, link: str) -> list[dict[str, str]]:
-    """This participant's rows of the export: those of the newest participant, as each test makes its own."""
+    """This participant's rows of the export: those of the newest one, as each test adds a participant."""
     rows = server.export()
     newest = max((row["participant"] for row in rows), default="")
     return [row for row in rows if row["participant"] == newest]
@@ -407,7 +410,7 @@ def test_a_participant_takes_the_whole_study(server: Server, tmp_path: Path) -> 
         of = made.excerpts[row["excerpt"]]
         assert (row["system"], row["prompt"], row["seed"]) == (of.system, of.prompt, of.seed)
         assert (row["check"] == "silence") == (of.kind == "silence")
-        assert row["user_agent"] == '\'=cmd|" /C calc"!A1'  # no spreadsheet takes it for a formula
+        assert row["user_agent"] == '\'=cmd|" /C calc"!A1'  # so that no spreadsheet takes it for a formula
         assert row["version"] == made.consent[0] and row["utc"].endswith("Z") and row["play_count"] == "1"
     again = [row["excerpt"] for row in rows if row["repeat"] == "1"]
     assert len(again) == 2 and all(Counter(row["excerpt"] for row in rows)[each] == 2 for each in again)
@@ -419,7 +422,7 @@ def test_a_participant_takes_the_whole_study(server: Server, tmp_path: Path) -> 
 
 
 def test_orders_go_to_participants_in_turn(server: Server, client: httpx.Client) -> None:
-    """Who comes next hears the other system of the same prompt at each position."""
+    """The next participant hears the other system of the same prompt at each position."""
     links = server.invite(2)
     for link in links:
         consent(client, link)
@@ -457,18 +460,18 @@ def test_what_was_not_heard_cannot_be_rated(server: Server, client: httpx.Client
     assert client.post(post, json=answer(-1, 5)).status_code == 409  # no consent
     assert client.get(f"{link}/audio/-1").status_code == 404
     consent(client, link)
-    assert client.post(post, json=answer(-1, 5)).status_code == 409  # the audio was never asked for
+    assert client.post(post, json=answer(-1, 5)).status_code == 409  # the audio was never requested
     assert client.get(f"{link}/audio/-1").status_code == 200
     early = client.post(post, json=answer(-1, 5))
     assert early.status_code == 409 and early.headers["retry-after"] == "1"  # not long enough ago
     time.sleep(SECONDS)
     assert client.post(post, json=answer(-1, 5, listened_s=0.6 * SECONDS)).status_code == 409
     assert client.post(post, json=answer(-1, 5, play_count=0)).status_code == 409
-    assert client.post(post, json=answer(0, 5)).status_code == 409  # it is not its turn
-    assert client.get(f"{link}/audio/1").status_code == 404  # only the one after may be fetched ahead
+    assert client.post(post, json=answer(0, 5)).status_code == 409  # another excerpt's turn
+    assert client.get(f"{link}/audio/1").status_code == 404  # only the next one may be fetched ahead
     assert client.get(f"{link}/audio/0").status_code == 200
     assert client.post(post, json=answer(-1, 5)).status_code == 200
-    # fetched long ago, but the one before was just rated
+    # fetched long enough ago, but the previous excerpt was only just rated
     assert client.post(post, json=answer(0, 5)).status_code == 409
 
 
@@ -511,7 +514,7 @@ def test_requests_that_are_no_answers(server: Server, client: httpx.Client) -> N
 
 
 def test_no_response_tells_a_system_or_anything_of_another(server: Server, client: httpx.Client) -> None:
-    """Everything that two participants are sent is searched for names of systems, excerpts, and each other's token."""
+    """Nothing sent to two participants contains names of systems or excerpts, or the other one's token."""
     links = server.invite(2)
     seen: dict[str, list[httpx.Response]] = {}
     for link in links:
@@ -574,7 +577,7 @@ def test_parts_of_the_audio_may_be_asked_for(server: Server, client: httpx.Clien
 
 
 def test_a_sound_is_read_as_it_is_sent(tmp_path: Path) -> None:
-    """A part of it, and no more; the whole of it, a block at a time."""
+    """One part, and no more of the file; or the whole file, one block at a time."""
     import tracemalloc
 
     path, sent = tmp_path / "sound.wav", 0
@@ -597,7 +600,7 @@ def test_a_sound_is_read_as_it_is_sent(tmp_path: Path) -> None:
 def test_who_takes_nothing_or_sends_nothing_is_not_waited_for(
     study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Five that ask for one sound and do not read it: the fifth is refused. A body that never comes: 408."""
+    """Of five requests for a sound that is never read, the fifth is refused. A body that never arrives gets a 408."""
     monkeypatch.setattr(app, "BODY_SECONDS", 0.1)
     monkeypatch.setattr(app, "BLOCK_SECONDS", 0.3)
     store = Store(Study(study), f"sqlite:///{tmp_path / 'ratings.sqlite'}")
@@ -647,7 +650,7 @@ def test_withdrawal_deletes_everything(server: Server, client: httpx.Client) -> 
         assert client.get(link + path).status_code == 404
     assert client.post(f"{link}/ratings", json=answer(2, 4)).status_code == 404
     assert len(server.export()) == before - 1
-    if not server.database:  # not even in what SQLite keeps of deleted rows
+    if not server.database:  # not even in the space that SQLite keeps of deleted rows
         kept = b"".join(path.read_bytes() for path in server.folder.glob("ratings.sqlite*"))
         stored = hashlib.sha256(link.rpartition("/")[2].encode()).hexdigest()
         assert sitting.encode() not in kept and stored.encode() not in kept
@@ -703,7 +706,7 @@ def test_headphones_are_asked_about_twice_at_most(server: Server, client: httpx.
     link = server.invite(1)[0]
     version = Study(server.folder).consent[0]
     assert client.post(f"{link}/consent", data={"agree": "yes", "version": "old"}).status_code == 303
-    assert "Before you begin" in client.get(link).text  # another text than the one that was shown
+    assert "Before you begin" in client.get(link).text  # the text is not the one that was shown
     client.post(f"{link}/consent", data={"agree": "yes", "version": version})
     assert "Headphones" in client.get(link).text
     assert 'role="alert"' in client.post(f"{link}/check", data={"tone": "first", "again": "no"}).text
@@ -729,7 +732,7 @@ def test_nothing_is_stored_before_consent_and_what_was_answered_stays(
     time.sleep(0.01)
     client.post(f"{link}/consent", data={"agree": "yes", "version": version})
     assert stored() == first and first["consented"]
-    for given_ in ("passed", "failed"):  # of two at once, the one that comes later finds the other one's
+    for given_ in ("passed", "failed"):  # of two simultaneous answers, the first one stays
         store.checked(first["id"], given_)
     assert stored()["headphones"] == "passed"
     store.close()
@@ -738,7 +741,7 @@ def test_nothing_is_stored_before_consent_and_what_was_answered_stays(
 def test_a_disk_that_fails_is_no_failure_of_the_pages(
     study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An excerpt that has gone, and a log that cannot be emptied after a withdrawal, which holds nevertheless."""
+    """A missing excerpt, and a log that cannot be emptied after a withdrawal, which takes effect nevertheless."""
     import shutil
 
     made = Study(Path(shutil.copytree(study, tmp_path / "study")))
@@ -774,14 +777,14 @@ def test_a_changed_consent_is_shown_again(study: Path, tmp_path: Path, client: h
         assert "has changed since" in client.get(link).text
         assert client.post(f"{link}/ratings", json=answer(0, 4)).status_code == 409
         client.post(f"{link}/consent", data={"agree": "yes", "version": Study(server.folder).consent[0]})
-        assert 'data-position="0"' in client.get(link).text  # where they were, in the same order
+        assert 'data-position="0"' in client.get(link).text  # at the same step, in the same order
         page = client.get(f"{server.url}/join")
         assert page.status_code == 404 and client.post(f"{server.url}/join").status_code == 404  # not opened
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_no_acknowledged_rating_is_lost_when_the_server_is_killed(kind: str, study: Path, tmp_path: Path) -> None:
-    """Six participants at once; SIGKILL twice; each goes on when it is back."""
+    """Six participants at once; SIGKILL twice; each continues when the server is back."""
     import contextlib
 
     with contextlib.ExitStack() as stack:
@@ -810,7 +813,7 @@ def test_no_acknowledged_rating_is_lost_when_the_server_is_killed(kind: str, stu
         asyncio.run(run())
         people: dict[str, dict[int, int]] = {}
         for row in server.export():
-            assert int(row["position"]) not in people.setdefault(row["participant"], {}), "doubled"
+            assert int(row["position"]) not in people.setdefault(row["participant"], {}), "duplicate"
             people[row["participant"]][int(row["position"])] = int(row["rating"])
         rated_ = [{place: value for place, value in each.items() if place > 0} for each in acknowledged]
         assert sorted(map(sorted, (each.items() for each in people.values()))) == sorted(
@@ -825,7 +828,7 @@ def test_start_and_stop(study: Path, tmp_path: Path, client: httpx.Client) -> No
         kept = b"".join(path.read_bytes() for path in server.folder.glob("ratings.sqlite*"))
         assert first.encode() not in kept and (server.folder / "ratings.sqlite").stat().st_mode & 0o077 == 0
         taken = CliRunner().invoke(main, ["serve", str(server.folder), "--port", str(server.port)])
-        assert taken.exit_code == 2 and taken.output.count("\n") == 1 and "is in use already" in taken.output
+        assert taken.exit_code == 2 and taken.output.count("\n") == 1 and "is already in use" in taken.output
         assert server.stop() == 0  # SIGTERM
         server.token = ""
         server.start()
@@ -839,8 +842,8 @@ def test_start_and_stop(study: Path, tmp_path: Path, client: httpx.Client) -> No
             assert file.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         out = tmp_path / "ratings.csv"
         for words, code, told in (
-            (["--out", str(out)], 0, "0 ratings of 0 participants"),
-            (["--out", str(out)], 2, "exists already"),
+            (["--out", str(out)], 0, "0 ratings by 0 participants"),
+            (["--out", str(out)], 2, "already exists"),
             (["--out", str(out), "--overwrite"], 0, "0 ratings"),
             (["--out", str(tmp_path / "no" / "where")], 2, "cannot be written"),
             (["--out", "-x", "--database", "mysql://x/y"], 2, "expected a sqlite or a postgresql URL"),
@@ -902,14 +905,14 @@ def test_a_flood_is_stopped_and_others_are_not(
         assert guesses[:15] == [404] * 15 and guesses[-1] == 429
         tokens = [client.get(f"{server.url}/export").status_code for _ in range(3)]
         assert tokens == [429] * 3  # guesses of any kind are counted together
-        assert client.get(calm).status_code == 200  # who has a link is not locked out by them
+        assert client.get(calm).status_code == 200  # guesses do not lock out participants with a link
         assert (
             client.get(f"{server.url}/export", headers={"authorization": f"Bearer {server.token}"}).status_code == 200
         )
 
 
 def test_fifty_participants_share_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ten-second excerpts for half an hour, everybody from one address, all beginning at once: nobody waits."""
+    """Ten-second excerpts for half an hour, all from one address, all starting at once: nobody has to wait."""
     instant = 0.0
     monkeypatch.setattr("smart.study.app.time.monotonic", lambda: instant)
     limits = Limits(10.0)
@@ -963,7 +966,7 @@ class Fuzzed(NamedTuple):
 
 @pytest.fixture(scope="module")
 def fuzzed(study: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzed]:
-    """The application in this process, so that an exception in it is the test's, and a participant at work."""
+    """The application in this process, so that its exceptions reach the test, and a participant in mid-study."""
     made = Study(study)
     store = Store(made, f"sqlite:///{tmp_path_factory.mktemp('fuzzed') / 'ratings.sqlite'}")
     limits = Limits(1e-9)  # no request is refused for its rate
@@ -1029,7 +1032,7 @@ def test_any_request_is_answered_and_none_stores_nonsense(
 ) -> None:
     address = address.replace("{token}", fuzzed.token)
     if "withdraw" in address and method == "POST":
-        address = address.replace(fuzzed.token, "x")  # or the participant would be gone
+        address = address.replace(fuzzed.token, "x")  # or the participant would be deleted
     body = body.replace(b"{admin}", fuzzed.admin.encode())
     sent = {name: value.encode("latin-1") for name, value in headers.items() if name != "host" or value.strip()}
     reply = fuzzed.client.request(method, address, content=body, headers=sent)  # type: ignore[arg-type]  # bytes are fine
@@ -1058,7 +1061,7 @@ def test_what_is_no_request_disturbs_nobody(server: Server, client: httpx.Client
         socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection,
     ):
         connection.sendall(sent)
-        with contextlib.suppress(OSError):  # ENOTCONN, which is no ConnectionError: it has hung up already
+        with contextlib.suppress(OSError):  # ENOTCONN, which is not a ConnectionError: the server has already hung up
             connection.shutdown(socket.SHUT_WR)
         answered = connection.recv(1 << 16)
         assert not answered or (answered.startswith(b"HTTP/1.1 ") and b" 500 " not in answered.splitlines()[0])

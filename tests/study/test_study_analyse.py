@@ -56,7 +56,7 @@ def test_sleepstudy_with_correlated_slopes_as_lme4_and_lmertest_print_it() -> No
 
 
 def test_sleepstudy_with_independent_slopes_and_by_maximum_likelihood() -> None:
-    """(1 | Subject) + (0 + Days | Subject), where the degrees of freedom are no whole number; and the ML deviance."""
+    """(1 | Subject) + (0 + Days | Subject), where the degrees of freedom are not whole numbers; and ML."""
     y, x, subject = sleepstudy()
     terms = [grouped("Subject", subject, x[:, 0]), grouped("Subject", subject, x[:, 1])]
     fitted = fit(y, x, terms)
@@ -122,7 +122,7 @@ def test_criterion_and_degrees_of_freedom_against_dense_matrices_in_other_parame
     """REML from the covariance matrix of the observations, as a function of variances and covariances."""
     y, x, terms = uneven(6)
     fitted = fit(y, x, terms)
-    assert not fitted.singular  # the dense form below knows no edge
+    assert not fitted.singular  # the dense form below has no boundary
     member = (terms[0].groups[:, None] == terms[0].groups).astype(float)
     piece = (terms[1].groups[:, None] == terms[1].groups).astype(float)
     s = x[:, 1]
@@ -230,7 +230,7 @@ def test_an_optimiser_that_stops_elsewhere_is_reported_and_does_not_matter(monke
     original = optimize.minimize
 
     def lazy(value: object, start: np.ndarray, *args: object, **options: object) -> object:
-        if options["method"] == "Powell":  # claims success where it stands
+        if options["method"] == "Powell":  # claims success at its starting point
             return optimize.OptimizeResult(x=start, fun=value(start), nfev=1, success=True)  # type: ignore[operator]
         return original(value, start, *args, **options)
 
@@ -246,7 +246,7 @@ def test_singular_fits_say_what_is_degenerate() -> None:
     flat = y.reshape(6, 2, 10)
     flat = flat - flat.mean(axis=2, keepdims=True)
     level = np.linspace(-1, 1, 6)
-    parallel = flat + 5 + level[:, None, None]  # everyone feels the same difference
+    parallel = flat + 5 + level[:, None, None]  # every participant has the same difference
     assert fit(parallel.ravel(), x, [term]).singular == ("the variance of tuned by participant is estimated as 0",)
     follows = flat + 5 + level[:, None, None] * np.array([1.0, 3.0])[:, None]
     assert fit(follows.ravel(), x, [term]).singular == (
@@ -258,7 +258,7 @@ def test_data_that_no_model_fits_are_refused() -> None:
     y, x, term = balanced(4, 3, seed=7)
     with pytest.raises(UserError, match="every rating is 3"):
         fit(np.full(24, 3.0), x, [term])
-    with pytest.raises(UserError, match="told apart"):
+    with pytest.raises(UserError, match="collinear"):
         fit(y, np.concatenate([x, x[:, :1]], axis=1), [term])
     with pytest.raises(UserError, match="at least two different"):
         fit_ordinal(np.full(24, 3.0), x[:, 1:], grouped("participant", term.groups, x[:, 0]))
@@ -272,7 +272,7 @@ HEADER = "participant,session,position,excerpt,system,prompt,seed,rating,play_co
 
 
 def write_study(path: Path, *, listeners: int = 5, prompts: int = 4, name: str = "tuned") -> list[list[str]]:
-    """A small study as it is exported, with a silent check and two repeats each. Returns the rows without header."""
+    """A small exported study, with a silent check and two repeats each. Returns the rows without the header."""
     generator = np.random.default_rng(8)
     rows = []
     for person in range(listeners):
@@ -306,13 +306,13 @@ def test_every_rule_flags_what_was_planted_and_nothing_is_lost(tmp_path: Path) -
     rows = write_study(path)
     per_person = 11
     rows[0 * per_person + 10][7] = "9"  # p0 likes silence
-    for second in (8, 9):  # p1 rates the same excerpts at the other end
+    for second in (8, 9):  # p1 rates the repeats at the other end of the scale
         rows[1 * per_person + second][7] = "10" if int(rows[1 * per_person + second - 8][7]) < 6 else "1"
     for number in range(8):
         rows[2 * per_person + number][7] = "5"  # p2 always presses 5
     for second in (8, 9):
         rows[2 * per_person + second][7] = "5"
-    rows[3 * per_person + 2][9] = "1.5"  # p3 hears a moment of one excerpt
+    rows[3 * per_person + 2][9] = "1.5"  # p3 hears only a moment of one excerpt
     save(path, rows)
     read, missing = ratings.read_ratings(path)
     assert missing == ["user_agent", "utc", "version"]
@@ -341,7 +341,7 @@ def test_every_rule_flags_what_was_planted_and_nothing_is_lost(tmp_path: Path) -
         (lambda rows: rows[1].__setitem__(9, "long"), "line 3: listened_s must be a number, got 'long'"),
         (lambda rows: rows[1].__setitem__(11, "maybe"), "line 3: repeat must be 0 or 1, got maybe"),
         (lambda rows: rows[2].pop(), "line 4: expected 13 cells"),
-        (lambda rows: rows.insert(5, rows[4]), "line 7: rates again what line 6 rates"),
+        (lambda rows: rows.insert(5, rows[4]), "line 7: duplicates line 6"),
     ],
 )
 def test_a_bad_row_is_named_with_its_line(tmp_path: Path, change: object, message: str) -> None:
@@ -360,7 +360,7 @@ def test_columns_and_systems_that_are_missing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no column system or rating"):
         ratings.read_ratings(path)
     path.write_text("participant,system,rating\na,base,3\n")
-    with pytest.raises(UserError, match="base alone"):
+    with pytest.raises(UserError, match="base only"):
         analyse.pick_systems(ratings.read_ratings(path)[0], None)
     rows = [f"p{person},{system},{3 + (person * 7 + take * 5) % 4}" for person in range(4) for take in range(4)
             for system in ("b", "a")]  # fmt: skip
@@ -368,7 +368,7 @@ def test_columns_and_systems_that_are_missing(tmp_path: Path) -> None:
     read, missing = ratings.read_ratings(path)
     assert missing == list(ratings.OPTIONAL)
     systems, why = analyse.pick_systems(read, "b")
-    assert systems == ["b", "a"] and "as asked" in why
+    assert systems == ["b", "a"] and "as given by --reference" in why
     with pytest.raises(UserError, match="--reference c: no such system"):
         analyse.pick_systems(read, "c")
     found, left = analyse.crossed_terms(read)
@@ -389,7 +389,7 @@ def test_the_whole_analysis_of_a_small_study(tmp_path: Path) -> None:
     with (out / "figure5.csv").open() as file:
         drawn = list(csv.DictReader(file))
     assert sum(int(row["count"]) for row in drawn) == 40
-    assert {row["system"] for row in drawn} == {"base", "'=<b>tuned"}  # which no spreadsheet takes for a formula
+    assert {row["system"] for row in drawn} == {"base", "'=<b>tuned"}  # the apostrophe defuses the formula
     with (out / "tables.csv").open() as file:
         values = {(r["ratings"], r["table"][:5], r["label"], r["column"]): r["value"] for r in csv.DictReader(file)}
     read = ratings.read_ratings(path)[0]
@@ -401,7 +401,7 @@ def test_the_whole_analysis_of_a_small_study(tmp_path: Path) -> None:
             for person in kept
         ]
         assert float(values[name, "Fixed", "'=<b>tuned", "estimate"]) == pytest.approx(np.mean(gaps))
-        assert f"{np.mean(gaps):+.2f} points against base" in done.output
+        assert f"{np.mean(gaps):+.2f} points relative to base" in done.output
         assert int(values[name, "Ratin", "base", "n"]) == 4 * len(kept)
     assert "Categories without a rating, merged with their neighbours: 1, 2" in done.output
     again = CliRunner().invoke(analyse.main, [str(path), "--out", str(out)])

@@ -1,4 +1,4 @@
-"""The study in a real browser: by keyboard, on a phone without a network, fifty at once with a killed server."""
+"""The study in a real browser: by keyboard, on a phone that loses its network, fifty at once with a killed server."""
 
 import asyncio
 import shutil
@@ -45,7 +45,7 @@ def server(study: Path, tmp_path: Path) -> Iterator[Server]:
 
 
 class Visitor:
-    """A page in a browser of its own, and everything that went wrong in it."""
+    """A page in a separate browser context, and everything that went wrong in it."""
 
     def __init__(self, browser: Any, server: Server, **options: Any) -> None:
         self.context = browser.new_context(**options)
@@ -65,7 +65,7 @@ class Visitor:
             self.wrong.append(f"a request to {url}")
 
     def begin(self, link: str) -> None:
-        """Go as far as the first trial, by clicking."""
+        """Click through to the first trial."""
         self.page.goto(link)
         self.page.check("[name=agree]")
         self.page.click("[type=submit]")
@@ -73,7 +73,7 @@ class Visitor:
         self.page.click("[type=submit]")
 
     def position(self) -> int | None:
-        """Of the trial that is ready to be heard; None at the end."""
+        """The position of the trial that is ready to be heard; None at the end."""
         self.page.wait_for_selector("#play:not([disabled]), #code")
         shown = self.page.get_attribute("main", "data-position")
         return None if shown is None else int(shown)
@@ -82,7 +82,7 @@ class Visitor:
         """Hear the excerpt and rate it."""
         self.page.click("#play")
         self.page.wait_for_selector("#scale:not([disabled])")
-        self.page.check(f"[name=rating][value='{rating}']", force=True)  # the input lies, unseen, over its number
+        self.page.check(f"[name=rating][value='{rating}']", force=True)  # the invisible input covers its number
         self.page.click("#send")
 
     def left(self, position: int) -> None:
@@ -91,7 +91,7 @@ class Visitor:
 
 
 def ratings(server: Server) -> dict[str, dict[int, int]]:
-    """By participant and position; nothing may be there twice."""
+    """Ratings by participant and position; none may occur twice."""
     found: dict[str, dict[int, int]] = {}
     for row in server.export():
         assert int(row["position"]) not in found.setdefault(row["participant"], {})
@@ -106,7 +106,7 @@ def test_a_participant_takes_the_whole_study_with_the_keyboard(browser: Any, ser
     titles = []
 
     def look() -> None:
-        """What a screen reader relies on, on every page."""
+        """Check what screen readers rely on, on every page."""
         titles.append(page.title())
         assert page.locator("h1").count() == page.locator("main").count() == 1
         assert page.get_attribute("html", "lang") == "en"
@@ -127,7 +127,7 @@ def test_a_participant_takes_the_whole_study_with_the_keyboard(browser: Any, ser
         if position in (0, 1, 2):
             look()
             assert page.evaluate("document.activeElement.tagName") in ("H1", "BODY")
-        press("7")  # too early: nothing is chosen
+        press("7")  # too early, so nothing is chosen
         assert page.locator("[name=rating]:checked").count() == 0 and page.is_disabled("#send")
         press("Tab")
         assert page.evaluate("document.activeElement.id") == "play"
@@ -147,7 +147,7 @@ def test_a_participant_takes_the_whole_study_with_the_keyboard(browser: Any, ser
         visitor.left(position)
     look()
     assert len(page.inner_text("#code")) == 8
-    assert len(set(titles)) == len(titles)  # each step has a title of its own
+    assert len(set(titles)) == len(titles)  # each step has a different title
     del sent[0]  # practice
     assert ratings(server) == {"p0001": sent} and len(sent) == TRIALS
     rows = server.export()
@@ -159,7 +159,7 @@ def test_a_participant_takes_the_whole_study_with_the_keyboard(browser: Any, ser
 
 
 def test_a_phone_that_loses_the_network_after_every_trial(browser: Any, server: Server) -> None:
-    """In turn: the network comes back; the page is closed meanwhile; another browser takes over meanwhile."""
+    """In turn, the network comes back, the page is closed first, or another browser takes over first."""
     options: dict[str, Any] = {"viewport": PHONE, "has_touch": True, "color_scheme": "dark"}
     link = server.invite(1)[0]
     visitor = Visitor(browser, server, **options)
@@ -177,10 +177,10 @@ def test_a_phone_that_loses_the_network_after_every_trial(browser: Any, server: 
         if position % 10 == 5:
             other = Visitor(browser, server, **options)
             other.page.goto(link)
-            assert other.position() == position  # the server has not got it
+            assert other.position() == position  # the server has not received it
             other.rate(sent[position] % 10 + 1)
             other.left(position)
-            sent[position] = sent[position] % 10 + 1  # the first one that arrives counts
+            sent[position] = sent[position] % 10 + 1  # the first rating to arrive counts
             assert other.wrong == []
             other.context.close()
         if position % 2:
@@ -199,7 +199,7 @@ def test_a_phone_that_loses_the_network_after_every_trial(browser: Any, server: 
 
 
 def test_fifty_at_once_and_a_server_that_is_killed(browser: Any, server: Server) -> None:
-    """Forty-seven without a browser and three with one; SIGKILL twice. Nothing lost, doubled, or another's."""
+    """Forty-seven without a browser and three with one; SIGKILL twice. No rating is lost, duplicated or mixed up."""
     links = server.invite(50)
     acknowledged: list[dict[int, int]] = [{} for _ in links]
 
@@ -249,7 +249,7 @@ def test_what_was_passed_over_was_not_heard(browser: Any, server: Server) -> Non
     visitor.rate(5)
     visitor.left(0)
     assert visitor.position() == 1
-    # the first time, the sound is passed over: as when somebody seeks with a key of their headphones
+    # the first playback skips most of the sound, as when somebody seeks with a key on their headphones
     page.evaluate("""() => {
         const play = HTMLMediaElement.prototype.play;
         HTMLMediaElement.prototype.play = function () {
@@ -263,7 +263,7 @@ def test_what_was_passed_over_was_not_heard(browser: Any, server: Server) -> Non
     page.click("#play")
     page.wait_for_function("() => document.querySelector('#play').innerText === 'Play again'")
     assert page.get_attribute("#scale", "disabled") is not None
-    page.click("#play")  # all of it
+    page.click("#play")  # this time all of it
     page.wait_for_selector("#scale:not([disabled])")
     assert visitor.wrong == []
     visitor.context.close()
