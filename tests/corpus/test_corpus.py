@@ -466,7 +466,7 @@ def test_killed_and_continued_is_bit_identical(tmp_path: Path, hook: Any) -> Non
         process.send_signal(blow)
         _, said = process.communicate()
         assert process.returncode == (1 if blow == signal.SIGINT else -signal.SIGKILL), "it was done too soon"
-        assert (b"interrupted; the same command goes on" in said) == (blow == signal.SIGINT)
+        assert (b"interrupted; run the same command again" in said) == (blow == signal.SIGINT)
         assert children
         _wait_until_gone(children)
         with pytest.raises(UserError, match="unfinished"):
@@ -638,6 +638,14 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
         assert many < few + 15, f"MiB at 30 and 400 pieces: {peaks}"
 
 
+def test_the_door_is_light() -> None:
+    """Programs that only read tokens, and the processes that start workers, wait for no parser and no torch."""
+    heavy = ("torch", "transformers", "miditok", "symusic")
+    code = f"import sys, smart.corpus; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 # --- Mistakes -----------------------------------------------------------------------------------------------------
 
 
@@ -653,7 +661,7 @@ def test_commands(tmp_path: Path) -> None:
     assert "kept" in done.output and "empty file" in done.output and "files/s" in done.output
     done = run("stats", str(tmp_path / "out"), "--plot", str(tmp_path / "plot.png"))
     assert done.exit_code == 0, done.output
-    assert "tokens a piece" in done.output and "3/4" in done.output
+    assert "tokens per piece" in done.output and "3/4" in done.output
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -759,7 +767,7 @@ def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path, limit: int) -> No
         timeout=120,
     )
     assert done.returncode == 1 and done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.endswith("; the same command goes on from here\n")
+    assert done.stderr.endswith("; run the same command again to continue\n")
     assert not (tmp_path / "out" / "manifest.json").exists()
     subprocess.run(words, check=True, capture_output=True, timeout=120)
     assert len(Corpus(tmp_path / "out").split("train")) > 0
@@ -768,10 +776,10 @@ def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path, limit: int) -> No
 def test_two_builds_do_not_share_a_folder(tmp_path: Path) -> None:
     write_songs(tmp_path / "midi", range(3))
     state = State(tmp_path / "out" / ".work")
-    with pytest.raises(UserError, match="another build is writing it"):
+    with pytest.raises(UserError, match="another build is writing this folder"):
         build([tmp_path / "midi"], tmp_path / "out")
     (tmp_path / "out" / "train-00000.bin.tmp").write_bytes(b"its")
-    with pytest.raises(UserError, match="another build is writing it"):
+    with pytest.raises(UserError, match="another build is writing this folder"):
         build([tmp_path / "midi"], tmp_path / "out", overwrite=True)
     assert sorted(path.name for path in (tmp_path / "out").rglob("*.*")) == [
         ".work", "spool.bin", "state.sqlite", "train-00000.bin.tmp"
@@ -928,17 +936,17 @@ def _flood(tokens: Path, shard: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda folder: (folder / "manifest.json").unlink(), "unfinished or no corpus"),
+        (lambda folder: (folder / "manifest.json").unlink(), "unfinished or not a corpus"),
         (_spoil("manifest.json", lambda data: data[:100]), "cannot be read"),
         (_spoil("manifest.json", lambda data: b"[]"), "cannot be read"),
-        (_spoil("manifest.json", lambda data: data.replace(b'"format": 1', b'"format": 99')), "of format 99"),
+        (_spoil("manifest.json", lambda data: data.replace(b'"format": 1', b'"format": 99')), "has format 99"),
         (lambda folder: next(folder.glob("train*.bin")).unlink(), "is missing"),
         (_spoil("train*.bin", lambda data: data[:-2]), "bytes, expected"),
-        (_spoil("train*.bin", _flip), "not what was written"),
-        (_spoil("train*.npy", _flip), "not what was written"),
+        (_spoil("train*.bin", _flip), "not as it was written"),
+        (_spoil("train*.npy", _flip), "not as it was written"),
         (_spoil("tokenizer/tokenizer.json", _flip), "not the one that wrote the tokens"),
-        (_forge(lambda shard, file: shard.update(name="/elsewhere/train-00000")), "is no name of a shard"),
-        (_forge(lambda shard, file: shard.update(name="../out/train-00000")), "is no name of a shard"),
+        (_forge(lambda shard, file: shard.update(name="/elsewhere/train-00000")), "is not the name of a shard"),
+        (_forge(lambda shard, file: shard.update(name="../out/train-00000")), "is not the name of a shard"),
         (_forge(lambda shard, file: shard.update(pieces=shard["pieces"] + 1)), "does not divide"),
         (_forge(lambda shard, file: shard.update(pieces=0)), "train-00000 is empty"),
         (_forge(lambda shard, file: file.write_bytes(b"junk" * 100)), "train-00000.idx.npy cannot be read"),
@@ -962,7 +970,7 @@ def test_damaged_corpora_are_refused(small: Path, tmp_path: Path, spoil: Any, me
 def test_no_corpus_at_all(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         Corpus(tmp_path / "none")
-    with pytest.raises(UserError, match="unfinished or no corpus"):
+    with pytest.raises(UserError, match="unfinished or not a corpus"):
         Corpus(tmp_path)
 
 
