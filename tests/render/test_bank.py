@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_render import tiny_soundfont
+from clips import tiny_soundfont
 
 from smart import Failure, UserError
 from smart.render import Notes, RenderError, RenderPool, find_soundfont, load_soundfont, regions, render_notes
