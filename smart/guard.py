@@ -15,8 +15,7 @@ true score lags ever further behind, then falls). Three things tell, none of whi
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,14 +24,13 @@ import numpy.typing as npt
 import torch
 
 from smart import UserError, diversity
-from smart.distributed import World
 from smart.features import midi_features
 from smart.files import parse_json, write_atomically
+from smart.logprobs import Reference
 from smart.reward import Reward
-from smart.rollout import Rated, Scorer, together
-from smart.rollout.scorer import Audio
-from smart.sampler import Rollout, Sampler
-from smart.tokens import decode, vocabulary
+from smart.rollout import Audio, Batch, Batches, Drawn, Scorer
+from smart.sampler import Sampler
+from smart.tokens import decode
 
 COMPLETIONS = 4  # of each held-out prompt, so that pieces for one prompt can be compared
 STATE = "guard.json"  # in a checkpoint
@@ -84,13 +82,6 @@ def variety(
     }
 
 
-def alikeness(pieces: list[Any], group_size: int) -> torch.Tensor:
-    """(B, G, G) float32 from N = B x G pieces, group after group: how alike the members of each group are, 0 to 1."""
-    vectors = [diversity.symbolic_vector(piece) for piece in pieces]
-    groups = [vectors[first : first + group_size] for first in range(0, len(vectors), group_size)]
-    return torch.from_numpy(np.stack([diversity.kernel(np.stack(group)) for group in groups])).float()
-
-
 class Judge:
     """Who rates held-out completions beside the reward: someone whose rating is not optimised. Higher is better.
 
@@ -108,79 +99,63 @@ class Judge:
         else:
             self.name = "plausibility (mean log-probability a token under the base)"
 
-    def rate(
-        self, clips: list[Future[Audio]], scorer: Scorer, rated: Rated, plausibility: torch.Tensor
-    ) -> torch.Tensor:
-        """(N,) ratings, NaN where a clip failed; ``rated`` is what ``scorer`` made of ``clips``."""
+    def rate(self, drawn: Drawn, batch: Batch, batches: Batches) -> torch.Tensor:
+        """(N,) ratings of ``batch``, NaN where a clip failed; ``drawn`` is this process's share of it."""
         if self.other is not None:
+            scorer = batches.scorer
             second = Scorer(scorer.tokenizer, scorer.pool, self.other, sample_rate=scorer.sample_rate)
-            return second.collect(clips).rewards
+            rated = second.collect(drawn.clips.in_order())
+            return torch.cat(batches.world.gather(rated.rewards))
         if self.axes:
-            return torch.stack([rated.scores[axis] for axis in self.axes]).mean(0)
-        return plausibility
+            return torch.stack([batch.rated.scores[axis] for axis in self.axes]).mean(0)
+        return plausibility(batch)
+
+
+def plausibility(batch: Batch) -> torch.Tensor:
+    """(N,) mean log-probability of each completion's tokens under the base, in nats per token."""
+    mask = batch.rollout.mask
+    return ((batch.ref_logp * mask).sum(1) / mask.sum(1).clamp(min=1)).cpu()
 
 
 class HeldOut:
     """A fixed set of prompts, for which a policy writes ``COMPLETIONS`` pieces each, whenever it is measured.
 
     Each measurement begins from the same seed: the same prompts and the same random numbers, so that two of them differ
-    by the policy alone, and nothing of what training draws is touched. ``base_logprobs`` maps a rollout to the base's
-    log-probabilities of its tokens, (N, T); ``drawing`` is for ``Sampler.sample``.
+    by the policy alone, and nothing of what training draws is touched.
     """
 
     def __init__(
-        self,
-        prompts: torch.Tensor,
-        *,
-        seed: int,
-        scorer: Scorer,
-        judge: Judge,
-        base_logprobs: Callable[[Rollout], torch.Tensor],
-        world: World,
-        drawing: Mapping[str, Any],
+        self, prompts: torch.Tensor, *, seed: int, batches: Batches, judge: Judge, reference: Reference
     ) -> None:
         self.prompts = prompts  # (B, P)
         self.seed = seed
-        self.scorer = scorer
+        self.batches = batches
         self.judge = judge
-        self.base_logprobs = base_logprobs
-        self.world = world
-        self.drawing = drawing
+        self.reference = reference
 
     def measure(self, sampler: Sampler) -> dict[str, float]:
         """All that docs/metrics.md defines under ``held_out/``, by name; every process gets the same."""
-        mine = self.world.share(len(self.prompts))
-        clips = self.scorer.listen()
-        rollout = sampler.sample(
-            self.prompts[mine.start : mine.stop],
-            group_size=COMPLETIONS,
-            generator=torch.Generator(self.prompts.device).manual_seed(self.seed),
-            share=(mine.start * COMPLETIONS, len(self.prompts) * COMPLETIONS),
-            watch=clips.look,
-            **self.drawing,
-        )
-        futures = clips.finish(rollout)
-        base_logp = self.base_logprobs(rollout)  # while the workers render
-        plausibility = ((base_logp * rollout.mask).sum(1) / rollout.mask.sum(1).clamp(min=1)).cpu()
-        rated = clips.rate(keep=range(len(futures)))
-        judged = self.judge.rate(futures, self.scorer, rated, plausibility)
-        judged, plausibility = (torch.cat(self.world.gather(part)) for part in (judged, plausibility))
-        rollout, rated, base_logp = together(
-            self.world, rollout, rated, base_logp, pad_id=vocabulary(self.scorer.tokenizer).pad_id
-        )
+        generator = torch.Generator(self.prompts.device).manual_seed(self.seed)
+        drawn = self.batches.draw(sampler, self.prompts, group_size=COMPLETIONS, generator=generator)
+        base_logp = self.reference.logprobs(drawn.rollout)  # while the workers render
+        many = len(self.prompts) * COMPLETIONS
+        batch = self.batches.rate(drawn, base_logp, keep=range(many))
+        judged = self.judge.rate(drawn, batch, self.batches)
+        rollout, rated = batch.rollout, batch.rated
         # not k3 as in the loss: one token that the base finds very unlikely can make k3 of thousands ten times as large
-        kl = ((rollout.logprobs - base_logp) * rollout.mask).sum(1)  # (N,)
+        kl = ((rollout.logprobs - batch.ref_logp) * rollout.mask).sum(1)  # (N,)
         length = rollout.mask.sum(1)
-        pieces = [decode(self.scorer.tokenizer, row) for row in rollout.tokens.cpu()]
-        groups = [row // COMPLETIONS for row in range(len(pieces))]
+        scorer = self.batches.scorer
+        pieces = [decode(scorer.tokenizer, row) for row in rollout.tokens.cpu()]
+        groups = [row // COMPLETIONS for row in range(many)]
         return {
             "reward": rated.rewards.nanmean().item(),
             "judge": judged.nanmean().item(),
-            "plausibility": plausibility.mean().item(),
+            "plausibility": plausibility(batch).mean().item(),
             "kl": (kl.sum() / length.sum()).item(),
             "kl_sequence": kl.mean().item(),
-            **variety(pieces, groups, rated.audio, self.scorer.sample_rate),
-            "silent_rate": rated.silent / len(pieces),
+            **variety(pieces, groups, rated.audio, scorer.sample_rate),
+            "silent_rate": rated.silent / many,
             "length": length.float().mean().item(),
         }
 

@@ -13,12 +13,13 @@ from symusic import Note, Score, Track
 
 from smart import UserError, diversity
 from smart.distributed import World
-from smart.grpo import token_logprobs
-from smart.guard import COMPLETIONS, Guard, HeldOut, Judge, Measured, alikeness, collapsed, effective_number
+from smart.diversity import alikeness
+from smart.guard import COMPLETIONS, Guard, HeldOut, Judge, Measured, collapsed, effective_number
+from smart.logprobs import Reference
 from smart.prompts import draw
 from smart.render import RenderPool, find_soundfont
 from smart.reward import Reward, load_reward
-from smart.rollout import Scorer
+from smart.rollout import Batch, Batches, Drawn, Scorer
 from smart.sampler import Rollout, Sampler
 from smart.tokens import vocabulary
 
@@ -158,17 +159,22 @@ def done(audio: np.ndarray) -> Future[Any]:
 def test_the_judge_is_never_what_is_optimised(tokenizer: Any) -> None:
     clips = [done(np.full((2, samples), 0.5, np.float32)) for samples in (800, 1600)]
     scorer = Scorer(tokenizer, None, Loudness(), sample_rate=8000)  # type: ignore[arg-type]  # nothing is rendered
-    rated, plausibility = scorer.collect(clips), torch.tensor([-1.0, -2.0])
+    batches = Batches(scorer, World(torch.device("cpu")))
+    mask = torch.tensor([[True, True], [True, False]])
+    rollout = Rollout(torch.zeros(2, 6, dtype=torch.int64), mask, torch.zeros(2, 2))
+    drawn = Drawn(rollout, scorer.listen(), 0)
+    drawn.clips.futures = dict(enumerate(clips))
+    batch = Batch(rollout, torch.tensor([[-0.5, -1.5], [-2.0, -9.0]]), scorer.collect(clips))
     other = Judge(Loudness())
     assert "long" in other.name and "loud " not in other.name
-    assert other.rate(clips, scorer, rated, plausibility).tolist() == [800, 1600]
+    assert other.rate(drawn, batch, batches).tolist() == [800, 1600]
     both = Loudness()
     both.set_weights({"loud": 1.0, "long": 1.0})
     plain = Judge(both)
     assert "plausibility" in plain.name
-    assert plain.rate(clips, scorer, rated, plausibility).tolist() == [-1, -2]
+    assert plain.rate(drawn, batch, batches).tolist() == [-1, -2]
     second = Judge(Loudness(), both)
-    assert second.rate(clips, scorer, rated, plausibility).tolist() == pytest.approx([400.125, 800.125], abs=0.1)
+    assert second.rate(drawn, batch, batches).tolist() == pytest.approx([400.125, 800.125], abs=0.1)
     assert Judge(load_reward("ce_proxy")).name == plain.name
 
 
@@ -180,15 +186,14 @@ def soundfont() -> Path:
 def held_out(tokenizer: Any, base: Any, pool: RenderPool, **changes: Any) -> HeldOut:
     reward = load_reward("ce_proxy")
 
-    def base_logprobs(rollout: Rollout) -> torch.Tensor:
-        with torch.no_grad():
-            return token_logprobs(base, rollout.tokens, 4)
-
-    settings = {
-        "seed": 5, "scorer": Scorer(tokenizer, pool, reward, sample_rate=44100, seconds=2.0), "judge": Judge(reward),
-        "base_logprobs": base_logprobs, "world": World(torch.device("cpu")),
-        "drawing": {"max_new_tokens": 48},
-    }  # fmt: skip
+    cpu = torch.device("cpu")
+    scorer = Scorer(tokenizer, pool, reward, sample_rate=44100, seconds=2.0)
+    settings: dict[str, Any] = {
+        "seed": 5,
+        "batches": Batches(scorer, World(cpu), max_new_tokens=48),
+        "judge": Judge(reward),
+        "reference": Reference(base, temperature=1.0, micro_batch=16, autocast=torch.autocast("cpu", enabled=False)),
+    }
     prompts = draw("procedural", 3, tokenizer, torch.Generator().manual_seed(5))
     return HeldOut(prompts, **settings | changes)
 

@@ -12,6 +12,7 @@ import smart
 PACKAGE = Path(smart.__file__).parent
 GROUND = {"config", "tokens", "model", "hub", "files", "distributed", "published", "workers"}
 ROOMS = {
+    "logprobs",
     "prompts",
     "sampler",
     "render",
@@ -61,10 +62,13 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+PARTS = {"tuning": "grpo"}  # modules that are a program's own
+
+
 def owner(name: str) -> str:
     """The program whose module this is, where a program is a package; else the room or the file."""
     program = next((program for program in PROGRAMS if f"{name}.".startswith(f"{program}.")), None)
-    return program or name.partition(".")[0]
+    return program or PARTS.get(name) or name.partition(".")[0]
 
 
 def test_every_module_has_its_place() -> None:
