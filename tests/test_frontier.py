@@ -16,7 +16,7 @@ import torch
 from smart import UserError
 from smart.checkpoint import save
 from smart.config import dumps, load
-from smart.evaluate import frontier
+from smart.evaluate import points
 from smart.evaluate.frontier import (
     RULE,
     best_of_n,
@@ -231,9 +231,9 @@ def test_a_report_that_was_cut_short_goes_on(run: Path, made: Path, monkeypatch:
     (block,) = (made / "pieces" / "sharp@4").iterdir()
     block.write_bytes(block.read_bytes()[:100])
     drawn = []
-    compose = frontier.compose
+    compose = points.compose
     monkeypatch.setattr(
-        frontier, "compose", lambda systems, **more: drawn.append(systems[0].name) or compose(systems, **more)
+        points, "compose", lambda systems, **more: drawn.append(systems[0].name) or compose(systems, **more)
     )
     with hold(made), pytest.raises(UserError, match="another process is working in it"):
         report(runs=[run], out=made, device="cpu", **OPTIONS)
