@@ -250,7 +250,7 @@ def test_what_cannot_be_compared_is_named(run: Path, tmp_path: Path) -> None:
     (other / "config.toml").write_text((run / "config.toml").read_text().replace('"timgm"', '"fluidr3"'))
     with pytest.raises(UserError, match=r"cannot be compared .* render\.soundfont was 'timgm' and is 'fluidr3'"):
         report(runs=[run, other], out=tmp_path / "out", device="cpu", **OPTIONS)
-    with pytest.raises(UserError, match="is what the runs optimise"):
+    with pytest.raises(UserError, match="the runs optimise this reward"):
         report(runs=[run], out=tmp_path / "out", device="cpu", **OPTIONS | {"judge": "ce_proxy"})
     with pytest.raises(UserError, match="expected the folder of a tuning run"):
         report(runs=[tmp_path], out=tmp_path / "out", device="cpu", **OPTIONS)

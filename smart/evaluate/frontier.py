@@ -1,19 +1,22 @@
-"""How far to optimise: reward, a judge that was not optimised, and diversity, each against KL to the base.
+"""How far to optimise: the reward, a second score that training does not optimise (the judge), and diversity.
 
-``smart evaluate frontier RUN... --out FOLDER`` draws fresh samples of each checkpoint of one run or several (several
-values of beta), for the same held-out prompts and from the same seeds, and puts them on the axes of Gao, Schulman and
-Hilton (2023), "Scaling laws for reward model overoptimization": d = sqrt(KL). Beside them stands best-of-n: from N
-samples a prompt of the base, the expected reward of the best of n, at KL = log n - (n-1)/n. Their laws
+``smart evaluate frontier RUN... --out FOLDER`` samples fresh pieces from the checkpoints of one or more runs (with
+different values of beta, say), for the same held-out prompts and seeds, and plots them on the axis of Gao, Schulman and
+Hilton (2023), "Scaling laws for reward model overoptimization": d = sqrt(KL to the base). For comparison it adds
+best-of-n: the expected reward of the best of n of the base's pieces per prompt, at KL = log n - (n-1)/n. Their laws
 
     R(d) - R(0) = d (alpha - beta d)          best-of-n
     R(d) - R(0) = d (alpha - beta log d)      reinforcement learning
 
-are fitted to each measure where there are enough points. KL is estimated on the samples: the mean over pieces of
-log pi(piece) - log base(piece), in nats a piece, and the same divided by the tokens drawn. All intervals are 95%:
-percentiles of a bootstrap over prompts, which are paired over checkpoints; those of diversity, which belongs to a set
-of pieces and not to one, come from a jackknife that leaves out a tenth of the prompts at a time.
+are fitted to the reward and to the judge's score where there are enough points. KL is estimated from the samples: the
+mean over pieces of log pi(piece) - log base(piece), in nats per piece, and also in nats per token. Intervals are 95%:
+percentiles of a bootstrap over prompts, paired across checkpoints. Diversity is a property of a set of pieces, so its
+intervals come from a jackknife that leaves out a tenth of the prompts at a time.
 
-Axes: B prompts, N samples a prompt, K checkpoints (the first is the base), R resamples.
+``points`` samples and measures the models, ``laws`` has the estimators and fits; this module has the command and its
+report.
+
+Axes: B prompts, N samples per prompt, K checkpoints (the first is the base), R resamples.
 """
 
 import functools
@@ -73,14 +76,14 @@ __all__ = [
 ]  # fmt: skip
 
 RULE = (
-    "Of the checkpoints that have not collapsed, those that the held-out judge rates highest, or as high as can be "
-    "told (the paired 95% interval of the difference reaches 0); of these the one with the highest reward. Where every "
-    "checkpoint has collapsed, the base. Without a judge, by reward alone."
+    "Take the checkpoints that have not collapsed. Of these take the one with the best judge score, and those that "
+    "cannot be told from it (the paired 95% interval of the difference reaches 0). Of these keep the one with the "
+    "highest reward. If every checkpoint has collapsed, keep the base. Without judge scores, go by reward alone."
 )
 
 
 def keep(rewards: Floats, judge: Floats, collapsed: Sequence[str | None], rows: Rows) -> int:
-    """Which of K checkpoints to keep by ``RULE``; 0 is the base. ``rewards`` and ``judge`` are (K, B)."""
+    """Index of the checkpoint to keep by ``RULE``; 0 is the base. ``rewards`` and ``judge`` are (K, B)."""
     sound = [place for place in range(1, len(rewards)) if not collapsed[place]]
     if not sound:
         return 0
@@ -91,7 +94,7 @@ def keep(rewards: Floats, judge: Floats, collapsed: Sequence[str | None], rows: 
 
 
 def columns(point: Point, collapse: str | None, kept: bool) -> dict[str, Any]:
-    """A point as a row of the table; what is not known is None."""
+    """A point as a row of the table; an unknown number is None."""
     numbers = {
         f"{name}{end}": value if math.isfinite(value) else None
         for name, estimate in point.estimates.items()
@@ -110,7 +113,7 @@ def columns(point: Point, collapse: str | None, kept: bool) -> dict[str, Any]:
 
 
 def fit_all(series: dict[str, list[Point]], rows: Rows) -> dict[tuple[str, str], Fit]:
-    """The law of each series, by series and measure: of the reward and of the judge."""
+    """A fit for each series and measure (reward, judge), keyed by both names."""
     fits = {}
     for (name, points), measure in itertools.product(series.items(), ("reward", "judge")):
         resampled = {
@@ -128,18 +131,36 @@ def fit_all(series: dict[str, list[Point]], rows: Rows) -> dict[tuple[str, str],
     return fits
 
 
+def choose(points: Sequence[Point], rows: Rows) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Apply ``RULE`` to a run, base first: its entry in the summary, and its rows of the table."""
+    base = points[0].variety
+    far = [point.variety | {"kl": point.estimates["kl_token"].value} for point in points[1:]]
+    reasons = [None, *(collapsed(base, each) for each in far)]
+    reward, judge = (np.stack([point.by_prompt[what] for point in points]) for what in ("reward", "judge"))
+    best = keep(reward, judge, reasons, rows)
+    entry = {
+        "keep": points[best].step,
+        "judge_against_base": mean(judge[best] - judge[0], rows)._asdict(),
+        "reward_against_base": mean(reward[best] - reward[0], rows)._asdict(),
+        "collapsed": [{"step": point.step, "why": why} for point, why in zip(points, reasons, strict=True) if why],
+    }
+    return entry, [
+        columns(point, reason, place == best) for place, (point, reason) in enumerate(zip(points, reasons, strict=True))
+    ]
+
+
 def evenly(steps: Sequence[int], most: int) -> list[int]:
-    """At most ``most`` of ``steps``, evenly spaced, the last one among them."""
+    """At most ``most`` of ``steps``, evenly spaced and including the last."""
     count = min(most, len(steps))
     return [steps[round(place * len(steps) / count) - 1] for place in range(1, count + 1)]
 
 
 def find_settings(runs: Sequence[Path]) -> list[Config]:
-    """Each run's configuration. Raises ``UserError`` where they differ in what must be alike to be compared."""
+    """Each run's configuration. Raises ``UserError`` if they differ in a setting that makes runs incomparable."""
     configs: list[Config] = []
     for run in runs:
         if not (run / track.CONFIG).is_file():
-            raise UserError(f"{run}: expected the folder of a tuning run, with {track.CONFIG}")
+            raise UserError(f"{run}: expected the folder of a tuning run, but it has no {track.CONFIG}")
         configs.append(load(run / track.CONFIG))
     wanted = ("model", "prompts", "sampling", "render", "reward")
     first, *others = [{name: to_dict(config)[name] for name in wanted} for config in configs]
@@ -152,24 +173,39 @@ def find_settings(runs: Sequence[Path]) -> list[Config]:
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder, new or unfinished.")
-@click.option("-n", "--n", "prompts", default=128, show_default=True, type=click.IntRange(min=2), help="Prompts.")
-@click.option("--samples", default=2, show_default=True, type=click.IntRange(1, BLOCK), help="Pieces a prompt.")
 @click.option(
-    "--checkpoints", default=10, show_default=True, type=click.IntRange(min=1), help="Of each run, evenly spaced."
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder for the report: new, or one to continue."
 )
 @click.option(
-    "--best-of", default=16, show_default=True, type=click.IntRange(1, BLOCK), help="The base's pieces a prompt."
+    "-n", "--n", "prompts", default=128, show_default=True, type=click.IntRange(min=2),
+    help="Number of held-out prompts.",
+)  # fmt: skip
+@click.option(
+    "--samples", default=2, show_default=True, type=click.IntRange(1, BLOCK), help="Pieces per prompt and checkpoint."
 )
-@click.option("--judge", help="A reward that judges beside the run's own; else what the run's [guard.judge] says.")
-@click.option("--seed", default=2, show_default=True, type=click.IntRange(0, 2**31 - 1))
-@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option(
+    "--checkpoints", default=10, show_default=True, type=click.IntRange(min=1),
+    help="Checkpoints to measure per run at most, evenly spaced up to the last.",
+)  # fmt: skip
+@click.option(
+    "--best-of", default=16, show_default=True, type=click.IntRange(1, BLOCK),
+    help="Pieces per prompt from the base, for best-of-n.",
+)  # fmt: skip
+@click.option("--judge", metavar="KIND", help="Reward to use as the judge.  [default: guard.judge of the run]")
+@click.option(
+    "--seed", default=2, show_default=True, type=click.IntRange(0, 2**31 - 1),
+    help="Seed of the prompts, the sampling and the bootstrap.",
+)  # fmt: skip
+@click.option(
+    "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]),
+    help="Where models and rewards run; auto: on CUDA if available.",
+)  # fmt: skip
 def main(**given: Any) -> None:
-    """Reward, a held-out judge and diversity against KL to the base, over the checkpoints of each tuning RUN.
+    """Plot reward, a judge's score and diversity against KL to the base, over the checkpoints of each tuning RUN.
 
-    The same command goes on after an interruption.
+    The judge is a second score that training does not optimise. If interrupted, run the same command again to continue.
     """
-    with track.in_one_line("the report", "the same command goes on from here", RenderError):
+    with track.in_one_line("the report", "run the same command again to continue", RenderError):
         report(**given)
 
 
@@ -185,13 +221,13 @@ def report(
     seed: int,
     device: str,
 ) -> None:
-    """Write ``out``: see the command's help. Raises ``UserError`` for what the user can mend."""
+    """Write the report to ``out``. Arguments as in the command's help; raises ``UserError`` for mistakes in them."""
     configs = find_settings(runs)
     config, where = configs[0], pick_device(device)
     names = [run.resolve().name for run in runs]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"two runs are called {name!r}; rename the folder of one")
+            raise UserError(f"two runs are called {name!r}; rename one of the folders")
 
     def reward() -> Reward:
         wanted = config.reward
@@ -222,7 +258,7 @@ def report(
         *(functools.partial(checkpoints_of, run) for run in runs),
     )
     if other_rates is not None and other_rates.name == rates.name:
-        raise UserError(f"--judge {other_rates.name}: is what the runs optimise; give another reward")
+        raise UserError(f"--judge {other_rates.name}: the runs optimise this reward; choose another")
     network, tokenizer = load_base(base.model, device=where)
     setting = Setting(config, rates, other_rates, prompts, seed, device)
     models = [base, *itertools.chain(*systems)]
@@ -261,21 +297,8 @@ def report(
     chosen: dict[str, Any] = {}
     table = []
     for title, points in series.items():
-        far = [point.variety | {"kl": point.estimates["kl_token"].value} for point in points[1:]]
-        reasons = [None, *(collapsed(origin.variety, each) for each in far)]
-        reward_of, judge_of = (np.stack([point.by_prompt[what] for point in points]) for what in ("reward", "judge"))
-        best = keep(reward_of, judge_of, reasons, rows)
-        table += [
-            columns(point, reason, place == best)
-            for place, (point, reason) in enumerate(zip(points, reasons, strict=True))
-        ]
-        gone = [{"step": point.step, "why": why} for point, why in zip(points, reasons, strict=True) if why]
-        chosen[title] = {
-            "keep": points[best].step,
-            "judge_against_base": mean(judge_of[best] - judge_of[0], rows)._asdict(),
-            "reward_against_base": mean(reward_of[best] - reward_of[0], rows)._asdict(),
-            "collapsed": gone,
-        }
+        chosen[title], lines = choose(points, rows)
+        table += lines
     series[BEST_OF_N] = baseline(drawn, tokenizer, rows, samples)
     table += [columns(point, None, False) for point in series[BEST_OF_N]]
     fits = fit_all(series, rows)
@@ -284,9 +307,9 @@ def report(
         what = f"keep iteration {one['keep']}" if one["keep"] else "keep the base: every checkpoint has collapsed"
         click.echo(f"{title}: {what}; {len(one['collapsed'])} of {len(series[title]) - 1} checkpoints have collapsed")
         for gone in one["collapsed"][:1]:
-            click.echo(f"  from iteration {gone['step']} on: {gone['why']}")
+            click.echo(f"  first at iteration {gone['step']}: {gone['why']}")
     if rates.is_stand_in:
-        click.echo(f"{rates.name} is a stand-in, not the aesthetic model: see docs/rewards.md")
+        click.echo(f"{rates.name} only approximates the aesthetic model: see docs/rewards.md")
     click.echo(f"report in {out}: frontier.png, frontier.pdf, frontier.csv, frontier.parquet, summary.json")
 
 
@@ -297,13 +320,13 @@ def write(
     chosen: dict[str, Any],
     setting: Setting,
 ) -> None:
-    """The figure, its data as CSV and Parquet, and ``summary.json``, which comes last."""
+    """Write the figure, its data as CSV and Parquet, and last ``summary.json``."""
     data = pa.Table.from_pylist(table)
     write_atomically(out / "frontier.parquet", functools.partial(pq.write_table, data))
     labels = {
         "reward": f"reward: {setting.reward.name} ({' '.join(setting.reward.weights)})",
-        "judge": "held-out judge: " + setting.judge.replace(" (", "\n("),
-        "vendi": f"different pieces in effect, of {setting.prompts}",
+        "judge": "held-out score: " + setting.judge.replace(" (", "\n("),
+        "vendi": f"effective number of different pieces, of {setting.prompts}",
     }
     starts = {(row["series"], measure): row[measure] for row in reversed(table) for measure in labels}  # R(0)
     laws: dict[tuple[str, str], Callable[[Floats], Floats]] = {

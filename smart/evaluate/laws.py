@@ -21,10 +21,10 @@ FEWEST = 4  # points that a law with two coefficients is fitted to
 
 
 def order_weights(samples: int, n: int) -> Floats:
-    """Weight (N,) of the i-th lowest of N samples in the expected maximum of n of them, drawn without replacement.
+    """Weights (N,) of N sorted samples, lowest first, in the expected maximum of n of them drawn without replacement.
 
-    C(i-1, n-1) / C(N, n): the share of the subsets of n in which the i-th lowest is the highest. The weighted sum is
-    the unbiased estimator of E[max of n] with least variance. Raises ``ValueError`` unless 1 <= n <= N.
+    The i-th is C(i-1, n-1) / C(N, n): the share of subsets of n in which sample i is the largest. The weighted sum is
+    the unbiased estimator of E[max of n] with the least variance. Raises ``ValueError`` unless 1 <= n <= N.
     """
     if not 1 <= n <= samples:
         raise ValueError(f"best of n: expected 1 <= n <= {samples}, got {n}")
@@ -34,8 +34,8 @@ def order_weights(samples: int, n: int) -> Floats:
 def best_of_n(rewards: Floats, values: Floats, n: int) -> Floats:
     """Expected ``values`` of the sample with the highest of ``rewards`` among n: (B,) from (B, N) each.
 
-    Samples of equal reward are equally likely to be the best. A sample without a reward (NaN) is not in the draw; a
-    prompt with fewer than n is NaN.
+    Samples of equal reward are equally likely to be the best. A sample without a reward (NaN) is left out; a prompt
+    with fewer than n rewards gives NaN.
     """
     expected = np.full(len(rewards), math.nan)
     for row, (reward, value) in enumerate(zip(rewards, values, strict=True)):
@@ -50,7 +50,7 @@ def best_of_n(rewards: Floats, values: Floats, n: int) -> Floats:
 
 
 def best_of_n_kl(n: int) -> float:
-    """KL of best-of-n to the base in nats a piece: log n - (n-1)/n, exact where no two pieces have the same reward."""
+    """KL of best-of-n to the base in nats per piece: log n - (n-1)/n, exact if no two pieces have the same reward."""
     return math.log(n) - (n - 1) / n
 
 
@@ -58,31 +58,31 @@ def best_of_n_kl(n: int) -> float:
 
 
 def resample(prompts: int, seed: int) -> Rows:
-    """Prompts of each of R bootstrap samples: (R, B)."""
+    """Indices of the prompts in each bootstrap resample: (R, B)."""
     return np.random.default_rng(seed).integers(prompts, size=(RESAMPLES, prompts))
 
 
 def bootstrap(values: Floats, rows: Rows) -> Floats:
-    """Mean over prompts of each resample, (R,), of ``values`` (B,); what is NaN is left out."""
+    """Mean of ``values`` (B,) in each resample: (R,). NaN values are left out."""
     return ratio(values, np.ones_like(values), rows)
 
 
 def ratio(above: Floats, below: Floats, rows: Rows) -> Floats:
-    """Sum of ``above`` over sum of ``below``, (R,), both (B,); prompts where ``above`` is NaN are left out."""
+    """Sum of ``above`` (B,) over sum of ``below`` (B,) per resample: (R,). Prompts with NaN ``above`` are left out."""
     known = np.isfinite(above)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(known, above, 0.0)[rows].sum(1) / np.where(known, below, 0.0)[rows].sum(1)
 
 
 def interval(value: float, resampled: Floats, count: int) -> Estimate:
-    """``value``, of ``count`` prompts or points, with the 2.5th and 97.5th percentile of what was resampled."""
+    """``value``, from ``count`` prompts or points, with the 2.5th and 97.5th percentile of ``resampled``."""
     known = resampled[np.isfinite(resampled)]
     low, high = np.percentile(known, [2.5, 97.5]) if len(known) else (math.nan, math.nan)
     return Estimate(float(value), float(low), float(high), count)
 
 
 def mean(values: Floats, rows: Rows) -> Estimate:
-    """Mean over prompts of ``values`` (B,); what is NaN is left out."""
+    """Mean of ``values`` (B,) over prompts, with its interval. NaN values are left out."""
     known = values[np.isfinite(values)]
     return interval(float(known.mean()) if len(known) else math.nan, bootstrap(values, rows), len(known))
 
@@ -91,7 +91,7 @@ def mean(values: Floats, rows: Rows) -> Estimate:
 
 
 class Fit(NamedTuple):
-    """R(d) - R(0) = d (alpha - beta d), or d (alpha - beta log d); without coefficients where ``why_not`` says why."""
+    """R(d) - R(0) = d (alpha - beta d), or d (alpha - beta log d). If nothing was fitted, ``why_not`` says why."""
 
     law: str  # "best-of-n" or "rl"
     points: int
@@ -101,27 +101,27 @@ class Fit(NamedTuple):
     why_not: str = ""
 
     def curve(self, distance: Floats, start: float = 0.0) -> Floats:
-        """R(d) from R(0) = ``start``."""
+        """R(d), given R(0) = ``start``."""
         assert self.alpha is not None and self.beta is not None
         return start + _terms(self.law, distance) @ np.array([self.alpha.value, self.beta.value])
 
 
 def _terms(law: str, distance: Floats) -> Floats:
-    """(K, 2): what alpha and beta are multiplied with."""
+    """The factors (K, 2) of alpha and beta."""
     second = distance if law == "best-of-n" else np.log(distance, where=distance > 0, out=np.zeros_like(distance))
     return np.stack([distance, -distance * second], axis=-1)
 
 
 def fit_law(law: str, kl: Floats, gain: Floats, kl_resampled: Floats, gain_resampled: Floats) -> Fit:
-    """Least squares of one law over K points, and again over each of R resamples for the intervals.
+    """Fit one law to K points by least squares, and to each of R resamples for the intervals.
 
-    ``kl`` and ``gain`` = R(d) - R(0) are (K,), the resampled ones (R, K). Points whose KL cannot be told from 0 do not
-    count: their d is noise.
+    ``kl`` and ``gain`` = R(d) - R(0) are (K,), the resampled ones (R, K). Points whose KL cannot be told from 0 are
+    left out: their d is noise.
     """
     away = np.isfinite(gain) & (kl > 0) & (np.percentile(kl_resampled, 2.5, axis=0) > 0)
     points = int(away.sum())
     if points < FEWEST:
-        reason = f"{points} of {len(kl)} points have a KL above 0; two coefficients need {FEWEST} to mean anything"
+        reason = f"{points} of {len(kl)} points have a KL above 0; fitting two coefficients takes at least {FEWEST}"
         return Fit(law, points, why_not=reason)
 
     def solve(kl: Floats, gain: Floats) -> Floats:

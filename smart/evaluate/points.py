@@ -35,7 +35,7 @@ BEST_OF_N = "best of n"
 
 
 class Drawn(NamedTuple):
-    """What one model wrote: B prompts, N samples each, in order; ratings are NaN where a clip failed."""
+    """Samples of one model: B prompts, N samples each, in order; scores are NaN where a clip failed."""
 
     tokens: list[list[int]]  # (B x N) prompt and completion
     reward: Floats  # (B, N)
@@ -45,25 +45,25 @@ class Drawn(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What all of one report's models are drawn and rated with."""
+    """How all models of a report are sampled and rated."""
 
     config: Config  # of the first run
     reward: Reward
-    other: Reward | None  # a judge of its own, where one was asked for
+    other: Reward | None  # a separate reward as the judge, if one was asked for
     prompts: int
     seed: int
     device: str
 
     @property
     def judge(self) -> str:
-        """Who judges, in words."""
+        """The judge's name for figures and the summary."""
         if self.other is not None:
             return f"{self.other.name} ({' '.join(self.other.weights)})"
         return Judge(self.reward, None).name
 
 
 def base_logprobs(model: Any, pieces: Sequence[Piece], pad_id: int, temperature: float) -> list[float]:
-    """Log-probability of each completion under ``model`` at ``temperature``, full softmax, summed over its tokens."""
+    """Log-probability of each completion under ``model`` at ``temperature`` (full softmax), summed over its tokens."""
     device = model.device
     longest = max(len(piece.tokens) for piece in pieces)
     tokens = torch.tensor([piece.tokens + [pad_id] * (longest - len(piece.tokens)) for piece in pieces], device=device)
@@ -72,7 +72,7 @@ def base_logprobs(model: Any, pieces: Sequence[Piece], pad_id: int, temperature:
         torch.tensor([count(piece) for piece in pieces], device=device)[:, None]
         for count in (lambda piece: piece.prompt_length, lambda piece: len(piece.tokens))
     )
-    with torch.inference_mode():  # what follows a piece's end is padding, which nothing looks back at
+    with torch.inference_mode():  # padding comes last, so no token of a piece attends to it
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float() / temperature
         logp = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
     within = (begin <= place) & (place < end)
@@ -80,12 +80,12 @@ def base_logprobs(model: Any, pieces: Sequence[Piece], pad_id: int, temperature:
 
 
 def draw(system: System, samples: int, setting: Setting, folder: Path, base: Any, bar: Any) -> Drawn:
-    """Pieces of one model, read from ``folder`` as far as they were drawn before, a table for each block.
+    """Sample one model, a table per block in ``folder``; blocks that are already there are read, not sampled again.
 
-    ``base`` is the base's network. Ratings and log-probabilities are stored, so that nothing is drawn twice.
+    ``base`` is the base's network. The tables also hold ratings and log-probabilities. ``bar`` shows the progress.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config, size = setting.config, max(BLOCK // samples, 1)  # prompts of a block
+    config, size = setting.config, max(BLOCK // samples, 1)  # prompts per block
     blocks = [folder / f"{number:05d}.parquet" for number in range(-(-setting.prompts // size))]
     done = next((place for place, path in enumerate(blocks) if not is_whole(path)), len(blocks))
     bar.update(min(done * size, setting.prompts) * samples)
@@ -135,7 +135,7 @@ def draw(system: System, samples: int, setting: Setting, folder: Path, base: Any
         return np.array(table[name], dtype=np.float64).reshape(setting.prompts, samples)
 
     def rated(reward: Reward, axes: Sequence[str] = ()) -> Floats:
-        """The mean of ``axes``, or what the reward makes of them all."""
+        """The mean of ``axes``, or without them the combined reward."""
         scores = {axis: torch.from_numpy(column(f"{reward.name}.{axis}")) for axis in reward.axes}
         if axes:
             return torch.stack([scores[axis] for axis in axes]).mean(0).numpy()
@@ -162,10 +162,10 @@ def draw(system: System, samples: int, setting: Setting, folder: Path, base: Any
 
 
 def varied(vectors: npt.NDArray[Any], rows: Rows) -> tuple[Estimate, Estimate]:
-    """How many different pieces there are in effect (Vendi score): among prompts, and among a prompt's own samples.
+    """Effective number of different pieces (Vendi score) across prompts, and within the samples of one prompt.
 
-    ``vectors`` is (B, N, D), unit vectors of the pieces. The first is over sets of one piece a prompt, the mean over
-    the N sets: 1 to B. The second is the mean over prompts: 1 to N.
+    ``vectors`` is (B, N, D), unit vectors of the pieces. The first score is computed on sets with one piece per prompt
+    and averaged over the N sets: 1 to B. The second is averaged over prompts: 1 to N.
     """
     count, samples, _ = vectors.shape
     sets = [diversity.kernel(vectors[:, sample]) for sample in range(samples)]
@@ -179,26 +179,26 @@ def varied(vectors: npt.NDArray[Any], rows: Rows) -> tuple[Estimate, Estimate]:
 
 
 def average(values: Floats) -> Floats:
-    """Mean over samples, (B,) from (B, N), of what is not NaN; NaN where all are."""
+    """Mean over the samples that are not NaN: (B,) from (B, N). NaN where all are."""
     known = np.isfinite(values)
     count = known.sum(1)
     return np.where(count > 0, np.where(known, values, 0).sum(1) / np.maximum(count, 1), math.nan)
 
 
 class Point(NamedTuple):
-    """One model, or best-of-n at one n, in numbers."""
+    """The numbers of one model, or of best-of-n at one n."""
 
     series: str
-    step: int  # iterations; n of best-of-n
+    step: int  # iterations, or n of best-of-n
     estimates: dict[str, Estimate]  # kl, kl_token, reward, judge, vendi, vendi_within
     by_prompt: dict[str, Floats]  # (B,) reward, judge and log_ratio
-    variety: dict[str, float]  # what the rule for collapse looks at
+    variety: dict[str, float]  # the measures that the collapse rule looks at
     failed: int
     pieces: int
 
 
 def weigh(series: str, step: int, drawn: Drawn, tokenizer: Any, rows: Rows, *, is_base: bool = False) -> Point:
-    """One model's point. The base's KL to itself is 0."""
+    """Measure one model. The base's KL to itself is set to exactly 0."""
     count, samples = drawn.reward.shape
     scores = [decode(tokenizer, tokens) for tokens in drawn.tokens]
     vectors = np.stack([diversity.symbolic_vector(score) for score in scores]).reshape(count, samples, -1)
@@ -226,10 +226,10 @@ def weigh(series: str, step: int, drawn: Drawn, tokenizer: Any, rows: Rows, *, i
 
 
 def baseline(drawn: Drawn, tokenizer: Any, rows: Rows, sets: int) -> list[Point]:
-    """Best-of-n of the base's N samples a prompt, n = 1, 2, 4, .. N.
+    """Best-of-n from the base's N samples per prompt, n = 1, 2, 4, .. N.
 
-    Ratings are the expectation over all subsets of n. For diversity the best of each of up to ``sets`` disjoint subsets
-    is looked at.
+    Scores are expectations over all subsets of n. Diversity is that of the best samples of up to ``sets`` disjoint
+    subsets.
     """
     count, samples = drawn.reward.shape
     scores = [diversity.symbolic_vector(decode(tokenizer, tokens)) for tokens in drawn.tokens]
