@@ -156,8 +156,8 @@ class Published(Reward):
         (0.05, True, "the scorer is right"),
         (0.05, False, "the scorer is right"),
         (0.2, False, "no verdict is possible"),
-        (0.2, True, "4 of 8 ratings are not the paper's"),
-        (-1.0, True, "8 of 8 ratings are not the paper's"),
+        (0.2, True, "4 of 8 ratings differ from the paper's"),
+        (-1.0, True, "8 of 8 ratings differ from the paper's"),
     ],
 )
 def test_the_verdict_on_the_papers_silence_and_noise(
@@ -363,7 +363,7 @@ def test_hacks_beside_midi_files(midi: list[Path], tmp_path: Path) -> None:
         assert float(row["difference"]) == pytest.approx(
             float(row["mean"]) - float(rows["real pieces"]["mean"]), abs=1e-6
         )
-    assert "4 pieces, the first 5 s" in output and "stand-in for real music" not in output
+    assert "4 pieces, the first 5 s" in output and "instead of real music" not in output
     # as if it had been stopped before two of the probes: they are made again, the same
     kept = {name: (tmp_path / "one" / name).read_text() for name in ("ratings.csv", "hacks.csv")}
     again = [line for line in kept["ratings.csv"].splitlines(keepends=True) if not line.startswith(("white", "random"))]
@@ -393,7 +393,7 @@ def test_hacks_beside_what_a_model_writes(tmp_path: Path) -> None:
         "--out",
         tmp_path,
     ).output
-    assert "written by piano-small as a stand-in for real music" in output
+    assert "2 pieces by piano-small instead of real music" in output
     assert {row["name"] for row in read(tmp_path / "ratings.csv")} == {"piano-small, prompt 0", "piano-small, prompt 1"}
 
 
@@ -432,11 +432,11 @@ def test_two_processes_do_not_sample_into_one_table(tmp_path: Path) -> None:
     run(*words)
     made, parts = out.read_bytes(), tmp_path / "out.parquet.parts"
     track.claim(parts, read_settings(out)["settings"])
-    assert "nothing was drawn" in run(*words).output and not parts.exists()  # left by a kill at the very end
+    assert "nothing to do" in run(*words).output and not parts.exists()  # left by a kill at the very end
     track.claim(parts, read_settings(out)["settings"])
     out.unlink()
     with hold(parts):
         assert "another process is working in it" in run(*words, code=2).output
     (parts / "000000.parquet").write_bytes(made[: len(made) // 2])
-    assert "000000.parquet is damaged, and drawn again" in run(*words).output
+    assert "000000.parquet is damaged and will be sampled again" in run(*words).output
     assert out.read_bytes() == made and not parts.exists()
