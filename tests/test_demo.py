@@ -173,7 +173,7 @@ def test_it_says_where_it_comes_from(demo: Demo, parsed: Parsed) -> None:
     assert str(demo.run.parent) not in parsed.words
     assert "TimGM6mb.sf2, SHA-256 " in parsed.words and "prompts are numbers 0 to 1 of seed 1" in parsed.words
     assert dumps(Config()) in parsed.words
-    assert "ce_proxy is a stand-in" in parsed.words
+    assert "ce_proxy only approximates the aesthetic model" in parsed.words
 
 
 def test_it_is_small_and_the_same_again(demo: Demo, parsed: Parsed) -> None:
@@ -181,7 +181,9 @@ def test_it_is_small_and_the_same_again(demo: Demo, parsed: Parsed) -> None:
     fixed = 60_000 + 30 * sum(len(clip["notes"]) for clip in parsed.data["clips"])
     assert len(before) < 1.26 * sum(map(len, parsed.audio)) + fixed
     result = CliRunner().invoke(main, [*demo.arguments, "--out", str(demo.page)])
-    assert result.exit_code == 2 and "exists already; replace it with --overwrite" in result.output
+    assert (
+        result.exit_code == 2 and "already exists; choose another file, or replace it with --overwrite" in result.output
+    )
     assert demo.page.read_bytes() == before
     result = CliRunner().invoke(main, [*demo.arguments, "--out", str(demo.page), "--overwrite"])
     assert result.exit_code == 0, result.output
@@ -247,13 +249,13 @@ def test_full_scale_does_not_wrap_around() -> None:
 
 
 WRONG: dict[str, tuple[Callable[[Path], list[str]], str]] = {
-    "nothing": (lambda run: [], "give what to compare"),
-    "both": (lambda run: ["--runs", "piano-small", str(run), "--section", "A", "a", "b"], "give what to compare"),
+    "nothing": (lambda run: [], "give the models to compare"),
+    "both": (lambda run: ["--runs", "piano-small", str(run), "--section", "A", "a", "b"], "give the models to compare"),
     "no run": (lambda run: ["--runs", "piano-small", "runs/none"], "runs/none"),
     "one twice": (lambda run: ["--runs", str(run), str(run)], "both are called perturbed"),
     "no such step": (lambda run: ["--runs", "piano-small", str(run), "--steps", "1,7"], "7"),
     "no number": (lambda run: ["--runs", "piano-small", str(run), "--steps", "one"], "--steps one: expected all"),
-    "no steps": (lambda run: ["--runs", str(run), "piano-small", "--steps", "all"], "it has no checkpoints"),
+    "no steps": (lambda run: ["--runs", str(run), "piano-small", "--steps", "all"], "piano-small has no checkpoints"),
     "no corpus": (lambda run: ["--runs", "piano-small", str(run), "--kind", "dataset"], "as --corpus"),
     "no reward": (lambda run: ["--runs", "piano-small", str(run), "--reward", "loudness"], "loudness"),
     "option": (lambda run: ["--runs", "piano-small", str(run), "--reward-option", "model=x"], "no option"),

@@ -157,7 +157,7 @@ def test_blind_listening_records_before_it_reveals(page: Any, parsed: Parsed) ->
     assert page.get_by_role("status").inner_text() == f"Prompt 0: {said}"
     assert page.evaluate("document.activeElement.className") == "reveal"
     agrees = int(ratings[1] > ratings[0])
-    assert "1 chosen. You preferred" in page.locator("#tally").inner_text()
+    assert "1 choice. You preferred" in page.locator("#tally").inner_text()
     assert f"CE agrees with you in {agrees} of 1." in page.locator("#tally").inner_text()
 
     page.reload()  # it is kept
@@ -172,8 +172,8 @@ def test_blind_listening_records_before_it_reveals(page: Any, parsed: Parsed) ->
     with page.expect_download() as download:
         page.get_by_role("button", name="Save choices as JSON").click()
     assert json.loads(download.value.path().read_text(encoding="utf-8")) == {"page": row["page"], "choices": [choice]}
-    page.get_by_role("button", name="Forget choices").click()
-    assert page.locator("#tally").inner_text() == "You have chosen nothing yet."
+    page.get_by_role("button", name="Delete choices").click()
+    assert page.locator("#tally").inner_text() == "You have made no choices yet."
     assert page.locator(".reveal").count() == 0
 
 

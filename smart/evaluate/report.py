@@ -465,14 +465,10 @@ def run_picture(runs: Sequence[Path], out: Path) -> Picture:
 @click.command()
 @click.argument("tables", nargs=-1, type=click.Path(path_type=Path), metavar="TABLE...")
 @click.option(
-    "--run",
-    "runs",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="Tuning run to draw the reward of; repeatable.",
+    "--run", "runs", multiple=True, type=click.Path(path_type=Path), help="Tuning run whose reward to plot; repeatable."
 )
 @click.option(
-    "--corpus", type=click.Path(path_type=Path), help="Check the pieces for passages copied from this corpus."
+    "--corpus", type=click.Path(path_type=Path), help="Check how much the pieces copy from this corpus's train split."
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the page, figures and numbers.")
 @click.option("--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Seed of the bootstrap.")
