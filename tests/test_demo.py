@@ -1,4 +1,4 @@
-"""smart.demo: what stands in the page is what was drawn, rendered and rated; bad input ends with one line."""
+"""smart.demo: the page has what was sampled, rendered and rated; bad input ends with a one-line message."""
 
 import base64
 import hashlib
@@ -80,7 +80,7 @@ def decode85(text: str) -> bytes:
 
 
 def pcm(flac: bytes) -> npt.NDArray[np.int16]:
-    """(C, S) as another decoder than the page's reads it."""
+    """Audio (C, S), read by a different decoder than the page's."""
     file = soundfile.SoundFile(io.BytesIO(flac))
     assert (file.format, file.subtype, file.samplerate) == ("FLAC", "PCM_16", RATE)
     levels: npt.NDArray[np.int16] = file.read(dtype="int16").T
@@ -94,7 +94,7 @@ def parsed(demo: Demo) -> Parsed:
 
 @pytest.fixture(scope="module")
 def pieces(demo: Demo) -> dict[tuple[str, int], Piece]:
-    """The same pieces, drawn and rated without the page."""
+    """The same pieces, sampled and rated without the page."""
     systems = [find_system("piano-small"), find_system(f"{demo.run}@1"), find_system(str(demo.run))]
     drawn = compose(
         systems, count=COUNT, soundfont="timgm", rewards=[load_reward("ce_proxy")], max_new_tokens=48, seconds=3.0,
@@ -108,7 +108,7 @@ def test_the_page_holds_every_piece(parsed: Parsed, pieces: dict[tuple[str, int]
     assert set(parsed.pieces()) == set(pieces) and len(pieces) == 3 * COUNT
     (section,) = parsed.data["sections"]
     assert section["first"] == "piano-small"
-    # checkpoint 2 is the tuned model itself: it is there once
+    # checkpoint 2 is the tuned model itself, so it appears only once
     assert [(other["name"], other["step"]) for other in section["others"]] == [
         ("perturbed at 1", 1),
         ("perturbed", Config().grpo.iterations),
@@ -125,7 +125,7 @@ def test_its_audio_is_what_was_rendered_to_half_a_step_of_16_bits(
         assert rendered is not None and heard.shape == rendered.shape
         assert clip["seconds"] == rendered.shape[1] / RATE
         assert np.abs(heard - np.minimum(rendered * 32768.0, 32767)).max() <= 0.5
-        assert np.abs(heard.astype(int)).max() >= 32766  # as loud as it was
+        assert np.abs(heard.astype(int)).max() >= 32766  # still at full scale
 
 
 def test_its_ratings_are_those_of_its_audio(parsed: Parsed, pieces: dict[tuple[str, int], Piece]) -> None:
@@ -232,7 +232,7 @@ def test_sections_share_audio() -> None:
 
 
 def test_choices_are_saved_without_formulas() -> None:
-    """The very lines of the page that write a cell of the CSV, in node."""
+    """Runs the page's own lines that write a CSV cell, in node."""
     if shutil.which("node") is None:
         pytest.skip("no node")
     script = files("smart.demo").joinpath("page.js").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The frontier report: estimators against brute force and numbers worked by hand, laws with planted coefficients."""
+"""The frontier report: estimators against brute force and hand-worked numbers, laws with known coefficients."""
 
 import itertools
 import json
@@ -63,7 +63,7 @@ def test_best_of_n_is_the_mean_over_all_subsets(n: int) -> None:
 def test_best_of_n_with_ties_and_with_clips_that_failed() -> None:
     rewards = np.array([[1.0, 2.0, 2.0, math.nan], [1.0, math.nan, math.nan, math.nan]])
     judge = np.array([[0.0, 3.0, 5.0, 100.0], [7.0, 0.0, 0.0, 0.0]])
-    # of three rated samples the pairs are (1,2), (1,2'), (2,2'); in the last either is the best
+    # the pairs of three rated samples are (1,2), (1,2'), (2,2'); in the last one either may be the best
     assert best_of_n(rewards, judge, 2) == pytest.approx([(3 + 5 + 4) / 3, math.nan], nan_ok=True)
     assert best_of_n(rewards, rewards, 1) == pytest.approx([5 / 3, 1])
 
@@ -147,13 +147,13 @@ def test_the_interval_of_what_could_not_be_measured_is_unknown() -> None:
 
 # --- The report, on real checkpoints ------------------------------------------------------------------------------
 
-SHARPER = {2: 1.3, 4: 1.8, 6: 1e3}  # checkpoints: the base, its logits multiplied; the last one is greedy
+SHARPER = {2: 1.3, 4: 1.8, 6: 1e3}  # checkpoint -> factor on the base's logits; the last one is greedy
 OPTIONS: dict[str, Any] = {"prompts": 6, "samples": 2, "checkpoints": 9, "best_of": 4, "judge": None, "seed": 1}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tuning run's folder, with checkpoints whose distance from the base is known in direction."""
+    """A tuning run's folder, with checkpoints that move ever further from the base."""
     folder = tmp_path_factory.mktemp("runs") / "sharp"
     settings = ("sampling.max_new_tokens=40", "render.seconds=2.0", "render.workers=1", "grpo.beta=0.5")
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""smart.evaluate: statistics by hand, tables that survive a kill, and a page that needs nothing but itself."""
+"""smart.evaluate: statistics checked by hand, tables that survive a kill, and a self-contained page."""
 
 import csv
 import math
@@ -62,7 +62,7 @@ def test_paired_differences_by_hand() -> None:
     assert found.cohen.value == pytest.approx(1.75 / math.sqrt(35 / 12))
     assert found.cliff.value == 0.75
     assert found.t_test == pytest.approx(stats.ttest_rel([2, 4, 3, 8], [1, 2, 3, 4]).pvalue)
-    assert found.wilcoxon == pytest.approx(0.25)  # three positive ranks: 2 of 8 signs are as far from the middle
+    assert found.wilcoxon == pytest.approx(0.25)  # three positive ranks: 2 of the 8 sign patterns are as extreme
     back = paired(after, before)
     assert back.difference.value == -1.75 and back.cliff.value == -0.75
     assert (back.t_test, back.wilcoxon) == pytest.approx((found.t_test, found.wilcoxon))
@@ -75,7 +75,7 @@ def test_a_known_effect_is_found() -> None:
     noise = (noise - noise.mean()) / noise.std(ddof=1)
     found = paired(before, before + 0.5 + noise)
     assert found.cohen.value == pytest.approx(0.5) and found.difference.value == pytest.approx(0.5)
-    error = 1.96 * math.sqrt(1 / 1000 + 0.5**2 / 2000)  # of d, for normal differences
+    error = 1.96 * math.sqrt(1 / 1000 + 0.5**2 / 2000)  # standard error of d for normal differences, times 1.96
     assert (found.cohen.low, found.cohen.high) == pytest.approx((0.5 - error, 0.5 + error), abs=0.01)
     expected = 2 * stats.norm.cdf(0.5) - 1  # the share above zero minus the share below
     assert found.cliff.low < expected < found.cliff.high
@@ -115,7 +115,7 @@ def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
 
 
 def piece(system: str, prompt: int, notes: Sequence[tuple[int, int, int]], rating: float | None) -> Piece:
-    """Notes (beat, pitch, velocity); without a rating the clip failed."""
+    """A piece with notes (beat, pitch, velocity); without a rating its clip failed."""
     score = Score(12)
     score.tempos.append(Tempo(0, 120))
     score.time_signatures.append(TimeSignature(0, 4, 4))
@@ -157,7 +157,7 @@ def make(tmp_path: Path) -> Make:
 
 
 def two_systems(count: int = 12) -> dict[str, list[Piece]]:
-    """ "a<b" writes ever higher notes; "tuned" adds a low one and rates 1 higher, but on prompt 3, where it failed."""
+    """ "a<b" writes higher notes per prompt; "tuned" adds a low one and rates 1 higher, but failed on prompt 3."""
     draws = np.random.default_rng(0)
     base, tuned = [], []
     for prompt in range(count):
@@ -204,7 +204,7 @@ def test_comparisons_of_a_table(make: Make) -> None:
     rating = found["ce_proxy.CE"]
     assert rating.found.difference.n == 11 and rating.found.difference.value == pytest.approx(1, abs=0.15)
     assert rating.found.cohen.value > 5 and rating.found.cliff.value == 1
-    assert rating.t_test == rating.found.t_test  # the other axis never differs, so it has no p to correct for
+    assert rating.t_test == rating.found.t_test  # the other axis never differs, so it adds no p-value to the correction
     assert rating.wilcoxon == pytest.approx(2 * rating.found.wilcoxon)
     assert found["number_of_notes"].found.difference.value == pytest.approx((11 * 1 + 5) / 12)
     assert found["pitch_range"].found.difference.n == 11  # the empty piece has none
@@ -238,7 +238,7 @@ def test_a_verdict_goes_by_the_interval() -> None:
 def test_the_report_of_tables_and_a_run(make: Make, tmp_path: Path) -> None:
     (tmp_path / "first").mkdir()
     lines = [f'{{"step": {step}, "reward/mean": {5 + step / 10}, "reward/std": 0.5}}\n' for step in range(1, 9)]
-    (tmp_path / "first" / "metrics.jsonl").write_text("".join(lines) + '{"step": 9, "rew')  # a crash cut it
+    (tmp_path / "first" / "metrics.jsonl").write_text("".join(lines) + '{"step": 9, "rew')  # cut off by a crash
     out = tmp_path / "out"
     result = run("report", make("t", two_systems()), "--run", tmp_path / "first", "--out", out)
     assert result.exit_code == 0, result.output
@@ -255,7 +255,7 @@ def test_the_report_of_tables_and_a_run(make: Make, tmp_path: Path) -> None:
     assert {float(row["share"]) for row in rolls if row["system"] == "tuned" and row["pitch"] == "30"} == {1.0}
     means = {(row["system"], row["measure"]): row for row in rows_of(out / "t-means.csv")}
     assert means["tuned", "ce_proxy.CE"]["n"] == "11" and float(means["tuned", "ce_proxy.PQ"]["mean"]) == 5
-    # nothing is fetched, everything is named
+    # nothing is fetched, everything has a name
     assert not re.search(r"(src|href)=\"(?!data:|#)", page) and "url(" not in page and "<script" not in page
     images, captions = re.findall(r"<img [^>]*>", page), page.count("<caption>")
     assert len(images) == 4 and all(re.search(r'alt="[^"]{40,}"', image) for image in images)
@@ -275,7 +275,7 @@ def test_a_figure_has_the_same_bytes_every_time(tmp_path: Path) -> None:
 
 
 def test_names_of_systems_and_people_are_drawn_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither as mathematics, nor left out of the legend."""
+    """They are not read as mathematics, nor left out of the legend."""
     odd, panels = r"$\foo$", {r"$\foo$": np.array([1.0]), "_x": np.array([2.0])}
     panel = plots.Panel(odd, "x", "y", panels, plots.edges_of(panels.values(), bins=2))
     plots.histograms([panel], tmp_path / "histograms")
