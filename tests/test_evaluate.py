@@ -349,7 +349,7 @@ def test_the_rule_of_the_verdict(kind: str, mean: float, low: float, high: float
     assert hacks.verdict(kind, {"mean": mean, "low": low, "high": high}) == expected
 
 
-def test_hacks_beside_midi_files(midi: list[Path], tmp_path: Path) -> None:
+def test_hacks_on_midi_files(midi: list[Path], tmp_path: Path) -> None:
     words = ["hacks", *midi, "--seconds", 5, "--sample-rate", RATE, "--soundfont", "timgm", "--workers", 1, "--out"]
     output = run(*words, tmp_path / "one").output
     rows = {row["probe"]: row for row in read(tmp_path / "one" / "hacks.csv")}
@@ -375,7 +375,7 @@ def test_hacks_beside_midi_files(midi: list[Path], tmp_path: Path) -> None:
     )
 
 
-def test_hacks_beside_what_a_model_writes(tmp_path: Path) -> None:
+def test_hacks_on_pieces_of_a_model(tmp_path: Path) -> None:
     output = run(
         "hacks",
         "-n",

@@ -157,7 +157,7 @@ def make(tmp_path: Path) -> Make:
 
 
 def two_systems(count: int = 12) -> dict[str, list[Piece]]:
-    """ "a<b" writes higher notes per prompt; "tuned" adds a low one and rates 1 higher, but failed on prompt 3."""
+    """ "a<b" writes ever higher notes; "tuned" adds a low one and rates 1 higher, but failed on prompt 3."""
     draws = np.random.default_rng(0)
     base, tuned = [], []
     for prompt in range(count):
@@ -387,7 +387,7 @@ def test_a_killed_command_goes_on_to_the_same_bytes_and_a_report(tmp_path: Path)
     assert len(rows_of(tmp_path / "report" / "out-comparisons.csv")) == 9
 
 
-def test_audio_comes_beside_the_table(tmp_path: Path) -> None:
+def test_audio_is_saved_next_to_the_table(tmp_path: Path) -> None:
     import soundfile
 
     result = run(

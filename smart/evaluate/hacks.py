@@ -58,7 +58,7 @@ NOISE_LEVEL = 0.1  # standard deviation; full scale is 1
 
 
 class Real(NamedTuple):
-    """What the probes need to know of a real piece."""
+    """The part of a real piece that the probes use."""
 
     name: str
     notes: Notes  # (n, 6), the notes that begin within the rated seconds, cut at their end
@@ -336,7 +336,7 @@ def main(
     for column in columns(rewards):
         click.echo(f"\n{column}")
         click.echo(_shown([row for row in rows if row["rating"] == column]))
-    click.echo(f"\nwrote hacks.csv, ratings.csv and hacks.png and .pdf into {out}")
+    click.echo(f"\nwrote hacks.csv, ratings.csv, hacks.png and hacks.pdf to {out}")
 
 
 def _rows(rated: dict[str, Ratings], kinds: dict[str, str], names: Sequence[str]) -> list[Row]:

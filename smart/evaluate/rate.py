@@ -207,7 +207,7 @@ def main(
                 kind, _, axis = row["rating"].partition(".")
                 if row["file"] in PAPER and kind == reward.name:
                     ours[row["file"]][axis] = row["mean"]
-            click.echo(_beside_the_paper(ours))
+            click.echo(_against_the_paper(ours))
             click.echo(verdict(reward, ours))
     if out is not None:
         with writing(out):
@@ -228,7 +228,7 @@ def _shown(rows: Sequence[Row]) -> str:
     return table(list(by_file.values()))
 
 
-def _beside_the_paper(ours: dict[str, dict[str, float]]) -> str:
+def _against_the_paper(ours: dict[str, dict[str, float]]) -> str:
     return table(
         [
             {"": name, **{axis: f"{ours[name][axis]:.2f} (paper {value:.2f})" for axis, value in expected.items()}}

@@ -230,7 +230,7 @@ def main(
     if len(fonts) > 1:
         click.echo("agreement on the ranking of the pieces:")
         click.echo(_agreement_shown(agreed))
-    click.echo(f"wrote soundfonts.csv, agreement.csv, ratings.csv and soundfonts.png and .pdf into {out}")
+    click.echo(f"wrote soundfonts.csv, agreement.csv, ratings.csv, soundfonts.png and soundfonts.pdf to {out}")
 
 
 def _paper(font: Font, column: str) -> float:
