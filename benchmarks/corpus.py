@@ -36,8 +36,8 @@ from typing import Any
 import numpy as np
 from symusic.core import NoteTick, NoteTickList, ScoreTick, TempoTick, TimeSignatureTick, TrackTick
 
-from smart.corpus import EXTENSIONS, build
-from smart.shards import Corpus
+from smart.corpus import Corpus
+from smart.corpus.build import EXTENSIONS, build
 from smart.tokens import build_tokenizer
 
 PROGRAMS = {"piano": [0], "all": [0, 33, 48, 128]}  # of drawn pieces; 128 stands for drums

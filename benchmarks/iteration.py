@@ -40,13 +40,12 @@ from smart import UserError, hub
 from smart.config import Config, dumps, load
 from smart.grpo import token_logprobs, train
 from smart.model import build_model, find_base, load_base, pick_device, pick_precision, save_base
-from smart.render import RenderPool
+from smart.render import RenderPool, find_soundfont
 from smart.reward import load_reward
 from smart.reward.audiobox import HUB_ID
+from smart.run import read_metrics
 from smart.sampler import Sampler
-from smart.soundfonts import find_soundfont
 from smart.tokens import build_tokenizer, decode, vocabulary
-from smart.track import read_metrics
 
 LAPS = ("generate", "reference", "score", "learn")  # follow each other; what else is timed overlaps (docs/metrics.md)
 PEER = Path(__file__).parent / "peers" / "grpo_trl.py"

@@ -28,8 +28,8 @@ import symusic
 import torch
 
 from smart import UserError
-from smart.bank import NoteBank
 from smart.render import Notes, RenderPool, load_soundfont, render_notes, score_notes
+from smart.render.bank import NoteBank
 from smart.reward import load_reward, resample
 
 SAMPLE_RATE = 44100

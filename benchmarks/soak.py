@@ -19,8 +19,8 @@ from typing import Any
 import common
 
 from smart.model import build_model, save_base
+from smart.run import METRICS
 from smart.tokens import build_tokenizer
-from smart.track import METRICS
 
 SETTINGS = {
     "grpo.prompts": 2, "grpo.group_size": 2, "sampling.max_new_tokens": 16, "render.seconds": 0.5, "render.workers": 1,

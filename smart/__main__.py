@@ -16,7 +16,11 @@ PROGRAMS = {
     "reproduce": "Every experiment, table and figure of the paper, on one page.",
     "calibrate": "Fit the ce_proxy reward to clips that were rated.",
 }
-MODULES = {"calibrate": "smart.reward.calibrate"}
+MODULES = {
+    "corpus": "smart.corpus.command",
+    "reproduce": "smart.reproduce.command",
+    "calibrate": "smart.reward.calibrate",
+}
 
 
 @click.group(cls=LazyGroup, programs=PROGRAMS, package="smart", modules=MODULES)

@@ -69,10 +69,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Render:
-    """How notes become audio (``smart.render``, ``smart.bank``)."""
+    """How notes become audio (``smart.render``, ``smart.render.bank``)."""
 
     soundfont: str = "timgm"
-    backend: str = _choice("pool", "pool", "bank")  # worker processes; or stored notes on the device (smart.bank)
+    backend: str = _choice(
+        "pool", "pool", "bank"
+    )  # worker processes; or stored notes on the device (smart.render.bank)
     sample_rate: int = _number(44100, low=8000, high=192_000)
     seconds: float = _number(10.0, above=0.0, high=600.0)
     workers: int = _number(0, low=0, high=1024)  # 0: one for each usable core

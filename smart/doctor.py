@@ -21,8 +21,8 @@ import numpy as np
 
 from smart import UserError, hub
 from smart.config import Config, load
-from smart.soundfonts import check_soundfont, find_soundfont, package_of
-from smart.track import check_packages
+from smart.render import check_soundfont, find_soundfont, package_of
+from smart.run import check_packages
 
 READY, MISSING, NOTE = "ready", "MISSING", "note"
 FEWEST_BYTES = 2 << 30  # of memory: the processes of the quickstart take 1.9 GiB together at most
@@ -79,7 +79,7 @@ def _torch(config: Config | None) -> Finding:
 
 
 def _cores(config: Config | None) -> Finding:
-    from smart.render import usable_cores
+    from smart.workers import usable_cores
 
     cores = usable_cores()
     if config is not None and config.render.workers > cores:
@@ -211,7 +211,7 @@ def _reward(config: Config) -> Finding:
 
 
 def _prompts(config: Config) -> Finding:
-    from smart.shards import Corpus
+    from smart.corpus import Corpus
 
     if config.prompts.kind != "dataset":
         return Finding(READY, f"{config.prompts.kind}: no corpus needed")

@@ -22,17 +22,16 @@ import numpy as np
 import torch
 from symusic.core import NoteTick, ScoreTick, TempoTick, TimeSignatureTick, TrackTick
 
-from smart import UserError, require, track
-from smart.compare import find_system
+from smart import UserError, require
+from smart.corpus.piece import Limits
+from smart.corpus.readers import Pool
 from smart.files import sha256, write_atomically
-from smart.midi import Limits
-from smart.midi_pool import Pool
 from smart.model import load_base, pick_device
-from smart.render import RenderError, RenderPool, score_notes
+from smart.render import RenderError, RenderPool, check_soundfont, find_soundfont, score_notes, write_midi, write_wav
 from smart.reward import Reward, load_reward, read_options
+from smart.rollout import Scorer, find_system
+from smart.run import alone, check_packages, claim, in_one_line, progress
 from smart.sampler import Sampler
-from smart.scoring import Scorer
-from smart.soundfonts import check_soundfont, find_soundfont
 from smart.tokens import Grammar, Vocabulary, build_grammar, decode, unplayable, vocabulary
 
 WINDOW = 512  # tokens that the model sees at once: the crops that bases are trained on (paper section 3.1)
@@ -248,8 +247,8 @@ def prepare(out: Path, settings: dict[str, Any], columns: Sequence[str]) -> Iter
 
     Until the end of the ``with`` no other process can do the same.
     """
-    track.claim(out, settings)
-    with track.alone(out):
+    claim(out, settings)
+    with alone(out):
         rows = read_table(out, columns)
         lines = [list(rows[0]), *(list(row.values()) for row in rows)] if rows else []
         try:
@@ -298,7 +297,7 @@ def main(context: click.Context, **given: Any) -> None:
         for name in ("tempo", "time_signature"):
             if context.get_parameter_source(name) != click.core.ParameterSource.DEFAULT:
                 raise UserError(f"--{name.replace('_', '-')} and --continue: a continuation keeps its song's own")
-    with track.in_one_line("a piece", "the same command goes on from here", RenderError):
+    with in_one_line("a piece", "the same command goes on from here", RenderError):
         generate(**given)
 
 
@@ -346,7 +345,7 @@ def generate(
             raise UserError(f"--continue {song}: no such file; expected a MIDI file")
 
     where, folder, soundfont_file, rates, *_ = require(
-        lambda: pick_device(device), lambda: find_system(model).model, sound, reward, song_file, track.check_packages
+        lambda: pick_device(device), lambda: find_system(model).model, sound, reward, song_file, check_packages
     )
     network, tokenizer = load_base(folder, device=where)
     facts, grammar = vocabulary(tokenizer), build_grammar(tokenizer)
@@ -377,7 +376,7 @@ def generate(
     with (
         prepare(out, settings, columns) as done,
         RenderPool(soundfont_file, sample_rate=sample_rate, seconds=seconds) as pool,
-        track.progress(total=count, initial=done, unit="piece") as bar,
+        progress(total=count, initial=done, unit="piece") as bar,
         open(out / TABLE, "a", encoding="utf-8", newline="") as file,
     ):
         scorer = None if rates is None else Scorer(tokenizer, pool, rates, sample_rate=sample_rate)
@@ -402,13 +401,13 @@ def generate(
                 clips = [pool.submit(score_notes(score, max_beats=math.inf)) for score in scores]
                 best, audio, ratings = choose(clips, scorer)
                 stem = out / f"{piece:04d}"
-                track.write_midi(stem.with_suffix(".mid"), scores[best])
-                track.write_wav(stem.with_suffix(".wav"), audio, sample_rate)
+                write_midi(stem.with_suffix(".mid"), scores[best])
+                write_wav(stem.with_suffix(".wav"), audio, sample_rate)
                 if going_on is not None:
                     joined = continuation(going_on, [*line, *drawn[mine][best]], tokenizer, joined=True)
-                    track.write_midi(out / f"{piece:04d}-joined.mid", joined)
+                    write_midi(out / f"{piece:04d}-joined.mid", joined)
                     sound_of_both = pool.submit(score_notes(joined, max_beats=math.inf)).result()
-                    track.write_wav(out / f"{piece:04d}-joined.wav", sound_of_both, sample_rate)
+                    write_wav(out / f"{piece:04d}-joined.wav", sound_of_both, sample_rate)
                 table.writerow(
                     [
                         piece,

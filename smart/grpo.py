@@ -43,22 +43,35 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from safetensors.torch import save_file
 
-from smart import Failure, UserError, checkpoint, distributed, require, track
-from smart.bank import BankPool, open_renderer
+from smart import Failure, UserError, distributed, require
 from smart.config import Config, Grpo, RewardConfig, dumps, load
+from smart.corpus import Corpus
 from smart.distributed import World
 from smart.files import replace_files
 from smart.guard import Guard, HeldOut, Judge, alikeness
 from smart.model import find_base, load_base, pick_device, pick_precision, save_base
 from smart.plots import curves, timeline
 from smart.prompts import Pieces, draw
-from smart.render import usable_cores
+from smart.render import check_soundfont, find_soundfont, open_renderer
+from smart.render.bank_pool import BankPool
 from smart.reward import Reward, load_reward
+from smart.rollout import Clips, Scorer, completion_metrics, gather_rollout, together
+from smart.run import (
+    CONFIG,
+    Onlooker,
+    StopRequest,
+    Stopwatch,
+    Tracker,
+    check_packages,
+    checkpoint,
+    prepare,
+    progress,
+    run_command,
+    summarise,
+)
 from smart.sampler import Rollout, Sampler
-from smart.scoring import Clips, Scorer, completion_metrics, gather_rollout, together
-from smart.shards import Corpus
-from smart.soundfonts import check_soundfont, find_soundfont
 from smart.tokens import build_grammar, decode, vocabulary
+from smart.workers import usable_cores
 
 MOST_WEIGHT = 2.0  # of a token that an older policy drew
 AHEAD = "ahead.safetensors"  # in a checkpoint: what was drawn ahead
@@ -325,7 +338,7 @@ def preflight(config: Config, world: World) -> Parts:
         judge,
         lambda: pieces(config.prompts.split),
         unseen,
-        track.check_packages,
+        check_packages,
     )
     return Parts(*found[:6])
 
@@ -403,9 +416,9 @@ def _train(config: Config, world: World, held: contextlib.ExitStack, *, resume: 
     if sampling.max_new_tokens > longest:
         raise UserError(f"sampling.max_new_tokens = {sampling.max_new_tokens}: this base has room for {longest}")
     folder = Path(config.run.folder) / config.run.name
-    stop = held.enter_context(checkpoint.StopRequest())  # before all that takes its time
+    stop = held.enter_context(StopRequest())  # before all that takes its time
     if world.lead:
-        held.enter_context(track.prepare(folder, dumps(config), resume=resume, overwrite=overwrite))
+        held.enter_context(prepare(folder, dumps(config), resume=resume, overwrite=overwrite))
     world.sum(0)  # the others wait until the folder is there
 
     reference = copy.deepcopy(policy).requires_grad_(False)
@@ -465,7 +478,7 @@ def _train(config: Config, world: World, held: contextlib.ExitStack, *, resume: 
     precision = pick_precision(settings.precision, device)
     autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
     with (
-        track.Tracker(folder, start=done) if world.lead else track.Onlooker(folder) as run,
+        Tracker(folder, start=done) if world.lead else Onlooker(folder) as run,
         open_renderer(
             render.backend,
             parts.soundfont,
@@ -475,7 +488,7 @@ def _train(config: Config, world: World, held: contextlib.ExitStack, *, resume: 
             deadline=render.deadline,
             device=device,
         ) as pool,
-        track.progress(total=settings.iterations, initial=done, unit="iteration", show=world.lead) as bar,
+        progress(total=settings.iterations, initial=done, unit="iteration", show=world.lead) as bar,
     ):
         scorer = Scorer(
             tokenizer,
@@ -490,7 +503,7 @@ def _train(config: Config, world: World, held: contextlib.ExitStack, *, resume: 
             guard.read(last)
             if world.lead:  # whoever wrote it may have been killed at once
                 checkpoint.settle(last.parent, done, keep=config.track.keep_checkpoints, best=guard.best)
-        watch = track.Stopwatch()
+        watch = Stopwatch()
 
         def draw_batch() -> tuple[Rollout, Clips]:
             """Have the policy write this process's part of a batch; what has settled is being rendered already."""
@@ -509,7 +522,7 @@ def _train(config: Config, world: World, held: contextlib.ExitStack, *, resume: 
 
         def leave() -> NoReturn:
             """End as a signal asked for: what a checkpoint does not hold yet is done again by ``--resume``."""
-            run.say(f"stopped; to go on: python -m smart.grpo --config {folder / track.CONFIG} --resume")
+            run.say(f"stopped; to go on: python -m smart.grpo --config {folder / CONFIG} --resume")
             raise SystemExit(128 + (stop.requested or signal.SIGTERM))
 
         ahead: tuple[Rollout, Clips] | None = None
@@ -647,13 +660,13 @@ def _train(config: Config, world: World, held: contextlib.ExitStack, *, resume: 
             # one that is there already, of a run that is resumed once more, stays whole
             replace_files(folder / "tuned", partial(save_base, policy, tokenizer), last="model.safetensors")
             curves(folder, ("reward/mean",), "reward")  # whoever wrote the last checkpoint may not have come to it
-            run.say(track.summarise(folder, rewards))
+            run.say(summarise(folder, rewards))
         if parts.reward.is_stand_in:
             run.say(f"{config.reward.kind} is a stand-in, not the aesthetic model: see docs/rewards.md")
     return folder
 
 
-@track.run_command(default="quickstart.toml")
+@run_command(default="quickstart.toml")
 def main(path: str, overrides: tuple[str, ...], resume: bool, overwrite: bool) -> None:
     """Tune a base model by how its music sounds."""
     train(load(path, overrides), resume=resume, overwrite=overwrite)

@@ -29,8 +29,9 @@ from smart.distributed import World
 from smart.features import midi_features
 from smart.files import parse_json, write_atomically
 from smart.reward import Reward
+from smart.rollout import Rated, Scorer, together
+from smart.rollout.scorer import Audio
 from smart.sampler import Rollout, Sampler
-from smart.scoring import Audio, Rated, Scorer, together
 from smart.tokens import decode, vocabulary
 
 COMPLETIONS = 4  # of each held-out prompt, so that pieces for one prompt can be compared

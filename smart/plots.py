@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from smart import track
 from smart.files import parse_json, write_atomically
+from smart.run import read_metrics
 
 
 def curves(folder: Path, keys: Sequence[str], unit: str) -> Path:
@@ -21,7 +21,7 @@ def curves(folder: Path, keys: Sequence[str], unit: str) -> Path:
     """
     from matplotlib.figure import Figure
 
-    rows = track.read_metrics(folder, keys)
+    rows = read_metrics(folder, keys)
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for key in keys:
@@ -38,7 +38,7 @@ def curves(folder: Path, keys: Sequence[str], unit: str) -> Path:
 
 
 def timeline(trace: Path) -> Path:
-    """Draw a trace that ``smart.track.Stopwatch.write`` wrote, a line for each lane, into a PNG beside it."""
+    """Draw a trace that ``smart.run.Stopwatch.write`` wrote, a line for each lane, into a PNG beside it."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 

@@ -27,19 +27,18 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Phi3ForCausalLM
 
-from smart import UserError, checkpoint, distributed, track
-from smart.bank import open_renderer
+from smart import UserError, distributed
 from smart.config import Data, Optimisation, PretrainConfig, dumps, load
+from smart.corpus import Corpus
 from smart.distributed import World
 from smart.files import parse_json, sync
 from smart.model import build_model, load_base, pick_device, pick_precision, save_base
 from smart.plots import curves
 from smart.prompts import Pieces, draw
-from smart.render import Renderer, RenderError
+from smart.render import Renderer, RenderError, check_soundfont, find_soundfont, open_renderer
+from smart.rollout import SILENT, completion_metrics
+from smart.run import CONFIG, StopRequest, Tracker, check_packages, checkpoint, prepare, progress, run_command
 from smart.sampler import Sampler
-from smart.scoring import SILENT, completion_metrics
-from smart.shards import Corpus
-from smart.soundfonts import check_soundfont, find_soundfont
 from smart.tokens import Vocabulary, build_grammar, decode, vocabulary
 
 
@@ -140,7 +139,7 @@ def train(config: PretrainConfig, *, resume: bool = False, overwrite: bool = Fal
     process to rounding. Raises ``UserError`` for what the user can mend and ``click.ClickException`` where the loss
     stops being finite.
     """
-    track.check_packages()
+    check_packages()
     with distributed.join(pick_device(config.run.device)) as world, contextlib.ExitStack() as held:
         return _train(config, world, held, resume=resume, overwrite=overwrite)
 
@@ -167,9 +166,9 @@ def _train(config: PretrainConfig, world: World, held: contextlib.ExitStack, *, 
     )
     compiling = _compiles(settings.compile, device)
     folder = Path(config.run.folder) / config.run.name
-    stop = held.enter_context(checkpoint.StopRequest())  # before all that takes its time
+    stop = held.enter_context(StopRequest())  # before all that takes its time
     if world.lead:
-        held.enter_context(track.prepare(folder, dumps(config), resume=resume, overwrite=overwrite))
+        held.enter_context(prepare(folder, dumps(config), resume=resume, overwrite=overwrite))
     world.sum(0)  # the others wait until the folder is there
 
     optimizer = torch.optim.AdamW(
@@ -275,9 +274,7 @@ def _train(config: PretrainConfig, world: World, held: contextlib.ExitStack, *, 
                 save()
             if stopping and done.step < settings.steps:
                 if report:
-                    report.run.say(
-                        f"stopped; to go on: python -m smart.pretrain --config {folder / track.CONFIG} --resume"
-                    )
+                    report.run.say(f"stopped; to go on: python -m smart.pretrain --config {folder / CONFIG} --resume")
                 raise SystemExit(128 + (stop.requested or signal.SIGTERM))
         if report:
             report.run.say(f"best validation loss {done.best:.4f}; the base is in {folder / 'base'}")
@@ -303,7 +300,7 @@ class Report:
         # one for all evaluations: on CUDA each captures a graph, and holds its cache
         self.sampler = Sampler(model, pad_id=self.facts.pad_id, eos_id=self.facts.eos_id)
         with contextlib.ExitStack() as opened:
-            self.run = opened.enter_context(track.Tracker(folder, start=start))
+            self.run = opened.enter_context(Tracker(folder, start=start))
             pool = open_renderer(
                 render.backend,
                 soundfont,
@@ -314,7 +311,7 @@ class Report:
             )
             opened.enter_context(pool)
             self.pool: Renderer = pool
-            self.bar = opened.enter_context(track.progress(total=config.optimisation.steps, initial=start, unit="step"))
+            self.bar = opened.enter_context(progress(total=config.optimisation.steps, initial=start, unit="step"))
             self._opened = opened.pop_all()
 
     def __enter__(self) -> "Report":
@@ -398,7 +395,7 @@ def _keep_best(folder: Path, step: int, model: Any, tokenizer: Any) -> None:
     sync(folder)
 
 
-@track.run_command(default="base.toml")
+@run_command(default="base.toml")
 def main(path: str, overrides: tuple[str, ...], resume: bool, overwrite: bool) -> None:
     """Train a base model on a tokenised corpus."""
     train(load(path, overrides, schema=PretrainConfig), resume=resume, overwrite=overwrite)

@@ -21,7 +21,7 @@ KINDS = ("procedural", "first_note", "bos", "dataset")
 
 
 class Pieces(Protocol):
-    """Tokenised pieces, such as a split of ``smart.shards.Corpus``."""
+    """Tokenised pieces, such as a split of ``smart.corpus.Corpus``."""
 
     def __len__(self) -> int: ...
 

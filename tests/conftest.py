@@ -57,10 +57,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     """The shipped base against slightly perturbed copies of it, two prompts, short clips."""
     from click.testing import CliRunner
 
-    from smart import checkpoint
     from smart.config import Config, dumps
     from smart.demo import main
     from smart.model import load_base, save_base
+    from smart.run import checkpoint
 
     run = tmp_path_factory.mktemp("runs") / "perturbed"
     run.mkdir()

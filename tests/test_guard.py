@@ -16,11 +16,10 @@ from smart.distributed import World
 from smart.grpo import token_logprobs
 from smart.guard import COMPLETIONS, Guard, HeldOut, Judge, Measured, alikeness, collapsed, effective_number
 from smart.prompts import draw
-from smart.render import RenderPool
+from smart.render import RenderPool, find_soundfont
 from smart.reward import Reward, load_reward
+from smart.rollout import Scorer
 from smart.sampler import Rollout, Sampler
-from smart.scoring import Scorer
-from smart.soundfonts import find_soundfont
 from smart.tokens import vocabulary
 
 NAN = math.nan

@@ -25,14 +25,13 @@ import torch
 from miditok import REMI, TokenizerConfig
 from safetensors.torch import load_file, save_file
 
-from smart.bank import open_renderer
-from smart.checkpoint import read_tensors
 from smart.config import load, shipped
 from smart.files import sha256
 from smart.grpo import AHEAD, train
 from smart.model import build_model, load_base, save_base
 from smart.prompts import draw
-from smart.render import RenderError
+from smart.render import RenderError, open_renderer
+from smart.run.checkpoint import read_tensors
 from smart.sampler import Sampler
 from smart.tokens import vocabulary
 

@@ -18,7 +18,7 @@ from miditok import REMI, TSD, TokenizerConfig
 from symusic.core import NoteTick, ScoreTick, TempoTick, TimeSignatureTick, TrackTick
 
 from smart import UserError
-from smart.remi import FastRemi
+from smart.corpus.remi import FastRemi
 from smart.tokens import (
     Place,
     all_tracks,

@@ -13,16 +13,16 @@ from typing import Any
 
 import click
 
-from smart import UserError, require, track
-from smart.checkpoint import steps
-from smart.compare import System, compose, find_system
+from smart import UserError, require
 from smart.demo.page import Page, Section
 from smart.files import parse_toml, sha256, write_atomically
 from smart.model import pick_device
 from smart.prompts import KINDS
-from smart.render import RenderError
+from smart.render import RenderError, check_soundfont, find_soundfont
 from smart.reward import load_reward, read_options
-from smart.soundfonts import check_soundfont, find_soundfont
+from smart.rollout import System, compose, find_system
+from smart.run import CONFIG, check_packages, in_one_line, progress
+from smart.run.checkpoint import steps
 from smart.tokens import load_tokenizer
 
 LARGE = 25_000_000  # bytes; above this the command suggests a smaller page
@@ -103,7 +103,7 @@ WEIGHTS = "model.safetensors"
 )  # fmt: skip
 def main(**options: Any) -> None:
     """Make a page that compares two models pair by pair: audio, piano rolls, ratings, blind listening."""
-    with track.in_one_line("the page", "nothing was written", RenderError):
+    with in_one_line("the page", "nothing was written", RenderError):
         demo(**options)
 
 
@@ -156,11 +156,11 @@ def demo(
         sound,
         pairs,
         lambda: load_reward(rated_by, device=pick_device(device), **read_options(options)),
-        track.check_packages,
+        check_packages,
     )
     page = Page(reward, sample_rate)
     total = count * sum(1 + len(section.others) for section in chosen)
-    with track.progress(total=total, unit="piece") as bar:
+    with progress(total=total, unit="piece") as bar:
         for section in chosen:
             page.add_section(section)
             names = {number: token for token, number in load_tokenizer(section.first.model).vocab.items()}
@@ -219,7 +219,7 @@ def _section(title: str, first: str, second: str, wanted: str, kind: str, corpus
         raise UserError(f"{first} and {second}: both are called {names[-1]}; rename one, as in other={second}")
     tuned_on: dict[str, Any] = {}
     if kind == "run" and two.run is not None:
-        tuned_on = parse_toml((two.run / track.CONFIG).read_text(encoding="utf-8")).get("prompts", {})
+        tuned_on = parse_toml((two.run / CONFIG).read_text(encoding="utf-8")).get("prompts", {})
     kind = tuned_on.get("kind", "procedural") if kind == "run" else kind
     if kind != "dataset":
         return Section(title, one, others, kind, None)
@@ -272,7 +272,7 @@ def _shown(system: System) -> str:
 def _configs(sections: Sequence[Section]) -> dict[str, str]:
     """The configuration of every run with a model on the page."""
     runs = dict.fromkeys(system.run for system in _systems(sections) if system.run is not None)
-    return {run.name: (run / track.CONFIG).read_text(encoding="utf-8") for run in runs}
+    return {run.name: (run / CONFIG).read_text(encoding="utf-8") for run in runs}
 
 
 def _commit() -> str:

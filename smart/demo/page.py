@@ -23,10 +23,9 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 from symusic import Score
 
-from smart.compare import Piece, System
 from smart.render import score_notes
 from smart.reward import Reward, resample
-from smart.scoring import SILENT
+from smart.rollout import SILENT, Piece, System
 
 FULL_SCALE = 32768  # 16-bit audio
 

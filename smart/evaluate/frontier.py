@@ -33,8 +33,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from smart import UserError, checkpoint, plots, require, track
-from smart.compare import BLOCK, System, find_system
+from smart import UserError, plots, require
 from smart.config import Config, load, to_dict
 from smart.evaluate.laws import (
     Fit,
@@ -65,9 +64,10 @@ from smart.evaluate.points import (
 from smart.files import sha256, write_atomically
 from smart.guard import collapsed
 from smart.model import load_base, pick_device
-from smart.render import RenderError
+from smart.render import RenderError, check_soundfont, find_soundfont
 from smart.reward import Reward, load_reward
-from smart.soundfonts import check_soundfont, find_soundfont
+from smart.rollout import BLOCK, System, find_system
+from smart.run import CONFIG, alone, changes, checkpoint, claim, in_one_line, progress
 
 __all__ = [
     "BEST_OF_N", "RULE", "Drawn", "Fit", "Point", "Setting", "average", "base_logprobs", "baseline", "best_of_n",
@@ -159,13 +159,13 @@ def find_settings(runs: Sequence[Path]) -> list[Config]:
     """Each run's configuration. Raises ``UserError`` if they differ in a setting that makes runs incomparable."""
     configs: list[Config] = []
     for run in runs:
-        if not (run / track.CONFIG).is_file():
-            raise UserError(f"{run}: expected the folder of a tuning run, but it has no {track.CONFIG}")
-        configs.append(load(run / track.CONFIG))
+        if not (run / CONFIG).is_file():
+            raise UserError(f"{run}: expected the folder of a tuning run, but it has no {CONFIG}")
+        configs.append(load(run / CONFIG))
     wanted = ("model", "prompts", "sampling", "render", "reward")
     first, *others = [{name: to_dict(config)[name] for name in wanted} for config in configs]
     for run, other in zip(runs[1:], others, strict=True):
-        apart = track.changes(first, other, but=("render.workers", "render.deadline", "prompts.split"))
+        apart = changes(first, other, but=("render.workers", "render.deadline", "prompts.split"))
         if apart:
             raise UserError(f"{run} cannot be compared with {runs[0]}: {'; '.join(apart)}")
     return configs
@@ -205,7 +205,7 @@ def main(**given: Any) -> None:
 
     The judge is a second score that training does not optimise. If interrupted, run the same command again to continue.
     """
-    with track.in_one_line("the report", "run the same command again to continue", RenderError):
+    with in_one_line("the report", "run the same command again to continue", RenderError):
         report(**given)
 
 
@@ -262,7 +262,7 @@ def report(
     network, tokenizer = load_base(base.model, device=where)
     setting = Setting(config, rates, other_rates, prompts, seed, device)
     models = [base, *itertools.chain(*systems)]
-    track.claim(
+    claim(
         out,
         {
             "models": {model.name: sha256(model.model / "model.safetensors") for model in models},
@@ -280,7 +280,7 @@ def report(
     )
     many = max(best_of, samples)
     rows = resample(prompts, seed)
-    with track.alone(out), track.progress(total=prompts * (many + samples * (len(models) - 1)), unit="piece") as bar:
+    with alone(out), progress(total=prompts * (many + samples * (len(models) - 1)), unit="piece") as bar:
         drawn = draw(base, many, setting, out / "pieces" / "base", network, bar)
         few = Drawn(
             [tokens for place, tokens in enumerate(drawn.tokens) if place % many < samples],

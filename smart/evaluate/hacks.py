@@ -26,8 +26,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from smart import UserError, plots, require, track
-from smart.compare import compose, find_system
+from smart import UserError, plots, require
 from smart.evaluate.ratings import (
     Audio,
     Kept,
@@ -46,8 +45,18 @@ from smart.evaluate.ratings import (
     writing,
 )
 from smart.files import sha256
-from smart.render import NOTE_COLUMNS, Notes, RenderPool, score_notes
-from smart.soundfonts import available_soundfonts, check_soundfont, find_soundfont, short_name
+from smart.render import (
+    NOTE_COLUMNS,
+    Notes,
+    RenderPool,
+    available_soundfonts,
+    check_soundfont,
+    find_soundfont,
+    score_notes,
+    short_name,
+)
+from smart.rollout import compose, find_system
+from smart.run import check_packages, progress
 
 Ratings = dict[str, npt.NDArray[np.float64]]  # column -> (pieces,)
 
@@ -212,9 +221,7 @@ def written_by(model: str, count: int, seed: int, soundfont: Path, device: str) 
     pieces = compose(
         [find_system(model)], count=count, seed=seed, soundfont=soundfont, seconds=0.1, device=device, batch=count
     )
-    return {
-        f"{model}, prompt {piece.prompt}": piece.score for piece in track.progress(pieces, total=count, unit="piece")
-    }
+    return {f"{model}, prompt {piece.prompt}": piece.score for piece in progress(pieces, total=count, unit="piece")}
 
 
 @click.command()
@@ -268,7 +275,7 @@ def main(
         fonts,
         lambda: load_rewards(kinds, options, device),
         lambda: {str(path): read_score(path) for path in files},
-        track.check_packages,
+        check_packages,
     )
     announce(rewards)
     settings = {

@@ -17,15 +17,15 @@ import pyarrow.parquet as pq
 import torch
 
 from smart import diversity
-from smart.compare import BLOCK, Piece, System, compose
 from smart.config import Config
 from smart.evaluate.laws import Floats, Rows, best_of_n, best_of_n_kl, interval, mean, ratio
 from smart.evaluate.sample import is_whole
 from smart.evaluate.statistics import Estimate, jackknife
 from smart.files import write_atomically
 from smart.guard import Judge, variety
+from smart.render import find_soundfont
 from smart.reward import Reward
-from smart.soundfonts import find_soundfont
+from smart.rollout import BLOCK, Piece, System, compose
 from smart.tokens import decode, load_tokenizer, vocabulary
 
 BEST_OF_N = "best of n"

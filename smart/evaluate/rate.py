@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from smart import UserError, paper, plots, require
+from smart import UserError, plots, require
 from smart.evaluate.ratings import (
     MIDI,
     Audio,
@@ -37,18 +37,18 @@ from smart.evaluate.ratings import (
     with_interval,
     writing,
 )
-from smart.render import RenderError, RenderPool, score_notes
+from smart.published import AXES, TABLE_1, tolerance
+from smart.render import RenderError, RenderPool, check_soundfont, find_soundfont, read_audio, score_notes
 from smart.reward import Reward
 from smart.reward.audiobox import HUB_ID
-from smart.soundfonts import check_soundfont, find_soundfont
-from smart.track import progress, read_audio
+from smart.run import progress
 
 WINDOW_SECONDS = 10
 SILENCE, NOISE = "silence", "white noise"
 BUILT_IN_RATE = 16000  # Hz, of silence and noise
 NOISE_LEVEL = 0.1  # standard deviation
-PAPER = {name: dict(zip(paper.AXES, paper.TABLE_1[name], strict=True)) for name in (SILENCE, NOISE)}
-TOLERANCE = {name: paper.tolerance(name) for name in PAPER}
+PAPER = {name: dict(zip(AXES, TABLE_1[name], strict=True)) for name in (SILENCE, NOISE)}
+TOLERANCE = {name: tolerance(name) for name in PAPER}
 
 
 class Unreadable(NamedTuple):

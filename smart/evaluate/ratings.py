@@ -17,13 +17,13 @@ import torch
 from symusic.core import ScoreTick
 
 from smart import UserError, plots
+from smart.corpus.piece import Limits, Reject, check_structure
 from smart.evaluate import statistics
 from smart.files import is_empty, write_atomically
-from smart.midi import Limits, Reject, check_structure
 from smart.model import pick_device
 from smart.render import RenderError, RenderPool
 from smart.reward import Reward, load_reward, read_options, resample
-from smart.track import progress
+from smart.run import progress
 
 Audio = npt.NDArray[np.float32]
 Row = dict[str, Any]

@@ -21,12 +21,13 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from smart import UserError, plots, track
+from smart import UserError, plots
+from smart.corpus import Corpus
 from smart.diversity import BEATS, PER_BEAT, kernel, nearest, piano_roll, summary, vendi_score
 from smart.evaluate.sample import read_settings
 from smart.evaluate.statistics import RESAMPLES, Estimate, Paired, holm, jackknife, mean, paired
 from smart.files import write_atomically
-from smart.shards import Corpus
+from smart.run import progress, read_metrics
 from smart.tokens import FILE_NAME, decode, load_tokenizer
 
 Floats = npt.NDArray[np.float64]
@@ -108,7 +109,7 @@ def read(path: Path) -> Sample:
     names = np.array(table["system"].to_pylist())
     columns, measures = {}, {}
     scores: dict[str, list[Any]] = {}
-    with tempfile.TemporaryDirectory() as folder, track.progress(total=table.num_rows, unit="piece") as bar:
+    with tempfile.TemporaryDirectory() as folder, progress(total=table.num_rows, unit="piece") as bar:
         for system in systems:
             mine = table.filter(names == system)
             columns[system] = {name: mine[name].to_pylist() for name in mine.column_names}
@@ -284,7 +285,7 @@ def closeness(sample: Sample, corpus: Corpus, out: Path, *, seed: int = 1) -> di
     owners = [(system, row) for system in sample.systems for row in range(len(sample.scores[system]))]
     tokenizer, pieces = corpus.tokenizer, corpus.split("train")
     read = (decode(tokenizer, pieces[row]) for row in range(len(pieces)))
-    found = nearest(scores, track.progress(read, total=len(pieces), unit="piece", desc="training pieces"))
+    found = nearest(scores, progress(read, total=len(pieces), unit="piece", desc="training pieces"))
     table = {"nearest": found.similarity, "copied": found.copied, "longest": found.longest}
     plots.write_csv(
         out / f"{sample.name}-nearest.csv",
@@ -377,9 +378,7 @@ def section(sample: Sample, out: Path, *, seed: int = 1, corpus: Corpus | None =
         for measure in names
     }
     comparisons = compare(sample, seed=seed)
-    varied = {
-        system: diversity(sample, system) for system in track.progress(sample.systems, unit="system", desc="diversity")
-    }
+    varied = {system: diversity(sample, system) for system in progress(sample.systems, unit="system", desc="diversity")}
     if corpus is not None:
         near = closeness(sample, corpus, out, seed=seed)
         varied = {system: found | near[system] for system, found in varied.items()}
@@ -443,7 +442,7 @@ def section(sample: Sample, out: Path, *, seed: int = 1, corpus: Corpus | None =
 
 def run_picture(runs: Sequence[Path], out: Path) -> Picture:
     """Draw the paper's figure 2 for one or more runs."""
-    metrics = {run.resolve().name: track.read_metrics(run) for run in runs}
+    metrics = {run.resolve().name: read_metrics(run) for run in runs}
     if len(metrics) < len(runs):
         raise UserError("--run: two runs have the same name; rename one of the folders")
     for name, rows in metrics.items():

@@ -20,19 +20,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from smart import UserError, require, track
-from smart.compare import BLOCK, Piece, System, compose, find_systems
+from smart import UserError, require
+from smart.corpus import MANIFEST, SPLITS, Corpus
 from smart.diversity import audio_vector
 from smart.evaluate.ratings import load_rewards, reward_options
 from smart.features import SCALARS, is_empty, midi_features
 from smart.files import parse_json, sha256, write_atomically
 from smart.model import pick_device
 from smart.prompts import KINDS
-from smart.render import RenderError
+from smart.render import RenderError, check_soundfont, find_soundfont, write_midi, write_wav
 from smart.reward import Reward
-from smart.scoring import SILENT
-from smart.shards import MANIFEST, SPLITS, Corpus
-from smart.soundfonts import check_soundfont, find_soundfont
+from smart.rollout import BLOCK, SILENT, Piece, System, compose, find_systems
+from smart.run import alone, changes, claim, in_one_line, progress
 from smart.tokens import FILE_NAME
 
 METADATA = b"smart"
@@ -190,7 +189,7 @@ def main(**given: Any) -> None:
     A MODEL is a run (its tuned model), RUN@base, RUN@STEP, or a base's folder, shipped name or hub id. NAME=MODEL sets
     the name shown in tables. If interrupted, run the same command again to continue.
     """
-    with track.in_one_line("the table", "run the same command again to continue", RenderError):
+    with in_one_line("the table", "run the same command again to continue", RenderError):
         sample(**given)
 
 
@@ -271,7 +270,7 @@ def sample(
     }
     parts = out.with_name(f"{out.name}.parts")
     if out.exists():
-        changed = track.changes(read_settings(out)["settings"], settings)
+        changed = changes(read_settings(out)["settings"], settings)
         if changed:
             raise UserError(
                 f"--out {out}: holds pieces made with other settings ({'; '.join(changed)}); choose another file"
@@ -281,8 +280,8 @@ def sample(
         return
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.parent} does not exist; create it first")
-    track.claim(parts, settings)
-    with track.alone(parts):
+    claim(parts, settings)
+    with alone(parts):
         batch = drawing["batch"]
         blocks = [parts / f"{block:06d}.parquet" for block in range(-(-count // batch))]
         done = next((number for number, path in enumerate(blocks) if not is_whole(path)), len(blocks))
@@ -300,14 +299,14 @@ def sample(
             **drawing | {"count": count - first},
         )
         rows: list[dict[str, Any]] = []
-        with track.progress(total=count * len(systems), initial=first * len(systems), unit="piece") as bar:
+        with progress(total=count * len(systems), initial=first * len(systems), unit="piece") as bar:
             for piece in pieces if done < len(blocks) else ():
                 rows.append(row(piece, sample_rate))
                 if audio is not None:
                     stem = audio / f"{piece.prompt:04d}-{piece.system}"
-                    track.write_midi(Path(f"{stem}.mid"), piece.score)
+                    write_midi(Path(f"{stem}.mid"), piece.score)
                     if piece.audio is not None:
-                        track.write_wav(Path(f"{stem}.wav"), piece.audio, sample_rate)
+                        write_wav(Path(f"{stem}.wav"), piece.audio, sample_rate)
                 bar.update()
                 if len(rows) == len(systems) * min(batch, count - done * batch):
                     part = pa.Table.from_pylist(rows, schema(axes))

@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from smart import UserError, paper, plots, require, track
+from smart import UserError, plots, require
+from smart.corpus import SPLITS, Corpus
 from smart.evaluate import statistics
 from smart.evaluate.ratings import (
     MEAN,
@@ -39,14 +40,14 @@ from smart.evaluate.ratings import (
     writing,
 )
 from smart.files import sha256
-from smart.render import RenderPool
-from smart.shards import SPLITS, Corpus
-from smart.soundfonts import check_soundfont, find_soundfont, short_name
+from smart.published import AXES, TABLE_2
+from smart.render import RenderPool, check_soundfont, find_soundfont, short_name
+from smart.run import check_packages
 from smart.tokens import decode
 
 Ratings = npt.NDArray[np.float64]
 
-PAPER = {name: dict(zip((*paper.AXES, MEAN), means, strict=True)) for name, means in paper.TABLE_2.items()}
+PAPER = {name: dict(zip((*AXES, MEAN), means, strict=True)) for name, means in TABLE_2.items()}
 
 
 class Font(NamedTuple):
@@ -179,7 +180,7 @@ def main(
         return {str(path): read_score(path) for path in midi}
 
     fonts, rewards, scores, _ = require(
-        lambda: find_fonts(names), lambda: load_rewards(kinds, options, device), pieces, track.check_packages
+        lambda: find_fonts(names), lambda: load_rewards(kinds, options, device), pieces, check_packages
     )
     announce(rewards)
     settings = {

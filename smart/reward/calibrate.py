@@ -31,6 +31,7 @@ import torch
 
 from smart import UserError
 from smart.files import write_atomically
+from smart.render import load_soundfile, read_audio
 from smart.reward import resample
 from smart.reward.ce_proxy import (
     AXIS,
@@ -45,7 +46,7 @@ from smart.reward.ce_proxy import (
     describe,
     predict,
 )
-from smart.track import load_soundfile, progress, read_audio
+from smart.run import progress
 
 __all__ = ["Clip", "cross_validate", "fit", "main", "order_pairs", "read_clip", "read_scores", "spearman"]
 

@@ -1,20 +1,20 @@
-"""A listening study as web pages: ``smart study build``, ``serve``, ``export`` and what follows from the ratings.
+"""A listening study as web pages: build it, serve it, export and analyse its ratings.
 
-Which excerpt came from which system is in one file, ``key.csv``, which the server reads and never sends.
+Only ``key.csv`` tells which system made which excerpt; the server reads it and never sends it.
 """
 
 import click
 
 from smart import LazyGroup
 
-# subcommand -> what it does; each is the ``main`` of the module of its name
+# subcommand -> its help text; each is the ``main`` of the module of the same name
 COMMANDS = {
-    "build": "Make a study: excerpts of several systems, loudness-matched, under names that say nothing.",
-    "serve": "Serve a study's pages and keep its ratings.",
-    "invite": "Make links for participants.",
-    "export": "Write the ratings as CSV, one row a rating.",
-    "analyse": "What the ratings say: models, intervals, figures, exclusions.",
-    "power": "How likely a study of a given size finds an effect of a given size.",
+    "build": "Build a study: loudness-matched excerpts of several systems, under anonymous names.",
+    "serve": "Serve a study's pages and store the ratings.",
+    "invite": "Create links for participants.",
+    "export": "Write the ratings to a CSV file, one row per rating.",
+    "analyse": "Analyse the ratings: exclusions, mixed models, intervals, figures.",
+    "power": "Simulate how likely a study of a given size is to find an effect.",
 }
 
 

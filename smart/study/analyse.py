@@ -1,9 +1,9 @@
-"""``smart study analyse``: what the ratings of a listening study say, as tables, a page and the paper's figure 5.
+"""``smart study analyse``: the ratings of a listening study as tables, an HTML page and the paper's figure 5.
 
-The paper's model is ``rating ~ system + (1 + system | participant)`` (Table 5). Beside it: the same with prompts and
-excerpts as crossed random effects, which the paper leaves out; cumulative link models, since ratings are ordered
-categories; and the t-test on participants' means. Everything is given for all ratings and again without those that a
-rule excludes; every exclusion is counted.
+The paper's model is ``rating ~ system + (1 + system | participant)`` (Table 5). The report adds the same model with
+prompts and excerpts as crossed random effects, which the paper leaves out; cumulative link models, since ratings are
+ordered categories; and the t-test on participants' means. All analyses are run on all ratings and again without the
+excluded ones; every exclusion is counted.
 """
 
 import base64
@@ -21,10 +21,10 @@ from scipy import stats
 
 from smart import UserError, plots
 from smart.files import write_atomically
+from smart.run import progress
 from smart.study.mixed import Array, Fit, Term, fit, minimise, profile_interval, simulate
 from smart.study.ordinal import OrdinalFit, fit_ordinal
 from smart.study.ratings import HIGH, LOW, Excluded, Rating, Rules, exclude, read_ratings, read_study
-from smart.track import progress
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}
 body{color:#111;background:#fff}table{border-collapse:collapse;margin:.5rem 0 1rem}
@@ -46,7 +46,7 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 
 
 class Table(NamedTuple):
-    """A table of the report: cells are text, whole numbers, or numbers that are shown with three decimals."""
+    """A table of the report: cells are text, whole numbers, or floats, which are shown with three decimals."""
 
     title: str
     columns: tuple[str, ...]
@@ -54,11 +54,11 @@ class Table(NamedTuple):
     notes: tuple[str, ...] = ()
 
     def text(self) -> list[list[str]]:
-        """The cells as they are shown."""
+        """The cells as text."""
         return [[_cell(value, name) for value, name in zip(row, self.columns, strict=True)] for row in self.rows]
 
     def plain(self) -> str:
-        """For a terminal."""
+        """The table as text for a terminal."""
         lines = [list(self.columns), *self.text()]
         widths = [max(len(line[column]) for line in lines) for column in range(len(self.columns))]
         shown = []
@@ -89,7 +89,9 @@ def exclusion_table(ratings: Sequence[Rating], main: Sequence[Rating], kept: int
         rows.append((f"flagged: {each.rule}", each.judged, len(each.lines), len(each.participants), named))
     gone = frozenset().union(*(each.lines for each in found))
     people = {each.participant for each in main} - {each.participant for each in main if each.line not in gone}
-    rows.append(("excluded by at least one rule", "", len(gone), len(people), "participants: who lost every rating"))
+    rows.append(
+        ("excluded by at least one rule", "", len(gone), len(people), "participants: those left with no rating")
+    )
     rows.append(("after exclusions", "", kept, len({e.participant for e in main if e.line not in gone}), ""))
     return Table("Exclusions", ("rule", "judged", "ratings", "participants", "who"), rows)
 
@@ -98,7 +100,7 @@ def exclusion_table(ratings: Sequence[Rating], main: Sequence[Rating], kept: int
 
 
 class Design(NamedTuple):
-    """Ratings as arrays: ``x`` (n, systems), the first column ones, the others 1 for ratings of that system."""
+    """Ratings as arrays: ``x`` (n, systems) has a column of ones, then an indicator for each other system."""
 
     y: Array
     x: Array
@@ -130,11 +132,11 @@ def codes(values: Sequence[str], name: str) -> Term:
 
 
 def crossed_terms(ratings: Sequence[Rating]) -> tuple[list[tuple[str, list[Term]]], list[str]]:
-    """Random effects of prompts and excerpts that the data can tell apart, and why any are left out.
+    """Random effects of prompts and excerpts that the data can separate, and the reasons for those left out.
 
-    A prompt is shared by the systems: its effect cancels from their difference, so ``(1 | prompt)`` only takes its
-    share out of the residual. An excerpt is one system's piece: only with ``(1 | excerpt)`` does the interval hold for
-    other pieces of these systems, and not for these pieces alone.
+    The systems share each prompt: its effect cancels from their difference, so ``(1 | prompt)`` only takes its share
+    out of the residual. An excerpt belongs to one system: only with ``(1 | excerpt)`` does the interval apply to other
+    pieces of these systems, and not to these pieces alone.
     """
     found: list[tuple[str, list[Term]]] = []
     left: list[str] = []
@@ -151,7 +153,7 @@ def crossed_terms(ratings: Sequence[Rating]) -> tuple[list[tuple[str, list[Term]
     if not all(excerpts):
         left.append("(1 | excerpt): needs a column excerpt (or prompt and seed)")
     elif any(len(names) > 1 for names in systems.values()):
-        left.append("(1 | excerpt): an excerpt carries more than one system; excerpts must be pieces of one system")
+        left.append("(1 | excerpt): an excerpt belongs to more than one system; each must be a piece of one system")
     elif not len({each.system for each in ratings}) * 2 <= len(set(excerpts)) < len(ratings) / 1.5:
         left.append("(1 | excerpt): needs several excerpts of each system, each rated by several participants")
     else:
@@ -162,8 +164,8 @@ def crossed_terms(ratings: Sequence[Rating]) -> tuple[list[tuple[str, list[Term]
 
 
 def bootstrap(fitted: Fit, replicates: int, seed: int) -> Array:
-    """(replicates, k + 1 + correlations) from data drawn from the model: deviations of the first term, the residual's,
-    then the correlations in the order of the lower triangle."""
+    """Estimates (replicates, k + 1 + correlations) from data drawn from the fitted model: standard deviations of the
+    first term, that of the residual, then the correlations in the order of the lower triangle."""
     generator = np.random.default_rng(seed)
     found = []
     for _ in progress(range(replicates), desc="bootstrap", unit="fit"):
@@ -176,7 +178,7 @@ def bootstrap(fitted: Fit, replicates: int, seed: int) -> Array:
 
 
 def _deviations(covariance: Array, sigma2: float) -> Array:
-    """What ``bootstrap`` returns, of one fit. A correlation with a constant is NaN."""
+    """One row of what ``bootstrap`` returns. A correlation with a constant is NaN."""
     deviations = np.sqrt(np.diag(covariance))
     with np.errstate(invalid="ignore", divide="ignore"):
         correlations = covariance / np.outer(deviations, deviations)
@@ -187,18 +189,18 @@ def _deviations(covariance: Array, sigma2: float) -> Array:
 def analyse(
     ratings: Sequence[Rating], systems: Sequence[str], *, replicates: int, seed: int
 ) -> tuple[list[Table], list[str]]:
-    """The tables of one set of ratings, and what they say in words.
+    """The tables for one set of ratings, and a summary in sentences.
 
-    Raises ``UserError`` where there is too little to fit the paper's model to.
+    Raises ``UserError`` if there are too few ratings to fit the paper's model.
     """
-    there = {each.system for each in ratings}
-    absent = [name for name in systems if name not in there]
+    present = {each.system for each in ratings}
+    absent = [name for name in systems if name not in present]
     if absent:
-        raise UserError(f"no rating of {', '.join(absent)} is left")
+        raise UserError(f"no ratings of {', '.join(absent)} are left")
     if len({each.participant for each in ratings}) < 3:
         raise UserError("a model with participants as random effects needs at least three participants")
     data = design(ratings, systems)
-    size = f"n = {len(data.y)} ratings of {len(data.people)} participants"
+    size = f"n = {len(data.y)} ratings by {len(data.people)} participants"
     crossed, left = crossed_terms(ratings)
     models: list[tuple[str, Fit]] = []
     for name, terms in progress([("", []), *crossed], desc="models", unit="model"):
@@ -213,7 +215,7 @@ def analyse(
     if ordinal is not None:
         tables.append(ordinal)
     tables.append(_paired(data, size))
-    words = _words(data, models, ratings)
+    words = _summary(data, models, ratings)
     words += [f"Not fitted: {reason}." for reason in left] + ([f"No ordinal model: {why}."] if why else [])
     return tables, words
 
@@ -229,7 +231,7 @@ def _means(data: Design, size: str) -> Table:
             float(each.mean()), float(each.mean() - reach), float(each.mean() + reach),
         ))  # fmt: skip
     columns = ("system", "n", "participants", "mean", "SD", "mean of participants' means", "2.5%", "97.5%")
-    note = "The interval is Student's, over the participants' means."
+    note = "The interval is Student's t interval over the participants' means."
     return Table(f"Ratings by system ({size})", columns, rows, (note,))
 
 
@@ -248,13 +250,12 @@ def _fixed(data: Design, fitted: Fit, size: str) -> Table:
         "profile 97.5%",
     )  # fmt: skip
     notes: tuple[str, ...] = (
-        f"Intercept: the mean rating of {data.systems[0]}. The other rows: how far that system lies above it.",
-        "t: Satterthwaite's degrees of freedom, the interval that belongs to p. Wald: the normal quantile instead, "
-        "too narrow for few participants; it is the kind that the paper prints. Profile: of the likelihood (ML), as "
-        "lme4's confint.",
+        f"Intercept: the mean rating of {data.systems[0]}. The other rows: each system's difference from it.",
+        "t: with Satterthwaite's degrees of freedom; this interval matches p. Wald: with the normal quantile, too "
+        "narrow for few participants; the paper prints these. Profile: from the likelihood (ML), as lme4's confint.",
     )
     if len(data.systems) > 2:
-        notes += ("Several systems are compared with the reference; p is not corrected for that.",)
+        notes += ("Several systems are compared with the reference; p is not corrected for multiple comparisons.",)
     return Table(
         f"Fixed effects of rating ~ system + (1 + system | participant), by REML ({size})", columns, rows, notes
     )
@@ -278,10 +279,11 @@ def _components(fitted: Fit, replicates: int, seed: int, size: str) -> Table:
     for number, (i, j) in enumerate(zip(*np.tril_indices(k, -1), strict=True), start=k + 1):
         label = f"correlation of {names[j]} and {names[i]}"
         rows.append((label, math.nan, float(estimate[number]), float(ends[0, number]), float(ends[1, number])))
-    drawn_from = f"{replicates} studies drawn from the fitted model and fitted again (seed {seed})"
-    notes = [f"Intervals of the deviations: {drawn_from if replicates else 'not asked for (--bootstrap 0)'}."]
+    drawn_from = f"from {replicates} studies drawn from the fitted model and fitted again (seed {seed})"
+    notes = [f"Intervals: {drawn_from if replicates else 'not computed (--bootstrap 0)'}."]
     notes += [
-        f"SINGULAR: {what}; the data do not support so rich a model, or the value is small." for what in fitted.singular
+        f"SINGULAR: {what}; the data do not support such a complex model, or the value is small."
+        for what in fitted.singular
     ]
     return Table(
         f"Random effects ({size})", ("component", "variance", "SD or correlation", "2.5%", "97.5%"), rows, tuple(notes)
@@ -292,15 +294,15 @@ def _fits(models: Sequence[tuple[str, Fit]], size: str) -> Table:
     rows: list[tuple[Any, ...]] = []
     notes = []
     for name, fitted in models:
-        apart = fitted.disagreeing
+        disagreeing = fitted.disagreeing
         rows.append((
             name, len(fitted.problem._w), fitted.parameters, fitted.log_likelihood, fitted.aic, len(fitted.runs),
-            len(apart), "yes" if fitted.singular else "no",
+            len(disagreeing), "yes" if fitted.singular else "no",
         ))  # fmt: skip
         notes += [
-            f"{name}: {run.optimiser} from the start '{run.start}' stopped {run.criterion - fitted.criterion:.3f} "
+            f"{name}: {run.optimiser}, starting from '{run.start}', stopped {run.criterion - fitted.criterion:.3f} "
             "above the best criterion."
-            for run in apart
+            for run in disagreeing
         ]
         notes += [f"{name}: SINGULAR, {what}." for what in fitted.singular]
     columns = (
@@ -313,7 +315,7 @@ def _fits(models: Sequence[tuple[str, Fit]], size: str) -> Table:
         "stopped elsewhere",
         "singular",
     )
-    notes.append("Each model is fitted by L-BFGS-B, Nelder-Mead and Powell from several starts; the best is kept.")
+    notes.append("Each model is fitted by L-BFGS-B, Nelder-Mead and Powell from several starts; the best fit is kept.")
     return Table(f"Fits ({size})", columns, rows, tuple(notes))
 
 
@@ -342,8 +344,8 @@ def _crossed(data: Design, models: Sequence[tuple[str, Fit]], size: str) -> Tabl
         "var residual",
     )
     notes = (
-        "Prompts are shared by the systems, so their variance cancels from the difference. Excerpts are each system's "
-        "own pieces: with (1 | excerpt) the interval is for other pieces of these systems, without it for these only.",
+        "The systems share the prompts, so their variance cancels from the difference. Each excerpt belongs to one "
+        "system: with (1 | excerpt) the interval applies to other pieces of these systems, without it to these only.",
     )
     return Table(f"Prompts and excerpts as crossed random effects ({size})", columns, rows, notes)
 
@@ -351,7 +353,7 @@ def _crossed(data: Design, models: Sequence[tuple[str, Fit]], size: str) -> Tabl
 def _ordinal(data: Design, size: str) -> tuple[Table | None, str]:
     """Cumulative link models with random intercepts, and with random effects of the system as well."""
     if len(np.unique(data.y)) > 20:
-        return None, "the ratings take more than twenty different values and so are not categories"
+        return None, "the ratings have more than twenty different values, so they are not categories"
     rows: list[tuple[Any, ...]] = []
     notes: list[str] = []
     used: Sequence[float] = np.unique(data.y).tolist()
@@ -374,13 +376,15 @@ def _ordinal(data: Design, size: str) -> tuple[Table | None, str]:
                 fitted.log_likelihood, fitted.aic,
             ))  # fmt: skip
         notes += [f"{name}: SINGULAR, {what}." for what in fitted.singular]
-        notes += [f"{name}: {run.optimiser} from {run.start} stopped elsewhere." for run in fitted.disagreeing]
+        notes += [
+            f"{name}: {run.optimiser}, starting from {run.start}, stopped elsewhere." for run in fitted.disagreeing
+        ]
     if unused:
         notes.append(f"Categories without a rating, merged with their neighbours: {', '.join(map(str, unused))}.")
     notes.append(
         "On the logit scale: the odds of a rating above any threshold are multiplied by the odds ratio. Adaptive "
-        f"Gauss-Hermite quadrature; Wald intervals. {kinds[0][0]} takes every participant to feel the same difference, "
-        "and is too sure where they do not."
+        f"Gauss-Hermite quadrature; Wald intervals. {kinds[0][0]} assumes the same difference for every participant; "
+        "its intervals are too narrow if the differences vary."
     )
     columns = (
         "random effects", "term", "estimate", "SE", "p", "2.5%", "97.5%", "odds ratio", "SD intercept",
@@ -406,23 +410,23 @@ def _paired(data: Design, size: str) -> Table:
         p = float(2 * stats.t.sf(abs(t), len(pairs) - 1))
         rows.append((system, len(pairs), mean, error, t, p, mean - reach, mean + reach))
     columns = ("system", "participants", "difference", "SE", "t", "p", "2.5%", "97.5%")
-    notes = ("Where every participant rated as many excerpts of each system, the model above gives the same test.",)
+    notes = ("If every participant rated equally many excerpts of each system, the model above gives the same test.",)
     return Table(f"Paired t-test on participants' means ({size})", columns, rows, notes)
 
 
-def _words(data: Design, models: Sequence[tuple[str, Fit]], ratings: Sequence[Rating]) -> list[str]:
-    """What the models say and what they do not."""
+def _summary(data: Design, models: Sequence[tuple[str, Fit]], ratings: Sequence[Rating]) -> list[str]:
+    """What the models show, and for which listeners and excerpts."""
     main = models[0][1]
     last = models[-1][1]
     words = []
     pieces = len({each.excerpt for each in ratings}) if all(each.excerpt for each in ratings) else 0
     for number, system in enumerate(data.names[1:], start=1):
         low, high = main.interval("t")[number]
-        sure = "differ" if low > 0 or high < 0 else "may not differ at all"
+        verdict = "differ" if low > 0 or high < 0 else "may be the same"
         words.append(
-            f"{system} was rated {main.beta[number]:+.2f} points against {data.systems[0]} on average (95% interval "
-            f"{low:+.2f} to {high:+.2f}, p {_p(main.p_values[number])}; {len(data.y)} ratings, {len(data.people)} "
-            f"participants): for listeners like these, hearing these excerpts, the mean ratings {sure}."
+            f"{system} was rated {main.beta[number]:+.2f} points relative to {data.systems[0]} on average (95% "
+            f"interval {low:+.2f} to {high:+.2f}, p {_p(main.p_values[number])}; {len(data.y)} ratings, "
+            f"{len(data.people)} participants): for such listeners and these excerpts, the mean ratings {verdict}."
         )
         if len(last.terms) > 1 and last.terms[-1].name == "excerpt":
             low, high = last.interval("t")[number]
@@ -456,7 +460,7 @@ def _cell(value: Any, column: str) -> str:
 def write_report(
     out: Path, title: str, summary: Sequence[str], sections: Sequence[tuple[str, Sequence[Table]]], alt: str
 ) -> None:
-    """``report.html``, one file with ``figure5.png`` in it, and ``tables.csv``: a value a row, in full precision."""
+    """``report.html``, one file that includes ``figure5.png``, and ``tables.csv``: one row per value, unrounded."""
     from jinja2 import Environment
 
     picture = base64.b64encode((out / "figure5.png").read_bytes()).decode()
@@ -480,18 +484,18 @@ def write_report(
 
 
 def pick_systems(ratings: Sequence[Rating], reference: str | None) -> tuple[list[str], str]:
-    """The reference first, then the others by name; and why that one. ``UserError`` for fewer than two systems."""
+    """The reference, then the others by name; and why it is the reference. ``UserError`` for fewer than two systems."""
     names = sorted({each.system for each in ratings if not each.check})
     if len(names) < 2:
-        raise UserError(f"the ratings are of {names[0] if names else 'no system'} alone; there is nothing to compare")
+        raise UserError(f"the ratings are of {names[0] if names else 'no system'} only; there is nothing to compare")
     if reference is not None and reference not in names:
         raise UserError(f"--reference {reference}: no such system; the ratings are of {', '.join(names)}")
     why = (
-        "as asked"
+        "as given by --reference"
         if reference
-        else 'by its name "base"'
+        else 'the system named "base"'
         if "base" in names
-        else "the first by name; --reference changes it"
+        else "the first by name; use --reference to choose another"
     )
     chosen = reference or ("base" if "base" in names else names[0])
     return [chosen, *(name for name in names if name != chosen)], f"The reference is {chosen} ({why})."
@@ -504,29 +508,45 @@ def pick_systems(ratings: Sequence[Rating], reference: str | None) -> tuple[list
     "--study",
     "folder",
     type=click.Path(path_type=Path),
-    help="The study's folder: which excerpts are silent, how long.",
+    help="Folder of the study, for its silent excerpts and the length of an excerpt.",
 )
 @click.option(
-    "--reference", metavar="SYSTEM", help='The system that others are compared with; else "base", or the first.'
+    "--reference", metavar="SYSTEM", help='System to compare the others with (default: "base", else the first by name).'
 )
 @click.option(
-    "--silence-max", default=3.0, type=click.FloatRange(LOW, HIGH), help="Highest rating that silence may get."
-)
-@click.option("--repeat-max", default=3.0, type=click.FloatRange(0), help="Largest mean difference of second hearings.")
-@click.option(
-    "--listened-min", default=0.8, type=click.FloatRange(0, 1), help="Least share of the excerpt that was heard."
-)
-@click.option(
-    "--seconds", default=10.0, type=click.FloatRange(0, min_open=True), help="Length of an excerpt, without --study."
+    "--silence-max",
+    default=3.0,
+    type=click.FloatRange(LOW, HIGH),
+    help="Exclude participants who rate silence higher than this.",
 )
 @click.option(
-    "--silent", multiple=True, metavar="EXCERPT", help="An excerpt that is silent; may be given several times."
+    "--repeat-max",
+    default=3.0,
+    type=click.FloatRange(0),
+    help="Exclude participants whose second ratings differ by more than this on average.",
 )
 @click.option(
-    "--bootstrap", "replicates", default=200, type=click.IntRange(0), help="Refits for the variances' intervals."
+    "--listened-min",
+    default=0.8,
+    type=click.FloatRange(0, 1),
+    help="Exclude ratings if less than this share of the excerpt was heard.",
 )
-@click.option("--seed", default=1, type=click.IntRange(0), help="Seed of those.")
-@click.option("--overwrite", is_flag=True, help="Replace the files of an earlier report.")
+@click.option(
+    "--seconds",
+    default=10.0,
+    type=click.FloatRange(0, min_open=True),
+    help="Length of an excerpt in seconds, if there is no --study.",
+)
+@click.option("--silent", multiple=True, metavar="EXCERPT", help="Name of a silent excerpt (repeatable).")
+@click.option(
+    "--bootstrap",
+    "replicates",
+    default=200,
+    type=click.IntRange(0),
+    help="Refits for the intervals of the variances (0: no intervals).",
+)
+@click.option("--seed", default=1, type=click.IntRange(0), help="Seed of the bootstrap.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier report.")
 def main(
     ratings: Path,
     out: Path,
@@ -541,27 +561,27 @@ def main(
     seed: int,
     overwrite: bool,
 ) -> None:
-    """Analyse RATINGS, a CSV as "smart study export" writes it."""
+    """Analyse RATINGS, a CSV file from "smart study export"."""
     if (out / "report.html").exists() and not overwrite:
-        raise UserError(f"--out {out}: holds a report already; replace it with --overwrite")
+        raise UserError(f"--out {out}: already holds a report; use --overwrite to replace it")
     rows, missing = read_ratings(ratings)
     known, length = read_study(folder) if folder is not None else (frozenset[str](), seconds)
-    strangers = sorted(set(silent) - {each.excerpt for each in rows})
-    if strangers:
-        raise UserError(f"--silent {strangers[0]}: no such excerpt in {ratings}")
+    unknown = sorted(set(silent) - {each.excerpt for each in rows})
+    if unknown:
+        raise UserError(f"--silent {unknown[0]}: no such excerpt in {ratings}")
     systems, why = pick_systems(rows, reference)
     rules = Rules(silence_max, repeat_max, listened_min * length, known | frozenset(silent))
     every, kept, found = exclude(rows, rules)
     summary = [why]
     if missing:
-        summary.append(f"Columns that {ratings.name} does not have: {', '.join(missing)}.")
+        summary.append(f"Columns missing from {ratings.name}: {', '.join(missing)}.")
     exclusions = exclusion_table(rows, every, len(kept), found)
     sections: list[tuple[str, list[Table]]] = [("Exclusions", [exclusions])]
     sets = [("All ratings", every)]
     if len(kept) < len(every):
         sets.append(("After exclusions", kept))
     else:
-        summary.append("No rule excludes a rating: what follows is for all ratings, with and without exclusions.")
+        summary.append("No rule excludes a rating, so the results are the same with and without exclusions.")
     for name, chosen in sets:
         try:
             tables, words = analyse(chosen, systems, replicates=replicates, seed=seed)
@@ -573,8 +593,8 @@ def main(
         sections.append((name, tables))
         summary += [f"{name}. {words[0]}", *words[1:]]
     summary.append(
-        "This says nothing of listeners of another kind, of other soundfonts or lengths, or of why the ratings differ. "
-        "p is how often so large a difference would come up if there were none, not the probability that there is none."
+        "These results do not cover other kinds of listeners, other soundfonts or lengths, or the reasons for a "
+        "difference. p is how often so large a difference would occur if there were none, not the probability of none."
     )
     try:
         out.mkdir(parents=True, exist_ok=True)

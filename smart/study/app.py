@@ -1,9 +1,9 @@
 """The pages of a study, as an ASGI application.
 
-A participant's link, ``/s/TOKEN``, is all that there is of a session: it shows the step at which they are, in any
-browser, and everything below it is theirs alone. Audio is asked for by position; no page, name or header tells two
-excerpts apart, only their sound does. Pages are rendered here; ``study.js`` plays, sends answers until they are
-acknowledged, and fetches the next page. Nothing is loaded from elsewhere, and no cookie is set.
+A participant's link, ``/s/TOKEN``, is their whole session: in any browser it shows the step that they have reached, and
+everything below it belongs to them alone. Audio is requested by position; excerpts differ only in their sound, never in
+a page, name or header. Pages are rendered here; ``study.js`` plays the audio, sends answers until they are
+acknowledged, and fetches the next page. Nothing is loaded from other sites, and no cookie is set.
 """
 
 import asyncio
@@ -41,10 +41,10 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 LONGEST_BODY = 16 * 1024  # bytes
-BODY_SECONDS = 10.0  # in which a body must have come
-BLOCK = 64 * 1024  # bytes of a sound that are read, and sent, at once
-BLOCK_SECONDS = 30.0  # in which they must have been taken
-MOST_SOUNDS = 4  # that one link is sent at once
+BODY_SECONDS = 10.0  # until a request's body must have arrived
+BLOCK = 64 * 1024  # bytes of a sound that are read and sent at a time
+BLOCK_SECONDS = 30.0  # until the client must have taken a block
+MOST_SOUNDS = 4  # sent to one link at the same time
 ASSETS = {"study.css": "text/css", "study.js": "text/javascript", "icon.svg": "image/svg+xml"}
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
@@ -59,13 +59,13 @@ HEADERS = {
     "x-robots-tag": "noindex, nofollow",
 }
 RAW_HEADERS = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-NAME = re.compile(r"[0-9a-f]{32}")  # what the browser makes: of an answer, of a sitting
-NUMBER = re.compile(r"\d{1,9}", re.ASCII)  # Python refuses to read thousands of digits
+NAME = re.compile(r"[0-9a-f]{32}")  # made by the browser: ``client_id`` and ``session`` of an answer
+NUMBER = re.compile(r"\d{1,9}", re.ASCII)  # Python refuses to convert thousands of digits
 BYTES = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
 
 
 class Buckets:
-    """How often something may happen for each key: ``burst`` times at once, then ``rate`` times a second."""
+    """A rate limit for each key: ``burst`` events at once, then ``rate`` events per second."""
 
     def __init__(self, rate: float, burst: float) -> None:
         self.rate, self.burst = rate, burst
@@ -73,10 +73,10 @@ class Buckets:
         self._lock = threading.Lock()
 
     def wait(self, key: str) -> float:
-        """Seconds until it may happen again; 0 where it may now, which is then counted."""
+        """Seconds until the next event is allowed; 0 if one is allowed now, which is then counted."""
         with self._lock:
             instant = time.monotonic()
-            if len(self._levels) > 10_000:  # forget those who have been quiet for long enough to be full again
+            if len(self._levels) > 10_000:  # forget keys that have been quiet long enough to be full again
                 full = self.burst / self.rate
                 self._levels = {name: each for name, each in self._levels.items() if instant - each[1] < full}
             level, before = self._levels.get(key, (self.burst, instant))
@@ -89,10 +89,10 @@ class Buckets:
 
 
 class Limits:
-    """Rates for a study whose excerpts last ``seconds``. A participant makes three requests an excerpt.
+    """Rates for a study whose excerpts last ``seconds``. A participant makes three requests per excerpt.
 
-    A link may make twenty, an address a thousand (it may be that of a whole classroom). Guessed links, admin tokens and
-    enrolments are counted apart, by address, so that whoever guesses locks out nobody who has a link.
+    In that time a link may make twenty, an address a thousand (a whole classroom may share it). Guessed links, admin
+    tokens and enrolments are counted separately, by address, so that guessing locks out no participant with a link.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -107,7 +107,7 @@ def too_many(wait: float) -> HTTPException:
 
 
 class Guard:
-    """Around everything: the address's rate, the size of what is sent, headers, and a disk or database that fails."""
+    """Wraps the application: limits request rates and body sizes, adds headers, answers if disk or database fail."""
 
     def __init__(self, app: Any, limits: Limits) -> None:
         self.app, self.limits = app, limits
@@ -138,7 +138,7 @@ class Guard:
                 if body is None:
                     response = Response(f"At most {LONGEST_BODY} bytes may be sent.", 413, {"connection": "close"})
             except TimeoutError:
-                response = Response("What was announced did not come in time.", 408, {"connection": "close"})
+                response = Response("The request did not arrive in time.", 408, {"connection": "close"})
         if response is not None:
             await response(scope, receive, send_with_headers)
             return
@@ -156,7 +156,7 @@ class Guard:
 
 
 async def read_body(receive: Receive) -> bytes | None:
-    """What was sent; None where it is too long, or did not come whole."""
+    """The body of a request; None if it is too long or did not arrive completely."""
     body = b""
     while True:
         message = await receive()
@@ -178,11 +178,11 @@ class Pages:
             undefined=jinja2.StrictUndefined,
         )  # fmt: skip
         pages = files("smart.study") / "pages"
-        self.sending: Counter[str] = Counter()  # sounds, by link
+        self.sending: Counter[str] = Counter()  # sounds being sent, by link
         self.assets = {name: (pages / name).read_bytes() for name in ASSETS}
         self.check_sound = self.study.folder / CHECK
         if not self.check_sound.is_file():
-            raise UserError(f"{self.check_sound}: is missing; build the study again")
+            raise UserError(f"{self.check_sound} is missing; build the study again")
 
     def html(self, name: str, status: int = 200, **values: Any) -> Response:
         text = self.templates.get_template(name).render(design=self.design, **values)
@@ -194,11 +194,11 @@ class Pages:
     # --- Participants
 
     def person(self, request: Request) -> RowMapping:
-        """Whose link it is; 404 for nobody's."""
+        """The participant whose link this is; 404 if there is none."""
         person = self.store.find(request.path_params["token"])
         if person is None:
             self.count(self.limits.guesses, request)
-            raise HTTPException(404, "This link is not valid, or not any more. Please check that it is complete.")
+            raise HTTPException(404, "This link is not valid, or no longer valid. Please check that it is complete.")
         wait = self.limits.links.wait(person["token_hash"])
         if wait:
             raise too_many(wait)
@@ -210,11 +210,11 @@ class Pages:
             raise too_many(wait)
 
     def consented(self, person: RowMapping) -> bool:
-        """Whether a participant agreed to the text as it is now, so that a changed one is shown again."""
+        """Whether a participant agreed to the current consent text; a changed text is shown again."""
         return bool(person["version"] == self.study.consent[0])
 
     def step(self, request: Request) -> Response:
-        """The page of the step at which a participant is."""
+        """The page for the step that a participant has reached."""
         person = self.person(request)
         base = f"/s/{request.path_params['token']}"
         version, paragraphs = self.study.consent
@@ -235,7 +235,7 @@ class Pages:
         return RedirectResponse(f"/s/{request.path_params['token']}", 303)
 
     def check(self, request: Request) -> Response:
-        """The second tone is the one on the left; a first wrong answer may be mended."""
+        """The second tone is the one on the left; a first wrong answer may be corrected."""
         person, form = self.person(request), read_form(request)
         base = f"/s/{request.path_params['token']}"
         answer = form.get("tone")
@@ -250,20 +250,20 @@ class Pages:
         return send_wav(request, self.check_sound, self.sending, self.person(request)["token_hash"])
 
     def audio(self, request: Request) -> Response:
-        """The excerpt at a position of this participant's order."""
+        """The excerpt at a position in this participant's order."""
         person, position = self.person(request), request.path_params["position"]
         excerpt = None
         if self.consented(person) and re.fullmatch(r"-?\d{1,6}", position, re.ASCII):
             excerpt = self.store.serve(person["id"], int(position))
         if excerpt is None:
-            raise HTTPException(404, "There is nothing to be heard here yet.")
+            raise HTTPException(404, "There is nothing to hear here yet.")
         return send_wav(request, self.study.audio(excerpt), self.sending, person["token_hash"])
 
     def rate(self, request: Request) -> Response:
-        """Store an answer; the reply says which rating of the excerpt counts."""
+        """Store an answer; the reply contains the rating that counts for this position."""
         person = self.person(request)
         if not self.consented(person):
-            raise HTTPException(409, "The consent is missing.")
+            raise HTTPException(409, "Consent is missing.")
         agent = "".join(letter for letter in request.headers.get("user-agent", "") if letter.isprintable())[:300]
         counted = self.store.rate(person["id"], read_answer(request), agent, person["version"])
         return JSONResponse({"rating": counted})
@@ -275,14 +275,14 @@ class Pages:
             return self.message("Your data are deleted", "Everything that was stored about you has been deleted.")
         return self.html("withdraw.html", base=f"/s/{request.path_params['token']}")
 
-    # --- Everybody
+    # --- Public pages
 
     def index(self, request: Request) -> Response:
-        text = "To take part, please open the link that was given to you."
+        text = "To take part, please open the link that you were given."
         return self.message("Listening study", "Thank you for your interest." if self.open else text, join=self.open)
 
     def join(self, request: Request) -> Response:
-        """A link for whoever asks, where the study is open. Made by a form, so that no link preview makes one."""
+        """Create a link, if the study is open; it takes a form, so that link previews do not create any."""
         if not self.open:
             raise HTTPException(404, "This study is open to invited participants only.")
         if request.method != "POST":
@@ -296,10 +296,10 @@ class Pages:
             raise HTTPException(404, "There is no such page.")
         return Response(self.assets[name], media_type=ASSETS[name], headers={"cache-control": "no-cache"})
 
-    # --- Who runs the study
+    # --- Administration
 
     def admin(self, request: Request) -> Response:
-        """A form, and what it asks for; the token comes with every request."""
+        """A form, and the result of its action; every request carries the admin token."""
         if request.method != "POST":
             return self.html("admin.html", **NOTHING)
         form = read_form(request)
@@ -316,7 +316,7 @@ class Pages:
             shown["links"] = [f"{origin}/s/{token}" for token in self.store.invite(int(number))]
         elif action == "withdraw":
             if not NUMBER.fullmatch(number) or int(number) not in {each["id"] for each in self.store.overview()}:
-                raise HTTPException(400, "There is no participant of this number.")
+                raise HTTPException(400, "There is no participant with this number.")
             self.store.withdraw(int(number))
         shown |= {"people": self.store.overview(), "withdrawn": self.store.withdrawals()}
         return self.html("admin.html", **shown)
@@ -348,7 +348,7 @@ class Pages:
         return response
 
 
-NOTHING: dict[str, Any] = {"people": None, "links": None, "withdrawn": 0}  # that the admin page shows at first
+NOTHING: dict[str, Any] = {"people": None, "links": None, "withdrawn": 0}  # what the admin page shows at first
 
 
 def read_form(request: Request) -> dict[str, str]:
@@ -360,7 +360,7 @@ def read_form(request: Request) -> dict[str, str]:
 
 
 def read_answer(request: Request) -> Answer:
-    """The JSON that ``study.js`` sends, every field checked; 400 names the one that is wrong."""
+    """The JSON that ``study.js`` sends, with every field checked; a 400 names the field that is wrong."""
     try:
         sent = parse_json(request.scope["body"])
         values = {name: sent[name] for name in Answer._fields}
@@ -379,9 +379,9 @@ def read_answer(request: Request) -> Answer:
 
 
 class Part(Response):
-    """``length`` bytes of a sound's file from ``start``, read as they are sent, so that slow readers hold no memory.
+    """``length`` bytes of a sound file from ``start``, read while they are sent, so that slow clients hold no memory.
 
-    ``sending`` counts those under way for ``key``; one more than ``MOST_SOUNDS`` is refused.
+    ``sending`` counts the sounds being sent, by ``key``; more than ``MOST_SOUNDS`` at once are refused.
     """
 
     def __init__(
@@ -398,7 +398,7 @@ class Part(Response):
         self.sending[self.key] += 1
         try:
             await self.stream(send)
-        except TimeoutError:  # nobody takes it: the server closes the connection
+        except TimeoutError:  # the client takes no more: the server closes the connection
             return
         finally:
             self.sending[self.key] -= 1
@@ -422,7 +422,7 @@ class Part(Response):
 
 
 def send_wav(request: Request, path: Path, sending: Counter[str], key: str) -> Response:
-    """A sound, or the part of it that is asked for (one range of bytes; several are answered with the whole)."""
+    """A sound, or the requested part of it (one byte range; a request for several gets the whole sound)."""
     headers = {"accept-ranges": "bytes"}
     size = path.stat().st_size
     asked = BYTES.fullmatch(request.headers.get("range", ""))
@@ -438,7 +438,7 @@ def send_wav(request: Request, path: Path, sending: Counter[str], key: str) -> R
 
 
 def make_app(store: Store, *, limits: Limits | None = None, open_enrolment: bool = False) -> Starlette:
-    """The application; ``open_enrolment`` lets everybody make a link at ``/join``."""
+    """The application; ``open_enrolment`` lets anyone create a link at ``/join``."""
     limits = limits or Limits(store.study.design.seconds)
     pages = Pages(store, limits, open_enrolment=open_enrolment)
     routes = [

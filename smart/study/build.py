@@ -1,12 +1,12 @@
-"""``smart study build``: excerpts of several systems for the same prompts and seeds, ready to be listened to.
+"""``smart study build``: excerpts of several systems for the same prompts and seeds, ready for listeners.
 
 Each excerpt is padded with silence or cut to one length, brought to one loudness (``smart.study.loudness``), and
-written as 16-bit stereo WAV. So all files have one size and one header; their times of change are set to one instant,
-and they are written in the order of their names. A name is the keyed hash of system and prompt; the key comes from the
-operating system's random source and is not kept: from a seed that can be guessed, names could be computed again.
+written as 16-bit stereo WAV. So all files have the same size and header; they get the same modification time and are
+written in the order of their names. A name is a keyed hash of system and prompt; the key comes from the operating
+system's random source and is not kept, since names could be recomputed from a seed that can be guessed.
 
-The folder appears in one rename, after everything in it has been written. Until then the work lies in a hidden folder
-beside it; the same command goes on from there after an interruption.
+The folder appears in one rename, after everything in it has been written. Until then the work is in a hidden folder
+next to it; after an interruption the same command continues from there.
 """
 
 import contextlib
@@ -29,25 +29,25 @@ import numpy.typing as npt
 
 from smart import UserError
 from smart.files import hold, sha256, sync, write_atomically
-from smart.soundfonts import check_soundfont, find_soundfont
+from smart.render import check_soundfont, find_soundfont, write_wav
+from smart.run import progress
 from smart.study import loudness
 from smart.study.folder import AUDIO, CHECK, CONSENT, FORMAT, KEY, KEY_COLUMNS, Design, write_csv, write_design
 from smart.study.power import Population, Power, simulate_power
-from smart.track import progress, write_wav
 
 if TYPE_CHECKING:  # it imports torch, which a folder of WAV files does not need
-    from smart.compare import System
+    from smart.rollout import System
 
 QUESTION = "How much do you enjoy this audio? Rate from 1 to 10."  # the paper's
 LOW, HIGH = "not at all", "very much"
-SETTINGS = ("prompts", "practice", "repeats", "silence", "seconds", "sample_rate", "seed")  # of a design, by name
-BLOCK = 8  # prompts that are drawn together, and lost together by an interruption
-EFFECTS = (0.4, 0.8, Population().effect)  # differences of mean ratings, the last one the paper's
-INSTANT = 1577836800  # 2020-01-01: when every file of audio/ says that it was changed
+SETTINGS = ("prompts", "practice", "repeats", "silence", "seconds", "sample_rate", "seed")  # options kept in a design
+BLOCK = 8  # prompts sampled together; an interruption loses at most these
+EFFECTS = (0.4, 0.8, Population().effect)  # differences of mean ratings; the last is the paper's
+INSTANT = 1577836800  # 2020-01-01: the modification time of every file in audio/
 
 
 class Clip(NamedTuple):
-    """What a system made of a prompt: audio (2, S), float32 in [-1, 1]."""
+    """A system's audio (2, S) for one prompt, float32 in [-1, 1]."""
 
     system: int
     prompt: int
@@ -56,7 +56,7 @@ class Clip(NamedTuple):
 
 
 class Recordings(NamedTuple):
-    """A system that is a folder of WAV files: the n-th in the order of names belongs to prompt n."""
+    """A folder of WAV files as a system: the n-th file by name belongs to prompt n."""
 
     name: str
     folder: Path
@@ -64,7 +64,7 @@ class Recordings(NamedTuple):
 
 
 def recordings(text: str) -> Recordings | None:
-    """``NAME=FOLDER`` or ``FOLDER`` as a folder of WAV files; None where it is not one."""
+    """``NAME=FOLDER`` or ``FOLDER`` as a folder of WAV files; None if it is not one."""
     name, equals, path = text.rpartition("=")
     folder = Path(path)
     found = sorted(folder.glob("*.wav")) if folder.is_dir() else []
@@ -72,7 +72,7 @@ def recordings(text: str) -> Recordings | None:
 
 
 def find_model(text: str) -> "System":
-    from smart.compare import find_system
+    from smart.rollout import find_system
 
     return find_system(text)
 
@@ -82,7 +82,7 @@ def origin(system: "Recordings | System") -> Path:
 
 
 def read_wav(path: Path, sample_rate: int, seconds: float) -> npt.NDArray[np.float32]:
-    """Audio (2, S) of a mono or stereo file, no more than the first ``seconds``; ``UserError`` for anything else."""
+    """Audio (2, S) of a mono or stereo file, at most its first ``seconds``; ``UserError`` for anything else."""
     import soundfile
 
     try:
@@ -91,7 +91,7 @@ def read_wav(path: Path, sample_rate: int, seconds: float) -> npt.NDArray[np.flo
     except (OSError, soundfile.SoundFileError) as error:
         raise UserError(f"{path}: cannot be read as audio ({error})") from None
     if rate != sample_rate:
-        raise UserError(f"{path}: has {rate} samples a second, expected {sample_rate}: see --sample-rate")
+        raise UserError(f"{path}: has {rate} samples per second, expected {sample_rate} (see --sample-rate)")
     if audio.shape[1] > 2 or not np.isfinite(audio).all():
         raise UserError(f"{path}: expected one or two channels of finite samples, found {audio.shape[1]} channels")
     stereo: npt.NDArray[np.float32] = np.broadcast_to(audio.T, (2, len(audio))).copy()
@@ -99,15 +99,15 @@ def read_wav(path: Path, sample_rate: int, seconds: float) -> npt.NDArray[np.flo
 
 
 def fit(audio: npt.NDArray[np.float32], samples: int) -> npt.NDArray[np.float32]:
-    """The first ``samples`` of a clip (2, S), with silence after it where it is shorter."""
+    """The first ``samples`` of a clip (2, S), padded with silence if it is shorter."""
     return np.pad(audio[:, :samples], ((0, 0), (0, max(samples - audio.shape[1], 0))))
 
 
-# --- Work that may be interrupted ---------------------------------------------------------------------------------
+# --- An unfinished build ----------------------------------------------------------------------------------------
 
 
 class Work:
-    """The hidden folder of an unfinished build: its settings, and one file for each clip that is there already."""
+    """The hidden folder of an unfinished build: its settings, and one file for each finished clip."""
 
     def __init__(self, out: Path, settings: dict[str, Any]) -> None:
         self.folder = out.with_name(f".{out.name}.work")
@@ -117,7 +117,7 @@ class Work:
             self._held = contextlib.ExitStack()
             self._held.enter_context(hold(self.folder))
         except BlockingIOError:
-            raise UserError(f"--out {out}: another build is writing it; wait for it") from None
+            raise UserError(f"--out {out}: another build is writing this folder; wait until it has finished") from None
         except OSError as error:
             raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
         path = self.folder / "settings.json"
@@ -125,8 +125,8 @@ class Work:
         if path.exists() and path.read_text(encoding="utf-8") != text:
             self.close()
             raise UserError(
-                f"--out {out}: an unfinished build with other settings is in {self.folder}; "
-                "give the same options to go on with it, or delete it"
+                f"--out {out}: {self.folder} holds an unfinished build with other settings; "
+                "give the same options to continue it, or delete it"
             )
         write_atomically(path, text.encode())
 
@@ -163,7 +163,7 @@ def check_sound(sample_rate: int) -> npt.NDArray[np.float32]:
 
 
 def assemble(folder: Path, design: Design, clips: Sequence[Clip], target: float) -> tuple[Design, list[str]]:
-    """Write a study's whole folder; returns the design, with the loudness that was reached, and what to tell."""
+    """Write a study's whole folder; returns the design with the loudness that was reached, and notes for the user."""
     audio = folder / AUDIO
     audio.mkdir(parents=True)
     samples = round(design.seconds * design.sample_rate)
@@ -177,7 +177,7 @@ def assemble(folder: Path, design: Design, clips: Sequence[Clip], target: float)
     common, gains = loudness.gains(before, target)
     design = replace(design, lufs=common)
     rows: dict[str, tuple[Any, ...]] = {}
-    told = []
+    notes = []
     for clip, sound, was, gain in zip(clips, fitted, before, gains, strict=True):
         kind = "main" if clip.prompt < design.prompts else "practice"
         changed = (sound * 10 ** (gain / 20)).astype(np.float32)
@@ -201,11 +201,11 @@ def assemble(folder: Path, design: Design, clips: Sequence[Clip], target: float)
         ])  # fmt: skip
         which = f"{origin[1]}, prompt {origin[2]}"
         if was.silent and source:
-            told.append(f"silent, and left so: {which}")
+            notes.append(f"silent, left unchanged: {which}")
         if limited:
-            told.append(f"less loud than the others by {common - was.lufs - gain:.1f} dB, or it would clip: {which}")
+            notes.append(f"{common - was.lufs - gain:.1f} dB quieter than the others, to avoid clipping: {which}")
     if common < target:
-        told.append(f"the excerpts are at {common:.1f} LUFS and not at {target:.1f}, so that none of them clips")
+        notes.append(f"the excerpts are at {common:.1f} LUFS instead of {target:.1f}, so that none of them clips")
     write_csv(folder / KEY, KEY_COLUMNS, table)
     os.chmod(folder / KEY, 0o600)
     write_design(folder, design)
@@ -214,17 +214,17 @@ def assemble(folder: Path, design: Design, clips: Sequence[Clip], target: float)
     write_wav(
         folder / CHECK, tone * np.float32(10 ** (loudness.gains([measured], common)[1][0] / 20)), design.sample_rate
     )
-    # practice is no secret; everything else is, so the manifests show nothing but names
+    # which items are practice is no secret; systems, prompts and checks are, so the manifests leave them out
     public = [(f"{AUDIO}/{row[0]}.wav", row[0], int(row[1] == "practice"), design.seconds) for row in table]
     columns = ("stimulus", "excerpt", "practice", "seconds")
     write_csv(folder / "manifest.csv", columns, public)
     variables = [dict(zip(columns, row, strict=True)) for row in public]
     (folder / "manifest.json").write_text(json.dumps(variables, indent=1) + "\n", encoding="utf-8")
-    return design, told
+    return design, notes
 
 
 def simulate(design: Design, studies: int) -> list[Power]:
-    """Power for the planned listeners and each of ``EFFECTS``; none where there is nothing to compare."""
+    """Power for the planned listeners and each of ``EFFECTS``; empty if there is nothing to compare."""
     if not studies or len(design.systems) < 2 or design.prompts < 2:
         return []
     return [
@@ -236,7 +236,7 @@ def simulate(design: Design, studies: int) -> list[Power]:
 def write_texts(
     folder: Path, design: Design, sources: Mapping[str, str], options: Mapping[str, Any], power: Sequence[Power]
 ) -> None:
-    """The consent text, to be completed by who runs the study, and the preregistration, filled with the design."""
+    """Write drafts for the user to complete: the consent text, and the preregistration with the design filled in."""
     import jinja2
 
     pages = files("smart.study") / "pages"
@@ -264,19 +264,19 @@ def publish(temporary: Path, out: Path) -> None:
 
 def refuse(out: Path) -> None:
     if out.is_symlink() or out.exists():
-        raise UserError(f"--out {out}: exists already, and a study is never overwritten; choose another name")
+        raise UserError(f"--out {out}: already exists, and a study is never overwritten; choose another name")
     if not out.parent.is_dir():
-        raise UserError(f"--out {out}: its folder does not exist")
+        raise UserError(f"--out {out}: the folder {out.parent} does not exist")
 
 
 def fill(work: Work, systems: Sequence["Recordings | System"], design: Design, options: dict[str, Any]) -> None:
-    """Have every clip in ``work`` that is not there yet: read it, or have its model write and render it."""
+    """Add every missing clip to ``work``: read its recording, or sample it from the model and render it."""
     wanted = design.prompts + design.practice
     for number, system in enumerate(systems):
         if isinstance(system, Recordings):
             if len(system.files) < wanted:
                 raise UserError(
-                    f"--runs {system.name}: has {len(system.files)} WAV files, and {wanted} are needed "
+                    f"--runs {system.name}: has {len(system.files)} WAV files, but {wanted} are needed "
                     f"(--prompts {design.prompts} --practice {design.practice})"
                 )
             for prompt in range(wanted):
@@ -288,7 +288,7 @@ def fill(work: Work, systems: Sequence["Recordings | System"], design: Design, o
     first = next((i for i in range(wanted) if not all(work.path(n, i).exists() for n in models.values())), wanted)
     if first == wanted:
         return
-    from smart.compare import compose
+    from smart.rollout import compose
 
     pieces = compose(
         [system for system in systems if not isinstance(system, Recordings)], count=wanted - first, first=first,
@@ -309,13 +309,13 @@ def build(
     studies: int,
     options: dict[str, Any],
 ) -> list[str]:
-    """Make the study's folder ``out``; returns what the person who builds it should know.
+    """Make the study's folder ``out``; returns notes for the user.
 
-    ``target``: LUFS; ``studies``: how many are simulated for the power; ``options`` go to ``smart.compare.compose``.
+    ``target``: LUFS; ``studies``: how many to simulate for the power; ``options`` go to ``smart.rollout.compose``.
     """
     sources = {each.name: str(origin(each).resolve()) for each in systems}
     settings = {"target": target, "sources": sources} | {name: getattr(design, name) for name in SETTINGS}
-    settings |= {name: value for name, value in options.items() if name != "workers"}  # they change nothing
+    settings |= {name: value for name, value in options.items() if name != "workers"}  # they change no result
     work = Work(out, settings)
     try:
         fill(work, systems, design, options)
@@ -325,18 +325,19 @@ def build(
         clips = [work.get(system, prompt) for system, prompt in pairs]
         made = work.folder / "study"
         shutil.rmtree(made, ignore_errors=True)
-        design, told = assemble(made, design, clips, target)
+        design, notes = assemble(made, design, clips, target)
         power = simulate(design, studies)
         write_texts(made, design, sources, options, power)
         publish(made, out)
         shutil.rmtree(work.folder)
     except OSError as error:
         raise click.ClickException(
-            f"the study could not be written ({error}); what was made is kept: make room, then give the same command"
+            f"the study could not be written ({error}); finished clips are kept: free disk space, "
+            "then give the same command again"
         ) from error
     finally:
         work.close()
-    return told + [
+    return notes + [
         f"{each.power:.0%} of {each.studies} simulated studies with {design.listeners} listeners find an effect of "
         f"{each.effect:g} (95% interval {each.power_low:.0%} to {each.power_high:.0%})"
         for each in power
@@ -344,42 +345,92 @@ def build(
 
 
 @click.command("build")
-@click.option("--runs", multiple=True, required=True, metavar="SYSTEM ...", help="What to compare; NAME=PATH names it.")
+@click.option(
+    "--runs", multiple=True, required=True, metavar="SYSTEM ...", help="Systems to compare; NAME=PATH names one."
+)
 @click.argument("more", nargs=-1, metavar="")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the study, new.")
-@click.option("--prompts", default=15, show_default=True, type=click.IntRange(min=1), help="Excerpts of each system.")
-@click.option("--practice", default=2, show_default=True, type=click.IntRange(min=0), help="Trials that do not count.")
-@click.option("--repeats", default=0, show_default=True, type=click.IntRange(min=0), help="Excerpts heard twice.")
-@click.option("--silence", is_flag=True, help="Add one silent excerpt, to see who rates without listening.")
-@click.option("--seconds", default=10.0, show_default=True, type=click.FloatRange(min=0.1, max=600))
-@click.option("--sample-rate", default=44100, show_default=True, type=click.IntRange(min=8000, max=192000))
-@click.option("--lufs", default=loudness.TARGET, show_default=True, type=click.FloatRange(max=-5), help="Loudness.")
-@click.option("--seed", default=1, show_default=True, type=click.IntRange(min=0), help="Of prompts and music.")
-@click.option("--listeners", default=20, show_default=True, type=click.IntRange(min=3), help="How many you plan.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the study; must not exist yet.")
+@click.option("--prompts", default=15, show_default=True, type=click.IntRange(min=1), help="Rated excerpts per system.")
+@click.option(
+    "--practice",
+    default=2,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Practice items per participant, not exported.",
+)
+@click.option(
+    "--repeats",
+    default=0,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Excerpts that each participant hears a second time.",
+)
+@click.option(
+    "--silence", is_flag=True, help="Add one silent excerpt, to detect participants who rate without listening."
+)
+@click.option(
+    "--seconds",
+    default=10.0,
+    show_default=True,
+    type=click.FloatRange(min=0.1, max=600),
+    help="Length of an excerpt in seconds.",
+)
+@click.option(
+    "--sample-rate",
+    default=44100,
+    show_default=True,
+    type=click.IntRange(min=8000, max=192000),
+    help="Sample rate of the excerpts in Hz.",
+)
+@click.option(
+    "--lufs", default=loudness.TARGET, show_default=True, type=click.FloatRange(max=-5), help="Target loudness in LUFS."
+)
+@click.option("--seed", default=1, show_default=True, type=click.IntRange(min=0), help="Seed of prompts and music.")
+@click.option(
+    "--listeners",
+    default=20,
+    show_default=True,
+    type=click.IntRange(min=3),
+    help="Planned number of participants (for the power estimate).",
+)
 @click.option(
     "--power",
     default=100,
     show_default=True,
     type=click.IntRange(min=0),
-    help="Studies simulated for the power; 0: none.",
+    help="Studies simulated for the power estimate (0: none).",
 )
-@click.option("--completion-code", is_flag=True, help="Show everyone who finishes a code of their own.")
-@click.option("--corpus", type=click.Path(path_type=Path), help="Prompts from its test split, not procedural ones.")
-@click.option("--soundfont", default="timgm", show_default=True, help="Short name or path.")
-@click.option("--tokens", default=256, show_default=True, type=click.IntRange(min=1), help="New ones of each piece.")
-@click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(0, 100, min_open=True))
-@click.option("--workers", default=0, show_default=True, type=click.IntRange(0, 1024), help="Renderers; 0: one a core.")
+@click.option("--completion-code", is_flag=True, help="Show a personal code to each participant who finishes.")
+@click.option(
+    "--corpus",
+    type=click.Path(path_type=Path),
+    help="Corpus whose test split the prompts come from (default: procedural prompts).",
+)
+@click.option("--soundfont", default="timgm", show_default=True, help="Soundfont: a short name or a path.")
+@click.option(
+    "--tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Maximum new tokens per piece."
+)
+@click.option(
+    "--temperature",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0, 100, min_open=True),
+    help="Sampling temperature.",
+)
+@click.option(
+    "--workers", default=0, show_default=True, type=click.IntRange(0, 1024), help="Render processes (0: one per core)."
+)
 def main(runs: tuple[str, ...], more: tuple[str, ...], out: Path, **given: Any) -> None:
-    """Make a study. A SYSTEM is a run's folder, a model's folder or shipped name, or a folder of WAV files."""
+    """Build a study. A SYSTEM is a run's folder, a model's folder or shipped name, or a folder of WAV files."""
     refuse(out)
     systems = [recordings(text) or find_model(text) for text in (*runs, *more)]
     names = [each.name for each in systems]
     if len(set(names)) < len(names):
         twice = max(names, key=names.count)
-        raise UserError(f"--runs: two systems are called {twice!r}; name them apart, as in {twice}-2=PATH")
+        raise UserError(f"--runs: two systems are called {twice!r}; rename one, as in {twice}-2=PATH")
     if given["repeats"] > given["prompts"] * len(names) // 2:
         count = given["prompts"] * len(names)
-        raise UserError(f"--repeats {given['repeats']}: at most half of the {count} excerpts can be heard again")
+        raise UserError(f"--repeats {given['repeats']}: at most half of the {count} excerpts can be repeated")
     soundfont = find_soundfont(given["soundfont"])
     check_soundfont(soundfont)
     options = {

@@ -1,4 +1,4 @@
-"""``smart study export``: the ratings as CSV, one row a rating, in the order in which each participant gave them."""
+"""``smart study export``: the ratings as CSV, one row per rating, in the order in which each participant gave them."""
 
 import csv
 import io
@@ -19,9 +19,9 @@ COLUMNS = [
 
 
 def ratings_csv(store: Store) -> str:
-    """All ratings but those of practice. ``repeat``: 1 where an excerpt was heard again; ``check``: "silence" or empty.
+    """All ratings except practice. ``repeat``: 1 if the excerpt was heard before; ``check``: "silence" or empty.
 
-    The silent check has no system, prompt or seed. ``version`` is of the consent under which a rating was given.
+    The silent check has no system, prompt or seed. ``version`` is that of the consent text at the time of the rating.
     """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
@@ -39,13 +39,15 @@ def ratings_csv(store: Store) -> str:
 
 @click.command("export")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--database", metavar="URL", envvar="SMART_STUDY_DATABASE", help="If the ratings are not in FOLDER.")
+@click.option(
+    "--database", metavar="URL", envvar="SMART_STUDY_DATABASE", help="Database URL (default: an SQLite file in FOLDER)."
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="CSV file to write.")
-@click.option("--overwrite", is_flag=True, help="Replace the file.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 def main(folder: Path, database: str | None, out: Path, overwrite: bool) -> None:
-    """Write the ratings of the study in FOLDER as CSV, one row a rating."""
+    """Write the ratings of the study in FOLDER to a CSV file, one row per rating."""
     if out.exists() and not overwrite:
-        raise UserError(f"--out {out}: exists already; replace it with --overwrite")
+        raise UserError(f"--out {out}: already exists; use --overwrite to replace it")
     store = Store(Study(folder), database)
     try:
         text = ratings_csv(store)
@@ -58,6 +60,6 @@ def main(folder: Path, database: str | None, out: Path, overwrite: bool) -> None
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
     finished = sum(person["finished"] is not None for person in people)
     click.echo(
-        f"{text.count(chr(10)) - 1} ratings of {len(people)} participants, {finished} of whom finished; "
+        f"{text.count(chr(10)) - 1} ratings by {len(people)} participants, {finished} of whom finished; "
         f"{withdrawn} withdrew and were deleted -> {out}"
     )

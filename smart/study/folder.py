@@ -1,6 +1,6 @@
-"""What is in a study's folder.
+"""The files in a study's folder.
 
-``study.json`` the design, ``consent.txt``, ``audio/`` (excerpts under names that say nothing), ``check.wav``,
+``study.json`` (the design), ``consent.txt``, ``audio/`` (excerpts under anonymous names), ``check.wav``,
 ``manifest.csv`` and ``manifest.json`` (what a page may know), ``key.csv`` (what made which excerpt: never served),
 ``preregistration.md``; the server adds ``ratings.sqlite``.
 """
@@ -23,7 +23,7 @@ from smart.study.order import Trial, order, with_checks
 
 DESIGN, KEY, CONSENT, CHECK, AUDIO = "study.json", "key.csv", "consent.txt", "check.wav", "audio"
 FORMAT = 1
-# what made an excerpt, what matching did to it, and the hash of its file
+# what made an excerpt, how loudness matching changed it, and the hash of its file
 KEY_COLUMNS = [
     "excerpt", "kind", "system", "prompt", "seed", "silent", "limited", "lufs_before", "peak_before", "gain_db",
     "lufs_after", "peak_after", "seconds_of_audio", "sha256",
@@ -32,10 +32,10 @@ KEY_COLUMNS = [
 
 @dataclass(frozen=True)
 class Design:
-    """``study.json``. ``question``, ``low`` and ``high`` may be edited until the first participant has come."""
+    """``study.json``. ``question``, ``low`` and ``high`` may be edited until the first participant begins."""
 
     format: int
-    study: str  # an id, drawn at random; all orders follow from it, so it is a secret
+    study: str  # a random id; all orders follow from it, so it is a secret
     question: str
     low: str  # what 1 means, and what 10 means
     high: str
@@ -53,12 +53,12 @@ class Design:
 
     @property
     def rated(self) -> int:
-        """Trials of one participant, practice left out."""
+        """Rated trials per participant, without practice."""
         return self.prompts * len(self.systems) + self.repeats + self.silence
 
 
 class Excerpt(NamedTuple):
-    """A row of ``key.csv``. ``kind``: "main", "practice" or "silence"; ``system``... are empty for the silence."""
+    """A row of ``key.csv``. ``kind``: "main", "practice" or "silence", for which the last three are empty."""
 
     name: str
     kind: str
@@ -68,7 +68,7 @@ class Excerpt(NamedTuple):
 
 
 class Study:
-    """A study's folder, checked. Raises ``UserError`` naming what is missing or not what was built."""
+    """A study's folder, checked. Raises ``UserError`` that names what is missing or has changed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -78,11 +78,11 @@ class Study:
             with open(folder / KEY, encoding="utf-8", newline="") as file:
                 for row in csv.DictReader(file, restval=""):
                     name = row["excerpt"]
-                    if not name.isalnum():  # nor can it lead out of the folder
-                        raise ValueError(f"{name!r} is no excerpt's name")
+                    if not name.isalnum():  # which also keeps it inside the folder
+                        raise ValueError(f"{name!r} is not the name of an excerpt")
                     self.excerpts[name] = Excerpt(name, row["kind"], row["system"], row["prompt"], row["seed"])
                     if sha256(self.audio(name)) != row["sha256"]:
-                        raise UserError(f"{self.audio(name)}: is not the file that was built; build the study again")
+                        raise UserError(f"{self.audio(name)} differs from the built file; build the study again")
         except (OSError, KeyError, ValueError, AttributeError, csv.Error) as error:
             if isinstance(error, UserError):
                 raise
@@ -96,13 +96,13 @@ class Study:
             raise UserError(f"study {folder}: {KEY} does not list what {DESIGN} says: {wanted}")
         if set(self._names) != set(product(design.systems, map(str, range(design.prompts)))):
             raise UserError(f"study {folder}: {KEY} does not list every prompt of every system")
-        self.consent  # noqa: B018  # read now, so that a mistake in it is found before anyone comes
+        self.consent  # noqa: B018  # read now, so that a mistake is found before the first participant arrives
 
     def audio(self, excerpt: str) -> Path:
         return self.folder / AUDIO / f"{excerpt}.wav"
 
     def trials(self, slot: int) -> list[Trial]:
-        """What the participant of number ``slot`` hears: practice, then everything that is rated."""
+        """The trials of participant number ``slot``: practice first, then everything that is rated."""
         design = self.design
         secret = int(design.study, 16)
         practice = sorted(name for name, each in self.excerpts.items() if each.kind == "practice")
@@ -120,7 +120,7 @@ class Study:
 
     @cached_property
     def consent(self) -> tuple[str, list[str]]:
-        """The version of the consent text (the one that it states, and a hash of the text), and its paragraphs."""
+        """The version of the consent text (as stated in it, with a hash of the text), and its paragraphs."""
         path = self.folder / CONSENT
         try:
             text = path.read_text(encoding="utf-8").strip()
@@ -134,27 +134,29 @@ class Study:
 
 
 def read_design(folder: Path) -> Design:
-    """``study.json``; raises ``UserError`` where it is not one."""
+    """``study.json``; raises ``UserError`` if it is not valid."""
     path = folder / DESIGN
     if not path.is_file():
-        raise UserError(f"study {folder}: has no {DESIGN}; make a study with smart study build")
+        raise UserError(f"study {folder}: has no {DESIGN}; build a study with smart study build")
     try:
         values = parse_json(path.read_text(encoding="utf-8"))
         design = Design(**values)
-        json.dumps(values, ensure_ascii=False).encode()  # half of a pair of surrogates is JSON, but no text
+        json.dumps(values, ensure_ascii=False).encode()  # a lone surrogate is valid JSON, but not valid text
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     for each in fields(Design):
         value = getattr(design, each.name)
         expected = (int, float) if each.type is float else each.type if isinstance(each.type, type) else list
         if not isinstance(value, expected) or (isinstance(value, bool) and each.type is not bool):
-            raise UserError(f"{path}: {each.name} = {value!r} is not a {each.type}")
+            raise UserError(
+                f"{path}: {each.name} = {value!r} is not of type {getattr(each.type, '__name__', each.type)}"
+            )
     if design.format != FORMAT:
         raise UserError(
-            f"{path}: format {design.format} is not known (expected {FORMAT}); use the version that built it"
+            f"{path}: format {design.format} is not known (expected {FORMAT}); use the version of smart that built it"
         )
     excerpts = design.prompts * len(design.systems)
-    sound = {  # as ``smart study build`` makes them
+    checks = {  # of the values that ``smart study build`` writes
         "study": re.fullmatch(r"[0-9a-f]{1,64}", design.study),
         "systems": design.systems
         and all(isinstance(name, str) for name in design.systems)
@@ -164,8 +166,8 @@ def read_design(folder: Path) -> Design:
         "repeats": 0 <= design.repeats <= excerpts // 2,
         "seconds": 0.1 <= design.seconds <= 600,
     }
-    for name, fine in sound.items():
-        if not fine:
+    for name, passed in checks.items():
+        if not passed:
             raise UserError(f"{path}: {name} = {getattr(design, name)!r:.60} is not what smart study build writes")
     return design
 

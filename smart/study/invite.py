@@ -1,4 +1,4 @@
-"""``smart study invite``: links for participants. Each is shown once; the database keeps a hash of it only."""
+"""``smart study invite``: links for participants. Each is shown once; the database stores only its hash."""
 
 from pathlib import Path
 
@@ -10,13 +10,15 @@ from smart.study.store import Store
 
 @click.command("invite")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("-n", "count", default=1, show_default=True, type=click.IntRange(1, 10000), help="How many links.")
+@click.option("-n", "count", default=1, show_default=True, type=click.IntRange(1, 10000), help="Number of links.")
 @click.option(
-    "--address", default="http://127.0.0.1:8000", show_default=True, help="Where participants reach the server."
+    "--address", default="http://127.0.0.1:8000", show_default=True, help="Server address to use in the links."
 )
-@click.option("--database", metavar="URL", envvar="SMART_STUDY_DATABASE", help="If the ratings are not in FOLDER.")
+@click.option(
+    "--database", metavar="URL", envvar="SMART_STUDY_DATABASE", help="Database URL (default: an SQLite file in FOLDER)."
+)
 def main(folder: Path, count: int, address: str, database: str | None) -> None:
-    """Print links for participants of the study in FOLDER, one a line."""
+    """Create links for participants of the study in FOLDER and print them, one per line."""
     store = Store(Study(folder), database)
     try:
         for token in store.invite(count):

@@ -4,12 +4,12 @@
 
 ``theta`` holds the lower triangles of the relative covariance factors T_t, as in lme4 (Bates, Maechler, Bolker and
 Walker 2015, "Fitting linear mixed-effects models using lme4", J. Stat. Softw. 67(1), section 3). Given ``theta``, beta
-and sigma follow from one Cholesky factor, so only ``theta`` is searched for. The first term's groups do not meet each
-other: they are eliminated as J small blocks at once, and only what is crossed with them is factored as a whole.
+and sigma follow from one Cholesky factor, so the search is over ``theta`` alone. The first term's groups share no
+observations: they are eliminated as J small blocks at once, and only the columns crossed with them are factored whole.
 
-One optimiser from one start can stop at a wrong place and say nothing: the criterion does not depend on the sign of a
-diagonal entry of T, so where that is 0 the slope along it is 0 too, optimum or not. ``fit`` runs three optimisers from
-several starts, keeps the best, and returns what each of them found.
+One optimiser from one start can silently stop at a wrong point: the criterion does not depend on the sign of a diagonal
+entry of T, so the slope along an entry of 0 is 0 too, at an optimum or not. ``fit`` runs three optimisers from several
+starts, keeps the best result, and reports all of them.
 
 Degrees of freedom as in lmerTest (Kuznetsova, Brockhoff and Christensen 2017, J. Stat. Softw. 82(13), section 2), with
 numerical derivatives.
@@ -30,12 +30,12 @@ from smart import UserError
 
 Array = npt.NDArray[np.float64]
 Value = Callable[[Array], float]
-DISAGREE = 0.01  # of the criterion: an optimiser that ends so far above the best one has stopped elsewhere
+DISAGREE = 0.01  # in the criterion: an optimiser that ends this far above the best one has stopped elsewhere
 SINGULAR = 1e-4  # relative standard deviation below which a direction of random effects counts as absent (as lme4)
 
 
 class Term(NamedTuple):
-    """Random effects of the columns ``z`` (n, k) for each group; ``groups`` (n,) are numbers from 0, none left out."""
+    """Random effects of the columns ``z`` (n, k) for each group; ``groups`` (n,) are numbers from 0, without gaps."""
 
     name: str
     columns: tuple[str, ...]
@@ -44,7 +44,7 @@ class Term(NamedTuple):
 
     @property
     def size(self) -> int:
-        """How many groups."""
+        """Number of groups."""
         return int(self.groups.max()) + 1
 
 
@@ -58,7 +58,7 @@ class Run(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """What follows from one ``theta``; ``unscaled`` (p, p) is the covariance of beta over sigma^2."""
+    """The solution for one ``theta``; ``unscaled`` (p, p) is the covariance of beta divided by sigma^2."""
 
     log_det: float
     log_det_x: float
@@ -68,22 +68,22 @@ class Solution(NamedTuple):
 
 
 class Problem:
-    """Cross products of one data set: the criterion costs nothing that grows with n.
+    """Cross products of one data set, so that the cost of the criterion does not grow with n.
 
-    Raises ``UserError`` where the fixed effects cannot be told apart, or nothing is left to estimate a variance from.
+    Raises ``UserError`` if the fixed effects are collinear, or if nothing is left to estimate a variance from.
     """
 
     def __init__(self, y: Array, x: Array, terms: Sequence[Term]) -> None:
         self.n, self.p = x.shape
         if np.linalg.matrix_rank(x) < self.p:
-            raise UserError("the fixed effects cannot be told apart: a column is a sum of others")
-        # the term with most columns in all is the one whose blocks are eliminated one by one
+            raise UserError("the fixed effects are collinear: a column is a combination of others")
+        # the term with the most columns in total is the one whose blocks are eliminated one by one
         self.order = sorted(range(len(terms)), key=lambda t: -terms[t].size * terms[t].z.shape[1])
         self.terms = [terms[t] for t in self.order]
         self.shapes = [term.z.shape[1] for term in self.terms]
         first = self.terms[0]
         if self.n <= self.p + 1:
-            raise UserError(f"{self.n} ratings are too few for a mixed model of {self.p} fixed effects")
+            raise UserError(f"{self.n} ratings are too few for a mixed model with {self.p} fixed effects")
         crossed = [_expand(term) for term in self.terms[1:]]
         self._w = np.concatenate([*crossed, x, y[:, None]], axis=1)
         self._first = first
@@ -94,7 +94,7 @@ class Problem:
         self._ww = self._w.T @ self._w
 
     def with_response(self, y: Array) -> "Problem":
-        """The same design with other values: what simulations do many times."""
+        """The same design with another response, as simulations need it many times."""
         other = object.__new__(Problem)
         other.__dict__ |= self.__dict__
         other._w = np.concatenate([self._w[:, :-1], y[:, None]], axis=1)
@@ -105,7 +105,7 @@ class Problem:
         return other
 
     def without(self, column: int, value: float) -> "Problem":
-        """The fixed effect ``column`` held at ``value``."""
+        """The same problem with the fixed effect ``column`` held at ``value``."""
         x = self._w[:, -1 - self.p : -1]
         y = self._w[:, -1] - value * x[:, column]
         return Problem(y, np.delete(x, column, axis=1), self.terms)
@@ -117,7 +117,7 @@ class Problem:
 
     @property
     def diagonal(self) -> npt.NDArray[np.bool_]:
-        """Which entries of ``theta`` lie on a diagonal, and so are at least 0."""
+        """Which entries of ``theta`` are on a diagonal, and so are at least 0."""
         return np.concatenate([np.equal(*np.tril_indices(k)) for k in self.shapes])
 
     def factors(self, theta: Array) -> list[Array]:
@@ -158,7 +158,7 @@ class Problem:
         )
 
     def criterion(self, theta: Array, *, reml: bool = True) -> float:
-        """-2 times the profiled (restricted) log-likelihood; infinite where it cannot be computed."""
+        """-2 times the profiled (restricted) log-likelihood; infinite if it cannot be computed."""
         try:
             found = self.solve(theta)
         except np.linalg.LinAlgError:
@@ -170,16 +170,16 @@ class Problem:
         return value + found.log_det_x if reml else value
 
     def starts(self) -> dict[str, Array]:
-        """Where the optimisers begin: lme4's own start, a small and a large one, and one from the groups' own fits."""
+        """Starting points: lme4's own start, a small and a large one, and one from separate fits of the groups."""
         unit = self.diagonal.astype(float)
         found = {"unit": unit, "small": 0.1 * unit, "large": 3.0 * unit}
         moments = self._moments()
         return found if moments is None else {"moments": moments, **found}
 
     def _moments(self) -> Array | None:
-        """``theta`` from the spread of each group's own least squares; exact where the data are balanced.
+        """``theta`` from the spread of least-squares fits of each group; exact for balanced data.
 
-        None where some group cannot be fitted alone.
+        None if some group cannot be fitted alone.
         """
         k = self.shapes[0]
         if self._first.size <= k or np.linalg.cond(self._g).max() > 1e8:
@@ -200,9 +200,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted model. Fixed effects in the order of the columns of ``x``; terms in the order in which they were given.
+    """A fitted model. Fixed effects are in the order of the columns of ``x``, terms in the given order.
 
-    ``singular`` says in words what is degenerate; empty where nothing is. ``df`` (p,) are Satterthwaite's.
+    ``singular`` describes what is degenerate; empty if nothing is. ``df`` (p,) are Satterthwaite's.
     """
 
     problem: Problem
@@ -220,12 +220,12 @@ class Fit:
 
     @property
     def log_likelihood(self) -> float:
-        """Restricted, where the model was fitted so; as lme4's ``logLik``."""
+        """The restricted one if the model was fitted by REML; as lme4's ``logLik``."""
         return -self.criterion / 2
 
     @property
     def parameters(self) -> int:
-        """Fixed effects, entries of ``theta``, and the residual variance: what AIC counts."""
+        """Fixed effects, entries of ``theta``, and the residual variance, as AIC counts them."""
         return self.problem.p + len(self.theta) + 1
 
     @property
@@ -267,11 +267,11 @@ def fit(
     """Fit ``y`` (n,) on ``x`` (n, p) and random ``terms``.
 
     Args:
-        thorough: three optimisers from each start. Otherwise one from two starts: for simulations, where the
+        thorough: run three optimisers from each start; otherwise one from two starts, for simulations, where the
             design is always the same.
-        problem: ``Problem(y, x, terms)``, where it is there already.
+        problem: ``Problem(y, x, terms)``, if it has been built already.
 
-    Raises ``UserError`` for data that such a model cannot be fitted to.
+    Raises ``UserError`` for data to which such a model cannot be fitted.
     """
     if np.ptp(y) == 0:
         raise UserError(f"every rating is {y[0]:g}: there is nothing to fit")
@@ -302,15 +302,15 @@ def fit(
 def minimise(
     problem: Problem, *, reml: bool = True, thorough: bool = True, near: Array | None = None
 ) -> tuple[Array, list[Run]]:
-    """The ``theta`` of the least criterion that any optimiser found, polished; and every run.
+    """The ``theta`` with the lowest criterion that any optimiser found, polished; and every run.
 
-    ``near``: a place to begin at as well, known to be close; nothing is polished then.
+    ``near``: another starting point, known to be close; the result is not polished then.
     """
     diagonal = problem.diagonal
     bounds = [(0.0, None) if on else (None, None) for on in diagonal]
 
     def value(theta: Array) -> float:
-        return min(problem.criterion(np.asarray(theta, float), reml=reml), 1e12)  # optimisers subtract what they get
+        return min(problem.criterion(np.asarray(theta, float), reml=reml), 1e12)  # optimisers cannot use infinity
 
     def slope(theta: Array) -> Array:
         return gradient(value, np.asarray(theta, float))
@@ -328,7 +328,7 @@ def minimise(
                 simplex = np.vstack([start, start + np.diag(np.where(diagonal, 0.2 * start + 0.05, 0.1))])
                 options = {"initial_simplex": simplex, "xatol": 1e-6, "fatol": 1e-9, "maxfev": 400 * len(start)}
                 done = optimize.minimize(value, start, method=optimiser, bounds=bounds, options=options)
-            else:  # Powell wants both ends; relative standard deviations of a thousand are beyond any rating
+            else:  # Powell needs both bounds; no ratings have a relative standard deviation of a thousand
                 ends = [(0.0 if on else -1e3, 1e3) for on in diagonal]
                 options = {"xtol": 1e-6, "ftol": 1e-12, "maxfev": 400 * len(start)}
                 done = optimize.minimize(value, start, method=optimiser, bounds=ends, options=options)
@@ -339,9 +339,9 @@ def minimise(
 
 
 def profile_interval(fitted: Fit, column: int, level: float = 0.95) -> tuple[float, float]:
-    """Where the likelihood (the restricted one does not compare fixed effects) falls by the quantile of chi^2.
+    """Where the likelihood (the restricted one cannot compare fixed effects) falls by the quantile of chi^2.
 
-    Both ends are found by halving; NaN for an end that is not there within 20 standard errors.
+    Both ends are found by bracketing; NaN for an end that is more than 20 standard errors away.
     """
     problem, value = fitted.problem, float(fitted.beta[column])
     free = minimise(problem, reml=False, thorough=False)[0]
@@ -378,7 +378,7 @@ def simulate(fitted: Fit, generator: np.random.Generator) -> Array:
 
 
 def _expand(term: Term) -> Array:
-    """The term's columns, one for each group: (n, groups * k)."""
+    """The term's columns, repeated for each group: (n, groups * k)."""
     k = term.z.shape[1]
     wide = np.zeros((len(term.groups), term.size * k))
     rows = np.arange(len(term.groups))
@@ -416,7 +416,7 @@ def _steps(theta: Array) -> Array:
 
 
 def _polish(value: Value, theta: Array, diagonal: npt.NDArray[np.bool_]) -> Array:
-    """Newton's steps from an optimum, and the edge itself where it is as good; the criterion never rises."""
+    """Newton steps from an optimum, and exact zeros where they are as good; the criterion never rises."""
     best = value(theta)
     for index in np.flatnonzero(diagonal & (np.abs(theta) < 10 * SINGULAR)):
         edge = theta.copy()
@@ -448,7 +448,7 @@ def _polish(value: Value, theta: Array, diagonal: npt.NDArray[np.bool_]) -> Arra
 
 
 def _satterthwaite(problem: Problem, theta: Array, sigma2: float, *, reml: bool) -> Array:
-    """2 Var^2 / (g' A g) of each fixed effect; A the covariance of (theta, log sigma), g the gradient of Var.
+    """2 Var^2 / (g' A g) for each fixed effect; A is the covariance of (theta, log sigma), g the gradient of Var.
 
     Directions in which the deviance does not rise (those of a singular fit) carry no uncertainty, as in lmerTest.
     """
@@ -485,19 +485,19 @@ def _satterthwaite(problem: Problem, theta: Array, sigma2: float, *, reml: bool)
 
 
 def _singular(problem: Problem, theta: Array) -> list[str]:
-    """What is degenerate, in words."""
+    """Descriptions of what is degenerate."""
     found = []
     for term, factor in zip(problem.terms, problem.factors(theta), strict=True):
         deviations = np.sqrt((factor**2).sum(axis=1))
         for column in np.flatnonzero(deviations < SINGULAR):
             found.append(f"the variance of {term.columns[column]} by {term.name} is estimated as 0")
-        lively = np.flatnonzero(deviations >= SINGULAR)
-        if len(lively) > 1:
-            unit = factor[lively] / deviations[lively, None]
+        nonzero = np.flatnonzero(deviations >= SINGULAR)
+        if len(nonzero) > 1:
+            unit = factor[nonzero] / deviations[nonzero, None]
             if np.linalg.svd(unit, compute_uv=False).min() < SINGULAR:
-                if len(lively) == 2:
+                if len(nonzero) == 2:
                     sign = "+1" if unit[0] @ unit[1] > 0 else "-1"
-                    pair = " and ".join(term.columns[column] for column in lively)
+                    pair = " and ".join(term.columns[column] for column in nonzero)
                     found.append(f"the correlation of {pair} by {term.name} is estimated as {sign}")
                 else:
                     found.append(f"the correlations by {term.name} are at their limit")

@@ -1,9 +1,9 @@
-"""Cumulative link (logit) mixed models: ratings as ordered categories, without a distance between them.
+"""Cumulative link (logit) mixed models: ratings as ordered categories, with no distances assumed.
 
     logit P(y <= c) = alpha_c - x' beta - z' T u,   u ~ N(0, I) for each group
 
-The integral over u is taken by adaptive Gauss-Hermite quadrature around each group's mode (Pinheiro and Bates 1995,
-J. Comput. Graph. Stat. 4(1)); one node is the Laplace approximation, R's ``ordinal::clmm`` by default (Christensen).
+The integral over u is computed by adaptive Gauss-Hermite quadrature around each group's mode (Pinheiro and Bates 1995,
+J. Comput. Graph. Stat. 4(1)); one node is the Laplace approximation, as R's ``ordinal::clmm`` uses by default.
 
 Axes: n observations, p effects (the thresholds are the intercept), C categories, J groups, k random effects, Q nodes.
 """
@@ -67,10 +67,10 @@ class OrdinalFit:
 
 
 class Likelihood:
-    """The marginal log-likelihood of one data set. It remembers the groups' modes, where the next call begins."""
+    """The marginal log-likelihood of one data set. It keeps the groups' modes as the next call's starting point."""
 
     def __init__(self, category: npt.NDArray[np.int64], categories: int, x: Array, term: Term, nodes: int) -> None:
-        order = np.argsort(term.groups, kind="stable")  # sums over groups are then sums over stretches
+        order = np.argsort(term.groups, kind="stable")  # sums over groups are then sums over slices
         term = term._replace(groups=term.groups[order], z=term.z[order])
         self.category, self.categories, self.x, self.term = category[order], categories, x[order], term
         self.starts = np.searchsorted(term.groups, np.arange(term.size))
@@ -132,12 +132,12 @@ class Likelihood:
 
 
 def fit_ordinal(ratings: Array, x: Array, term: Term, *, nodes: int = 9) -> OrdinalFit:
-    """Fit ``ratings`` (n,), of which each different value is a category, on ``x`` (n, p) with random effects ``term``.
+    """Fit ``ratings`` (n,), where each distinct value is a category, on ``x`` (n, p) with random effects ``term``.
 
     BFGS runs from three starts and L-BFGS-B from one; the best is kept.
 
-    Raises ``UserError`` for fewer than two categories, and where the effects cannot be estimated since one system got
-    only the lowest or the highest ratings.
+    Raises ``UserError`` for fewer than two categories, and if the effects cannot be estimated because one system got
+    only the lowest or only the highest ratings.
     """
     levels, category = np.unique(ratings, return_inverse=True)
     if len(levels) < 2:
@@ -152,7 +152,7 @@ def fit_ordinal(ratings: Array, x: Array, term: Term, *, nodes: int = 9) -> Ordi
         return values[:thresholds], values[thresholds : thresholds + p], factor
 
     def value(values: Array) -> float:
-        """Of the first threshold and the logarithms of the steps between thresholds, which need no bounds."""
+        """The criterion, given the first threshold and the logs of the steps between thresholds: no bounds needed."""
         natural = values.copy()
         natural[1:thresholds] = np.exp(np.clip(values[1:thresholds], -30, 30))
         natural[:thresholds] = np.cumsum(natural[:thresholds])
@@ -182,7 +182,7 @@ def fit_ordinal(ratings: Array, x: Array, term: Term, *, nodes: int = 9) -> Ordi
     if not singular and k == 2 and abs(factor[0] @ factor[1]) > (1 - 1e-5) * deviations.prod():
         sign = "+1" if factor[0] @ factor[1] > 0 else "-1"
         singular.append(f"the correlation of {' and '.join(term.columns)} by {term.name} is estimated as {sign}")
-    # a direction that is degenerate has no curvature and says nothing about the rest
+    # a degenerate direction has no curvature and does not affect the others
     steps = 0.02 * np.maximum(np.abs(natural), 0.1)
     steps[1:thresholds] = np.minimum(steps[1:thresholds], 0.2 * np.diff(alpha))
     steps[: thresholds - 1] = np.minimum(steps[: thresholds - 1], 0.2 * np.diff(alpha))
@@ -190,7 +190,7 @@ def fit_ordinal(ratings: Array, x: Array, term: Term, *, nodes: int = 9) -> Ordi
     kept = values > 1e-7 * values.max()
     covariance = 2 * (vectors[:, kept] / values[kept]) @ vectors[:, kept].T
     if np.abs(beta).max() > 20 or not np.isfinite(covariance).all():
-        raise UserError("the ordinal model has no estimate: one system's ratings lie at an end of the scale throughout")
+        raise UserError("the ordinal model has no estimate: all ratings of one system are at an end of the scale")
     return OrdinalFit(
         levels=levels,
         alpha=alpha,

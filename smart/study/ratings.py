@@ -1,4 +1,4 @@
-"""The rows of a listening study, as ``smart study export`` writes them, and the rules by which some are excluded."""
+"""The ratings of a listening study, as ``smart study export`` writes them, and the rules that exclude some of them."""
 
 import csv
 import math
@@ -18,11 +18,11 @@ OPTIONAL = (
     "user_agent", "utc", "version",
 )  # fmt: skip
 LOW, HIGH = 1.0, 10.0
-SHOWN = 10  # lines that an error names
+SHOWN = 10  # wrong lines that an error lists
 
 
 class Rating(NamedTuple):
-    """A row of the table. What a column that is missing would hold is empty, or NaN; ``line`` is that of the file."""
+    """A row of the table. Values of missing columns are empty or NaN; ``line`` is the line in the file."""
 
     line: int
     participant: str
@@ -36,16 +36,16 @@ class Rating(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """What is excluded; the numbers of the rules are written into the report."""
+    """The limits beyond which ratings are excluded; they are written into the report."""
 
     silence_max: float  # a higher rating of the silent check excludes the participant
     repeat_max: float  # a larger mean difference between two hearings of one excerpt excludes the participant
-    listened_min: float  # seconds; less excludes the rating
+    listened_min: float  # seconds; less listening excludes the rating
     silent: frozenset[str]  # excerpts without sound
 
 
 class Excluded(NamedTuple):
-    """One rule and what it took out: ``lines`` of the file."""
+    """One rule and the ``lines`` of the file that it excludes."""
 
     rule: str
     judged: str
@@ -56,7 +56,7 @@ class Excluded(NamedTuple):
 def read_ratings(path: Path) -> tuple[list[Rating], list[str]]:
     """The rows of a CSV as ``smart study export`` writes it, and the names of optional columns that it lacks.
 
-    Raises ``UserError`` that names the lines that are wrong (the first ten) or the columns that are missing.
+    Raises ``UserError`` that names the wrong lines (the first ten) or the missing columns.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -70,12 +70,12 @@ def read_ratings(path: Path) -> tuple[list[Rating], list[str]]:
     absent = [name for name in NEEDED if name not in columns]
     if absent:
         raise UserError(
-            f"ratings {path}: no column {' or '.join(absent)}; at least {', '.join(NEEDED)} are needed, "
-            f"and it has {', '.join(columns) or 'none'}"
+            f"ratings {path}: no column {' or '.join(absent)}; expected at least {', '.join(NEEDED)}, "
+            f"found {', '.join(columns) or 'none'}"
         )
     doubled = [name for name, count in Counter(columns).items() if count > 1]
     if doubled:
-        raise UserError(f"ratings {path}: column {doubled[0]} is there twice; keep one")
+        raise UserError(f"ratings {path}: column {doubled[0]} occurs twice; keep one")
     found: list[Rating] = []
     wrong: list[str] = []
     heard: dict[tuple[str, ...], int] = {}
@@ -84,7 +84,7 @@ def read_ratings(path: Path) -> tuple[list[Rating], list[str]]:
             rating = _rating(line, row, columns)
             for key in _keys(rating, row, columns):
                 if key in heard:
-                    raise ValueError(f"rates again what line {heard[key]} rates ({', '.join(key[1:])})")
+                    raise ValueError(f"duplicates line {heard[key]} ({', '.join(key[1:])})")
                 heard[key] = line
         except ValueError as error:
             wrong.append(f"line {line}: {error}")
@@ -93,7 +93,7 @@ def read_ratings(path: Path) -> tuple[list[Rating], list[str]]:
     if wrong:
         more = f"\n... and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise UserError(
-            f"ratings {path}: {len(wrong)} of {len(rows)} rows are wrong; mend or remove them:\n"
+            f"ratings {path}: {len(wrong)} of {len(rows)} rows are wrong; correct or remove them:\n"
             + "\n".join(wrong[:SHOWN])
             + more
         )
@@ -142,7 +142,7 @@ def _number(cells: dict[Any, str], name: str) -> float:
 
 
 def _keys(rating: Rating, row: dict[str | None, Any], columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """What may be there only once: a participant's position in a session, and an excerpt that is no repeat."""
+    """What may occur only once: a participant's position in a session, and an excerpt that is not a repeat."""
     keys: list[tuple[str, ...]] = []
     if "position" in columns and row["position"]:
         session = str(row.get("session") or "")
@@ -155,7 +155,7 @@ def _keys(rating: Rating, row: dict[str | None, Any], columns: Sequence[str]) ->
 
 
 def read_study(folder: Path) -> tuple[frozenset[str], float]:
-    """Names of a study's silent excerpts, and how long each excerpt lasts (s)."""
+    """Names of a study's silent excerpts, and the length of an excerpt in seconds."""
     try:
         with (folder / "key.csv").open(encoding="utf-8", newline="") as file:
             silent = frozenset(row["excerpt"] for row in csv.DictReader(file) if int(row["silent"] or 0))
@@ -168,9 +168,9 @@ def read_study(folder: Path) -> tuple[frozenset[str], float]:
 
 
 def exclude(ratings: Sequence[Rating], rules: Rules) -> tuple[list[Rating], list[Rating], list[Excluded]]:
-    """All ratings of excerpts at their first hearing; those that no rule excludes; and what each rule did.
+    """All ratings of excerpts at their first hearing; those that no rule excludes; and what each rule excludes.
 
-    The silent check and second hearings are no ratings of a system: they judge the participant, and are set aside.
+    The silent check and second hearings are not ratings of a system: they test the participant, and are set aside.
     """
     main = [each for each in ratings if not each.check and not each.repeat]
     checks = [each for each in ratings if each.check]
@@ -180,22 +180,22 @@ def exclude(ratings: Sequence[Rating], rules: Rules) -> tuple[list[Rating], list
     for each in main:
         lines.setdefault(each.participant, set()).add(each.line)
 
-    def of(people: Sequence[str]) -> frozenset[int]:
+    def lines_of(people: Sequence[str]) -> frozenset[int]:
         return frozenset().union(*(lines.get(person, set()) for person in people)) if people else frozenset()
 
     failed = sorted({each.participant for each in checks if each.rating > rules.silence_max})
-    apart: dict[str, list[float]] = {}
+    differences: dict[str, list[float]] = {}
     for each in repeats:
         if (each.participant, each.excerpt) in first:
-            apart.setdefault(each.participant, []).append(
+            differences.setdefault(each.participant, []).append(
                 abs(each.rating - first[each.participant, each.excerpt].rating)
             )
-    judged = {person: values for person, values in apart.items() if len(values) > 1}
-    unlike = sorted(person for person, values in judged.items() if np.mean(values) > rules.repeat_max)
+    repeated = {person: values for person, values in differences.items() if len(values) > 1}
+    inconsistent = sorted(person for person, values in repeated.items() if np.mean(values) > rules.repeat_max)
     given: dict[str, list[float]] = {}
     for each in main:
         given.setdefault(each.participant, []).append(each.rating)
-    same = sorted(person for person, values in given.items() if len(values) > 5 and len(set(values)) == 1)
+    constant = sorted(person for person, values in given.items() if len(values) > 5 and len(set(values)) == 1)
     timed = [each for each in main if not math.isnan(each.listened)]
     short = [each for each in timed if each.listened < rules.listened_min]
     silent = [each for each in main if each.excerpt in rules.silent]
@@ -205,22 +205,23 @@ def exclude(ratings: Sequence[Rating], rules: Rules) -> tuple[list[Rating], list
 
     found = [
         Excluded(
-            f"silence rated above {rules.silence_max:g}: the participant",
-            f"{len(people(checks))} participants with a silent check", tuple(failed), of(failed),
+            f"silence rated above {rules.silence_max:g} (excludes the participant)",
+            f"{len(people(checks))} participants with a silent check", tuple(failed), lines_of(failed),
         ),
         Excluded(
-            f"second hearings differ by more than {rules.repeat_max:g} on average: the participant",
-            f"{len(judged)} participants with two or more repeats", tuple(unlike), of(unlike),
+            f"second hearings differ by more than {rules.repeat_max:g} on average (excludes the participant)",
+            f"{len(repeated)} participants with two or more repeats", tuple(inconsistent), lines_of(inconsistent),
         ),
         Excluded(
-            "more than five ratings, all the same: the participant", f"{len(given)} participants", tuple(same), of(same)
+            "more than five ratings, all the same (excludes the participant)", f"{len(given)} participants",
+            tuple(constant), lines_of(constant),
         ),
         Excluded(
-            f"listened for less than {rules.listened_min:g} s: the rating",
+            f"listened for less than {rules.listened_min:g} s (excludes the rating)",
             f"{len(timed)} ratings with listened_s", people(short), frozenset(each.line for each in short),
         ),
         Excluded(
-            "the excerpt is silent: the rating", f"{len(rules.silent)} excerpts named as silent",
+            "the excerpt is silent (excludes the rating)", f"{len(rules.silent)} silent excerpts",
             people(silent), frozenset(each.line for each in silent),
         ),
     ]  # fmt: skip

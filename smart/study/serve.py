@@ -1,4 +1,4 @@
-"""``smart study serve``: the pages of a study, over HTTP, from one process."""
+"""``smart study serve``: serve the pages of a study over HTTP, from one process."""
 
 import contextlib
 import errno
@@ -15,7 +15,7 @@ from smart.study.store import Store
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens. Raises ``UserError`` where the address cannot be had."""
+    """A listening socket. Raises ``UserError`` if the address cannot be used."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
@@ -27,20 +27,22 @@ def listen(host: str, port: int) -> socket.socket:
             listening.close()
             raise
     except OSError as error:
-        reason = "is in use already" if error.errno == errno.EADDRINUSE else f"cannot be had ({error.strerror})"
+        reason = "is already in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
         raise UserError(f"--host {host} --port {port}: {reason}; choose another one") from None
     return listening
 
 
 @click.command("serve")
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any that is free.")
-@click.option("--database", metavar="URL", envvar="SMART_STUDY_DATABASE", help="PostgreSQL, if not a file in FOLDER.")
-@click.option("--open", "open_enrolment", is_flag=True, help="Let everybody take part, at /join.")
-@click.option("--new-admin-token", is_flag=True, help="Make another admin token; the old one ends.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on (0.0.0.0: all interfaces).")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="Port (0: any free one).")
+@click.option(
+    "--database", metavar="URL", envvar="SMART_STUDY_DATABASE", help="Database URL (default: an SQLite file in FOLDER)."
+)
+@click.option("--open", "open_enrolment", is_flag=True, help="Let anyone take part, via /join.")
+@click.option("--new-admin-token", is_flag=True, help="Create a new admin token; the old one stops working.")
 def main(folder: Path, host: str, port: int, database: str | None, open_enrolment: bool, new_admin_token: bool) -> None:
-    """Serve the pages of the study in FOLDER until Ctrl-C or SIGTERM; requests that have come are answered first."""
+    """Serve the pages of the study in FOLDER until Ctrl-C or SIGTERM; open requests are finished first."""
     import uvicorn
 
     from smart.study.app import make_app
@@ -56,12 +58,12 @@ def main(folder: Path, host: str, port: int, database: str | None, open_enrolmen
         )  # fmt: skip
         server = uvicorn.Server(config)
         if threading.current_thread() is threading.main_thread():
-            # for a signal before uvicorn listens to them, and for the one that it raises again when it has ended
+            # for a signal before uvicorn handles them, and for the one that it raises again after its shutdown
             for each in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(each, lambda *_: setattr(server, "should_exit", True))
         token = store.admin_token(renew=new_admin_token)
         if token is not None:
-            click.echo(f"admin token, shown this once: {token}")
+            click.echo(f"admin token (shown only once): {token}")
         name, number = listening.getsockname()[:2]
         address = f"http://{f'[{name}]' if ':' in name else name}:{number}"
         click.echo(f"study:  {address}/" + ("join" if open_enrolment else ""))

@@ -1,10 +1,10 @@
 """Where ratings are kept: SQLite in WAL mode, or PostgreSQL.
 
-A participant is a row found by the hash of the token in their link. A rating is keyed by (participant, position), so it
-cannot be doubled; it is acknowledged after the transaction that holds it is on the disk (``synchronous=FULL``). The
-first rating of a position is the one that counts.
+A participant is a row, found by the hash of the token in their link. A rating is keyed by (participant, position), so
+it cannot be stored twice; it is acknowledged after its transaction is on the disk (``synchronous=FULL``). The first
+rating of a position is the one that counts.
 
-Positions count from 1; practice stands at 0, -1, ... before them.
+Positions count from 1; practice items have the positions ..., -1, 0 before them.
 """
 
 import contextlib
@@ -38,33 +38,33 @@ PARTICIPANTS = sa.Table(
     TABLES,
     sa.Column("id", sa.Integer, primary_key=True),
     sa.Column("token_hash", sa.Text, nullable=False, unique=True),
-    sa.Column("slot", sa.Integer, unique=True),  # which order; given with the first consent
-    sa.Column("version", sa.Text),  # of the consent
+    sa.Column("slot", sa.Integer, unique=True),  # number of the order; assigned with the first consent
+    sa.Column("version", sa.Text),  # of the consent text
     sa.Column("consented", sa.Text),  # when, UTC
-    sa.Column("headphones", sa.Text),  # what they answered at the check
+    sa.Column("headphones", sa.Text),  # answer to the headphone check
     sa.Column("finished", sa.Text),
     sa.Column("code", sa.Text),
-    sqlite_autoincrement=True,  # the number of a participant who withdrew is not given again
+    sqlite_autoincrement=True,  # the number of a participant who withdrew is not used again
 )
 
 
-def person() -> sa.Column[int]:
+def participant_column() -> sa.Column[int]:
     return sa.Column("participant", sa.Integer, sa.ForeignKey("participants.id"), primary_key=True)
 
 
 TRIALS = sa.Table(
     "trials",
     TABLES,
-    person(),
+    participant_column(),
     sa.Column("position", sa.Integer, primary_key=True),
     sa.Column("excerpt", sa.Text, nullable=False),
     sa.Column("kind", sa.Text, nullable=False),
-    sa.Column("served", sa.Float),  # when its audio was first sent, seconds of the epoch
+    sa.Column("served", sa.Float),  # when its audio was first sent, seconds since the epoch
 )
 RATINGS = sa.Table(
     "ratings",
     TABLES,
-    person(),
+    participant_column(),
     sa.Column("position", sa.Integer, primary_key=True),
     sa.Column("rating", sa.Integer, nullable=False),
     sa.Column("client_id", sa.Text, nullable=False),
@@ -74,16 +74,16 @@ RATINGS = sa.Table(
     sa.Column("response_ms", sa.Integer, nullable=False),
     sa.Column("user_agent", sa.Text, nullable=False),
     sa.Column("version", sa.Text, nullable=False),
-    sa.Column("stored", sa.Float, nullable=False),  # seconds of the epoch
+    sa.Column("stored", sa.Float, nullable=False),  # seconds since the epoch
     sa.CheckConstraint("rating BETWEEN 1 AND 10"),
 )
 
 
 class Answer(NamedTuple):
-    """What a browser sends about one trial. ``client_id`` is its own name for the answer, ``session`` for the sitting.
+    """What a browser sends about one trial. ``client_id`` names the answer, ``session`` the browser tab.
 
-    ``play_count``: how often it was started; ``listened_s``: how long it sounded, in all; ``response_ms``: from when it
-    could first be rated to the answer.
+    ``play_count``: how often playback began; ``listened_s``: seconds played in total; ``response_ms``: from when the
+    excerpt could first be rated to the answer.
     """
 
     position: int
@@ -96,7 +96,7 @@ class Answer(NamedTuple):
 
 
 class Refused(Exception):
-    """An answer that cannot be stored, with the reason; ``later``: it could be after a while."""
+    """An answer that cannot be stored, with the reason; ``later``: it may be accepted after a while."""
 
     def __init__(self, reason: str, *, later: bool = False) -> None:
         super().__init__(reason)
@@ -104,7 +104,7 @@ class Refused(Exception):
 
 
 def hashed(token: str) -> str:
-    """What is stored of a token. They are 192 random bits, so a plain hash cannot be searched."""
+    """The stored form of a token. Tokens are 192 random bits, so a plain hash is safe from guessing."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
@@ -117,12 +117,12 @@ def iso(instant: float) -> str:
 
 
 def connect(study: Study, url: str | None) -> Engine:
-    """An engine for ``url``, or for the study's own SQLite file. Raises ``UserError`` where it cannot be reached."""
+    """An engine for ``url``, or for the study's own SQLite file. Raises ``UserError`` if it cannot be reached."""
     try:
-        # the study's own file is no part of a URL: its folder may hold a "?" or a "%"
+        # the path of the study's own file is not parsed as a URL: it may contain a "?" or a "%"
         own = sa.URL.create("sqlite", database=str((study.folder / FILE).absolute()))
         parsed = sa.make_url(url) if url else own
-    except (sa.exc.ArgumentError, ValueError):  # ValueError: a port that is no number
+    except (sa.exc.ArgumentError, ValueError):  # ValueError: a port that is not a number
         raise UserError("--database: is not a URL (expected postgresql://USER@HOST/NAME)") from None
     kind = parsed.get_backend_name()
     if kind not in ("sqlite", "postgresql"):
@@ -151,19 +151,19 @@ def connect(study: Study, url: str | None) -> Engine:
 
 
 def _prepare_sqlite(connection: Any, record: object) -> None:
-    connection.isolation_level = None  # this module begins transactions itself
+    connection.isolation_level = None  # this module starts transactions itself
     for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "secure_delete = ON"):
         connection.execute(f"PRAGMA {pragma}")
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    """Whoever writes waits for the other at the beginning, and not, with an error, in the middle."""
+    """A writer waits for others when it begins, instead of failing in the middle."""
     reads = connection.get_execution_options().get("reads")
     connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
 
 
 class Store:
-    """The ratings of one study. Any thread may use it."""
+    """The ratings of one study. It may be used from any thread."""
 
     def __init__(self, study: Study, url: str | None = None) -> None:
         self.study = study
@@ -188,7 +188,7 @@ class Store:
         return value
 
     def admin_token(self, *, renew: bool = False) -> str | None:
-        """A new token, which is stored as a hash only, where there is none yet or ``renew``; else None."""
+        """A new token if there is none yet or with ``renew``, else None; only its hash is stored."""
         with self.engine.begin() as database:
             if self.get(database, "admin") is not None:
                 if not renew:
@@ -204,7 +204,7 @@ class Store:
         return expected is not None and hmac.compare_digest(expected, hashed(token))
 
     def invite(self, count: int) -> list[str]:
-        """Tokens of ``count`` new participants."""
+        """Add ``count`` participants and return their tokens."""
         tokens = [secrets.token_urlsafe(24) for _ in range(count)]
         with self.engine.begin() as database:
             database.execute(PARTICIPANTS.insert(), [{"token_hash": hashed(token)} for token in tokens])
@@ -235,14 +235,14 @@ class Store:
             return database.execute(query).mappings().first()
 
     def consent(self, participant: int, version: str) -> None:
-        """Note the consent; with the first one comes the order: the lowest number that nobody has."""
+        """Record the consent; the first one also assigns the order: the lowest free slot."""
         with self._writing(participant) as database:
             mine = PARTICIPANTS.c.id == participant
-            other = PARTICIPANTS.c.version.is_distinct_from(version)  # a form that is sent again changes no time
+            other = PARTICIPANTS.c.version.is_distinct_from(version)  # a form sent twice does not change the time
             database.execute(PARTICIPANTS.update().where(mine & other).values(version=version, consented=iso(now())))
             if database.execute(sa.select(PARTICIPANTS.c.slot).where(mine)).scalar() is not None:
                 return
-            self._alone(database)
+            self._lock_slots(database)
             held = database.execute(sa.select(PARTICIPANTS.c.slot).where(PARTICIPANTS.c.slot.is_not(None)))
             taken = set(held.scalars())
             slot = next(number for number in range(len(taken) + 1) if number not in taken)
@@ -255,20 +255,20 @@ class Store:
             database.execute(TRIALS.insert(), rows)
 
     def checked(self, participant: int, answer: str) -> None:
-        """Note the answer of the headphone check; the first one stays."""
+        """Record the answer to the headphone check; the first answer stays."""
         with self._writing(participant) as database:
             mine = (PARTICIPANTS.c.id == participant) & PARTICIPANTS.c.headphones.is_(None)
             database.execute(PARTICIPANTS.update().where(mine).values(headphones=answer))
 
     def next_position(self, participant: int) -> int | None:
-        """The first position that has no rating; None when all have one."""
+        """The first position without a rating; None if all have one."""
         with self.reader.connect() as database:
             return self._next(database, participant)
 
     def serve(self, participant: int, position: int) -> str | None:
-        """The excerpt at a position, noting when it is first sent; None where it is not to be heard yet.
+        """The excerpt at a position, recording when it is first sent; None if it may not be heard yet.
 
-        The one after the next rating may be fetched, so that it is there when it is wanted.
+        The excerpt after the current one may be fetched ahead, so that it is ready when it is needed.
         """
         here = (TRIALS.c.participant == participant) & (TRIALS.c.position == position)
         with self.reader.connect() as database:
@@ -284,8 +284,8 @@ class Store:
     def rate(self, participant: int, answer: Answer, user_agent: str, version: str) -> int:
         """Store an answer and return the rating that counts: this one, or an earlier one of the same position.
 
-        Raises ``Refused`` for a position whose turn it is not, and for an excerpt that cannot have been heard: not
-        sent, or not long enough ago, or the one before rated too shortly before.
+        Raises ``Refused`` if it is another position's turn, or if the excerpt cannot have been heard: it was not sent,
+        it was sent too recently, or the previous excerpt was rated too recently.
         """
         with self._writing(participant) as database:
             here = (RATINGS.c.participant == participant) & (RATINGS.c.position == answer.position)
@@ -298,7 +298,7 @@ class Store:
             trial = (TRIALS.c.participant == participant) & (TRIALS.c.position == answer.position)
             served = database.execute(sa.select(TRIALS.c.served).where(trial)).scalar()
             if served is None or answer.listened_s < 0.95 * seconds or answer.play_count < 1:
-                raise Refused("the excerpt has not been heard to its end")
+                raise Refused("the excerpt has not been heard to the end")
             latest = sa.select(sa.func.max(RATINGS.c.stored)).where(RATINGS.c.participant == participant)
             before = database.execute(latest).scalar() or 0.0
             if instant - max(float(served), float(before)) < 0.9 * seconds:
@@ -312,24 +312,24 @@ class Store:
         return answer.rating
 
     def withdraw(self, participant: int) -> None:
-        """Delete a participant with everything that is stored about them; only their number is counted."""
+        """Delete a participant and everything stored about them; only the number of withdrawals is kept."""
         with self._writing(participant) as database:
             for table in (RATINGS, TRIALS):
                 database.execute(table.delete().where(table.c.participant == participant))
             database.execute(PARTICIPANTS.delete().where(PARTICIPANTS.c.id == participant))
-            self._alone(database)
+            self._lock_slots(database)
             count = int(self.get(database, "withdrawn") or 0) + 1
             database.execute(META.delete().where(META.c.key == "withdrawn"))
             database.execute(META.insert().values(key="withdrawn", value=str(count)))
-        if self.engine.dialect.name == "sqlite":  # nor in the log that SQLite keeps beside the file
+        if self.engine.dialect.name == "sqlite":  # also empty the log that SQLite keeps next to its file
             try:
-                with contextlib.closing(self.engine.raw_connection()) as raw:  # outside of any transaction
+                with contextlib.closing(self.engine.raw_connection()) as raw:  # outside any transaction
                     raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").close()
-            except (sqlite3.Error, sa.exc.SQLAlchemyError) as error:  # they are deleted all the same
-                click.echo(f"deleted, but {FILE}-wal could not be emptied yet: {error}", err=True)
+            except (sqlite3.Error, sa.exc.SQLAlchemyError) as error:  # the data are deleted in any case
+                click.echo(f"the data are deleted, but {FILE}-wal could not be emptied yet: {error}", err=True)
 
     def rows(self) -> Iterator[RowMapping]:
-        """All ratings but those of practice, with what was heard, by participant and position."""
+        """All ratings except practice, each with its excerpt and kind, by participant and position."""
         query = (
             sa.select(RATINGS, TRIALS.c.excerpt, TRIALS.c.kind)
             .join(TRIALS, (TRIALS.c.participant == RATINGS.c.participant) & (TRIALS.c.position == RATINGS.c.position))
@@ -349,13 +349,13 @@ class Store:
 
     @contextmanager
     def _writing(self, participant: int) -> Iterator[Connection]:
-        """A transaction in which nobody else writes for this participant. (SQLite has one writer at a time anyway.)"""
+        """A transaction in which no other one writes for this participant. (SQLite has one writer at a time anyway.)"""
         with self.engine.begin() as database:
             mine = sa.select(PARTICIPANTS.c.id).where(PARTICIPANTS.c.id == participant).with_for_update()
             if database.execute(mine).scalar() is None:
                 raise Refused("this participant has withdrawn")
             yield database
 
-    def _alone(self, database: Connection) -> None:
-        """Until the transaction ends, nobody else takes an order or withdraws."""
+    def _lock_slots(self, database: Connection) -> None:
+        """Until the transaction ends, no other one assigns or frees a slot."""
         database.execute(sa.select(META.c.key).where(META.c.key == "study").with_for_update())

@@ -1,4 +1,4 @@
-// Plays excerpts, keeps an answer on this device until the server has acknowledged it, and fetches the next page.
+// Plays excerpts, keeps each answer on this device until the server acknowledges it, and fetches the next page.
 "use strict";
 (() => {
   const link = location.pathname;
@@ -7,11 +7,11 @@
   const sleep = (seconds) => new Promise((done) => setTimeout(done, 1000 * seconds));
   const name = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (b) => b.toString(16).padStart(2, "0")).join("");
 
-  // Storage may be forbidden: then an answer lives as long as the page.
+  // If storage is blocked, an answer is kept only while the page is open.
   const memory = {};
   const keep = (store, key, value) => {
     memory[key] = value;
-    try { value === null ? store.removeItem(key) : store.setItem(key, value); } catch { /* forbidden */ }
+    try { value === null ? store.removeItem(key) : store.setItem(key, value); } catch { /* blocked */ }
   };
   const kept = (store, key) => {
     try { return store.getItem(key) ?? memory[key] ?? null; } catch { return memory[key] ?? null; }
@@ -22,7 +22,7 @@
   function localStorageOrNone() { try { return localStorage; } catch { return null; } }
   const queued = `answer ${link}`;
 
-  // Ask until there is an answer. Without a network, or with a server that is down or busy, wait and ask again.
+  // Repeat a request until it is answered: without a network, or if the server is down or busy, wait and try again.
   async function ask(url, options = {}) {
     for (let tries = 0; ; tries += 1) {
       let pause = Math.min(0.5 * 2 ** tries, 10);
@@ -34,7 +34,7 @@
           return response;
         }
         if (wait) pause = Number(wait) || pause;
-        if (response.status >= 500) say("The server does not answer. Your answers are kept; trying again …");
+        if (response.status >= 500) say("The server is not responding. Your answers are kept; trying again …");
       } catch {
         say("There is no connection. Your answers are kept on this device; trying again …");
       }
@@ -42,7 +42,7 @@
     }
   }
 
-  // Show what the server says is next, without leaving this page.
+  // Show the next step, which the server knows, without leaving this page.
   async function advance() {
     const response = await ask(link);
     const page = new DOMParser().parseFromString(await response.text(), "text/html");
@@ -53,7 +53,7 @@
     start();
   }
 
-  // Send what is queued; it leaves the queue when the server has it.
+  // Send the queued answer; it leaves the queue once the server has replied.
   async function deliver() {
     const answer = kept(localStorageOrNone(), queued);
     if (answer === null) return;
@@ -61,7 +61,7 @@
     const response = await ask(`${link}/ratings`, { method: "POST", headers, body: answer });
     const reply = await response.json().catch(() => ({ error: `error ${response.status}` }));
     keep(localStorageOrNone(), queued, null);
-    // a refusal is final: the page is shown anew, as the server says where the participant is
+    // a refusal is final: the page is fetched again, since the server knows the participant's step
     say(response.ok ? "" : `This rating was not accepted: ${reply.error}.`);
   }
 
@@ -77,16 +77,16 @@
     try {
       const response = await fetch(url, { cache: "no-store", credentials: "omit" });
       if (response.ok) ahead = { url, sound: await response.blob() };
-    } catch { /* it is asked for again when it is needed */ }
+    } catch { /* it is fetched again when it is needed */ }
   }
 
-  // A button that plays and pauses; `starting` is called, with the place, before the sound begins.
+  // A button that plays and pauses; `starting` is called before the sound begins, with the time to start from.
   async function player(url, button, words, starting = () => {}) {
     const audio = new Audio();
     try {
       audio.src = URL.createObjectURL(await sound(url));
     } catch {
-      say("The sound could not be loaded. Please load this page again.");
+      say("The sound could not be loaded. Please reload this page.");
       return null;
     }
     button.addEventListener("click", () => {
@@ -105,14 +105,14 @@
     const { position, seconds, base, next } = main.dataset;
     const find = (id) => main.querySelector(`#${id}`);
     const [form, scale, send, playback] = ["trial", "scale", "send", "playback"].map(find);
-    const words = { first: "Play", resume: "Go on", again: "Play again" };
+    const words = { first: "Play", resume: "Resume", again: "Play again" };
     let [plays, listened, from, heardAt] = [0, 0, 0, null];
     const starting = (place) => { from = place; if (place === 0) plays += 1; };
     const audio = await player(`${base}/audio/${position}`, find("play"), words, starting);
     if (!audio) return;
     const stopped = () => { listened += audio.currentTime - from; from = audio.currentTime; };
     audio.addEventListener("pause", stopped);
-    audio.addEventListener("seeking", () => { from = audio.currentTime; });  // what was passed over was not heard
+    audio.addEventListener("seeking", () => { from = audio.currentTime; });  // skipped audio was not heard
     audio.addEventListener("timeupdate", () => { playback.value = audio.currentTime / (audio.duration || 1); });
     audio.addEventListener("ended", () => {
       if (heardAt === null && listened > 0.97 * Number(seconds)) {
@@ -152,12 +152,12 @@
     const main = document.querySelector("main");
     if (main.dataset.page === "trial") trial(main);
     if (main.dataset.page === "check") {
-      const words = { first: "Play the sound", resume: "Go on", again: "Play the sound again" };
+      const words = { first: "Play the sound", resume: "Resume", again: "Play the sound again" };
       player(main.dataset.sound, main.querySelector("#play"), words);
     }
   }
 
-  // An answer that is still here was not acknowledged when the page was closed.
+  // An answer that is still queued was not acknowledged before the page was closed.
   if (document.querySelector("main").dataset.page === "trial" && kept(localStorageOrNone(), queued) !== null) {
     say("Saving …");
     deliver().then(advance);

@@ -1,0 +1,378 @@
+"""From folders of MIDI files, many of them broken, to tokenised pieces in shards: ``python -m smart.corpus build``.
+
+What a file must be to be kept is said in ``smart.corpus.piece`` (paper section 3.1). Of files with the same onsets
+and pitches one is kept, the first by path. A piece goes into ``train``, ``validation`` or ``test`` by the
+hash of its onsets and pitches alone, so that no piece is in two splits, and each stays where it is when files
+are added.
+
+Scraped files crash, hang or swell native parsers. Every file is therefore read by a worker process with a
+limit on time and memory (``smart.corpus.readers``); one that kills its worker goes into ``rejects.csv`` with the
+reason, like every other that is left out.
+
+A build keeps its state in ``OUT/.work`` (an SQLite table with a row for each file, and the tokens so far) and
+continues from there after it was killed. The result depends on the files and the settings alone: not on the
+number of workers, on the order in which they finish, or on interruptions. Memory does not grow with the
+corpus.
+"""
+
+import contextlib
+import csv
+import fnmatch
+import hashlib
+import json
+import os
+import re
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any
+
+from smart import UserError
+from smart.corpus.piece import Limits, Piece
+from smart.corpus.readers import Pool
+from smart.corpus.shards import DTYPE, FORMAT, MANIFEST, SHARD_TOKENS, SPLITS, ShardWriter
+from smart.files import hold, is_leftover, sha256, write_atomically
+from smart.run import progress
+from smart.tokens import FILE_NAME, build_tokenizer, save_tokenizer
+
+EXTENSIONS = (".mid", ".midi")
+TEST_SHARE, VALIDATION_SHARE = 0.1, 0.1  # of all pieces; of those that are not test (paper section 3.1)
+SHARD_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.(bin|idx\.npy)(\.tmp)?")
+COMMIT_SECONDS = 2.0  # at most so much work is lost when a build is killed
+
+
+def split_of(digest: bytes) -> str:
+    """The split of a piece by its hash, read as a fraction of one: 10% test, 9% validation, 81% train."""
+    share = int.from_bytes(digest[:8], "big") / 2**64
+    if share < TEST_SHARE:
+        return "test"
+    return "validation" if share < TEST_SHARE + VALIDATION_SHARE * (1 - TEST_SHARE) else "train"
+
+
+KEPT, DUPLICATE = "kept", "duplicate"  # reasons that no worker gives
+DAMAGED = "its unfinished build is damaged"
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT);
+CREATE TABLE IF NOT EXISTS files (
+    path BLOB PRIMARY KEY, reason TEXT, detail,
+    hash BLOB, place INTEGER, length INTEGER, notes INTEGER, bars INTEGER, seconds REAL
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS by_hash ON files (hash, path) WHERE hash IS NOT NULL;
+"""
+FIRST = "(SELECT MIN(first.path) FROM files AS first WHERE first.hash = files.hash)"
+
+
+class State:
+    """A row for each file, and a spool of tokens; after a kill at any instant both are as of the last ``commit``.
+
+    ``reason`` is null for files that have not been read, ``kept`` for pieces.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._open = contextlib.ExitStack()
+        with contextlib.ExitStack() as opened:  # closed again where anything below fails
+            _hold(folder, opened)
+            damaged = f"--out {folder.parent}: {DAMAGED}; start again with --overwrite"
+            self.table = sqlite3.connect(folder / "state.sqlite", isolation_level=None)
+            opened.callback(self.table.close)
+            try:
+                self.table.executescript(SCHEMA)
+                self.table.execute("BEGIN")
+                self.end = int(self.get("spool") or 0)
+            except sqlite3.OperationalError:  # a disk that is full, or may not be written
+                raise
+            except (sqlite3.DatabaseError, ValueError):
+                raise UserError(damaged) from None
+            self.spool = opened.enter_context(open(folder / "spool.bin", "ab"))
+            if self.spool.seek(0, os.SEEK_END) < self.end:
+                raise UserError(damaged)
+            self.spool.truncate(self.end)
+            self._open = opened.pop_all()
+
+    def close(self) -> None:
+        self._open.close()
+
+    def get(self, key: str) -> str:
+        row = self.table.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return "" if row is None else str(row[0])
+
+    def put(self, key: str, value: str) -> None:
+        self.table.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    def commit(self) -> None:
+        """Make everything so far durable: tokens first, then the rows that point to them."""
+        self.spool.flush()
+        os.fsync(self.spool.fileno())
+        self.put("spool", str(self.end))
+        self.table.execute("COMMIT")
+        self.table.execute("BEGIN")
+
+    def list_files(self, keys: Iterator[bytes]) -> None:
+        """Add the files that are not listed yet, and forget those that are gone."""
+        self.table.execute("CREATE TEMP TABLE present (path BLOB PRIMARY KEY) WITHOUT ROWID")
+        self.table.executemany("INSERT OR IGNORE INTO present VALUES (?)", ((key,) for key in keys))
+        self.table.execute("DELETE FROM files WHERE path NOT IN present")
+        self.table.execute("INSERT OR IGNORE INTO files (path) SELECT path FROM present")
+        self.table.execute("DROP TABLE present")
+        self.commit()
+
+    def record(self, key: bytes, answer: Piece | tuple[str, str]) -> None:
+        row: tuple[Any, ...]
+        if isinstance(answer, Piece):
+            self.spool.write(answer.tokens)
+            row = (KEPT, "", answer.digest, self.end, len(answer.tokens), answer.notes, answer.bars, answer.seconds)
+            self.end += len(answer.tokens)
+        else:
+            row = (*answer, *[None] * 6)
+        self.table.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (key, *row))
+
+    def unread(self) -> Iterator[bytes]:
+        """Keys of files that have not been read, in order; a page at a time, as rows change meanwhile."""
+        last = b""
+        query = "SELECT path FROM files WHERE path > ? AND reason IS NULL ORDER BY path LIMIT 1000"
+        while page := self.table.execute(query, (last,)).fetchall():
+            for (last,) in page:
+                yield last
+
+    def mark_duplicates(self) -> None:
+        """Of pieces with one hash, keep the first by path."""
+        self.table.execute("UPDATE files SET reason = ?, detail = '' WHERE hash IS NOT NULL", (KEPT,))
+        self.table.execute(
+            f"UPDATE files SET reason = ?, detail = {FIRST} WHERE hash IS NOT NULL AND path > {FIRST}", (DUPLICATE,)
+        )
+
+    def rows(self, columns: str, where: str, *values: Any) -> Iterator[tuple[Any, ...]]:
+        yield from self.table.execute(f"SELECT {columns} FROM files WHERE {where} ORDER BY path", values)
+
+    def count(self, where: str, *values: Any) -> int:
+        return int(self.table.execute(f"SELECT COUNT(*) FROM files WHERE {where}", values).fetchone()[0])
+
+    def reasons(self) -> dict[str, int]:
+        return dict(self.table.execute("SELECT reason, COUNT(*) FROM files GROUP BY reason ORDER BY reason"))
+
+
+def _hold(work: Path, held: contextlib.ExitStack) -> None:
+    """Have no other build work in ``work``. Raises ``UserError`` where one does."""
+    try:
+        held.enter_context(hold(work))
+    except BlockingIOError:
+        raise UserError(f"--out {work.parent}: another build is writing it; wait for it") from None
+
+
+@dataclass
+class Summary:
+    """What a build made: files by reason, ``kept`` among them, and pieces and tokens by split."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    pieces: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    read: int = 0  # files read by this run; less than all where it continued another
+    seconds: float = 0.0  # of this run
+
+
+def find_files(
+    folders: Sequence[Path], include: Sequence[str] = (), listed: frozenset[str] | None = None
+) -> Iterator[bytes]:
+    """Keys of what is named .mid or .midi under ``folders``: the folder's name, then the path in it.
+
+    ``include``: glob patterns of which a key must match one. ``listed``: the only keys to take. Folders that
+    cannot be listed are among the keys too, so that they are rejected and not passed over; so is whatever else
+    bears such a name. Links to folders are not followed.
+    """
+    for root in folders:
+        prefix = str(root.parent / "x")[:-1]  # with its slash, also at the top
+        left = [str(root)]
+        while left:
+            folder = left.pop()
+            try:
+                with os.scandir(folder) as entries:  # one entry at a time: a folder may hold millions
+                    for entry in entries:
+                        if entry.is_dir(follow_symlinks=False):
+                            left.append(entry.path)
+                        if not entry.name.lower().endswith(EXTENSIONS):
+                            continue
+                        key = entry.path.removeprefix(prefix)
+                        if include and not any(fnmatch.fnmatchcase(key, pattern) for pattern in include):
+                            continue
+                        if listed is None or key in listed:
+                            yield os.fsencode(key)
+            except OSError:
+                yield os.fsencode(folder.removeprefix(prefix))
+
+
+def build(
+    folders: Sequence[Path],
+    out: Path,
+    *,
+    workers: int = 1,
+    tokenizer: Any = None,
+    limits: Limits | None = None,
+    include: Sequence[str] = (),
+    listed: frozenset[str] | None = None,
+    overwrite: bool = False,
+    shard_tokens: int = SHARD_TOKENS,
+) -> Summary:
+    """Tokenise the MIDI files under ``folders`` into the corpus ``out``, or continue an unfinished build of it.
+
+    Raises ``UserError`` where a folder is missing, ``out`` holds something else, or there is nothing to keep.
+    """
+    limits, tokenizer = limits or Limits(), tokenizer or build_tokenizer()
+    roots = [Path(folder).resolve() for folder in folders]
+    for root in roots:
+        if not root.is_dir():
+            raise UserError(f"--midi {root}: no such folder")
+    if len({root.name for root in roots}) < len(roots):
+        raise UserError("--midi: two folders have the same name; rename one, or give the folder that holds both")
+    if len(tokenizer.vocab) > 1 << 16:
+        raise UserError(f"--tokenizer: {len(tokenizer.vocab)} tokens, expected at most 65,536")
+    _check_out(out, overwrite)
+    started = time.monotonic()
+    state = State(out / ".work")
+    with contextlib.closing(state):
+        save_tokenizer(tokenizer, out / ".work")
+        tokenizer_file = out / "tokenizer" / FILE_NAME
+        tokenizer_file.parent.mkdir(exist_ok=True)
+        write_atomically(tokenizer_file, (out / ".work" / FILE_NAME).read_bytes())
+        settings = {
+            "midi": [root.name for root in roots],
+            "include": sorted(include),
+            "list": None if listed is None else hashlib.sha256("\n".join(sorted(listed)).encode()).hexdigest(),
+            "limits": asdict(limits),
+            "shard_tokens": shard_tokens,
+            "tokenizer": sha256(tokenizer_file),
+        }
+        if state.get("settings") not in ("", json.dumps(settings)):
+            raise UserError(f"--out {out}: begun with other settings; finish it with those, or give --overwrite")
+        state.put("settings", json.dumps(settings))
+        state.list_files(find_files(roots, include, listed))
+        if not state.count("1"):
+            raise UserError(f"--midi {', '.join(map(str, folders))}: no .mid or .midi file that was asked for")
+        summary = Summary()
+        with Pool(tokenizer_file, limits, min(workers, max(state.count("reason IS NULL"), 1))) as pool:
+            summary.read = _read_all(state, {os.fsencode(root.name): os.fsencode(root) for root in roots}, pool)
+        _write(state, out, settings, summary)
+        (out / ".work").rename(out / ".work.tmp")  # at once, so that a kill leaves no half of a state
+    shutil.rmtree(out / ".work.tmp", ignore_errors=True)
+    summary.seconds = time.monotonic() - started
+    return summary
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    """Refuse a folder that a build may not write to; with ``overwrite``, clear what a build wrote before."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"--out {out}: is not a folder")
+    ours = {MANIFEST, "tokenizer", ".work", "pieces.csv", "rejects.csv", "stats.png"}
+    foreign = [
+        path.name
+        for path in out.iterdir()
+        if path.name.removesuffix(".tmp") not in ours and not SHARD_FILE.fullmatch(path.name) and not is_leftover(path)
+    ]
+    if foreign:
+        raise UserError(f"--out {out}: holds {foreign[0]!r}, which no build wrote; give another folder")
+    shutil.rmtree(out / ".work.tmp", ignore_errors=True)  # of a build that was killed after its last write
+    if overwrite:
+        with contextlib.ExitStack() as held:
+            if (out / ".work").is_dir():
+                _hold(out / ".work", held)
+            # first, so that what is half cleared does not look finished
+            (out / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(out)
+    elif (out / MANIFEST).exists() and not (out / ".work").exists():
+        raise UserError(f"--out {out}: holds a finished corpus; give another folder, or --overwrite")
+
+
+def _read_all(state: State, roots: dict[bytes, bytes], pool: Pool) -> int:
+    """Have every unread file read; returns how many these were."""
+
+    def tasks() -> Iterator[tuple[bytes, bytes]]:
+        for key in state.unread():
+            name, _, rest = key.partition(b"/")
+            yield key, roots[name] + b"/" + rest
+
+    total, left = state.count("1"), state.count("reason IS NULL")
+    rejects = state.count("reason IS NOT NULL AND reason != ?", KEPT)
+    saved = time.monotonic()
+    with progress(total=total, initial=total - left, unit=" files", desc="corpus") as bar:
+        for key, answer in pool.answers(tasks()):
+            state.record(key, answer)
+            rejects += not isinstance(answer, Piece)
+            bar.set_postfix(rejects=rejects, refresh=False)
+            bar.update()
+            if time.monotonic() - saved > COMMIT_SECONDS:
+                state.commit()
+                saved = time.monotonic()
+    state.commit()
+    return left
+
+
+def _write(state: State, out: Path, settings: dict[str, Any], summary: Summary) -> None:
+    """Write the pieces into shards, by path, then the tables and, last, the manifest."""
+    for path in [out / MANIFEST, *filter(lambda path: SHARD_FILE.fullmatch(path.name), out.iterdir())]:
+        path.unlink(missing_ok=True)  # of a run that was killed here; files may have come and gone since
+    state.mark_duplicates()
+    summary.counts = state.reasons()
+    if KEPT not in summary.counts:
+        reasons = ", ".join(f"{number} {reason}" for reason, number in summary.counts.items())
+        raise UserError(f"--midi: no file can be kept ({reasons}); nothing was built")
+    writers = {split: ShardWriter(out, split, shard_tokens=settings["shard_tokens"]) for split in SPLITS}
+    write_atomically(out / "pieces.csv", lambda file: _write_pieces(state, writers, file))
+    write_atomically(out / "rejects.csv", lambda file: _write_rejects(state, file))
+    splits = {split: writer.close() for split, writer in writers.items()}
+    summary.pieces = {split: sum(shard["pieces"] for shard in splits[split]) for split in splits}
+    summary.tokens = {split: sum(shard["tokens"] for shard in splits[split]) for split in splits}
+    manifest = {
+        "format": FORMAT,
+        "settings": settings,
+        "tokenizer": {"sha256": settings["tokenizer"]},
+        "versions": {name: version(name) for name in ("smart", "miditok", "symusic", "numpy")},
+        "counts": summary.counts,
+        "pieces": summary.pieces,
+        "tokens": summary.tokens,
+        "splits": {split: {"shards": splits[split]} for split in splits},
+        "files": {name: sha256(out / name) for name in ("pieces.csv", "rejects.csv")},
+    }
+    text = json.dumps(manifest, indent=2) + "\n"
+    write_atomically(out / MANIFEST, lambda file: file.write(text.encode()))
+
+
+def _write_pieces(state: State, writers: dict[str, ShardWriter], file: IO[bytes]) -> None:
+    table = _table(file, "path", "hash", "split", "shard", "index", "tokens", "notes", "bars", "seconds")
+    columns = "path, hash, place, length, notes, bars, seconds"
+    with open(state.folder / "spool.bin", "rb") as spool:
+        for path, digest, place, length, notes, bars, seconds in state.rows(columns, "reason = ?", KEPT):
+            spool.seek(place)
+            split = split_of(digest)
+            shard, index = writers[split].add(spool.read(length))
+            numbers = (length // DTYPE.itemsize, notes, bars, f"{seconds:.2f}")
+            table([_shown(path), digest.hex(), split, shard, index, *numbers])
+
+
+def _write_rejects(state: State, file: IO[bytes]) -> None:
+    table = _table(file, "path", "reason", "detail")
+    for path, reason, detail in state.rows("path, reason, detail", "reason != ?", KEPT):
+        table([_shown(path), reason, f"of {_shown(detail)}" if reason == DUPLICATE else detail])
+
+
+def _table(file: IO[bytes], *header: str) -> Callable[[Sequence[Any]], object]:
+    """A CSV writer into a binary file."""
+
+    class Text:
+        def write(self, line: str) -> None:
+            file.write(line.encode("utf-8", "backslashreplace"))
+
+    writer = csv.writer(Text(), lineterminator="\n")
+    writer.writerow(header)
+    return writer.writerow
+
+
+def _shown(path: bytes) -> str:
+    """A path for people; file names need not be UTF-8."""
+    return path.decode("utf-8", "backslashreplace")

@@ -1,0 +1,104 @@
+"""The command line of ``smart corpus``: ``build`` and ``stats``."""
+
+import os
+import sqlite3
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from smart import UserError
+from smart.corpus.build import DAMAGED, build
+from smart.corpus.piece import Limits
+from smart.corpus.shards import SPLITS, Corpus
+from smart.corpus.stats import describe, measure, plot
+from smart.run import in_one_line
+from smart.tokens import build_tokenizer, load_tokenizer
+
+
+@click.group()
+def main() -> None:
+    """Turn folders of MIDI files into a tokenised corpus, and look into one."""
+
+
+def _limit_options(command: Any) -> Any:
+    """One option for each field of ``Limits``."""
+    for limit in reversed(fields(Limits)):
+        kind = click.IntRange(min=0) if isinstance(limit.default, int) else click.FloatRange(min=0)
+        name = f"--{limit.name.replace('_', '-')}"
+        command = click.option(name, default=limit.default, show_default=True, type=kind)(command)
+    return command
+
+
+FOLDER = click.Path(path_type=Path)
+
+
+@main.command("build")
+@click.option("--midi", "folders", multiple=True, required=True, type=FOLDER, help="Folder to search; repeatable.")
+@click.option("--out", required=True, type=FOLDER, help="Folder of the corpus, new or unfinished.")
+@click.option("--workers", default=os.cpu_count() or 1, show_default=True, type=click.IntRange(min=1))
+@click.option(
+    "--instruments", default="piano", type=click.Choice(["piano", "all"]), show_default=True, help="Tracks to keep."
+)
+@click.option("--tokenizer", help="tokenizer.json, a folder with it, or a hub id, in place of --instruments.")
+@click.option("--include", multiple=True, help="Glob over FOLDER-NAME/PATH of files to take; repeatable.")
+@click.option("--list", "listed", type=FOLDER, help="File with one FOLDER-NAME/PATH a line: take only these.")
+@click.option("--overwrite", is_flag=True, help="Replace a corpus, or an unfinished build.")
+@_limit_options
+def build_command(
+    folders: tuple[Path, ...],
+    out: Path,
+    workers: int,
+    instruments: str,
+    tokenizer: str | None,
+    include: tuple[str, ...],
+    listed: Path | None,
+    overwrite: bool,
+    **limits: Any,
+) -> None:
+    """Tokenise the MIDI files under the --midi folders; run again after an interruption, it continues."""
+    only = None
+    if listed is not None:
+        try:
+            only = frozenset(filter(None, listed.read_text(encoding="utf-8").splitlines()))
+        except (OSError, ValueError) as error:
+            raise UserError(f"--list {listed}: cannot be read ({error})") from None
+    try:
+        # what SQLite says of a full disk is no OSError
+        with in_one_line("the corpus", "the same command goes on from here", sqlite3.OperationalError):
+            summary = build(
+                folders,
+                out,
+                workers=workers,
+                tokenizer=load_tokenizer(tokenizer) if tokenizer else build_tokenizer(instruments),
+                limits=Limits(**limits),
+                include=include,
+                listed=only,
+                overwrite=overwrite,
+            )
+    except sqlite3.DatabaseError as error:
+        raise UserError(f"--out {out}: {DAMAGED} ({error}); start again with --overwrite") from None
+    for reason, number in summary.counts.items():
+        click.echo(f"{reason:30}{number:>12,}")
+    click.echo(f"{'split':30}{'pieces':>12}{'tokens':>16}")
+    for split in SPLITS:
+        click.echo(f"  {split:28}{summary.pieces[split]:>12,}{summary.tokens[split]:>16,}")
+    rate = summary.read / summary.seconds
+    click.echo(f"{summary.read:,} files read in {summary.seconds:.1f} s, {rate:.1f} files/s -> {out}")
+
+
+@main.command("stats")
+@click.argument("folder", type=FOLDER)
+@click.option("--plot", "picture", type=FOLDER, help="PNG file to draw; else stats.png in the corpus.")
+def stats_command(folder: Path, picture: Path | None) -> None:
+    """Print and plot what is in a corpus, after checking every byte of it."""
+    corpus = Corpus(folder, verify=True)
+    stats = measure(corpus)
+    click.echo(describe(corpus, stats))
+    picture = picture or folder / "stats.png"
+    try:
+        plot(corpus, stats, picture)
+    except ModuleNotFoundError as error:
+        raise UserError(f"the plot needs {error.name}; install it with: pip install 'smart[track]'") from None
+    click.echo(f"drawn in {picture}")

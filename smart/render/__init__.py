@@ -1,0 +1,71 @@
+"""Notes -> audio with a soundfont: the public names of this package.
+
+``open_renderer`` opens what renders a program's clips: worker processes (``RenderPool``), or stored notes on a device
+(``smart.render.bank_pool.BankPool``). Nothing here imports torch, except for the bank: a worker starts light.
+"""
+
+import os
+from typing import TYPE_CHECKING
+
+from smart.render.audio import load_soundfile, read_audio, write_midi, write_wav
+from smart.render.notes import NOTE_COLUMNS, Notes, check_notes, played_notes, score_notes
+from smart.render.pool import Renderer, RenderPool
+from smart.render.soundfonts import available_soundfonts, check_soundfont, find_soundfont, package_of, short_name
+from smart.render.synth import Audio, RenderError, load_soundfont, render_notes
+
+if TYPE_CHECKING:
+    import torch
+
+    from smart.render.bank_pool import BankPool
+
+__all__ = [
+    "NOTE_COLUMNS",
+    "Audio",
+    "Notes",
+    "RenderError",
+    "RenderPool",
+    "Renderer",
+    "available_soundfonts",
+    "check_notes",
+    "check_soundfont",
+    "find_soundfont",
+    "load_soundfile",
+    "load_soundfont",
+    "open_renderer",
+    "package_of",
+    "played_notes",
+    "read_audio",
+    "render_notes",
+    "score_notes",
+    "short_name",
+    "write_midi",
+    "write_wav",
+]
+
+
+def open_renderer(
+    backend: str,
+    soundfont: str | os.PathLike[str],
+    *,
+    sample_rate: int,
+    seconds: float,
+    workers: int | None = None,
+    deadline: float = 30.0,
+    device: "str | torch.device" = "cpu",
+) -> "RenderPool | BankPool":
+    """What renders a program's clips: ``backend`` is "pool", or "bank" on ``device`` with the user's cache."""
+    if backend == "pool":
+        return RenderPool(soundfont, sample_rate=sample_rate, seconds=seconds, workers=workers, deadline=deadline)
+    if backend != "bank":
+        raise ValueError(f"backend: expected 'pool' or 'bank', got {backend!r}")
+    from smart.render.bank_pool import BankPool, cache_folder  # it imports torch
+
+    return BankPool(
+        soundfont,
+        sample_rate=sample_rate,
+        seconds=seconds,
+        workers=workers,
+        deadline=deadline,
+        device=device,
+        cache=cache_folder(),
+    )

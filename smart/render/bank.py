@@ -1,0 +1,476 @@
+"""Notes -> audio as a sum of stored notes on an accelerator: ``NoteBank``.
+
+A soundfont synthesiser is linear in its notes. TinySoundFont plays a note as one voice for each region that answers it,
+
+    y(t) = g  e(b(t))  x(t - onset)
+
+with x the region's sample at the pitch of the note, interpolated and filtered; g the gain of region, velocity and pan;
+e the amplitude envelope; and b(t) the start of the block that t lies in: the synthesiser takes a step of its envelopes
+every 64 samples, counted from the last event of the clip, whichever note that belonged to. x is rendered once, by
+TinySoundFont itself, from a variant of the soundfont that has this region alone and without an envelope
+(``smart.render.regions``). The rest is arithmetic, done here by the synthesiser's own law: linear attack, hold,
+exponential decay to the sustained level, exponential release from the level at note-off, each taking over at the first
+block at or after its time. So a batch of clips is one weighted sum of rows of 64 samples, a row for each block of each
+voice, and agrees with ``render_notes`` to rounding, retriggers and overlaps included.
+
+One thing is not of this form: a filter that follows the modulation envelope, whose cutoff turns when the note ends.
+Such a region is stored several times: with the filter as it moves while the key is held, and with the envelope's part
+in it lowered in steps. After note-off the two nearest are mixed so that the cutoff agrees. That is an approximation,
+good where the filter moves slowly. Each stored sound is compared once with the synthesiser's own, released; a clip
+whose sounds, by the gains that they have in it, agree to less than 55 dB goes to the pool.
+
+What is not linear at all goes to the pool of ``smart.render``, too, which stays the reference: ``NoteBank.supports``.
+"""
+
+import hashlib
+import importlib.metadata
+import os
+import struct
+import tempfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+import torch
+from safetensors.torch import save
+from tinysoundfont import _tinysoundfont as tsf
+
+from smart import UserError
+from smart.files import write_atomically
+from smart.render.envelopes import (
+    BLOCK,
+    FOREVER,
+    LEFT,
+    Law,
+    alone,
+    bare,
+    blocks_between,
+    law_of,
+    mix,
+    not_linear,
+    stored,
+)
+from smart.render.notes import DRUM, OFF, ON, PITCH, PROGRAM, VELOCITY, Notes, check_notes, most_samples, played_notes
+from smart.render.regions import Region, Values, read_regions, write_variant
+from smart.render.soundfonts import check_soundfont, check_unchanged, file_state, find_soundfont
+from smart.render.synth import DRUM_BANK, MAX_VOICES, PEAK_EPS, RenderError, fresh_synth
+
+LEAST_SNR = 55.0  # dB, of a clip, by what its stored sounds differ from the synthesiser's own
+_FORMAT = 1  # of the files in the cache
+_CHECKED = 0.3  # seconds after which the compared note ends
+_Frozen = tuple[tuple[str, int], ...]  # generators, by name
+_SoundKey = tuple[Any, ...]  # pitch, drop, rows, and the generators that shape the sound
+
+
+class _Sound(NamedTuple):
+    """A stored region at one pitch: where its samples are."""
+
+    start: int  # of the first
+    length: int  # of each of ``rows``, a block of silence at its end included
+    rows: int
+    signal: float  # energy of a released note of the synthesiser's
+    noise: float  # and of its difference to the same note from the store
+
+
+class _Voice(NamedTuple):
+    preset: tuple[int, int]
+    region: Region
+    key: _SoundKey
+    law: Law
+
+
+class NoteBank:
+    """Every region of a soundfont at every pitch that was asked for, on a device, and clips made of them.
+
+    ``soundfont`` is a path or a short name (``find_soundfont``); ``seconds`` bounds clips and stored notes alike.
+    A note is rendered when a clip needs it first: the soundfont is loaded then, once for each program. Stored are
+    ``max_bytes`` at most, in 32-bit floats, the least recently used go first; while the store grows, the old and the
+    new one exist together. With a ``cache`` folder stored notes are kept there as well, for ever, under the SHA-256 of
+    the soundfont, and read from there; a damaged file is rendered anew. Where all is in the cache the soundfont is not
+    loaded at all. A cache that cannot be written is a ``UserError``.
+
+    The audio of a clip depends on that clip alone, not on its batch nor on what was stored before, and on one machine
+    is the same every time, also on CUDA: rows are added in a fixed order, without atomic operations.
+
+    Raises ``UserError`` where the soundfont is absent, damaged or none, ``Failure`` where it is needed again and is not
+    the file that it was. Not for several threads at once. The synthesiser reads and plays the soundfont in this
+    process: one that crashes it ends the process.
+    """
+
+    def __init__(
+        self,
+        soundfont: str | os.PathLike[str],
+        *,
+        sample_rate: int = 44100,
+        seconds: float = 10.0,
+        device: str | torch.device = "cpu",
+        max_bytes: int = 2 << 30,
+        cache: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.limit = most_samples(sample_rate, seconds)
+        self.sample_rate = int(sample_rate)
+        self.device = torch.device(device)
+        self.max_bytes = int(max_bytes)
+        self.soundfont = find_soundfont(soundfont).absolute()
+        self.soundfont_state = file_state(self.soundfont)
+        check_soundfont(self.soundfont)
+        self._presets = read_regions(self.soundfont)
+        self._folder = None if cache is None else self._cache_folder(Path(cache).expanduser())
+        self._notes: dict[int, list[int] | str] = {}  # of each note its voices, or why it is not supported
+        self._voices: list[_Voice] = []
+        self._sounds: OrderedDict[_SoundKey, _Sound] = OrderedDict()  # the most recently used last
+        self._store = torch.zeros(BLOCK, device=self.device)
+        self._synth: Any = None
+        self._programs: dict[_Frozen, int] = {}  # generators -> program of what is loaded
+
+    @property
+    def bytes(self) -> int:
+        """What is stored at the moment."""
+        return self._store.numel() * self._store.element_size()
+
+    def supports(self, notes: npt.ArrayLike) -> str | None:
+        """None if ``render`` can play the clip, else why not.
+
+        Not supported is a clip with a region that has an exclusive class (it cuts off others), a vibrato or tremolo, a
+        pitch that follows the modulation envelope, a filter that follows its attack, or a loop that ends with the key;
+        a clip whose stored sounds disagree with the synthesiser; one that may use more than ``MAX_VOICES`` voices, or
+        needs more than ``max_bytes``. Stores what the clip needs. ``ValueError`` as ``check_notes``.
+        """
+        answer = self.try_render([notes])[0]
+        return answer if isinstance(answer, str) else None
+
+    def render(self, clips: Sequence[npt.ArrayLike]) -> list[torch.Tensor]:
+        """Audio (2, S) float32 on the device, of each note array, as ``render_notes`` makes it: see there.
+
+        Raises ``ValueError`` for impossible notes and for a clip that is not supported.
+        """
+        answers = self.try_render(clips)
+        for number, answer in enumerate(answers):
+            if isinstance(answer, str):
+                raise ValueError(f"clip {number} is not for a note bank: {answer}")
+        return [answer for answer in answers if not isinstance(answer, str)]
+
+    def try_render(self, clips: Sequence[npt.ArrayLike]) -> list[torch.Tensor | str]:
+        """As ``render``; in place of the audio of a clip that is not supported the reason why."""
+        parts = [check_notes(notes) for notes in clips]
+        table = self._table(parts)
+        clip, note = table[:, PROGRAM] // 256, _pack(table)
+        numbers, place = np.unique(note, return_inverse=True)
+        voices = [self._voices_of(number) for number in numbers.tolist()]
+        # which voices each note of the table has, one after the other
+        counts = np.array([0 if isinstance(answer, str) else len(answer) for answer in voices], np.int64)
+        flat = np.array([voice for answer in voices if not isinstance(answer, str) for voice in answer], np.int64)
+        many = counts[place]
+        voice = flat[np.repeat((np.cumsum(counts) - counts)[place], many) + _count_up(many)]
+        row = np.repeat(np.arange(len(table)), many)
+        answers: list[torch.Tensor | str] = [""] * len(parts)
+        for index in np.unique(clip[many == 0]).tolist():
+            answers[index] = next(
+                (reason for at in place[clip == index].tolist() if isinstance(reason := voices[at], str)), ""
+            )
+        laws = np.array([own.law for own in self._voices], np.float64).reshape(-1, len(Law._fields))
+        release = laws[voice, Law._fields.index("release")].astype(np.int64)
+        crowded = _most_at_once(clip[row], table[row, ON], table[row, OFF] + release + 2 * BLOCK, len(parts))
+        group: list[int] = []
+        wanted: dict[_SoundKey, _Voice] = {}
+        for index in range(len(parts)):
+            if answers[index]:
+                continue
+            needed = {
+                self._voices[number].key: self._voices[number] for number in set(voice[clip[row] == index].tolist())
+            }
+            if self._size(needed) > self.max_bytes:
+                answers[index] = f"its notes need more than {self.max_bytes:,} bytes"
+            elif crowded[index] > MAX_VOICES:
+                answers[index] = f"it may use more than {MAX_VOICES} voices at a time"
+            else:
+                if self._size(wanted | needed) > self.max_bytes:
+                    self._render_group(group, wanted, table, row, voice, laws, answers)
+                    group, wanted = [], {}
+                group.append(index)
+                wanted |= needed
+        self._render_group(group, wanted, table, row, voice, laws, answers)
+        return answers
+
+    def _table(self, clips: Sequence[Notes]) -> npt.NDArray[np.int64]:
+        """What ``played_notes`` says of all clips at once; the program of a note of clip c is 256 c + its program."""
+        parts = [notes[notes[:, 3] > 0] for notes in clips]
+        together = np.concatenate([*parts, np.empty((0, 6))])
+        together[:, 4] += 256.0 * np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        return played_notes(together, self.sample_rate)
+
+    # Which voices a note has ----------------------------------------------------------------------------------
+
+    def _voices_of(self, note: int) -> list[int] | str:
+        if note not in self._notes:
+            program, drum, pitch, velocity = _unpack(note)
+            preset = self._preset(program, drum)
+            # the synthesiser takes velocities as 32-bit fractions, and whole numbers back out of them
+            heard = int(np.float32(velocity / 127.0) * np.float32(127))
+            regions = [
+                region
+                for region in (self._presets[preset] if preset else ())
+                if region.keys[0] <= pitch <= region.keys[1] and region.velocities[0] <= heard <= region.velocities[1]
+            ]
+            reasons = [reason for region in regions if (reason := not_linear(region.values))]
+            if reasons:
+                self._notes[note] = reasons[0]
+            elif preset:
+                new = [self._voice(preset, region, pitch, velocity) for region in regions]
+                self._notes[note] = list(range(len(self._voices), len(self._voices) + len(new)))
+                self._voices += new
+            else:
+                self._notes[note] = []
+        return self._notes[note]
+
+    def _preset(self, program: int, drum: int) -> tuple[int, int] | None:
+        """What plays this program: the same stand-ins as in ``render_notes``."""
+        for preset in ((DRUM_BANK * drum, program), (DRUM_BANK * drum, 0)):
+            if preset in self._presets:
+                return preset
+        return None if drum else min(self._presets)
+
+    def _voice(self, preset: tuple[int, int], region: Region, pitch: int, velocity: int) -> _Voice:
+        law = law_of(region.values, pitch, velocity, self.sample_rate)
+        return _Voice(preset, region, (pitch, law.drop, law.rows, _frozen(bare(region.values))), law)
+
+    # What is stored -------------------------------------------------------------------------------------------
+
+    def _size(self, wanted: dict[_SoundKey, _Voice]) -> int:
+        """No fewer bytes than these sounds take."""
+        rows = sum(voice.law.rows for voice in wanted.values())
+        return 4 * (rows * (self.limit + BLOCK) + BLOCK)
+
+    def _fetch(self, wanted: dict[_SoundKey, _Voice]) -> None:
+        """Have all of ``wanted`` in the store, which may let go of others."""
+        for key in wanted:
+            if key in self._sounds:
+                self._sounds.move_to_end(key)
+        missing = {key: voice for key, voice in wanted.items() if key not in self._sounds}
+        if not missing:
+            return
+        made = {key: self._read(key) or self._make(voice) for key, voice in missing.items()}
+        room = self.max_bytes // 4 - BLOCK - sum(audio.numel() for audio, *_ in made.values())
+        kept: list[_SoundKey] = []
+        for key, sound in reversed(self._sounds.items()):  # all that is wanted comes first
+            room -= sound.rows * sound.length
+            if room < 0:
+                break
+            kept.append(key)
+        sounds: OrderedDict[_SoundKey, _Sound] = OrderedDict()
+        pieces, start = [], 0
+        for key in reversed(kept):
+            sound = self._sounds[key]
+            pieces.append(self._store[sound.start : sound.start + sound.rows * sound.length])
+            sounds[key] = sound._replace(start=start)
+            start += len(pieces[-1])
+        for key, (audio, signal, noise) in made.items():
+            pieces.append(audio.flatten().to(self.device))
+            sounds[key] = _Sound(start, audio.shape[1], len(audio), signal, noise)
+            start += len(pieces[-1])
+        self._store = torch.cat([*pieces, self._store.new_zeros(BLOCK)])  # a row may begin at the very end
+        self._sounds = sounds
+
+    def _make(self, voice: _Voice) -> tuple[torch.Tensor, float, float]:
+        """Sound of a voice, (rows, length), and the energies of ``_Sound``."""
+        self._load(voice.preset)
+        rows = [self._play(values, voice.key[0]) for values in stored(voice.region.values, voice.law)]
+        sounding = max((int(np.flatnonzero(row)[-1]) + 1 for row in rows if row.any()), default=0)
+        audio = torch.from_numpy(np.stack([row[: sounding + BLOCK] for row in rows]))
+        signal, noise = self._compare(voice, audio)
+        if self._folder is not None:
+            crc32 = zlib.crc32(audio.numpy().tobytes())
+            metadata = {"signal": repr(signal), "noise": repr(noise), "crc32": str(crc32)}
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(self._file(voice.key), save({"audio": audio}, metadata))
+            except OSError as error:
+                raise UserError(f"the cache of notes in {self._folder} cannot be written: {error}") from None
+        return audio, signal, noise
+
+    def _compare(self, voice: _Voice, audio: torch.Tensor) -> tuple[float, float]:
+        """Energy of the synthesiser's own note that ends after 0.3 s, and of what ours differs from it."""
+        off = max(1, min(round(_CHECKED * self.sample_rate), self.limit // 2))
+        stop = min(self.limit, off + voice.law.release)
+        expected = self._play(alone(voice.region.values), voice.key[0], off=off)[:stop].astype(np.float64)
+        row = [0, off, stop, 0, audio.shape[1], *voice.law._replace(left=1.0)]
+        blocks = blocks_between(torch.tensor([0, off]), torch.tensor([off, stop]))
+        store = torch.cat([audio.flatten(), audio.new_zeros(BLOCK)])
+        found = mix(store, torch.tensor([row], dtype=torch.float64), LEFT, blocks, stop).numpy()
+        return float(np.square(expected).sum()), float(np.square(found - expected).sum())
+
+    def _play(self, values: Values, pitch: int, *, off: int | None = None) -> npt.NDArray[np.float32]:
+        """What the synthesiser makes of a loaded region, on the left, and a block of silence."""
+        synth = fresh_synth(self._synth, self.sample_rate)
+        synth.channel_set_preset_index(0, synth.get_preset_index(0, self._programs[_frozen(values)]))
+        audio = np.zeros((self.limit + BLOCK, 2), np.float32)
+        frames = audio.reshape(-1).view(np.uint8)[: 8 * self.limit]
+        synth.channel_note_on(0, pitch, 1.0)
+        if off is not None:
+            synth.render(frames[: 8 * off])
+            synth.channel_note_off(0, pitch)
+            frames = frames[8 * off :]
+        synth.render(frames)
+        return np.ascontiguousarray(audio[:, 0])
+
+    def _load(self, preset: tuple[int, int]) -> None:
+        """Load a variant of the soundfont with every region of ``preset`` alone, beside those that it has by now."""
+        wanted: list[Values] = []
+        for region in self._presets[preset]:
+            if not not_linear(region.values):
+                law = law_of(region.values, 60, 127, self.sample_rate)  # what is stored is the same for every key
+                wanted += [alone(region.values), *stored(region.values, law)]
+        needed = dict.fromkeys(map(_frozen, wanted))
+        if self._synth is not None and needed.keys() <= self._programs.keys():
+            return
+        self._synth = None  # its memory is needed
+        check_unchanged(self.soundfont, self.soundfont_state)
+        for programs in (list(self._programs | needed), list(needed)):  # all may be too many for one file
+            try:
+                synth = self._load_variant(programs)
+                break
+            except (ValueError, OverflowError, KeyError, struct.error) as error:  # too many; or a hostile file
+                problem: Exception = error
+            except OSError as error:
+                raise UserError(f"soundfont {self.soundfont} cannot be copied to a temporary file: {error}") from None
+            except RuntimeError as error:
+                raise RenderError(f"soundfont {self.soundfont} cannot be taken apart: {error}") from None
+        else:
+            raise RenderError(f"soundfont {self.soundfont} cannot be taken apart: {problem}")
+        check_unchanged(self.soundfont, self.soundfont_state)
+        self._synth = synth
+        self._programs = {values: number for number, values in enumerate(programs)}
+
+    def _load_variant(self, programs: Sequence[_Frozen]) -> Any:
+        """The synthesiser with a copy of the soundfont that has ``programs`` as its presets."""
+        with tempfile.TemporaryFile() as file:  # nothing of it is left behind when this process is killed
+            path = f"/proc/self/fd/{file.fileno()}"
+            if os.path.exists(path):
+                write_variant(self.soundfont, file, [[dict(values) for values in programs]])
+                return tsf.SoundFont(path)
+        with tempfile.NamedTemporaryFile(suffix=self.soundfont.suffix) as file:
+            write_variant(self.soundfont, file, [[dict(values) for values in programs]])
+            return tsf.SoundFont(file.name)
+
+    # The cache ------------------------------------------------------------------------------------------------
+
+    def _cache_folder(self, cache: Path) -> Path:
+        with self.soundfont.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        version = importlib.metadata.version("tinysoundfont")
+        return cache / digest / f"v{_FORMAT}-tinysoundfont-{version}-{self.sample_rate}Hz-{self.limit}"
+
+    def _file(self, key: _SoundKey) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.safetensors"
+
+    def _read(self, key: _SoundKey) -> tuple[torch.Tensor, float, float] | None:
+        """What ``_make`` stored under ``key``; None if it did not, or the file is damaged."""
+        if self._folder is None:
+            return None
+        try:
+            with safetensors.safe_open(self._file(key), "pt") as file:
+                audio, metadata = file.get_tensor("audio"), file.metadata()
+            whole = audio.dtype == torch.float32 and audio.ndim == 2 and len(audio) == key[2]
+            if not whole or int(metadata["crc32"]) != zlib.crc32(audio.numpy().tobytes()):
+                return None
+            return audio, float(metadata["signal"]), float(metadata["noise"])
+        except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError):
+            return None
+
+    # Mixing ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _render_group(
+        self,
+        group: list[int],
+        wanted: dict[_SoundKey, _Voice],
+        table: npt.NDArray[np.int64],
+        row: npt.NDArray[np.int64],
+        voice: npt.NDArray[np.int64],
+        laws: npt.NDArray[np.float64],
+        answers: list[torch.Tensor | str],
+    ) -> None:
+        """Answer the clips of ``group``, which together need the sounds ``wanted``."""
+        self._fetch(wanted)
+        clip = table[:, PROGRAM] // 256
+        sounds = np.zeros((len(self._voices), len(_Sound._fields)))
+        for number in set(voice[np.isin(clip[row], group)].tolist()):
+            sounds[number] = self._sounds[self._voices[number].key]
+        power = np.square(laws[voice, :2]).sum(axis=1)
+        signal, noise = (np.bincount(clip[row], power * sounds[voice, column], len(answers)) for column in (3, 4))
+        for index in group:
+            if not noise[index] * 10 ** (LEAST_SNR / 10) <= signal[index]:  # of a damaged soundfont they may be NaN
+                decibels = 10 * np.log10(max(signal[index], 1e-30) / noise[index])
+                answers[index] = f"its stored notes agree with the synthesiser to {decibels:.0f} dB only"
+        group = [index for index in group if not answers[index]]
+        # one clip after the other on one line of time
+        played = {index: table[clip == index] for index in group}
+        samples = {index: min(self.limit, int(part[:, OFF].max())) for index, part in played.items() if len(part)}
+        origin = np.zeros(len(answers), np.int64)
+        total = 0
+        events, ends = [], []
+        for index, length in samples.items():
+            origin[index] = total
+            times = played[index][:, [ON, OFF]]
+            events.append(total + np.unique(np.append(times[times < length], 0)))
+            ends.append(np.append(events[-1][1:], total + length))
+            total += length
+        audio = torch.zeros((2, total), device=self.device)
+        if samples:
+            sounding = np.isin(clip, list(samples))
+            stop = np.zeros(len(answers), np.int64)
+            stop[list(samples)] = list(samples.values())
+            use = sounding[row] & (table[row, ON] < stop[clip[row]])
+            row, voice = row[use], voice[use]
+            at = origin[clip[row]]
+            on, off, last = table[row, ON] + at, table[row, OFF] + at, stop[clip[row]] + at
+            off = np.where(off < last, off, FOREVER)
+            voices = np.column_stack([on, off, last, sounds[voice, :2], laws[voice]])
+            lines = [torch.from_numpy(np.concatenate(line)).to(self.device) for line in (events, ends)]
+            blocks = blocks_between(*lines)
+            on_device = torch.from_numpy(voices).to(self.device)
+            for side in range(2):
+                audio[side] = mix(self._store, on_device, LEFT + side, blocks, total)
+        for index in group:
+            if index not in samples:
+                answers[index] = torch.zeros((2, min(self.sample_rate, self.limit)), device=self.device)
+                continue
+            own = audio[:, origin[index] : origin[index] + samples[index]]
+            answers[index] = own / (own.abs().amax() + PEAK_EPS)
+
+
+def _frozen(values: Values) -> _Frozen:
+    return tuple(sorted(values.items()))
+
+
+def _pack(table: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Program, drum, pitch and velocity of each note as one number; ``_unpack`` takes it apart."""
+    program, drum, pitch, velocity = table[:, [PROGRAM, DRUM, PITCH, VELOCITY]].T
+    return ((program % 256 * 2 + drum) * 128 + pitch) * 128 + velocity
+
+
+def _unpack(note: int) -> tuple[int, int, int, int]:
+    return note >> 15, note >> 14 & 1, note >> 7 & 127, note & 127
+
+
+def _count_up(many: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """0 .. m-1 for each m of ``many``, one after the other."""
+    return np.arange(many.sum()) - np.repeat(np.cumsum(many) - many, many)
+
+
+def _most_at_once(
+    clip: npt.NDArray[np.int64], first: npt.NDArray[np.int64], last: npt.NDArray[np.int64], clips: int
+) -> npt.NDArray[np.int64]:
+    """(clips,) how many of the intervals from ``first`` to ``last`` overlap at most, in each clip."""
+    steps = np.repeat([1, -1], len(clip))
+    clip = np.tile(clip, 2)
+    order = np.lexsort((-steps, np.concatenate([first, last]), clip))
+    most = np.zeros(clips, np.int64)
+    np.maximum.at(most, clip[order], np.cumsum(steps[order]))
+    return most

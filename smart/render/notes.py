@@ -1,0 +1,150 @@
+"""Notes and scores as arrays: what the renderers read.
+
+A note array is (n, 6) float64, one note per row. Its columns are ``NOTE_COLUMNS``: onset and duration in
+seconds, pitch 0-127, velocity 0-127, program 0-127, and drum, 0 or 1. A structured array with fields of these
+names will do as well.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Notes = npt.NDArray[np.float64]  # (n, 6), columns NOTE_COLUMNS
+NOTE_COLUMNS = ("onset", "duration", "pitch", "velocity", "program", "drum")
+_HIGHEST = (86_400.0, 86_400.0, 127.0, 127.0, 127.0, 1.0)  # of each column; a day is no piece of music
+
+
+def check_notes(notes: npt.ArrayLike) -> Notes:
+    """``notes`` as a contiguous (n, 6) float64 array; structured arrays are unfolded.
+
+    Raises ``ValueError`` for another shape, and for a value that is not finite, negative, too large, or not
+    whole where it must be: the text names the column.
+    """
+    array = np.asarray(notes)
+    if array.dtype.names is not None:
+        missing = [name for name in NOTE_COLUMNS if name not in array.dtype.names]
+        if missing:
+            raise ValueError(f"expected the fields {NOTE_COLUMNS}, got {array.dtype.names}: no {missing[0]}")
+        array = np.stack([array[name].astype(np.float64) for name in NOTE_COLUMNS], axis=-1)
+    array = np.ascontiguousarray(array, dtype=np.float64)
+    if array.shape == (0,):
+        array = array.reshape(0, 6)
+    if array.ndim != 2 or array.shape[1] != len(NOTE_COLUMNS):
+        raise ValueError(f"expected notes of shape (n, 6), columns {NOTE_COLUMNS}, got {array.shape}")
+    for column, (name, highest) in enumerate(zip(NOTE_COLUMNS, _HIGHEST, strict=True)):
+        values = array[:, column]
+        whole = column >= 2
+        good = (values >= 0) & (values <= highest)  # False for NaN
+        if whole:
+            good &= values == np.floor(values)
+        if not good.all():
+            row = int(np.argmin(good))
+            kind = "a whole number" if whole else "seconds"
+            raise ValueError(f"{name} of note {row} is {values[row]}: expected {kind} from 0 to {highest:g}")
+    return array
+
+
+def score_notes(score: Any, *, max_beats: float = 100.0) -> Notes:
+    """The notes of a ``symusic.Score`` of any time unit as an (n, 6) array, in seconds by its tempo map.
+
+    Cut at ``max_beats`` quarter notes: notes that start there or later are dropped, longer ones end there.
+    120 beats a minute until the first tempo; of two tempos at one time the later in the list counts. Rows are
+    sorted by onset, drum, program, pitch, velocity, duration, whatever the order of the tracks.
+
+    Raises ``TypeError`` for what is not a score, ``ValueError`` naming the column for a negative onset or
+    duration, or a pitch, velocity, program or tempo out of range.
+    """
+    if not all(hasattr(score, name) for name in ("tracks", "tempos", "ttype")):
+        raise TypeError(f"expected a symusic.Score, got {type(score).__name__}")
+    unit = str(score.ttype).rpartition(".")[2].lower()
+    if unit not in ("tick", "quarter", "second"):
+        raise TypeError(f"expected a score in ticks, quarters or seconds, got {score.ttype}")
+    scale = float(score.ticks_per_quarter) if unit == "tick" else 1.0
+    beats, seconds, pace = _tempo_map(score.tempos.numpy(), unit, scale)
+
+    def to_seconds(beat: npt.NDArray[np.float64] | float) -> npt.NDArray[np.float64]:
+        at = np.maximum(np.searchsorted(beats, beat, side="right") - 1, 0)
+        return np.asarray(seconds[at] + (beat - beats[at]) * pace[at])
+
+    stop = max_beats if unit != "second" else float(to_seconds(max_beats))
+    rows = []
+    for track in score.tracks:
+        notes = track.notes.numpy()
+        start = notes["time"].astype(np.float64) / scale
+        end = np.minimum(start + notes["duration"].astype(np.float64) / scale, stop)
+        keep = start < stop
+        if unit != "second":
+            start, end = to_seconds(start), to_seconds(end)
+        same = np.ones_like(start)
+        columns = (
+            start,
+            end - start,
+            notes["pitch"],
+            notes["velocity"],
+            same * track.program,
+            same * track.is_drum,
+        )
+        rows.append(np.stack([np.asarray(column, np.float64) for column in columns], axis=1)[keep])
+    notes = np.concatenate(rows) if rows else np.empty((0, 6))
+    onset, duration, pitch, velocity, program, drum = notes.T
+    return check_notes(notes[np.lexsort((duration, velocity, pitch, program, drum, onset))])
+
+
+def _tempo_map(
+    tempos: dict[str, npt.NDArray[Any]], unit: str, scale: float
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Where the tempo changes, in beats and in seconds, and the seconds a beat from there; starts at 0."""
+    at = tempos["time"].astype(np.float64) / scale
+    pace = tempos["mspq"].astype(np.float64) / 1e6
+    if not ((at >= 0) & np.isfinite(at)).all() or not (pace > 0).all():
+        raise ValueError("tempo: expected times from 0 and a positive number of microseconds a beat")
+    order = np.argsort(at, kind="stable")
+    at, pace = np.append(0.0, at[order]), np.append(0.5, pace[order])
+    steps = np.diff(at)
+    other = np.append(0.0, np.cumsum(steps / pace[:-1] if unit == "second" else steps * pace[:-1]))
+    return (other, at, pace) if unit == "second" else (at, other, pace)
+
+
+def to_notes(score: Any) -> Notes:
+    """Whatever may be rendered, as a checked note array."""
+    if isinstance(score, np.ndarray | list | tuple):
+        return check_notes(score)
+    return score_notes(score)
+
+
+def most_samples(sample_rate: int, seconds: float) -> int:
+    """The most samples that a clip may have."""
+    if not (isinstance(sample_rate, int | np.integer) and 1000 <= sample_rate <= 384_000):
+        raise ValueError(f"sample_rate: expected a whole number from 1000 to 384000, got {sample_rate!r}")
+    if not 0 < seconds <= 3600:
+        raise ValueError(f"seconds: expected more than 0 and at most 3600, got {seconds!r}")
+    return max(1, round(seconds * sample_rate))
+
+
+ON, OFF, CHANNEL, PITCH, VELOCITY, PROGRAM, DRUM = range(7)  # columns of what played_notes returns
+
+
+def played_notes(notes: Notes, sample_rate: int) -> npt.NDArray[np.int64]:
+    """Notes as they are played, (m, 7) int64: on and off in samples, channel, pitch, velocity, program, drum.
+
+    Each pitch of a channel sounds once at a time: see ``render_notes`` for what becomes of overlaps.
+    """
+    on = np.floor(notes[:, 0] * sample_rate + 0.5).astype(np.int64)
+    off = np.floor((notes[:, 0] + notes[:, 1]) * sample_rate + 0.5).astype(np.int64)
+    off = np.maximum(off, on + 1)
+    pitch, velocity, program, drum = notes[:, 2:].astype(np.int64).T
+    _, channel = np.unique(drum * 128 + program, return_inverse=True)
+    table = np.stack([on, off, channel, pitch, velocity, program, drum], axis=1)
+    table = table[np.lexsort((table[:, ON], table[:, PITCH], table[:, CHANNEL]))]
+    if not len(table):
+        return table
+    same_key = (np.diff(table[:, [CHANNEL, PITCH]], axis=0) == 0).all(axis=1)
+    together = same_key & (np.diff(table[:, ON]) == 0)
+    first = np.flatnonzero(np.append(True, ~together))
+    merged = table[first]
+    merged[:, OFF] = np.maximum.reduceat(table[:, OFF], first)
+    merged[:, VELOCITY] = np.maximum.reduceat(table[:, VELOCITY], first)
+    again = (np.diff(merged[:, [CHANNEL, PITCH]], axis=0) == 0).all(axis=1)
+    merged[:-1, OFF] = np.where(again, np.minimum(merged[:-1, OFF], merged[1:, ON]), merged[:-1, OFF])
+    return merged

@@ -1,0 +1,1 @@
+"""Every experiment, table and figure of the paper, on one page (``smart reproduce``)."""

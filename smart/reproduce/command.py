@@ -1,0 +1,86 @@
+"""The whole paper in one command: ``python -m smart.reproduce --config paper.toml --corpus FOLDER --out FOLDER``.
+
+It runs the other programs, one after another, each as a process: the base's check, the tuning of section 3.5, the
+longer runs of section 5.2, the dataset prompts of section 5.3, then every table and figure; and writes ``index.html``,
+which puts what the paper published beside what was measured here. ``--smoke`` does all of it with what ships with the
+package, offline, in minutes: it shows that everything works, and says nothing about music.
+
+Each step owns one folder in OUT. A step is finished when its process ended well and what it made is listed, with its
+SHA-256, in ``state.json``; it is done again where its command, a configuration that it reads, or what an earlier step
+made has changed since; what it made before is moved to ``replaced/``. So the same command goes on after a failure,
+Ctrl-C or SIGKILL at any instant: finished steps are passed over, and an unfinished one continues where its program can.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from smart import UserError
+from smart.config import Config, dumps, load
+from smart.files import write_atomically
+from smart.published import TABLE_2
+from smart.reproduce.book import OUT, STATE, Book, Step, _clock, alone, perform
+from smart.reproduce.page import write_page
+from smart.reproduce.steps import CONFIGS, SMOKE, find, plan, variants
+from smart.run import in_one_line
+
+
+@click.command()
+@click.option("--config", "path", help="TOML file, or a shipped one's name.  [default: paper.toml]")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder, new or unfinished.")
+@click.option("--corpus", type=click.Path(path_type=Path), help="Folder written by smart corpus build.")
+@click.option(
+    "--recording", "recordings", multiple=True, type=click.Path(path_type=Path), help="Audio to rate; repeatable."
+)
+@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one key of all runs.")
+@click.option("--smoke", is_flag=True, help="All of it, tiny, with what ships with the package; offline, in minutes.")
+@click.option("--list", "listing", is_flag=True, help="Show the steps, and what is missing; do nothing.")
+def main(
+    path: str | None,
+    out: Path,
+    corpus: Path | None,
+    recordings: tuple[Path, ...],
+    overrides: tuple[str, ...],
+    smoke: bool,
+    listing: bool,
+) -> None:
+    """Every experiment, table and figure of the paper, into one folder with a page that compares."""
+    if smoke and (path is not None or corpus is not None):
+        raise click.UsageError("--smoke brings its own configuration and corpus: leave out --config and --corpus")
+    config: Config = load("quickstart.toml", (*SMOKE, *overrides)) if smoke else load(path or "paper.toml", overrides)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, folder="runs"))
+    fonts = [config.render.soundfont] if smoke else list(TABLE_2)
+    try:
+        found = find(config, corpus, fonts, recordings, smoke=smoke)
+    except UserError as error:
+        if not listing:
+            raise
+        found, problem = None, error.message
+    where = None if smoke else corpus or Path("CORPUS")
+    steps = plan(config, where, fonts, recordings, found.checksums() if found else "")
+    if listing:
+        _list(steps, out)
+        click.echo("nothing is missing" if found else problem)
+        return
+    assert found is not None
+    book = Book(out)
+    with in_one_line("the reproduction", "the same command goes on from here"), alone(out) as lock:
+        (out / CONFIGS).mkdir(exist_ok=True)
+        for name, one in variants(config, str(corpus) if corpus else str(out / "corpus")).items():
+            write_atomically(out / CONFIGS / f"{name}.toml", dumps(one).encode())
+        perform(steps, out, book, lock)
+        page = write_page(steps, out, book, config, found, smoke=smoke)
+    total = sum(book.rows[step.name]["seconds"] for step in steps)
+    click.echo(f"all {len(steps)} steps are done, in {_clock(total)}; see {page}")
+
+
+def _list(steps: Sequence[Step], out: Path) -> None:
+    book = Book(out) if (out / STATE).is_file() else None
+    for place, step in enumerate(steps, 1):
+        state = "to do"
+        if book is not None:
+            state = "done" if book.is_done(step) else "begun" if book.was_begun(step) else state
+        words = " ".join(word.replace(OUT, str(out)) for word in step.words)
+        click.echo(f"[{place:2}/{len(steps)}] {step.name}: {step.title} ({state})\n        python -m {words}")

@@ -1,0 +1,230 @@
+"""Every experiment of the paper as a step: a command, what it needs, what it leaves."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from smart import UserError, require
+from smart.config import Config, dumps
+from smart.corpus import MANIFEST, Corpus
+from smart.files import sha256
+from smart.model import find_base
+from smart.render import check_soundfont, find_soundfont
+from smart.reproduce.book import OUT, Step
+from smart.reward import Reward, load_reward
+from smart.run import NEEDED
+
+CONFIGS, PAGE = "configs", "index.html"
+PACKAGES = (*NEEDED, "jinja2", "scipy")
+
+
+class Found(NamedTuple):
+    """What comes from outside."""
+
+    base: Path
+    reward: Reward
+    corpus: Corpus | None
+    soundfonts: list[Path]
+
+    def checksums(self) -> str:
+        """Of the files that decide what comes out."""
+        files = [self.base / "model.safetensors", *self.soundfonts]
+        files += [self.corpus.folder / MANIFEST] if self.corpus else []
+        return " ".join([*map(sha256, files), self.reward.provenance])
+
+
+# with the quickstart's base, reward and soundfont: everything once, in minutes on two cores
+SMOKE = (
+    "run.name=smoke",
+    "grpo.iterations=4",
+    "grpo.prompts=4",
+    "grpo.group_size=4",
+    "sampling.max_new_tokens=96",
+    "render.seconds=4.0",
+    "track.checkpoint_every=2",
+    "track.keep_checkpoints=0",
+    "track.samples_every=4",
+    "track.held_out_every=4",
+    "track.held_out_prompts=2",
+    "track.final_prompts=24",
+    "track.final_listen=2",
+)
+SMOKE_PIECES = 96  # that the base writes for a corpus: enough that no split of it is empty
+PIECES = 10  # of the corpus, for table 2
+PROBED = 24  # pieces that probes are made of
+LONGER = 5  # section 5.2: 1000 iterations instead of 200
+
+
+def variants(config: Config, corpus: str) -> dict[str, Config]:
+    """The paper's four runs, by the name of their step: sections 3.5, 5.2 (twice) and 5.3."""
+    longer = dataclasses.replace(config.grpo, iterations=LONGER * config.grpo.iterations)
+    prompts = dataclasses.replace(config.prompts, kind="dataset", corpus=corpus)
+    runs = {
+        "tuned": config,
+        "tuned-long": dataclasses.replace(config, grpo=longer),
+        "tuned-long-beta0": dataclasses.replace(config, grpo=dataclasses.replace(longer, beta=0.0)),
+        "tuned-dataset": dataclasses.replace(config, prompts=prompts),
+    }
+    return {
+        name: dataclasses.replace(one, run=dataclasses.replace(one.run, name=name, folder="runs"))
+        for name, one in runs.items()
+    }
+
+
+def plan(
+    config: Config, corpus: Path | None, fonts: Sequence[str], recordings: Sequence[Path], outside: str
+) -> list[Step]:
+    """All steps, in order. Without ``corpus`` the base writes one first; ``outside`` tells files from elsewhere."""
+    many, n = config.track.final_prompts, str(config.track.final_prompts)
+    own = () if corpus else ("corpus",)  # what a step with dataset prompts waits for
+    folder = str(corpus) if corpus else f"{OUT}/corpus"
+    sound = ("--soundfont", config.render.soundfont, "--sample-rate", str(config.render.sample_rate))
+    device = ("--device", config.run.device)
+    rates = ["--reward", config.reward.kind]
+    for key, value in config.reward.options.items():
+        rates += ["--reward-option", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
+    drawn = ["--seconds", f"{config.render.seconds:g}", "--tokens", str(config.sampling.max_new_tokens)]
+    drawn += ["--temperature", str(config.sampling.temperature), "--top-k", str(config.sampling.top_k)]
+    drawn += ["--top-p", str(config.sampling.top_p), "--backend", config.render.backend]
+
+    def writes(count: int, *more: str) -> tuple[str, ...]:
+        tokens = ("--tokens", str(config.sampling.max_new_tokens), "-n", str(count))
+        return ("smart.generate", "--model", config.model.base, *tokens, *sound, *device, *more)
+
+    def tunes(name: str, one: Config) -> Step:
+        told = f"{one.grpo.iterations} iterations, beta {one.grpo.beta:g}, {one.prompts.kind} prompts"
+        return Step(
+            name,
+            f"tune the base: {told}",
+            ("smart.grpo", "--config", f"{OUT}/{CONFIGS}/{name}.toml", "--set", f'run.folder="{OUT}"'),
+            ("summary.json", "metrics.jsonl", "reward_mean.png", "tuned/*.*", "checkpoints/*/manifest.json"),
+            after=own if one.prompts.kind == "dataset" else (),
+            given=dumps(one),
+            resume=("--resume",),
+        )
+
+    def samples(name: str, kind: str, *runs: str) -> Step:
+        models = [f"base={config.model.base}", *(f"{run}={OUT}/{run}" for run in runs)]
+        where = ("--prompts", kind, *(("--corpus", folder) if kind == "dataset" else ()))
+        return Step(
+            name,
+            f"{n} pieces of each of {len(models)} models, {kind} prompts",
+            ("smart.evaluate", "sample", *models, "--out", f"{OUT}/{name}/{kind}.parquet", "-n", n, *where, *rates,
+             *sound, *drawn, *device),
+            (f"{kind}.parquet",),
+            after=(*runs, *(own if kind == "dataset" else ())),
+        )  # fmt: skip
+
+    tuning = [tunes(name, one) for name, one in variants(config, folder).items()]
+    aggressive = ("tuned", "tuned-long", "tuned-long-beta0")
+    steps = [
+        Step("base", "the base writes eight pieces", writes(8, "--out", f"{OUT}/base"), ("pieces.csv", "*.wav")),
+        *tuning,
+        Step(
+            "table-1",
+            "ratings of silence and noise" + (f", and of {len(recordings)} recordings" if recordings else ""),
+            ("smart.evaluate", "rate", *map(str, recordings), *rates, *device, "--out", f"{OUT}/table-1/ratings.csv"),
+            ("ratings.csv",),
+            resume=("--overwrite",),
+        ),
+        Step(
+            "table-2",
+            f"the same {PIECES} pieces with {len(fonts)} soundfonts",
+            ("smart.evaluate", "soundfonts", *(word for font in fonts for word in ("--soundfonts", font)),
+             "--corpus", folder, "--n", str(PIECES), *rates, *device, "--seconds", f"{config.render.seconds:g}",
+             "--sample-rate", str(config.render.sample_rate), "--out", f"{OUT}/table-2"),
+            ("soundfonts.csv", "soundfonts.png"),
+            after=own,
+        ),
+        samples("samples", "procedural", *aggressive),
+        samples("samples-dataset", "dataset", "tuned-dataset"),
+        Step(
+            "report",
+            "figures 2, 3, 4, 6 and 7",
+            ("smart.evaluate", "report", f"{OUT}/samples/procedural.parquet", f"{OUT}/samples-dataset/dataset.parquet",
+             *(word for run in variants(config, "") for word in ("--run", f"{OUT}/{run}")), "--out", f"{OUT}/report"),
+            ("*.png", "*-paper.csv", "index.html"),
+            after=("samples", "samples-dataset", *variants(config, "")),
+        ),
+        Step(
+            "hacks",
+            f"what else than music the reward likes, beside {PROBED} pieces of the base",
+            ("smart.evaluate", "hacks", "--model", config.model.base, "-n", str(PROBED), *rates, *sound, *device,
+             "--seconds", f"{config.render.seconds:g}", "--out", f"{OUT}/hacks"),
+            ("hacks.csv", "hacks.png"),
+        ),
+        Step(
+            "frontier",
+            "reward, a held-out judge and diversity against KL",
+            ("smart.evaluate", "frontier", *(f"{OUT}/{run}" for run in aggressive), "--out", f"{OUT}/frontier",
+             "-n", str(max(many // 4, 8)), "--best-of", str(min(max(many // 8, 4), 16)), *device),
+            ("frontier.png", "frontier.csv", "summary.json"),
+            after=aggressive,
+        ),
+    ]  # fmt: skip
+    if not corpus:
+        more = ("--playable", "--seconds", "1", "--out", f"{OUT}/midi")
+        steps[:0] = [
+            Step("midi", f"the base writes {SMOKE_PIECES} pieces", writes(SMOKE_PIECES, *more), ("*.mid",)),
+            Step(
+                "corpus",
+                "a corpus of these pieces",
+                ("smart.corpus", "build", "--midi", f"{OUT}/midi", "--out", f"{OUT}/corpus", "--max-empty-bars", "1"),
+                ("manifest.json",),
+                after=("midi",),
+                last="manifest.json",
+            ),
+        ]
+    return [step._replace(given=step.given + outside) for step in steps]
+
+
+def find(
+    config: Config, corpus: Path | None, fonts: Sequence[str], recordings: Sequence[Path], *, smoke: bool
+) -> Found:
+    """Everything that the steps need from outside. Raises one ``UserError`` that lists all that is missing."""
+
+    def packages() -> None:
+        missing = [name for name in PACKAGES if find_spec(name) is None]
+        if missing:
+            raise UserError(f"these packages are missing: pip install {' '.join(missing)}")
+
+    def base() -> Path:
+        return find_base(config.model.base)
+
+    def soundfont(name: str) -> Path:
+        path = find_soundfont(name)
+        check_soundfont(path)
+        return path
+
+    def reward() -> Reward:
+        wanted = config.reward
+        return load_reward(wanted.kind, weights=wanted.weights or None, **wanted.options)
+
+    def pieces() -> Corpus | None:
+        if smoke:
+            return None
+        if corpus is None:
+            raise UserError(
+                "--corpus is needed for the dataset prompts of section 5.3 and the pieces of table 2: "
+                "a folder written by `smart corpus build`"
+            )
+        found = Corpus(corpus)
+        for split in ("train", "validation", "test"):
+            if not len(found.split(split)):
+                raise UserError(f"--corpus {corpus}: its split {split!r} has no pieces")
+        return found
+
+    def excerpts() -> None:
+        missing = [str(path) for path in recordings if not path.is_file()]
+        if missing:
+            raise UserError(f"--recording: no such file: {', '.join(missing)}")
+
+    names = dict.fromkeys((config.render.soundfont, *fonts))
+    _, _, *found = require(
+        packages, excerpts, base, reward, pieces, *(functools.partial(soundfont, name) for name in names)
+    )
+    return Found(base=found[0], reward=found[1], corpus=found[2], soundfonts=found[3:])

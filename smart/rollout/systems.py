@@ -1,0 +1,89 @@
+"""What a comparison compares: a run, one of its checkpoints, or a base, by its name."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+from smart import UserError
+from smart.files import parse_toml
+from smart.model import find_base
+from smart.run import CONFIG, checkpoint
+
+
+class System(NamedTuple):
+    """A model that is compared, and the name that tables show."""
+
+    name: str
+    model: Path  # folder in the form of a base
+    run: Path | None  # the run that it belongs to, if any
+    step: int | None  # of the run: 0 is the base; None where there is no run, or it has no steps of tuning
+
+
+def find_system(text: str) -> System:
+    """A system by its name: a run's folder, or a base (folder, shipped name, or hub id).
+
+    A run is its tuned model, or the base that a pretraining made, or, while unfinished, its newest checkpoint, which is
+    said on stderr. RUN@base is the base that it started from (or made), RUN@STEP a checkpoint. NAME=TEXT gives the
+    name that tables show; else it is the folder's. Raises ``UserError`` where there is no such model.
+    """
+    name, separator, rest = text.partition("=")
+    if separator and name and not set(name) & set("/@"):
+        return find_system(rest)._replace(name=name)
+    path, _, which = text.rpartition("@")
+    if path and _is_run(Path(path)):
+        return _of_run(Path(path), which)
+    if _is_run(Path(text)):
+        return _of_run(Path(text), "")
+    folder = find_base(text)
+    return System(Path(text).name or folder.name, folder, None, None)
+
+
+def find_systems(texts: Sequence[str]) -> list[System]:
+    """``find_system`` of each. Raises ``UserError`` where two have one name, or there is none."""
+    systems = [find_system(text) for text in texts]
+    if not systems:
+        raise UserError("no model was given; expected a run, a base's folder or a shipped name")
+    names = [system.name for system in systems]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two models are called {name!r}; give one another name, as in {name}-2=PATH")
+    return systems
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / CONFIG).is_file()
+
+
+def _of_run(run: Path, which: str) -> System:
+    name = run.resolve().name + (f"@{which}" if which else "")
+    checkpoints = run / "checkpoints"
+    if which == "base":
+        folder = run / "base" if (run / "base").is_dir() else find_base(_setting(run, "model", "base"))
+        return System(name, folder, run, 0)
+    if which:
+        steps = checkpoint.steps(checkpoints)
+        if not which.isdecimal() or int(which) not in steps:
+            known = ", ".join(map(str, steps)) or "none"
+            raise UserError(f"{run}@{which}: expected {run}@base or a checkpoint's step; this run has {known}")
+        folder = checkpoints / f"{int(which):08d}"
+        checkpoint.verify(folder)
+        return System(name, folder, run, int(which))
+    if (run / "tuned" / "model.safetensors").is_file():  # it is written last
+        return System(name, find_base(str(run / "tuned")), run, _setting(run, "grpo", "iterations"))
+    if (run / "base").is_dir():
+        return System(name, find_base(str(run / "base")), run, None)
+    newest = checkpoint.latest(checkpoints)
+    if newest is None:
+        raise UserError(f"{run}: this run has made no model yet")
+    click.echo(f"{run} is not finished: its checkpoint {newest.name} is used", err=True)
+    return System(name, newest, run, int(newest.name))
+
+
+def _setting(run: Path, section: str, key: str) -> Any:
+    """One value of a run's configuration, which always holds them all."""
+    try:
+        return parse_toml((run / CONFIG).read_text(encoding="utf-8"))[section][key]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"run {run}: {CONFIG} holds no {section}.{key} ({type(error).__name__})") from None

@@ -1,0 +1,31 @@
+"""What tuning and pretraining share of a run: its command line, folder, checkpoints, files and signals.
+
+``smart.run.checkpoint`` is used as a module: ``checkpoint.save``, ``checkpoint.latest``.
+"""
+
+from smart.run.command import in_one_line, progress, run_command
+from smart.run.folder import CONFIG, NEEDED, SETTINGS, alone, changes, check_packages, claim, prepare
+from smart.run.stop import StopRequest
+from smart.run.stopwatch import Stopwatch
+from smart.run.tracker import METRICS, Onlooker, Tracker, read_metrics, summarise
+
+__all__ = [
+    "CONFIG",
+    "METRICS",
+    "NEEDED",
+    "SETTINGS",
+    "Onlooker",
+    "StopRequest",
+    "Stopwatch",
+    "Tracker",
+    "alone",
+    "changes",
+    "check_packages",
+    "claim",
+    "in_one_line",
+    "prepare",
+    "progress",
+    "read_metrics",
+    "run_command",
+    "summarise",
+]

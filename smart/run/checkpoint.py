@@ -1,0 +1,164 @@
+"""Atomic checkpoints and exact resume.
+
+A checkpoint is a folder ``<root>/<step, 8 digits>/`` that appears in one rename: its files are written to a hidden
+folder beside it, flushed to the disk, listed with their SHA-256 in ``manifest.json``, then renamed into place. A
+crash at any instant leaves the previous checkpoint as it was. Only safetensors and JSON are read back.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from smart import UserError
+from smart.files import parse_json, sha256, sync
+
+MANIFEST = "manifest.json"
+STATE = "state.safetensors"
+BEST = "best"
+
+
+def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int = 0, best: int | None = None) -> Path:
+    """Make checkpoint ``step`` of what ``write(folder)`` writes; then delete all but the ``keep`` newest (0: none).
+
+    Later ones than ``step`` are damaged, or the run would have gone on from them: they count for nothing and stay. The
+    checkpoint of step ``best`` is never deleted, and the link ``<root>/best`` leads to it (None: no link).
+    Raises ``OSError`` or ``SafetensorError`` when it cannot be written (disk full, read-only, quota); what was there
+    before stays.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    _sweep(root)
+    final, temporary = root / f"{step:08d}", root / f".{step:08d}.tmp"
+    temporary.mkdir()
+    try:
+        write(temporary)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        sums = {str(path.relative_to(temporary)): sha256(path) for path in files}
+        (temporary / MANIFEST).write_text(json.dumps({"step": step, "sha256": sums}, indent=1), encoding="utf-8")
+        for path in [*files, temporary / MANIFEST, temporary]:
+            sync(path)
+        if final.exists():  # the same step again, after a resume from an older one
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+        sync(root)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    settle(root, step, keep=keep, best=best)
+    return final
+
+
+def settle(root: Path, step: int, *, keep: int = 0, best: int | None = None) -> None:
+    """What follows once checkpoint ``step`` is there, as ``save`` says; again where a process was killed before it."""
+    _sweep(root)
+    if best is not None and os.path.realpath(root / BEST) != os.path.realpath(root / f"{best:08d}"):
+        link = root / f".{BEST}.link"
+        link.symlink_to(f"{best:08d}")
+        os.replace(link, root / BEST)
+        sync(root)
+    if keep:
+        for old in [old for old in steps(root) if old <= step][:-keep]:
+            if old != best:
+                shutil.rmtree(root / f"{old:08d}", ignore_errors=True)
+
+
+def _sweep(root: Path) -> None:
+    """Delete what a process that was killed had begun to write."""
+    for leftover in root.glob(".*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    (root / f".{BEST}.link").unlink(missing_ok=True)
+
+
+def steps(root: Path) -> list[int]:
+    """Steps that have a checkpoint folder, oldest first; whether they are whole is for ``verify`` to say."""
+    return sorted(int(path.name) for path in root.glob("[0-9]" * 8) if path.is_dir())
+
+
+def verify(folder: Path) -> None:
+    """Raise ``UserError`` naming the first file of a checkpoint that is missing or not what was written."""
+    try:
+        sums = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+        names = {str(name): str(digest) for name, digest in sums.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"checkpoint {folder}: {MANIFEST} cannot be read ({type(error).__name__})") from None
+    for name, digest in names.items():
+        path = folder / name
+        try:
+            if not path.resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"checkpoint {folder}: {MANIFEST} names {name!r}, outside the folder")
+            if not path.is_file():
+                raise UserError(f"checkpoint {folder}: {name} is missing")
+            found = sha256(path)
+        except UserError:
+            raise
+        except OSError as error:  # a disk that gives back no more what it holds, a name that is too long
+            raise UserError(f"checkpoint {folder}: {name} cannot be read ({error.strerror})") from None
+        except (ValueError, RuntimeError):  # a null byte in it, or half of a character; a link to itself
+            raise UserError(f"checkpoint {folder}: {MANIFEST} names {name!r}, which no file can be called") from None
+        if found != digest:
+            raise UserError(f"checkpoint {folder}: {name} is damaged (its SHA-256 is not the recorded one)")
+
+
+def latest(root: Path) -> Path | None:
+    """The newest checkpoint that verifies, or None where there is none yet. A damaged one is named on stderr
+    and passed over; when every one is damaged, ``UserError``."""
+    damaged: list[str] = []
+    for step in reversed(steps(root)):
+        folder = root / f"{step:08d}"
+        try:
+            verify(folder)
+        except UserError as error:
+            damaged.append(error.message)
+            click.echo(f"Warning: {error.message}; trying the one before it", err=True)
+            continue
+        return folder
+    if damaged:
+        raise UserError(f"no checkpoint in {root} can be used: {'; '.join(damaged)}; start anew with --overwrite")
+    return None
+
+
+def write_state(
+    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, **generators: torch.Generator
+) -> None:
+    """Write the optimiser's moments (by parameter name) and the generators' states beside the model's weights."""
+    tensors = {f"rng.{name}": generator.get_state() for name, generator in generators.items()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{key}.{name}"] = value.detach().cpu().contiguous()
+    save_file(tensors, folder / STATE)
+
+
+def read_state(
+    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, **generators: torch.Generator
+) -> None:
+    """Put back what ``write_state`` wrote. Raises ``UserError`` where it does not fit the model."""
+    tensors = read_tensors(folder / STATE)
+    try:
+        for name, generator in generators.items():
+            generator.set_state(tensors[f"rng.{name}"])
+        for name, parameter in model.named_parameters():
+            state: dict[str, Any] = optimizer.state[parameter]
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                value = tensors[f"optimizer.{key}.{name}"]
+                if key != "step" and value.shape != parameter.shape:
+                    raise RuntimeError(f"optimizer.{key}.{name} is {tuple(value.shape)}")
+                # AdamW keeps its step counter on the CPU unless it is fused
+                fused = bool(optimizer.param_groups[0].get("fused"))
+                state[key] = value.to(parameter.device) if key != "step" or fused else value
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"checkpoint {folder}: {STATE} does not fit this run ({error})") from None
+
+
+def read_tensors(path: Path) -> Mapping[str, torch.Tensor]:
+    """All tensors of a safetensors file; ``UserError`` where it cannot be read."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read as safetensors ({error})") from None

@@ -1,0 +1,74 @@
+"""The command line of a program that makes a run, and errors that end it in one line."""
+
+import gc
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
+
+import click
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from smart import UserError
+
+
+def run_command(default: str) -> Callable[[Callable[..., None]], click.Command]:
+    """The command line of a program that makes a run: ``--config``, ``--set``, ``--resume``, ``--overwrite``.
+
+    What ends it before its time is one line (``in_one_line``); what was saved before stays.
+    """
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        @click.command()
+        @click.option(
+            "--config", "path", default=default, show_default=True, help="TOML file, or a shipped one's name."
+        )
+        @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one key.")
+        @click.option("--resume", is_flag=True, help="Continue the run from its last checkpoint.")
+        @click.option("--overwrite", is_flag=True, help="Replace a run of the same name.")
+        @wraps(function)
+        def main(path: str, overrides: tuple[str, ...], resume: bool, overwrite: bool) -> None:
+            if resume and overwrite:
+                raise click.UsageError("--resume and --overwrite contradict each other")
+            gc.freeze()  # what imports made is not looked at again, so that the garbage of an iteration is found soon
+            with in_one_line("the run", "what was saved is kept: go on with --resume"):
+                function(path, overrides, resume, overwrite)
+
+        return main
+
+    return decorate
+
+
+# words for it: torch's, on CUDA and on a CPU, those of threads, of C++, and of CUDA's libraries
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "can't start new thread", "bad_alloc", "ALLOC_FAILED")
+
+
+@contextmanager
+def in_one_line(writing: str, then: str, *expected: type[Exception]) -> Iterator[None]:
+    """End a program with one line, and exit code 1, for what is no bug and no mistake in what was asked of it.
+
+    That is Ctrl-C, a disk that is full or may not be written (``writing`` names what should have been), memory that
+    does not suffice, and errors of the kinds ``expected``; ``then`` says what to do.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise click.ClickException(f"interrupted; {then}") from None
+    except expected as error:
+        raise click.ClickException(f"{error}; {then}") from None
+    except (OSError, SafetensorError) as error:  # the latter is how that library reports a full disk
+        raise click.ClickException(f"{writing} could not be written ({error}); {then}") from error
+    except (MemoryError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if reason.startswith("Could not determine home directory"):  # pathlib's words
+            raise UserError("a path begins with ~ and means a home directory that is not known here") from error
+        if not isinstance(error, MemoryError) and not any(words in reason for words in OUT_OF_MEMORY):
+            raise
+        raise click.ClickException(f"memory did not suffice ({reason}); {then}") from error
+
+
+def progress(rows: Iterable[Any] | None = None, *, show: bool = True, **options: Any) -> Any:
+    """A tqdm bar on stderr, silent where that is not a terminal, or not to ``show``."""
+    return tqdm(rows, disable=not (show and sys.stderr.isatty()), dynamic_ncols=True, **options)

@@ -1,0 +1,187 @@
+"""What a run leaves behind: ``metrics.jsonl``, TensorBoard events, completions, MIDI and WAV.
+
+Everything that is indexed by a step can be cut back to a step, so that a run that is resumed from a checkpoint
+writes the same files as one that was never interrupted.
+"""
+
+import json
+import math
+import os
+import sys
+import threading
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import click
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from smart import UserError
+from smart.files import is_leftover, parse_json, write_atomically
+from smart.render.audio import write_midi, write_wav
+
+METRICS = "metrics.jsonl"
+
+
+class Tracker:
+    """Writes a run's files. Use as a context manager; ``start`` is the last step that is already done (0: none)."""
+
+    def __init__(self, folder: Path, *, start: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = folder
+        self._completions: list[dict[str, Any]] = []
+        _cut_back(folder, start)
+        self._metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115  # closed by close()
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self._hook, threading.excepthook = threading.excepthook, self._thread_failed
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        threading.excepthook = self._hook
+        self._metrics.close()
+        self._board.close()
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """What TensorBoard's thread cannot write, the next point raises: no traceback of its own."""
+        if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__module__.startswith("tensorboard")):
+            self._hook(failure)
+
+    def say(self, text: str) -> None:
+        """A line for the person who watches (stderr, above any progress bar) and for the run's log."""
+        with suppress(OSError):  # a terminal that was closed, a pipe that nobody reads any more: no reason to stop
+            tqdm.write(text, file=sys.stderr)
+        with open(self.folder / "log.txt", "a", encoding="utf-8") as log:
+            log.write(text + "\n")
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of ``metrics.jsonl`` and one point a curve; a value that is not finite becomes null."""
+        line = {key: (value if math.isfinite(value) else None) for key, value in values.items()}
+        self._metrics.write(json.dumps({"step": step, **line}) + "\n")
+        self._metrics.flush()
+        for key, value in values.items():
+            self._board.add_scalar(key, value, step)
+
+    def completions(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Keep rows (step, prompt, tokens, scores, ...) for the Parquet file of the next ``flush``."""
+        self._completions += map(dict, rows)
+
+    def flush(self, step: int) -> None:
+        """Write the rows kept since the last flush as ``completions/<step>.parquet``; then the disk has all metrics."""
+        os.fsync(self._metrics.fileno())
+        if not self._completions:
+            return
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        folder = self.folder / "completions"
+        folder.mkdir(exist_ok=True)
+        table = pa.Table.from_pylist(self._completions)
+        write_atomically(folder / f"{step:08d}.parquet", lambda file: pq.write_table(table, file))
+        self._completions.clear()
+
+    def listen(self, name: str, score: Any, audio: npt.NDArray[np.float32] | None, sample_rate: int) -> Path:
+        """Write ``<name>.mid`` and, unless the clip failed, ``<name>.wav``; returns the path to listen to."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        midi = path.with_suffix(".mid")
+        write_midi(midi, score)
+        if audio is None:
+            return midi
+        wav = path.with_suffix(".wav")
+        write_wav(wav, audio, sample_rate)
+        return wav
+
+
+class Onlooker(Tracker):
+    """A tracker that writes nothing: for processes beside the one that does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def completions(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        pass
+
+    def flush(self, step: int) -> None:
+        pass
+
+    def listen(self, name: str, score: Any, audio: npt.NDArray[np.float32] | None, sample_rate: int) -> Path:
+        return self.folder / name
+
+
+def summarise(folder: Path, rewards: Mapping[str, npt.NDArray[np.float32]]) -> str:
+    """Write ``summary.json``: the mean reward of fresh base and tuned samples and how they differ; say it in words."""
+    mean = {name: float(values.mean()) for name, values in rewards.items()}
+    error = {name: float(values.std(ddof=1)) / math.sqrt(len(values)) for name, values in rewards.items()}
+    difference, its_error = mean["tuned"] - mean["base"], math.hypot(*error.values())
+    summary: dict[str, Any] = {
+        name: {"n": len(rewards[name]), "reward": mean[name], "standard_error": error[name]} for name in rewards
+    }
+    summary["difference"] = {"reward": difference, "standard_error": its_error}
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=1).encode())
+    times = f" = {difference / its_error:.1f} standard errors" if its_error else ""
+    return "\n".join(
+        [
+            *(
+                f"{name:>10} {mean[name]:7.3f} ± {error[name]:.3f}  mean reward of {len(rewards[name])} fresh samples"
+                for name in rewards
+            ),
+            f"difference {difference:+7.3f} ± {its_error:.3f}{times}",
+            f"listen:       {folder / 'final'}/00-base.wav, then 00-tuned.wav, 01-base.wav, ... (and .mid)",
+            f"reward curve: {folder / 'reward_mean.png'}",
+            f"tuned model:  {folder / 'tuned'}",
+        ]
+    )
+
+
+def read_metrics(folder: Path, keys: Collection[str] | None = None) -> list[dict[str, Any]]:
+    """The run's metrics, one mapping a step, in order: "step" and those of ``keys`` that it has (None: all).
+
+    A last line that a crash cut short is left out; any other that cannot be read is too, and is named on stderr.
+    """
+    path = folder / METRICS
+    if not path.is_file():
+        raise UserError(f"run {folder}: has no {METRICS}")
+    rows, damaged = [], 0
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if damaged:  # and not the last
+                click.echo(f"Warning: {path}: line {damaged} is damaged and left out", err=True)
+            damaged = 0
+            try:
+                row = parse_json(line)
+                if not isinstance(row["step"], int):
+                    raise TypeError
+            except (ValueError, KeyError, TypeError):
+                damaged = number
+                continue
+            rows.append(row if keys is None else {key: row[key] for key in ("step", *keys) if key in row})
+    return rows
+
+
+def _cut_back(folder: Path, step: int) -> None:
+    """Drop what was written after ``step``: it is going to be written again."""
+    if (folder / METRICS).exists():
+        # step 0, the base's own values, is written by the run's first process
+        rows = [json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= step and step > 0]
+        write_atomically(folder / METRICS, "".join(rows).encode())
+    for path in (folder / "completions").glob("*"):
+        if is_leftover(path) or (path.suffix == ".parquet" and path.stem.isdecimal() and int(path.stem) > step):
+            path.unlink()

@@ -1,0 +1,81 @@
+"""Decoding step after step from the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from smart.tokens import Place
+
+if TYPE_CHECKING:
+    pass
+from smart.sampler.choice import Choice
+from smart.sampler.network import Network, drop_rows, forward, new_cache, padding_mask, prefill
+
+# Looking whether all rows have ended makes the host wait for the device; a CPU has nothing to wait for.
+STEPS_PER_LOOK = {"cpu": 1}
+STEPS_PER_LOOK_ELSEWHERE = 16
+STEPS_PER_WATCH = 16
+# (N, P+t) tokens so far and (N,) which rows have ended; both on the CPU, and good only until the call returns
+Watch = Callable[[Tensor, Tensor], None]
+
+
+class Start(NamedTuple):
+    """What a batch starts from, on the model's device."""
+
+    prompts: Tensor  # (B, P) int64
+    real: Tensor  # (B, P) bool, False on padding
+    uniforms: Tensor  # (T, N) float64
+    group_size: int
+
+
+def decode_eagerly(
+    net: Network, table: tuple[Tensor, Tensor], start: Start, choice: Choice, watch: Watch | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Step after step from the host: tokens (N, P+T), mask (N, T), logprobs (N, T), as yet uncut."""
+    prompts, real, uniforms, group_size = start
+    device, length = prompts.device, prompts.shape[1]
+    choice = choice.to(device)
+    steps, n = uniforms.shape
+    total = length + steps
+    cos, sin = table
+    cache = new_cache(net, n, total)
+    logits = prefill(net, prompts, real, cos, sin, group_size, cache)
+    tokens = prompts.new_full((n, total), choice.pad_id)
+    tokens[:, :length] = prompts.repeat_interleave(group_size, 0)
+    mask = torch.zeros(n, steps, dtype=torch.bool, device=device)
+    logprobs = torch.zeros(n, steps, device=device)
+    # of every row still in the batch: which sequence it is, whether it goes on, its next position
+    rows = torch.arange(n, device=device)
+    alive = torch.ones(n, dtype=torch.bool, device=device)
+    place = real.sum(-1).repeat_interleave(group_size)
+    padding = padding_mask(real, group_size, total, net.cache_dtype)
+    stand = choice.stand(tokens[:, :length])
+    look = STEPS_PER_LOOK.get(device.type, STEPS_PER_LOOK_ELSEWHERE)
+
+    for step in range(steps):
+        mask[rows, step] = alive
+        drawn, logprob, alive, stand = choice.choose(logits, uniforms[step, rows], alive, stand)
+        tokens[rows, length + step] = drawn
+        logprobs[rows, step] = logprob
+        if choice.eos_id is not None and (step + 1) % look == 0 and not alive.all():
+            if not alive.any():
+                break
+            if device.type == "cpu":
+                cache, kept = drop_rows(cache, alive, length + step)
+                rows, alive, place, drawn = rows[kept], alive[kept], place[kept], drawn[kept]
+                padding = None if padding is None else padding[kept]
+                stand = None if stand is None else Place(*(part[kept] for part in stand))
+        if watch is not None and (step + 1) % STEPS_PER_WATCH == 0:
+            ended = torch.ones(n, dtype=torch.bool, device=device)
+            ended[rows] = ~alive
+            watch(tokens[:, : length + step + 1].cpu(), ended.cpu())
+        if step + 1 < steps:
+            end = length + step + 1
+            seen = None if padding is None else padding[..., :end]
+            logits = forward(net, drawn[:, None], cos[place, None], sin[place, None], seen, cache, end - 1)
+            place = place + 1
+    return tokens, mask, logprobs

@@ -1,0 +1,182 @@
+"""Decoding with one CUDA graph per step, which the host replays without waiting for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from smart.tokens import Place
+
+if TYPE_CHECKING:
+    from transformers import Phi3ForCausalLM
+from smart.sampler.choice import Choice
+from smart.sampler.eager import STEPS_PER_LOOK_ELSEWHERE, Start, Watch
+from smart.sampler.network import (
+    Cache,
+    Network,
+    forward,
+    new_cache,
+    padding_mask,
+    prefill,
+    read_network,
+    rotation_table,
+    weights_of,
+)
+
+
+class _Slots(NamedTuple):
+    """All that one decode step reads and writes, at addresses that stay; no shape depends on the step."""
+
+    net: Network
+    cache: Cache
+    cos: Tensor  # (L, R)
+    sin: Tensor
+    places: Tensor  # (L,) int64: 0, 1, 2, ...
+    padding: Tensor  # (N, 1, 1, L), -inf on the prompts' padding, else 0
+    uniforms: Tensor  # (L, N) float64, at the place that they decide
+    tokens: Tensor  # (N, L) int64
+    mask: Tensor  # (N, L) bool
+    logprobs: Tensor  # (N, L) float32
+    logits: Tensor  # (N, V) float32, of the next token
+    alive: Tensor  # (N,) bool
+    place: Tensor  # (N,) int64, rotary position of the next token
+    column: Tensor  # (1,) int64, place of the next token in its row
+    stand: Place | None  # (N,) each, where the rows stand in the grammar, if there is one
+
+
+def _new_slots(model: Phi3ForCausalLM, dtype: torch.dtype, n: int, places: int, choice: Choice) -> _Slots:
+    net = read_network(model, dtype)
+    device = net.embedding.device
+    cos, sin = rotation_table(model, places)
+    tokens = torch.full((n, places), choice.pad_id, device=device)
+    stand = choice.stand(tokens[:, :1])
+    return _Slots(
+        net=net,
+        cache=new_cache(net, n, places),
+        cos=cos,
+        sin=sin,
+        places=torch.arange(places, device=device),
+        padding=torch.zeros(n, 1, 1, places, dtype=net.cache_dtype, device=device),
+        uniforms=torch.zeros(places, n, dtype=torch.float64, device=device),
+        tokens=tokens,
+        mask=torch.zeros(n, places, dtype=torch.bool, device=device),
+        logprobs=torch.zeros(n, places, device=device),
+        logits=torch.zeros(n, net.head.shape[0], device=device),
+        alive=torch.zeros(n, dtype=torch.bool, device=device),
+        place=torch.zeros(n, dtype=torch.int64, device=device),
+        column=torch.zeros(1, dtype=torch.int64, device=device),
+        stand=None if stand is None else Place(*(part.clone() for part in stand)),
+    )
+
+
+def _fill(slots: _Slots, model: Phi3ForCausalLM, start: Start, choice: Choice) -> None:
+    """Make ready for a batch: the weights as they are now, and all that a batch before left behind overwritten."""
+    prompts, real, uniforms, group_size = start
+    length = prompts.shape[1]
+    for held, now in zip(weights_of(slots.net), weights_of(read_network(model, slots.net.dtype)), strict=True):
+        if held.data_ptr() != now.data_ptr():  # a cast of the parameter, not the parameter itself
+            held.copy_(now)
+    for pair in slots.cache:
+        for full in pair:
+            full.zero_()  # a masked position must be finite: 0 times NaN would be NaN
+    padding = padding_mask(real, group_size, len(slots.places), slots.padding.dtype)
+    slots.padding.zero_() if padding is None else slots.padding.copy_(padding)
+    slots.uniforms[length : length + len(uniforms)] = uniforms
+    slots.tokens.fill_(choice.pad_id)
+    slots.tokens[:, :length] = prompts.repeat_interleave(group_size, 0)
+    slots.mask.zero_()
+    slots.logprobs.zero_()
+    slots.alive.fill_(True)
+    slots.place.copy_(real.sum(-1).repeat_interleave(group_size))
+    slots.column.fill_(length)
+    _write(slots.stand, choice.stand(slots.tokens[:, :length]))
+    slots.logits.copy_(prefill(slots.net, prompts, real, slots.cos, slots.sin, group_size, slots.cache))
+
+
+def _write(held: Place | None, now: Place | None) -> None:
+    for there, here in zip(held or (), now or (), strict=True):
+        there.copy_(here)
+
+
+def _step(slots: _Slots, choice: Choice) -> None:
+    """Draw the next token of every row, then run it through the network; all in place, nothing waits for the device."""
+    uniform = slots.uniforms.index_select(0, slots.column)[0]
+    slots.mask.index_copy_(1, slots.column, slots.alive[:, None])
+    drawn, logprob, alive, stand = choice.choose(slots.logits, uniform, slots.alive, slots.stand)
+    _write(slots.stand, stand)
+    slots.tokens.index_copy_(1, slots.column, drawn[:, None])
+    slots.logprobs.index_copy_(1, slots.column, logprob[:, None])
+    slots.alive.copy_(alive)
+    cos, sin = (part.index_select(0, slots.place)[:, None] for part in (slots.cos, slots.sin))
+    seen = slots.padding.masked_fill(slots.places > slots.column, -math.inf)
+    slots.logits.copy_(forward(slots.net, drawn[:, None], cos, sin, seen, slots.cache, slots.column))
+    slots.place.add_(1)
+    slots.column.add_(1)
+
+
+def _capture(step: Callable[[], None]) -> Callable[[], None]:
+    """``step``, which must only use memory that stays where it is, as a CUDA graph; runs it once to warm up."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):  # around both, since a capture that fails does not go back to where it came from
+        step()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
+class Graph:
+    """A captured decode step with its slots, for batches of one size and one way of choosing tokens.
+
+    Raises RuntimeError where the step cannot be captured.
+    """
+
+    def __init__(self, model: Phi3ForCausalLM, dtype: torch.dtype, places: int, start: Start, choice: Choice) -> None:
+        self.model = model
+        self.grammar = choice.grammar  # held, so that no other grammar can take its id
+        self.choice = choice = choice.to(start.prompts.device)
+        self.slots = _new_slots(model, dtype, start.uniforms.shape[1], places, choice)
+        pinned = self.slots.tokens.is_cuda
+        self.seen = [torch.empty_like(part, device="cpu", pin_memory=pinned) for part in self._watched()]
+        _fill(self.slots, model, start, choice)  # the warm-up needs sound numbers
+        self.replay = _capture(lambda: _step(self.slots, choice))
+
+    def _watched(self) -> tuple[Tensor, Tensor]:
+        return self.slots.tokens, self.slots.alive
+
+    def run(self, start: Start, watch: Watch | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (N, P+T), mask (N, T), logprobs (N, T), as yet uncut.
+
+        The host looks at a copy of what had been drawn one look earlier, while the device goes on with the next
+        steps: neither waits for the other.
+        """
+        slots, length, steps = self.slots, start.prompts.shape[1], len(start.uniforms)
+        _fill(slots, self.model, start, self.choice)
+        copied: torch.cuda.Event | None = None
+        ahead = 0  # tokens of a row in the copy that is on its way
+        for step in range(1, steps + 1):
+            self.replay()
+            if step % STEPS_PER_LOOK_ELSEWHERE == 0:
+                if ahead:
+                    if copied is not None:
+                        copied.synchronize()
+                    tokens, alive = self.seen
+                    if watch is not None:
+                        watch(tokens[:, :ahead], ~alive)
+                    if not alive.any():
+                        break
+                for host, device in zip(self.seen, self._watched(), strict=True):
+                    host.copy_(device, non_blocking=True)
+                if slots.tokens.is_cuda:
+                    copied = torch.cuda.Event()
+                    copied.record()
+                ahead = length + step
+        end = length + steps
+        return slots.tokens[:, :end], slots.mask[:, length:end], slots.logprobs[:, length:end]
