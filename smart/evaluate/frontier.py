@@ -309,7 +309,7 @@ def report(
         for gone in one["collapsed"][:1]:
             click.echo(f"  first at iteration {gone['step']}: {gone['why']}")
     if rates.is_stand_in:
-        click.echo(f"{rates.name} only approximates the aesthetic model: see docs/rewards.md")
+        click.echo(f"{rates.name} is an approximation, not the aesthetic model: see docs/rewards.md")
     click.echo(f"report in {out}: frontier.png, frontier.pdf, frontier.csv, frontier.parquet, summary.json")
 
 

@@ -101,7 +101,7 @@ def load_rewards(kinds: Sequence[str], options: Sequence[str], device: str) -> l
 def announce(rewards: Sequence[Reward]) -> None:
     """Print where each reward's weights come from, and which rewards are approximations."""
     for reward in rewards:
-        note = " (only approximates the aesthetic model)" if reward.is_stand_in else ""
+        note = " (an approximation, not the aesthetic model)" if reward.is_stand_in else ""
         click.echo(f"{reward.name}{note}: {reward.provenance}", err=True)
 
 

@@ -319,5 +319,5 @@ def sample(
     click.echo(describe(table, names, axes))
     for reward in rewards:
         if reward.is_stand_in:
-            click.echo(f"{reward.name} only approximates the aesthetic model: see docs/rewards.md")
+            click.echo(f"{reward.name} is an approximation, not the aesthetic model: see docs/rewards.md")
     click.echo(f"{table.num_rows} pieces in {out}")

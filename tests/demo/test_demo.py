@@ -173,7 +173,7 @@ def test_it_says_where_it_comes_from(demo: Demo, parsed: Parsed) -> None:
     assert str(demo.run.parent) not in parsed.words
     assert "TimGM6mb.sf2, SHA-256 " in parsed.words and "prompts are numbers 0 to 1 of seed 1" in parsed.words
     assert dumps(Config()) in parsed.words
-    assert "ce_proxy only approximates the aesthetic model" in parsed.words
+    assert "ce_proxy is an approximation, not the aesthetic model" in parsed.words
 
 
 def test_it_is_small_and_the_same_again(demo: Demo, parsed: Parsed) -> None:
