@@ -404,7 +404,7 @@ def test_missing_files_are_named(small: Weights, tmp_path: Path) -> None:
     refused(str(tmp_path), "the folder has no config.json and no model.safetensors")
     shutil.copy(small.folder / "config.json", tmp_path)
     refused(str(tmp_path), "the folder has no model.safetensors")
-    refused(str(small.folder / "model.safetensors"), "name its folder")
+    refused(str(small.folder / "model.safetensors"), "give its folder")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
@@ -415,8 +415,8 @@ def test_damaged_files_are_named(small: Weights, tmp_path: Path, damage: str) ->
     for path in (folder / "model.safetensors", checkpoint):
         whole = path.read_bytes()
         path.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"<html>404</html>"}[damage])
-    refused(str(folder), "model.safetensors is damaged or no safetensors file")
-    refused(str(checkpoint), "damaged or no checkpoint of plain tensors")
+    refused(str(folder), "model.safetensors is damaged or not a safetensors file")
+    refused(str(checkpoint), "damaged or not a checkpoint of plain tensors")
 
 
 @pytest.mark.parametrize(
@@ -438,7 +438,7 @@ def test_a_configuration_of_another_size_is_named(small: Weights, tmp_path: Path
     shutil.copy(small.folder / "model.safetensors", tmp_path)
     config = {"target_transform": TRANSFORM, "proj_num_layer": 2}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    refused(str(tmp_path), "tensors lack or misfit, e.g. proj_layer.CE", built_only=True)
+    refused(str(tmp_path), "tensors are missing or misshapen, e.g. proj_layer.CE", built_only=True)
     (tmp_path / "config.json").write_text(json.dumps(config | {"proj_num_layer": 10**12}))
     refused(str(tmp_path), "its configuration is not usable (proj_num_layer = 1000000000000)", built_only=True)
     (tmp_path / "config.json").write_text(json.dumps(config | {"proj_act_fn": "swish"}))
@@ -457,15 +457,15 @@ def test_other_checkpoints_are_named(small: Weights, tmp_path: Path) -> None:
     some = next(iter(state))
     refused(changed(model_cfg=None, target_transform=None), "has no model_cfg, no target_transform")
     refused(changed(model_cfg={"precision": "32"}), "model_cfg of the checkpoint has no proj_num_layer")
-    refused(changed(state_dict={"encoder.weight": torch.zeros(2)}), "it is another model")
+    refused(changed(state_dict={"encoder.weight": torch.zeros(2)}), "it is a different model")
     refused(
         changed(state_dict=state | {"model.more": torch.zeros(2)}),
-        "not the model's, e.g. more",
+        "do not belong to the model, e.g. more",
         built_only=True,
     )
     refused(
         changed(state_dict={key: value for key, value in state.items() if key != some}),
-        f"1 of {len(state)} tensors lack or misfit, e.g. {some.removeprefix('model.')}",
+        f"1 of {len(state)} tensors are missing or misshapen, e.g. {some.removeprefix('model.')}",
         built_only=True,
     )
     refused(
@@ -481,7 +481,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "sprung",))
 
     torch.save({"state_dict": Trap()}, tmp_path / "checkpoint.pt")
-    refused(str(tmp_path / "checkpoint.pt"), "no checkpoint of plain tensors")
+    refused(str(tmp_path / "checkpoint.pt"), "not a checkpoint of plain tensors")
     assert not (tmp_path / "sprung").exists()
 
 

@@ -315,7 +315,7 @@ def test_built_in_rewards_refuse_what_they_do_not_know() -> None:
         load_reward("ce_proxy", weights={"PQ": 1.0})
     with pytest.raises(UserError, match='no device "gpu"'):
         load_reward("ce_proxy", device="gpu")
-    with pytest.raises(UserError, match='device "cuda:99" is not here'):
+    with pytest.raises(UserError, match='device "cuda:99" is not available'):
         load_reward("ce_proxy", device="cuda:99")
 
 
