@@ -243,8 +243,8 @@ def _set(row: int, column: str, value: str) -> Callable[[list[dict[str, str]]], 
     ("change", "message"),
     [
         (_set(3, "clip", "nowhere.wav"), "nowhere.wav"),
-        (_set(3, "clip", "/etc/x.wav"), 'line 5: clip "/etc/x.wav" is not inside of --audio'),
-        (_set(3, "clip", "../x.wav"), 'line 5: clip "../x.wav" is not inside of --audio'),
+        (_set(3, "clip", "/etc/x.wav"), 'line 5: clip "/etc/x.wav" is not inside --audio'),
+        (_set(3, "clip", "../x.wav"), 'line 5: clip "../x.wav" is not inside --audio'),
         (_set(3, "clip", "x" * 300), "missing from"),
         (_set(3, "clip", ""), 'line 5: no file name in column "clip"'),
         (_set(3, "clip", "0.wav"), 'clip "0.wav" is listed twice'),
@@ -258,7 +258,7 @@ def _set(row: int, column: str, value: str) -> Callable[[list[dict[str, str]]], 
         (lambda rows: [row.update(clips=row.pop("clip")) for row in rows], '"clip", only CE, sample, clips'),
         (
             lambda rows: [row.pop("CE") for row in rows],
-            'no column "CE", only clip, sample; name the right one',
+            'no column "CE", only clip, sample; choose one of them',
         ),
     ],
 )
@@ -333,7 +333,7 @@ def test_a_header_of_few_samples_a_second_and_a_clip_of_many_minutes_are_refused
     """Resampled, the first would take four gigabytes."""
     path = tmp_path / "clip.wav"
     soundfile.write(path, np.zeros(65536), 1, subtype="PCM_U8")
-    with pytest.raises(UserError, match="1 samples a second, at least 4000"):
+    with pytest.raises(UserError, match="a sample rate of 1 Hz, at least 4000"):
         read_clip(path)
     soundfile.write(path, np.zeros(601 * 4000), 4000, subtype="PCM_U8")
     with pytest.raises(UserError, match="longer than 600 s"):

@@ -360,7 +360,7 @@ def test_scores_stay_on_the_scale(play: Player, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=2), "version 2, this program reads 1"),
+        (lambda d: d.update(version=2), "version 2, expected 1"),
         (lambda d: d.update(version=True), "version True"),
         (lambda d: d.pop("format"), "smart.ce_proxy"),
         (lambda d: d.update(sample_rate=44100), "sample_rate"),
