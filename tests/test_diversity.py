@@ -219,7 +219,7 @@ def test_summary_within_groups() -> None:
     assert found["vendi_audio"] == pytest.approx(2, abs=0.05) and found["vendi_audio_within"] == pytest.approx(1)
     assert found["vendi"] == pytest.approx(math.exp(1.5 * math.log(2)), abs=1e-6)
     assert "vendi_audio" not in summary(pieces, [None] * 4, rate)
-    with pytest.raises(ValueError, match="as many"):
+    with pytest.raises(ValueError, match="one clip and label per piece"):
         summary(pieces, groups=["a"])
     with pytest.raises(ValueError, match="sample_rate"):
         summary(pieces, clips)

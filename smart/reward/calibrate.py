@@ -270,9 +270,7 @@ def main(
     x = torch.stack(described).double()
     y = torch.tensor([clip.score for clip in clips], dtype=torch.float64)
     if float(x.std(dim=0, correction=0).max()) <= CONSTANT:
-        raise UserError(
-            f"all {len(clips)} clips have the same descriptors (silent, or copies?); use clips that differ"
-        )
+        raise UserError(f"all {len(clips)} clips have the same descriptors (silent, or copies?); use clips that differ")
     coefficients = fit(x, y, ridge)
     validation = _validate(x, y, clips, folds=folds, repeats=repeats, ridge=ridge, seed=seed)
     univariate = {name: spearman(x[:, column], y) for column, name in enumerate(DESCRIPTORS)}

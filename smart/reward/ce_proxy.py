@@ -299,9 +299,7 @@ def _parse(data: Any, path: str) -> Coefficients:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise UserError(f'coefficients {path}: expected a JSON object with "format": "{FORMAT}"')
     if type(data.get("version")) is not int or data["version"] != VERSION:
-        raise UserError(
-            f"coefficients {path}: version {data.get('version')!r}, expected {VERSION}; calibrate again"
-        )
+        raise UserError(f"coefficients {path}: version {data.get('version')!r}, expected {VERSION}; calibrate again")
     if data.get("axis") != AXIS or data.get("sample_rate") != SAMPLE_RATE:
         raise UserError(f'coefficients {path}: expected "axis": "{AXIS}" and "sample_rate": {SAMPLE_RATE}')
     entries = data.get("descriptors")
