@@ -531,7 +531,7 @@ def test_an_unreachable_hub_is_given_up_on_within_seconds(hub: str, tmp_path: Pa
         if hub == "is silent":
             server.listen(8)  # connections are accepted by the kernel, and nobody ever answers
         message, seconds = ask_a_hub_at(server.getsockname()[1], tmp_path)
-    assert "Hugging Face hub does not give it" in message
+    assert "Hugging Face hub cannot provide it" in message
     assert audiobox.CHECKPOINT_URL in message
     assert "[reward.options] model =" in message
     assert "\n" not in message

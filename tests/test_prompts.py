@@ -104,7 +104,7 @@ def test_mistakes(tokenizer: Any) -> None:
     generator = torch.Generator()
     with pytest.raises(UserError, match=r"prompts\.corpus"):
         draw("dataset", 1, tokenizer, generator)
-    with pytest.raises(UserError, match="piece 0 of the corpus holds no tempo"):
+    with pytest.raises(UserError, match="piece 0 of the corpus has no tempo"):
         draw("dataset", 1, tokenizer, generator, pieces=[pieces(tokenizer)[0][:3]])
     with pytest.raises(ValueError, match="'tune': expected one of procedural"):
         draw("tune", 1, tokenizer, generator)

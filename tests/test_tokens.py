@@ -209,21 +209,21 @@ def _change(key: str, value: Any) -> Any:
     [
         (_change("tokenization", "TSD"), "a TSD"),
         (_change("_model", "{}"), "trained"),
-        (_change("pitch_range", [5, 3]), "makes no piano vocabulary"),
-        (_change("pitch_range", 5), "makes no piano vocabulary"),
-        (_change("beat_res", {"0-4": 12}), "makes no piano vocabulary"),
+        (_change("pitch_range", [5, 3]), "gives no piano vocabulary"),
+        (_change("pitch_range", 5), "gives no piano vocabulary"),
+        (_change("beat_res", {"0-4": 12}), "gives no piano vocabulary"),
         (_change("beat_res", {"0_4": 10**9}), "1e\\+09 in its configuration, at most 1000"),
         (_change("beat_res", {"0_1000000000": 4}), "at most 1000"),
         (_change("num_tempos", 10**9), "at most 1000"),
         (_change("pitch_range", [0, 10**9]), "at most 1000"),
         (lambda saved: saved.update(config={"x": math.nan, **saved["config"], "num_tempos": 10**9}), "at most 1000"),
         (lambda saved: saved["config"].update(use_pitch_bends=True, pitch_bend_range=[0, 1, 2 * 10**8]), "at most"),
-        (_change("pitch_bend_range", None), "makes no piano vocabulary"),
+        (_change("pitch_bend_range", None), "gives no piano vocabulary"),
         (_change("use_tempos", False), "no Tempo token"),
         (_change("use_velocities", False), "no Velocity token"),
         (_change("special_tokens", ["PAD_None"]), "no BOS_None"),
         (lambda saved: saved.pop("config"), "cannot be read"),
-        (lambda saved: saved["config"].pop("time_signature_range"), "makes no piano vocabulary"),
+        (lambda saved: saved["config"].pop("time_signature_range"), "gives no piano vocabulary"),
         (_change("miditok_version", "three"), "cannot be read"),
     ],
 )
@@ -315,7 +315,7 @@ def test_from_the_hub_then_from_its_cache(tokenizer: REMI, hub: Any, tmp_path: P
 
     monkeypatch.chdir(tmp_path)
     assert load_tokenizer("owner/name").vocab == tokenizer.vocab
-    with pytest.raises(UserError, match="the Hugging Face hub does not give it"):
+    with pytest.raises(UserError, match="the Hugging Face hub cannot provide it"):
         load_tokenizer("owner/other")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port: refused
     assert load_tokenizer("owner/name").vocab == tokenizer.vocab
@@ -328,7 +328,7 @@ def test_hub_out_of_reach_says_so_soon(tmp_path: Path, monkeypatch: Any) -> None
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     began = time.monotonic()
-    with pytest.raises(UserError, match=r"no such path here, .*give the folder that holds it") as raised:
+    with pytest.raises(UserError, match=r"no such local path, .*give the folder that contains it") as raised:
         load_tokenizer("owner/name")
     assert time.monotonic() - began < 15  # the hub client alone takes 23
     assert "\n" not in str(raised.value)
