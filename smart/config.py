@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -230,9 +230,17 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, schema: type[Schema
         values = parse_toml(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"config {file}: cannot be read as TOML: {error}") from None
-    for override in overrides:
-        _apply(values, override)
-    return _build(schema, values, "", str(file))
+    overrides = {_apply(values, override): override for override in overrides}
+
+    def source(name: str) -> str:
+        for key, override in overrides.items():
+            if f"{name}.".startswith(f"{key}."):
+                return f"--set {_short(override)}"
+            if key.startswith(f"{name}."):
+                return f"{file} with --set {_short(override)}"
+        return str(file)
+
+    return _build(schema, values, "", source)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -274,7 +282,8 @@ def _toml(value: Any) -> str:
     return json.dumps(value)
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def _apply(values: dict[str, Any], override: str) -> str:
+    """Put an override into ``values``; returns its dotted key."""
     key, separator, text = override.partition("=")
     parts = [part.strip() for part in key.split(".")]
     if not separator or len(parts) < 2 or not all(parts):
@@ -290,9 +299,11 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(table, dict):
             raise UserError(f"--set {override!r}: {part} is not a section")
     table[parts[-1]] = value
+    return ".".join(parts)
 
 
-def _build(schema: type[Schema], values: dict[str, Any], prefix: str, source: str) -> Schema:
+def _build(schema: type[Schema], values: dict[str, Any], prefix: str, source: Callable[[str], str]) -> Schema:
+    """Check ``values`` and build ``schema`` from them; ``source`` tells from where a key's value comes."""
     fields = {item.name: item for item in dataclasses.fields(schema)}  # type: ignore[arg-type]  # always a dataclass
     hints = get_type_hints(schema)
     arguments: dict[str, Any] = {}
@@ -301,14 +312,14 @@ def _build(schema: type[Schema], values: dict[str, Any], prefix: str, source: st
         if key not in fields:
             close = difflib.get_close_matches(key, fields, n=1)
             hint = f"did you mean {prefix}{close[0]}?" if close else f"allowed: {', '.join(fields)}"
-            raise UserError(f"{source}: unknown key {name} = {_short(value)}; {hint}")
+            raise UserError(f"{source(name)}: unknown key {name} = {_short(value)}; {hint}")
         kind = hints[key]
         if dataclasses.is_dataclass(kind):
             if not isinstance(value, dict):
-                raise UserError(f"{source}: {name} = {_short(value)}: expected a section [{name}]")
+                raise UserError(f"{source(name)}: {name} = {_short(value)}: expected a section [{name}]")
             arguments[key] = _build(kind, value, f"{name}.", source)  # type: ignore[arg-type]  # is_dataclass narrows to instances too
         else:
-            arguments[key] = _check(kind, value, name, fields[key].metadata, source)
+            arguments[key] = _check(kind, value, name, fields[key].metadata, source(name))
     return schema(**arguments)
 
 

@@ -90,6 +90,21 @@ def test_a_mistake_is_named(override: str, message: str) -> None:
         load("quickstart.toml", [override])
 
 
+def test_a_mistake_is_blamed_on_the_file_or_the_override(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("[grpo]\nbeta = -1\n[reward.weights]\nCE = 1\n")
+    for overrides, source in (
+        ([], str(file)),
+        (["grpo.clip=0.1"], str(file)),
+        (["grpo.beta=-2"], "--set 'grpo.beta=-2'"),
+        (["grpo.beta=0", "grpo.betaa=1"], "--set 'grpo.betaa=1'"),
+        (["grpo.beta=0", "reward.weights.CE=x"], f"{file} with --set 'reward.weights.CE=x'"),
+    ):
+        with pytest.raises(UserError) as raised:
+            load(file, overrides)
+        assert raised.value.message.startswith(f"{source}: "), raised.value.message
+
+
 def test_overrides_take_toml_and_bare_words() -> None:
     config = load(
         "quickstart.toml",
