@@ -195,7 +195,7 @@ def test_the_best_of_several_is_the_one_that_rates_best(tmp_path: Path) -> None:
     length = ("--tokens", 64, "--seconds", 8)
     assert generate("--out", tmp_path / "all", "-n", 4, *length).exit_code == 0
     result = generate("--out", tmp_path / "best", "-n", 1, "--best-of", 4, "--reward", "ce_proxy", *length)
-    assert result.exit_code == 0 and "best of 4 by ce_proxy (a stand-in" in result.output, result.output
+    assert result.exit_code == 0 and "best of 4 by ce_proxy (an approximation" in result.output, result.output
     reward = load_reward("ce_proxy")
     ratings = []
     for row in table(tmp_path / "all"):
@@ -258,7 +258,7 @@ def test_a_damaged_table_is_named_and_made_up_for(tmp_path: Path, line: bytes) -
         (["--continue", "absent.mid"], "--continue absent.mid: no such file"),
         (["--continue", "text.mid"], "--continue text.mid: not a MIDI file"),
         (["--continue", "violin.mid"], "--continue violin.mid: no piano notes"),
-        (["--continue", "song.mid", "--tempo", "90"], "a continuation keeps its song's own"),
+        (["--continue", "song.mid", "--tempo", "90"], "a continuation keeps the song's own"),
         (["--soundfont", "absent.sf2"], "does not exist"),
         (["--best-of", "2", "--reward", "applause"], 'there is no reward "applause"'),
         (["--best-of", "2", "--reward-option", "loud"], "expected KEY=VALUE"),
