@@ -353,7 +353,7 @@ COLUMNS = ("piece", "file", "notes", "seconds", "tokens", "unplayable", "candida
 def main(context: click.Context, **given: Any) -> None:
     """Write music with a base or a tuned run, as MIDI and WAV.
 
-    After an interruption the same command continues.
+    If it was interrupted, run the same command again to continue.
     """
     if given["song"] is not None:
         for name in ("tempo", "time_signature"):

@@ -60,7 +60,9 @@ def test_the_rule_is_a_half_or_three_quarters_far_away() -> None:
     assert collapsed(base, base | {"vendi": 9.99}) == "vendi is 9.99, under half of the base's 20"
     assert collapsed(base, base | {"pitches": 19.0}) == "pitches is 19, under half of the base's 40"
     far = base | {"kl": 0.26, "pitches": 29.0}
-    assert collapsed(base, far) == "pitches is 29, under three quarters of the base's 40, at 0.26 nats a token from it"
+    assert (
+        collapsed(base, far) == "pitches is 29, under three quarters of the base's 40, at a KL of 0.26 nats per token"
+    )
     assert collapsed(base, far | {"kl": 0.25}) is collapsed(base, far | {"pitches": 30.0}) is None
     assert collapsed(base, {"reward": 7.0}) is collapsed({}, base) is collapsed(base, base | {"vendi": NAN}) is None
 
@@ -101,7 +103,7 @@ def test_one_bad_measurement_is_no_collapse_and_two_in_a_row_are() -> None:
 def test_the_budget_stops_where_it_is_reached() -> None:
     assert history((0.1, 5, 20), (0.19, 5, 20), kl_budget=0.2).stop is None
     assert history((0.1, 5, 20), (0.2, 5, 20), kl_budget=0.2).stop == (
-        "KL to the base is 0.2 nats a token, the budget 0.2"
+        "KL to the base is 0.2 nats per token, the budget 0.2"
     )
     assert history(kl_budget=1e-9).stop is None  # the base itself has spent nothing
     assert history((9.0, 5, 20)).stop is None  # no budget
