@@ -47,9 +47,9 @@ def collapsed(baseline: Mapping[str, float], now: Mapping[str, float]) -> str | 
     """Why the pieces of ``now`` count as collapsed, or None.
 
     The rule: one of ``VARIETY`` is under half of the base's value, or under three quarters with a KL to the base of
-    more than 0.25 nats per token. ``baseline`` and ``now`` map names to values, as ``HeldOut.measure`` returns them, for
-    the same prompts; missing names and values that are not finite are ignored. In training the rule must hold at two
-    measurements in a row.
+    more than 0.25 nats per token. ``baseline`` and ``now`` map names to values for the same prompts, as
+    ``HeldOut.measure`` returns them; missing names and values that are not finite are ignored. In training the rule
+    must hold at two measurements in a row.
     """
     kl = now.get("kl", math.nan)
     for name in VARIETY:
@@ -92,8 +92,8 @@ def alikeness(pieces: list[Any], group_size: int) -> torch.Tensor:
 class Judge:
     """A second score for held-out completions that training does not optimise. Higher is better.
 
-    It is ``other``, a second reward; without one, the mean of those axes of ``reward`` that have no weight; if there are
-    none, plausibility: the mean log-probability of a completion's tokens under the base, in nats per token.
+    It is ``other``, a second reward; without one, the mean of those axes of ``reward`` that have no weight; if there
+    are none, plausibility: the mean log-probability of a completion's tokens under the base, in nats per token.
     """
 
     def __init__(self, reward: Reward, other: Reward | None = None) -> None:
