@@ -114,6 +114,7 @@ def test_iteration(tmp_path: Path) -> None:
     table, found = run("iteration.py", f"--config quickstart.toml {SHORT} {ahead}", cwd=tmp_path)
     assert len(found["seconds_all"]["iteration"]) == 1 and found["seconds"]["generate"] > 0
     assert "share" in table and "busiest" in table
+    assert "listen:" not in table  # the run's report names files that are deleted
     assert sum(found["share"].values()) == pytest.approx(1, abs=0.02)  # of medians
     assert set(found["seconds_alone"]) == {"generate", "reference", "render", "score", "learn"}
     if found["device"] == "cpu":
