@@ -129,7 +129,7 @@ def test_not_toml(tmp_path: Path) -> None:
     (tmp_path / "deep.toml").write_text(f"a = {'[' * 100_000}")
     with pytest.raises(UserError, match="nested too deeply"):
         load(tmp_path / "deep.toml")
-    with pytest.raises(UserError, match=r"grpo\.beta"):  # what is no TOML value is a word
+    with pytest.raises(UserError, match=r"grpo\.beta"):  # anything that is not a TOML value is a word
         load("quickstart.toml", [f"grpo.beta={'[' * 100_000}"])
 
 
@@ -183,7 +183,7 @@ VALUES = st.recursive(
     )
 )
 def test_any_toml_is_taken_or_refused_in_one_line(tmp_path: Path, values: dict[str, Any]) -> None:
-    """What is taken is of the right types, and loads again as what it is."""
+    """Accepted values have the right types, and load again unchanged."""
     path = tmp_path / "any.toml"
     path.write_text("\n".join(f"{key} = {toml(value)}" for key, value in values.items()), encoding="utf-8")
     try:

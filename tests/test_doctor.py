@@ -1,4 +1,4 @@
-"""smart doctor: what is not there is named with a command that mends it, and the exit code says so."""
+"""smart doctor: it names missing things with a command that fixes each, and sets the exit code."""
 
 import os
 import shlex
@@ -19,7 +19,7 @@ READY = ["--set", "render.workers=1"]
 
 
 def ask(*arguments: str) -> tuple[int, dict[str, list[str]]]:
-    """Exit code, and of each row its state and text; the line with its remedy is the third."""
+    """The exit code, and the state, the text and the remedy of each row."""
     done = CliRunner().invoke(smart.doctor.main, list(arguments))
     assert done.exception is None or isinstance(done.exception, SystemExit), done.output
     rows: dict[str, list[str]] = {}
@@ -34,7 +34,7 @@ def ask(*arguments: str) -> tuple[int, dict[str, list[str]]]:
 
 
 def test_a_machine_that_is_ready(tmp_path: Path) -> None:
-    """In a process of its own, from an empty folder, with no network to be had: and it leaves nothing behind."""
+    """In a new process, from an empty folder, without a network; it leaves no files."""
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-m", "smart.doctor"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120

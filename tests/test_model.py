@@ -1,4 +1,4 @@
-"""smart.model: bases in the hub's form, and what is wrong with those that are not."""
+"""smart.model: bases in the hub's format, and the errors of damaged ones."""
 
 import json
 import pickle
@@ -35,7 +35,7 @@ def test_saved_in_the_hubs_form_and_loaded_again(base: Path, tiny_model: Any) ->
 
 
 def test_a_folder_as_transformers_and_miditok_publish_it(tokenizer: Any, tmp_path: Path) -> None:
-    """The form of the paper's base on the hub: Phi-3 with the 413-token vocabulary, written without smart."""
+    """A base in the format of the paper's on the hub: Phi-3 with 413 tokens, written without smart."""
     from transformers import Phi3Config, Phi3ForCausalLM
 
     config = Phi3Config(
@@ -137,7 +137,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UserError, match=r"base 'owner/name': .*set model\.base to that folder") as caught:
         find_base("owner/name")
     assert "\n" not in caught.value.message
-    for name in ("owner/my--model", "owner/model.git", "owner/model."):  # which the hub gives to nothing
+    for name in ("owner/my--model", "owner/model.git", "owner/model."):  # a name that the hub never uses
         with pytest.raises(UserError, match=r"base 'owner/.*set model\.base to that folder") as caught:
             find_base(name)
         assert "\n" not in caught.value.message
