@@ -68,7 +68,7 @@ def test_what_is_missing_is_named_with_its_remedy(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(smart.soundfonts, "_folders", lambda: [tmp_path])
+    monkeypatch.setattr("smart.render.soundfonts._folders", lambda: [tmp_path])
     code, rows = ask("--set", override, *READY)
     assert code == 1 and rows[row][0] == "MISSING" and found in rows[row][1], rows
     assert [name for name in rows if rows[name][0] == "MISSING"] == [row]
