@@ -1,4 +1,4 @@
-"""smart.bank: what it mixes is what the synthesiser plays, and what it cannot mix goes to the pool."""
+"""smart.render.bank: what it mixes is what the synthesiser plays, and what it cannot mix goes to the pool."""
 
 import math
 import struct
