@@ -19,7 +19,7 @@ from smart.logprobs import Reference
 from smart.prompts import draw
 from smart.render import RenderPool, find_soundfont
 from smart.reward import Reward, load_reward
-from smart.rollout import Batch, Batches, Drawn, Scorer
+from smart.rollout import Batch, Batches, Clips, Drawn, Scorer
 from smart.sampler import Rollout, Sampler
 from smart.tokens import vocabulary
 
@@ -164,7 +164,7 @@ def test_the_judge_is_never_what_is_optimised(tokenizer: Any) -> None:
     batches = Batches(scorer, World(torch.device("cpu")))
     mask = torch.tensor([[True, True], [True, False]])
     rollout = Rollout(torch.zeros(2, 6, dtype=torch.int64), mask, torch.zeros(2, 2))
-    drawn = Drawn(rollout, scorer.listen(), 0)
+    drawn = Drawn(rollout, Clips(scorer), 0)
     drawn.clips.futures = dict(enumerate(clips))
     batch = Batch(rollout, torch.tensor([[-0.5, -1.5], [-2.0, -9.0]]), scorer.collect(clips))
     other = Judge(Loudness())
