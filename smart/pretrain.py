@@ -194,16 +194,16 @@ class Pretraining:
     def __enter__(self) -> "Pretraining":
         with contextlib.ExitStack() as opened:
             self.world = opened.enter_context(join(pick_device(self.config.run.device)))
-            soundfont = self._prepare(opened)
-            self._build()
-            self._open(opened, soundfont)
+            soundfont = self._find_parts(opened)
+            self._build_optimizer()
+            self._open_files(opened, soundfont)
             self._opened = opened.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._opened.__exit__(*error)
 
-    def _prepare(self, opened: contextlib.ExitStack) -> Path:
+    def _find_parts(self, opened: contextlib.ExitStack) -> Path:
         """Read the corpus, make the model, and open the run's folder; returns the soundfont for samples."""
         config, settings, data = self.config, self.config.optimisation, self.config.data
         if not data.corpus:
@@ -240,7 +240,7 @@ class Pretraining:
         self.run = opened.enter_context(run)
         return soundfont
 
-    def _build(self) -> None:
+    def _build_optimizer(self) -> None:
         """Make optimiser and forward pass; if the run is resumed, restore it from the last checkpoint."""
         settings, device = self.config.optimisation, self.world.device
         self.optimizer = torch.optim.AdamW(
@@ -262,7 +262,7 @@ class Pretraining:
         self.forward: Any = self.model if self.world.size == 1 else DistributedDataParallel(self.model)
         self.forward = torch.compile(self.forward) if self._compiling else self.forward
 
-    def _open(self, opened: contextlib.ExitStack, soundfont: Path) -> None:
+    def _open_files(self, opened: contextlib.ExitStack, soundfont: Path) -> None:
         """Open the run's files and, in the lead process, the renderer for samples."""
         self.run.open(self.progress.step, self.config.optimisation.steps, "step")
         self.samples = None
@@ -298,10 +298,10 @@ class Pretraining:
         stopping = self.run.stopping()
         if step % settings.evaluate_every == 0 or step == settings.steps:
             self._evaluate(norm)
-            self._save()
+            self._save_checkpoint()
             self._restart_clock()
         elif stopping:
-            self._save()
+            self._save_checkpoint()
         if stopping and step < settings.steps:
             self.run.leave()
 
@@ -335,12 +335,12 @@ class Pretraining:
         done.waited = 0 if better else done.waited + 1
         done.best, done.loss, done.steps = min(value, done.best), 0.0, 0
 
-    def _save(self) -> None:
+    def _save_checkpoint(self) -> None:
         (loss,) = self.world.sum(self.progress.loss)
         if self.world.lead:
-            self.run.save(self.progress.step, partial(self._write, replace(self.progress, loss=loss)))
+            self.run.save(self.progress.step, partial(self._write_checkpoint, replace(self.progress, loss=loss)))
 
-    def _write(self, progress: Progress, target: Path) -> None:
+    def _write_checkpoint(self, progress: Progress, target: Path) -> None:
         save_base(self.model, self.tokenizer, target)
         checkpoint.write_state(target, self.model, self.optimizer)
         (target / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")

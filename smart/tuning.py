@@ -6,7 +6,7 @@ Axes: N sequences of a batch, of which this process has n; P prompt length, T co
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from smart.logprobs import Reference
 from smart.model import find_base, load_base, pick_device, pick_precision, save_base
 from smart.plots import curves, timeline
 from smart.prompts import LONGEST, Pieces, draw
-from smart.render import RenderPool, check_soundfont, find_soundfont, open_renderer
+from smart.render import Renderer, check_soundfont, find_soundfont, open_renderer
 from smart.reward import Reward, load_reward
 from smart.rollout import Batch, Batches, Clips, Drawn, Scorer, completion_metrics
 from smart.run import Run, Stopwatch, check_packages, checkpoint, summarise
@@ -137,10 +137,10 @@ class Tuning:
     def __enter__(self) -> "Tuning":
         with ExitStack() as opened:
             self.world = opened.enter_context(join(pick_device(self.config.run.device)))
-            self._prepare(opened)
-            self._build()
-            self._open(opened)
-            self._begin()
+            self._find_parts(opened)
+            self._build_models()
+            self._open_files(opened)
+            self._start_log()
             self._opened = opened.pop_all()
         return self
 
@@ -154,7 +154,7 @@ class Tuning:
 
     # --- Building -----------------------------------------------------------------------------------------------------
 
-    def _prepare(self, opened: ExitStack) -> None:
+    def _find_parts(self, opened: ExitStack) -> None:
         """Find the run's parts, load the policy, and open the run's folder."""
         config, world = self.config, self.world
         self.parts = preflight(config, world, self._reward)
@@ -174,7 +174,7 @@ class Tuning:
         )
         self.run = opened.enter_context(run)
 
-    def _build(self) -> None:
+    def _build_models(self) -> None:
         """Make optimizer, reference and samplers; if the run is resumed, restore them from the last checkpoint."""
         settings, sampling, device = self.config.grpo, self.config.sampling, self.world.device
         precision = pick_precision(settings.precision, device)
@@ -195,7 +195,7 @@ class Tuning:
         }
         last = self.run.last
         self.done = 0 if last is None else int(last.name)
-        self._restored = None if last is None else self._restore(last)
+        self._restored_rollout = None if last is None else self._restore(last)
 
     def _restore(self, last: Path) -> Rollout | None:
         """Restore checkpoint ``last``; returns this process's share of the batch that was sampled ahead, if any."""
@@ -211,11 +211,11 @@ class Tuning:
             raise UserError(f"checkpoint {last}: {AHEAD} does not hold a batch ({error})") from None
         return Rollout(*(part.to(self.world.device) for part in share))
 
-    def _open(self, opened: ExitStack) -> None:
+    def _open_files(self, opened: ExitStack) -> None:
         """Open the run's files and its renderer, and set up sampling, rating and measuring."""
         render, sampling = self.config.render, self.config.sampling
         self.run.open(self.done, self.config.grpo.iterations, "iteration")
-        self.pool = open_renderer(
+        renderer: AbstractContextManager[Renderer] = open_renderer(
             render.backend,
             self.parts.soundfont,
             sample_rate=render.sample_rate,
@@ -224,10 +224,10 @@ class Tuning:
             deadline=render.deadline,
             device=self.world.device,
         )
-        opened.enter_context(self.pool)
+        pool = opened.enter_context(renderer)
         scorer = Scorer(
             self.tokenizer,
-            self.pool,
+            pool,
             self.parts.reward,
             sample_rate=render.sample_rate,
             seconds=render.seconds,
@@ -243,7 +243,7 @@ class Tuning:
         )
         self.guard = self._open_guard()
         self.watch = Stopwatch()
-        self._ahead = None if self._restored is None else self._render(self._restored)
+        self._drawn_ahead = None if self._restored_rollout is None else self._render_rollout(self._restored_rollout)
         self._render_metrics: dict[str, float] = {}  # of the current batch
 
     def _open_guard(self) -> Guard:
@@ -252,7 +252,7 @@ class Tuning:
         if track.held_out_every:
             seed = self.config.run.seed + 2**32
             held_out = HeldOut(
-                self._prompts(track.held_out_prompts, torch.Generator().manual_seed(seed), self.parts.unseen),
+                self._draw_prompts(track.held_out_prompts, torch.Generator().manual_seed(seed), self.parts.unseen),
                 seed=seed,
                 batches=self.batches,
                 judge=Judge(self.parts.reward, self.parts.judge),
@@ -269,7 +269,7 @@ class Tuning:
             self.run.tidy_checkpoints(self.done, best=guard.best)
         return guard
 
-    def _begin(self) -> None:
+    def _start_log(self) -> None:
         """Log what is about to happen, and measure the base if the run is new."""
         log, device = self.run.log, self.world.device
         iterations = self.config.grpo.iterations
@@ -282,7 +282,7 @@ class Tuning:
         if not self.done and (measured := self.guard.look(0, self.samplers["base"])):
             self.run.files.metrics(0, measured)
 
-    def _prompts(self, count: int, generator: torch.Generator, pieces: Pieces | None) -> torch.Tensor:
+    def _draw_prompts(self, count: int, generator: torch.Generator, pieces: Pieces | None) -> torch.Tensor:
         return draw(self.config.prompts.kind, count, self.tokenizer, generator, pieces=pieces).to(self.world.device)
 
     # --- One iteration ------------------------------------------------------------------------------------------------
@@ -299,24 +299,24 @@ class Tuning:
 
         With ``rollouts_ahead`` = 1 this returns the batch sampled one iteration ago, and samples the next one.
         """
-        drawn = self._ahead or self._draw()
+        drawn = self._drawn_ahead or self._draw_batch()
         more = self.config.grpo.rollouts_ahead and step < self.config.grpo.iterations
-        self._ahead = self._draw() if more else None  # while the workers render ``drawn``
+        self._drawn_ahead = self._draw_batch() if more else None  # while the workers render ``drawn``
         self.watch.lap("generate")
         return drawn
 
-    def _draw(self) -> Drawn:
+    def _draw_batch(self) -> Drawn:
         settings = self.config.grpo
         return self.batches.draw(
             self.samplers["tuned"],
-            self._prompts(settings.prompts, self.generators["prompts"], self.parts.pieces),
+            self._draw_prompts(settings.prompts, self.generators["prompts"], self.parts.pieces),
             group_size=settings.group_size,
             generator=self.generators["sampler"],
             stopwatch=self.watch,
         )
 
-    def _render(self, rollout: Rollout) -> Drawn:
-        """Have a rollout from a checkpoint rendered; returns the same as ``_draw``."""
+    def _render_rollout(self, rollout: Rollout) -> Drawn:
+        """Have a rollout from a checkpoint rendered; returns the same as ``_draw_batch``."""
         clips = Clips(self.batches.scorer, self.watch)
         clips.submit_rest(rollout)
         return Drawn(rollout, clips, self.world.share(self.config.grpo.prompts).start * self.config.grpo.group_size)
@@ -328,8 +328,8 @@ class Tuning:
         """
         self.watch.lap("reference")
         batch = self.batches.rate(drawn, ref_logp, keep=self._kept_rows(step))
-        if not isinstance(self.pool, RenderPool):
-            self._render_metrics["render/fallback_fraction"] = self.pool.fallback_fraction(drawn.clips.in_order())
+        if fallback_fraction := getattr(self.batches.scorer.pool, "fallback_fraction", None):  # only a bank has it
+            self._render_metrics["render/fallback_fraction"] = fallback_fraction(drawn.clips.in_order())
         drawn.clips.free_audio()  # before the update, which needs the memory
         batch.rated.check()
         self.watch.lap("score")
@@ -380,7 +380,7 @@ class Tuning:
         stopping = run.stopping()
         last, best = self.config.grpo.iterations, self.guard.best
         if step % track.checkpoint_every == 0 or step in (last, best) or self.guard.stop or stopping:
-            self._save(step, metrics)
+            self._save_checkpoint(step, metrics)
         if stopping:
             run.leave()
 
@@ -391,17 +391,17 @@ class Tuning:
             audio = batch.rated.audio[row]
             self.run.files.write_piece(name.format(row), score, audio, self.config.render.sample_rate)
 
-    def _save(self, step: int, metrics: dict[str, float]) -> None:
-        ahead = None if self._ahead is None else self.batches.gather(self._ahead.rollout)
+    def _save_checkpoint(self, step: int, metrics: dict[str, float]) -> None:
+        ahead = None if self._drawn_ahead is None else self.batches.gather(self._drawn_ahead.rollout)
         if self.world.lead:
-            self.run.save(step, partial(self._write, ahead), best=self.guard.best)
+            self.run.save(step, partial(self._write_checkpoint, ahead), best=self.guard.best)
             curves(self.folder, ("reward/mean",), "reward")
             self.run.log(
                 f"iteration {step}: reward {metrics['reward/mean']:.3f}, KL {metrics['policy/kl']:.4f}, "
                 f"{metrics['seconds/iteration']:.1f} s"
             )
 
-    def _write(self, ahead: Rollout | None, target: Path) -> None:
+    def _write_checkpoint(self, ahead: Rollout | None, target: Path) -> None:
         save_base(self.policy, self.tokenizer, target)
         checkpoint.write_state(target, self.policy, self.optimizer, **self.generators)
         self.guard.write(target)
@@ -418,7 +418,7 @@ class Tuning:
             why, best = self.guard.stop, self._best_checkpoint()
             self.policy.load_state_dict(load_base(best, device=self.world.device)[0].state_dict())
             run.log(f"stopped early: {why}; tuned/ is iteration {int(best.name)}, the best by the held-out score")
-        rewards = self._compare()
+        rewards = self._compare_rewards()
         if self.world.lead:
             # an existing tuned/ of a run that is resumed again is never left half replaced
             replace_files(
@@ -449,12 +449,12 @@ class Tuning:
             raise UserError(f"{root} holds no checkpoint any more; start over with --overwrite")
         return newest
 
-    def _compare(self) -> dict[str, Any]:
+    def _compare_rewards(self) -> dict[str, Any]:
         """Sample base and tuned model on the same new prompts with the same seed; returns the rewards of each, (n,)."""
         track, device = self.config.track, self.world.device
         self.run.bar.set_description("base against tuned")
         seed = self.config.run.seed + 2**31
-        prompts = self._prompts(track.final_prompts, torch.Generator().manual_seed(seed), self.parts.pieces)
+        prompts = self._draw_prompts(track.final_prompts, torch.Generator().manual_seed(seed), self.parts.pieces)
         kept = range(min(track.final_listen, len(prompts)))
         rewards = {}
         for name, sampler in self.samplers.items():
