@@ -209,7 +209,9 @@ def test_one_that_is_asked_to_stop_stops_all(base: Path, tmp_path: Path) -> None
     os.kill(workers_of(process.pid)[1], signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and "lost contact with another" not in output  # the traceback is torchrun's
-    assert f"stopped; to go on: python -m smart.grpo --config {tmp_path}/r/config.toml --resume" in output
+    assert (
+        f"Stopped. Continue with: {sys.executable} -m smart.grpo --config {tmp_path}/r/config.toml --resume" in output
+    )
     assert [int(folder.name) for folder in (tmp_path / "r" / "checkpoints").glob("0*")][-1] < 500
 
 

@@ -27,7 +27,7 @@ def test_short_pieces_are_whole_and_padded(tokenizer: Any) -> None:
 
 
 def test_a_split_without_pieces_is_a_users_mistake(tokenizer: Any) -> None:
-    with pytest.raises(UserError, match="corpus somewhere: a split that training needs has no pieces"):
+    with pytest.raises(UserError, match="corpus somewhere: a split that training needs is empty"):
         Crops([], vocabulary(tokenizer), Data(corpus="somewhere"))
 
 
