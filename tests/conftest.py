@@ -2,9 +2,25 @@
 
 import ctypes
 import gc
+import importlib.util
+import os
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+# Before anything imports torch: several test processes share the cores, and threads that wait for each other on a busy
+# machine make a test of seconds one of minutes. What the user has set stays.
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a background job of a shell; children would ignore it, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+# Python finds no package, or takes the folder of the clone for one, when it is started in the folder above
+if (found := importlib.util.find_spec("smart")) is None or found.origin is None:
+    root = str(Path(__file__).parent.parent)
+    sys.path.insert(0, root)
+    os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 import pytest
 import torch
