@@ -1,11 +1,11 @@
 #!/bin/sh
-# Makes a virtual environment and installs smart into it, at the exact versions of requirements.lock.
-#   sh install.sh           into .venv            VENV=/some/where sh install.sh   elsewhere
-#   sh install.sh study     with what the listening study needs
-#   sh install.sh test      with what the tests need as well
-# Two packages ask for others that smart does not use: tinysoundfont for pyaudio, which needs PortAudio's headers to
-# build, and audiobox_aesthetics for torchaudio, which breaks transformers beside a CPU build of torch. So all but
-# torch is installed without dependencies; the lock names every package that is needed.
+# Creates a virtual environment and installs smart and the exact versions of requirements.lock into it.
+#   sh install.sh           into .venv (VENV=/some/where sh install.sh: into another folder)
+#   sh install.sh study     also the packages for the listening study
+#   sh install.sh test      also the packages for the listening study and the tests
+# Two packages depend on others that smart does not use: tinysoundfont on pyaudio, which needs PortAudio's headers to
+# build, and audiobox_aesthetics on torchaudio, which breaks transformers next to a CPU build of torch. So everything
+# except torch is installed without dependencies; the lock file lists every package that is needed.
 set -eu
 cd "$(dirname "$0")"
 python=${PYTHON:-python3}
@@ -22,7 +22,7 @@ if [ ! -x "$venv/bin/pip" ]; then
     }
 fi
 pip="$venv/bin/pip --disable-pip-version-check"
-# a torch that is already there in the right version stays: so the smaller CPU build can be put there first
+# an installed torch of this version is kept, so you can install the smaller CPU build first
 $pip install -c requirements.lock torch==2.13.0
 $pip install --no-deps -r requirements.lock -e .
 case ${1:-} in

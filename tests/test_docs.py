@@ -16,7 +16,7 @@ from test_runs import HELD_OUT
 from smart.config import shipped
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 if not (ROOT / "README.md").is_file():
     pytest.skip("the documentation is not part of an installed package", allow_module_level=True)
@@ -43,6 +43,7 @@ SMALL = {
     "smart.evaluate sample": "-n 4 --tokens 24 --seconds 2 --workers 1",
     "smart.reproduce": "--list",
     "smart.study build": "--prompts 2 --repeats 1 --tokens 24 --seconds 2 --workers 1 --power 5",
+    "mypy": "--version",  # its settings are in the repository's root
     "benchmarks/reward.py": "--clips 2 --rounds 1 --dtypes bfloat16",
     "benchmarks/sampler.py": "--repeats 1",
 }
@@ -104,7 +105,9 @@ def test_every_command_works_in_the_order_of_the_pages(place: Path) -> None:
         words = shlex.split(command[installs.end() :] if installs else command)
         assert words[0] in (".venv/bin/python",), f"{command}: a command that this test does not know"
         words[0] = sys.executable
-        program = words[-words[::-1].index("-m")] if "-m" in words else words[1]  # what torchrun runs, where it does
+        program = words[words.index("-m") + 1] if "-m" in words else words[1]
+        if program == "torch.distributed.run":  # what it runs
+            program = words[-words[::-1].index("-m")]
         if program == "pytest":
             words += ["--collect-only", "tests/test_config.py"]
         for key, value in SHORT.get(program, {}).items():
