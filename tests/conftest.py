@@ -1,14 +1,18 @@
 """Fixtures that several test files share: the paper's tokenizer and a tiny random model over it."""
 
 import ctypes
+import fcntl
 import gc
 import importlib.util
 import os
+import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import pytest
 
 # Before anything imports torch: several test processes share the cores, and threads that wait for each other on a busy
 # machine make a test of seconds one of minutes. What the user has set stays.
@@ -21,9 +25,6 @@ if (found := importlib.util.find_spec("smart")) is None or found.origin is None:
     root = str(Path(__file__).parent.parent)
     sys.path.insert(0, root)
     os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-
-import pytest
-import torch
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -44,6 +45,8 @@ def tokenizer() -> Any:
 
 def make_tiny_model(tokenizer: Any) -> Any:
     """Random Phi-3, 2 layers x 32; logits spread enough that sampling is not uniform."""
+    import torch
+
     from smart.model import build_model
 
     model = build_model(tokenizer, layers=2, hidden=32, heads=4, intermediate=64, seed=3)
@@ -55,6 +58,69 @@ def make_tiny_model(tokenizer: Any) -> Any:
 @pytest.fixture
 def tiny_model(tokenizer: Any) -> Any:
     return make_tiny_model(tokenizer)
+
+
+Once = Callable[[str, Callable[[Path], None]], Path]
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Called with a name and what fills a folder: the folder, filled by the first of all test processes to ask for it.
+
+    It is for reading: who changes something works on a copy.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def make(name: str, fill: Callable[[Path], None]) -> Path:
+        folder, done = root / f"once-{name}", root / f"once-{name}.done"
+        with open(root / f"once-{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a process that failed
+                folder.mkdir()
+                fill(folder)
+                done.touch()
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def base(once: Once) -> Path:
+    from runs import teach_base
+
+    return once("base", teach_base)
+
+
+@pytest.fixture(scope="session")
+def either(base: Path, once: Once) -> list[Path]:
+    """Two runs that nothing interrupted, by their ``grpo.rollouts_ahead``; one of them is of a fresh process."""
+    from runs import arguments, run
+
+    def tune(folder: Path) -> None:
+        ahead = int(folder.name[-1])
+        changes = {"grpo.rollouts_ahead": ahead}
+        words = ("--config", "quickstart.toml", *arguments(base, folder, **changes))
+        status, output = run("grpo", *words, fresh=ahead == 0)
+        assert status == 0, output
+        assert "stand-in" in output and "standard errors" in output
+
+    return [once(f"finished-{ahead}", tune) / "r" for ahead in (0, 1)]
+
+
+@pytest.fixture(scope="session")
+def finished(either: list[Path]) -> Path:
+    """A run that nothing interrupted."""
+    return either[0]
+
+
+@pytest.fixture(scope="session")
+def corpus(once: Once) -> Path:
+    from runs import build_corpus
+
+    return once("corpus", lambda folder: build_corpus(folder, [(0, False)])) / "out"
 
 
 class Demo(NamedTuple):
@@ -71,6 +137,7 @@ HOSTILE = "</script><img src=x onerror=alert(1)>"  # where the page says a name,
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     """The shipped base against slightly perturbed copies of it, two prompts, short clips."""
+    import torch
     from click.testing import CliRunner
 
     from smart.config import Config, dumps

@@ -3,8 +3,8 @@
 An import of torch and transformers takes seconds, and the tests start more than a hundred programs. ``start`` and
 ``run`` take the words of a command whose first one is ``sys.executable``, and the options of ``subprocess.Popen``. What
 they start has that command line, folder, environment, streams and exit code; it is a child of this process, and may be
-killed like any other. It differs in three ways: imports take no time, strings have the same hashes in all forks, and the
-interpreter is not taken down at the end. A test that is about one of these asks for a fresh process (``fresh=True``);
+killed like any other. It differs in three ways: imports take no time, all forks hash strings alike, and the interpreter
+is not taken down at the end. A test that is about one of these asks for a fresh process (``fresh=True``);
 ``SMART_TEST_FRESH=1`` makes all of them fresh.
 """
 
