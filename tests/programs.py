@@ -32,6 +32,16 @@ from typing import Any
 
 FORKS = sys.platform == "linux" and not os.environ.get("SMART_TEST_FRESH")
 KEPT = 2  # servers, one for each environment; each holds some 300 MiB
+# what a program reads from its environment while it works, and no library when it is imported
+PER_PROCESS = (
+    "PYTEST_CURRENT_TEST",
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 LATE = ("matplotlib.pyplot", "pyarrow.parquet", "scipy.stats", "torch.utils.tensorboard")  # imported by functions
 
 
@@ -79,14 +89,14 @@ class _Fork(subprocess.Popen[str]):
         for name in ("preexec_fn", "pass_fds", "shell"):
             assert not options[name], f"a fork takes no {name}"
         fds = [options["p2cread"], options["c2pwrite"], options["errwrite"]]
+        environment = dict(os.environ if options["env"] is None else options["env"])
         request = {
+            "environment": {key: environment.pop(key) for key in PER_PROCESS if key in environment},
             "words": list(options["args"])[1:],
             "cwd": os.path.abspath(options["cwd"] or ""),
             "new_session": options["start_new_session"],
             "file_size": self.file_size,
-            "test": os.environ.get("PYTEST_CURRENT_TEST", ""),
         }
-        environment = os.environ if options["env"] is None else options["env"]
         self.pid = _server(environment).fork(request, [fd if fd >= 0 else place for place, fd in enumerate(fds)])
         self._child_created = True
         pipes = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
@@ -125,9 +135,8 @@ _servers: dict[str, _Server] = {}
 _lock = threading.RLock()
 
 
-def _server(environment: Any) -> _Server:
+def _server(environment: dict[str, str]) -> _Server:
     """The server whose environment this is: libraries read theirs when they are imported."""
-    environment = {key: value for key, value in environment.items() if key != "PYTEST_CURRENT_TEST"}
     key = json.dumps(environment, sort_keys=True)
     with _lock:
         server = _servers.pop(key, None) or _Server(environment)
@@ -211,8 +220,7 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
         os.setsid()
     if request["file_size"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_size"], request["file_size"]))
-    if request["test"]:
-        os.environ["PYTEST_CURRENT_TEST"] = request["test"]
+    os.environ.update(request["environment"])
     os.chdir(request["cwd"])
 
 
