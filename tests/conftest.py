@@ -135,30 +135,36 @@ HOSTILE = "</script><img src=x onerror=alert(1)>"  # where the page says a name,
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+def demo(once: Once) -> Demo:
     """The shipped base against slightly perturbed copies of it, two prompts, short clips."""
-    import torch
-    from click.testing import CliRunner
+    options = ["--steps", "all", "--prompts", "2", "--tokens", "48"]
+    options += ["--seconds", "3", "--sample-rate", "22050", "--workers", "1", "--device", "cpu"]
 
-    from smart.config import Config, dumps
-    from smart.demo import main
-    from smart.model import load_base, save_base
-    from smart.run import checkpoint
+    def words(folder: Path) -> list[str]:
+        return ["--section", HOSTILE, "piano-small", str(folder / "perturbed"), *options]
 
-    run = tmp_path_factory.mktemp("runs") / "perturbed"
-    run.mkdir()
-    (run / "config.toml").write_text(dumps(Config()) + f"# {HOSTILE}\n", encoding="utf-8")
-    model, tokenizer = load_base("piano-small")
-    generator = torch.Generator().manual_seed(1)
-    for step in (1, 2):
-        with torch.no_grad():
-            for weights in model.parameters():
-                weights.add_(0.03 * weights.std() * torch.randn(weights.shape, generator=generator))
-        checkpoint.save(run / "checkpoints", step, lambda folder: save_base(model, tokenizer, folder))
-    save_base(model, tokenizer, run / "tuned")
-    page = run.parent / "page.html"
-    arguments = ["--section", HOSTILE, "piano-small", str(run), "--steps", "all", "--prompts", "2", "--tokens", "48"]
-    arguments += ["--seconds", "3", "--sample-rate", "22050", "--workers", "1", "--device", "cpu"]
-    result = CliRunner().invoke(main, [*arguments, "--out", str(page)])
-    assert result.exit_code == 0, result.output
-    return Demo(page, run, arguments)
+    def fill(folder: Path) -> None:
+        import torch
+        from click.testing import CliRunner
+
+        from smart.config import Config, dumps
+        from smart.demo import main
+        from smart.model import load_base, save_base
+        from smart.run import checkpoint
+
+        run = folder / "perturbed"
+        run.mkdir()
+        (run / "config.toml").write_text(dumps(Config()) + f"# {HOSTILE}\n", encoding="utf-8")
+        model, tokenizer = load_base("piano-small")
+        generator = torch.Generator().manual_seed(1)
+        for step in (1, 2):
+            with torch.no_grad():
+                for weights in model.parameters():
+                    weights.add_(0.03 * weights.std() * torch.randn(weights.shape, generator=generator))
+            checkpoint.save(run / "checkpoints", step, lambda folder: save_base(model, tokenizer, folder))
+        save_base(model, tokenizer, run / "tuned")
+        result = CliRunner().invoke(main, [*words(folder), "--out", str(folder / "page.html")])
+        assert result.exit_code == 0, result.output
+
+    folder = once("demo", fill)
+    return Demo(folder / "page.html", folder / "perturbed", words(folder))
