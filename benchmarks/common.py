@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, timing of ways that alternate, the machine and its rates, the report."""
+"""Shared by the benchmarks: options, alternating timing of variants, the machine and its rates, the report."""
 
 import argparse
 import contextlib
@@ -17,42 +17,44 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-Way = TypeVar("Way")  # what a way is called: a word, or a tuple of what it is made of
+Way = TypeVar("Way")  # the name of a variant: a word, or a tuple of its parts
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PACKAGES = ("torch", "transformers", "trl", "audiobox_aesthetics", "tinysoundfont")
 
 
 def parser(doc: str | None, *, device: bool = True) -> argparse.ArgumentParser:
-    """A parser with the options of every benchmark; ``device``: also those of one that computes with torch."""
+    """A parser with the options that all benchmarks share; ``device`` adds those for computing with torch."""
     made = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     made.add_argument("--json", type=Path, help="also write the JSON to this file")
     if device:
-        made.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-        made.add_argument("--threads", type=int, default=0, help="CPU threads of torch (default: 0, torch's choice)")
-        made.add_argument("--profile", type=Path, help="write a Chrome trace of one more run to this file")
+        made.add_argument(
+            "--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: %(default)s)"
+        )
+        made.add_argument("--threads", type=int, default=0, help="CPU threads of torch (default: 0, torch decides)")
+        made.add_argument("--profile", type=Path, help="also write a Chrome trace of one extra run to this file")
     return made
 
 
 def parse(made: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options, with the number of threads set and the device checked."""
+    """Parse the options, set the number of threads and check the device."""
     options = made.parse_args()
     if getattr(options, "device", "cpu") == "cuda" and not torch.cuda.is_available():
-        made.error("--device cuda: torch finds no CUDA device here")
+        made.error("--device cuda, but PyTorch sees no CUDA GPU")
     if getattr(options, "threads", None):
         torch.set_num_threads(options.threads)
     return options
 
 
 def whole(text: str) -> int:
-    """A whole number from 1, for ``type=`` of an option."""
+    """A whole number of at least 1, as ``type=`` of an option."""
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text}")
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text}")
     return value
 
 
 def seconds(function: Callable[[], Any], device: str = "cpu") -> float:
-    """Wall time of one call, the device's work included."""
+    """Wall time of one call, including the device's work."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -65,9 +67,9 @@ def seconds(function: Callable[[], Any], device: str = "cpu") -> float:
 def alternate(
     ways: Mapping[Way, Callable[[], Any]], rounds: int, device: str = "cpu", *, warm: bool = False
 ) -> dict[Way, list[float]]:
-    """Seconds of each way in each of ``rounds``, in turned order, so that a slow moment of the machine meets all.
+    """Seconds per variant and round; the order alternates, so that a slow moment of the machine affects all.
 
-    Unless all are ``warm``, a round more comes first and is not counted: memory is mapped, kernels are chosen.
+    Unless ``warm``, an extra first round is not counted: in it memory is mapped and kernels are chosen.
     """
     times: dict[Way, list[float]] = {name: [] for name in ways}
     for index in range(1 if warm else 0, rounds + 1):
@@ -79,27 +81,27 @@ def alternate(
 
 
 def ratio(slower: list[float], faster: list[float]) -> float:
-    """The median over rounds of the ratio within a round."""
+    """The median over rounds of the ratio within each round."""
     return statistics.median(slow / fast for slow, fast in zip(slower, faster, strict=True))
 
 
 def matmul_rate(dtype: torch.dtype, device: str) -> float:
-    """Operations a second of a large matrix product, best of 8."""
-    n = 8192 if device == "cuda" else 2048  # on a GPU a small one is over before the host has noticed
+    """Operations per second in a large matrix product, best of 8."""
+    n = 8192 if device == "cuda" else 2048  # on a GPU a small product is too short to time
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(8))
 
 
 def memory_rate(device: str) -> float:
-    """Bytes a second of a sum over memory beyond any cache, 256 MiB or on a GPU 2 GiB; best of 8."""
+    """Bytes per second in a sum over more memory than any cache (256 MiB; 2 GiB on a GPU), best of 8."""
     memory = torch.ones((512 if device == "cuda" else 64) * 2**20, device=device)
     return memory.numel() * 4 / min(seconds(memory.sum, device) for _ in range(8))
 
 
 def flops(function: Callable[[], Any]) -> float:
-    """Operations of the matrix products, convolutions and attention of one call."""
+    """Operations of the matrix products, convolutions and attention in one call."""
     aten = torch.ops.aten
-    on_cpu = {  # torch's own table has these two for CUDA only
+    on_cpu = {  # torch's table has these two for CUDA only
         aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
         aten._scaled_dot_product_flash_attention_for_cpu_backward: (
             lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
@@ -111,19 +113,19 @@ def flops(function: Callable[[], Any]) -> float:
 
 
 def peak_memory(function: Callable[[], Any], device: str) -> float:
-    """The most memory, in GB, while ``function`` ran: allocated on a GPU, resident of this process on a CPU."""
+    """Peak memory in GB while ``function`` runs: allocated on a GPU, or this process's resident memory on a CPU."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         function()
         return torch.cuda.max_memory_allocated() / 1e9
-    Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the old peak
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     function()
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e9
 
 
 def trace(path: Path | None, function: Callable[[], Any]) -> None:
-    """Run ``function`` once under torch's profiler and write a Chrome trace; nothing where ``path`` is None."""
+    """Run ``function`` once under torch's profiler and write a Chrome trace; nothing if ``path`` is None."""
     if path is not None:
         with torch.profiler.profile() as profiler:
             function()
@@ -131,15 +133,15 @@ def trace(path: Path | None, function: Callable[[], Any]) -> None:
 
 
 def random_audiobox(folder: Path, seed: int = 0) -> Path:
-    """Write Audiobox Aesthetics' architecture with random weights, which take as long as real ones; returns ``folder``.
+    """Write Audiobox Aesthetics with random weights, which are as fast as real ones; returns ``folder``.
 
-    Some weights are spread, so that clips are told apart.
+    Some weights are scaled up, so that clips get different ratings.
     """
     from audiobox_aesthetics.model.aes import AesMultiOutput
 
     transform = {"CE": (5.1, 1.5), "CU": (5.7, 1.8), "PC": (3.2, 1.3), "PQ": (6.4, 1.6)}
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore", FutureWarning)  # torch on the package's weight_norm
+        warnings.simplefilter("ignore", FutureWarning)  # torch warns about the package's weight_norm
         torch.manual_seed(seed)
         network = AesMultiOutput(target_transform={axis: {"mean": m, "std": s} for axis, (m, s) in transform.items()})
         for axis in transform:
@@ -150,20 +152,20 @@ def random_audiobox(folder: Path, seed: int = 0) -> Path:
 
 
 def official_audiobox(folder: Path, device: str) -> Any:
-    """The network as the official predictor loads it from a folder in the hub's form."""
+    """The network, loaded as by the official predictor from a folder in the hub's format."""
     from audiobox_aesthetics.model.aes import AesMultiOutput
 
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it says what it loads
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # it prints what it loads
         warnings.simplefilter("ignore", FutureWarning)  # as above
         return AesMultiOutput.from_pretrained(folder).to(device).eval()
 
 
 @torch.inference_mode()
 def official_rating(network: Any, wave: torch.Tensor) -> dict[str, float]:
-    """What the official predictor says of one clip (S,) of at most ten seconds at 16 kHz, axis -> rating.
+    """The official predictor's ratings of one clip (S,) of at most ten seconds at 16 kHz, axis -> rating.
 
-    It computes in float32, pads the clip to ten seconds and masks the padding. (Its own file,
-    ``audiobox_aesthetics.infer``, cannot be imported where torchaudio is absent.)
+    It computes in float32, pads the clip to ten seconds and masks the padding. (Its module,
+    ``audiobox_aesthetics.infer``, cannot be imported without torchaudio.)
     """
     samples = 160_000
     device = next(network.parameters()).device
@@ -177,7 +179,7 @@ def official_rating(network: Any, wave: torch.Tensor) -> dict[str, float]:
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine and the package versions of a measurement."""
     found = {}
     for package in PACKAGES:
         try:
@@ -203,7 +205,7 @@ def _processor() -> str:
 
 
 def report(benchmark: str, options: argparse.Namespace, results: Mapping[str, Any]) -> None:
-    """The JSON of a benchmark, one line: printed last, and written where ``--json`` says."""
+    """Print a benchmark's result as one line of JSON, and write it to the file of ``--json``."""
     shown = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
     shown.pop("json")
     shown.pop("profile", None)

@@ -1,17 +1,17 @@
-"""Building a corpus: ``smart.corpus`` against MidiTok's own ``tokenize_dataset``, against a limit, and as it grows.
+"""Building a corpus: ``smart.corpus`` against MidiTok's ``tokenize_dataset``, against a limit, and as it grows.
 
     python benchmarks/corpus.py [--midi DIR] [--files 400 --workers 1 2 --repeats 3 --growth 1 10 50] [--json out.json]
 
-The files are copies of those under ``--midi``, or of pieces drawn with a fixed seed; each copy is transposed
-and has some pitches and all velocities changed, so that all are different pieces. MidiTok gets the same files
-and the same tokenizer, in this process; it checks nothing, decodes nothing and removes no duplicates. After a
-warm-up they alternate, in turned order; figures are medians, ratios medians of the paired ratios. Times of
-the builder include the start of its workers.
+The files are copies of those under ``--midi``, or of random pieces with a fixed seed; each copy is transposed
+and has some pitches and all velocities changed, so that all pieces differ. MidiTok gets the same files and the
+same tokenizer, in this process; it checks nothing, decodes nothing and removes no duplicates. After a warm-up
+the two alternate; figures are medians, ratios are medians of the paired ratios. The builder's times include the
+start of its workers.
 
-The limit is what no builder in this design could do without: reading the bytes and parsing them with
-symusic, once, in one process. ``--growth`` builds that many times the files, each in a new process, with as
-many workers as the last of ``--workers``, and samples memory: the resident set of the builder, and the
-proportional set of it and its workers together. A table comes first, JSON last.
+The limit is the work that every builder of this design must do: read the bytes and parse them with symusic,
+once, in one process. ``--growth`` builds multiples of the files, each in a new process with the last number of
+``--workers``, and samples memory: the resident set of the builder, and the proportional set of the builder and
+its workers together. A table comes first, JSON last.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from smart.corpus import Corpus
 from smart.corpus.build import EXTENSIONS, build
 from smart.tokens import build_tokenizer
 
-PROGRAMS = {"piano": [0], "all": [0, 33, 48, 128]}  # of drawn pieces; 128 stands for drums
+PROGRAMS = {"piano": [0], "all": [0, 33, 48, 128]}  # of random pieces; 128 means drums
 
 
 def drawn_piece(seed: int, instruments: str) -> ScoreTick:
-    """64 bars of 4/4: about 800 notes a track, in chords on a grid of sixteenths."""
+    """64 bars of 4/4: about 800 notes per track, in chords on a grid of sixteenths."""
     rng = np.random.default_rng(seed)
     score = ScoreTick(480)
     score.time_signatures.append(TimeSignatureTick(0, 4, 4))
@@ -60,7 +60,7 @@ def drawn_piece(seed: int, instruments: str) -> ScoreTick:
 
 
 def sources(options: argparse.Namespace) -> Iterator[ScoreTick]:
-    """At most ``--files`` pieces; of the files under ``--midi`` those that symusic can parse, spread evenly."""
+    """At most ``--files`` pieces: random, or from files under ``--midi`` that symusic can parse, evenly spread."""
     if options.midi is None:
         yield from (drawn_piece(seed, options.instruments) for seed in range(options.files))
         return
@@ -71,7 +71,7 @@ def sources(options: argparse.Namespace) -> Iterator[ScoreTick]:
 
 
 def changed(score: ScoreTick, rng: np.random.Generator) -> ScoreTick:
-    """A copy that no hash of notes takes for the same: transposed, a tenth of its pitches moved, other velocities."""
+    """A copy that does not count as a duplicate: transposed, a tenth of the pitches moved, other velocities."""
     copy, shift = score.copy(), int(rng.integers(-6, 7))
     for track in copy.tracks:
         notes = track.notes.numpy()
@@ -91,7 +91,7 @@ def write_files(pieces: list[ScoreTick], folder: Path, count: int) -> None:
 
 
 def ours(folder: Path, workers: int, instruments: str) -> int:
-    """Builds; returns how many tokens were written."""
+    """Build with smart.corpus; returns how many tokens were written."""
     with tempfile.TemporaryDirectory() as out:
         made = build([folder], Path(out), workers=workers, tokenizer=build_tokenizer(instruments))
         return sum(made.tokens.values())
@@ -116,7 +116,7 @@ def seconds(function: Callable[[], int]) -> tuple[float, int]:
 
 
 def compare(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Files and tokens a second of every contestant; the tokens of a folder are those that the builder keeps."""
+    """Files and tokens per second of each contestant; a folder's tokens are those that the builder keeps."""
     names = {f"smart, {n} workers": partial(ours, folder, n, options.instruments) for n in options.workers}
     names |= {
         "tokenize_dataset": partial(theirs, folder, options.instruments),
@@ -147,7 +147,7 @@ def compare(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def kilobytes(path: str, name: str) -> int:
-    """A value of a file of /proc in KiB; 0 where the process has just ended."""
+    """A value in KiB from a file in /proc; 0 if the process has just ended."""
     with contextlib.suppress(OSError):
         for line in Path(path).read_text().splitlines():
             if line.startswith(name):
@@ -156,7 +156,7 @@ def kilobytes(path: str, name: str) -> int:
 
 
 def grow(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Build ``folder`` in a new process; its wall time and peaks of memory in MiB."""
+    """Build ``folder`` in a new process; returns its wall time and its peak memory in MiB."""
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, "-m", "smart.corpus", "build", "--midi", str(folder), "--out", out]
         command += ["--workers", str(options.workers[-1]), "--instruments", options.instruments]
@@ -180,19 +180,29 @@ def grow(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="The corpus builder against MidiTok, a limit, and its own growth.")
-    parser.add_argument("--midi", type=Path, help="folder of MIDI files to make copies of (default: drawn pieces)")
-    parser.add_argument("--files", type=int, default=400, help="copies (default: 400)")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="(default: 1 2)")
-    parser.add_argument("--instruments", choices=sorted(PROGRAMS), default="piano")
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs of each; 0: only --growth (default: 3)")
-    parser.add_argument("--growth", type=int, nargs="*", default=[], help="multiples of --files (default: none)")
+    parser = argparse.ArgumentParser(
+        description="Compare the corpus builder with MidiTok and with a limit, and let it grow."
+    )
+    parser.add_argument("--midi", type=Path, help="folder of MIDI files to copy (default: random pieces)")
+    parser.add_argument("--files", type=int, default=400, help="number of files to build (default: 400)")
+    parser.add_argument(
+        "--workers", type=int, nargs="+", default=[1, 2], help="worker processes of the builder (default: 1 2)"
+    )
+    parser.add_argument(
+        "--instruments", choices=sorted(PROGRAMS), default="piano", help="tokenizer and random pieces (default: piano)"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="timed runs per contestant; 0: only --growth (default: 3)"
+    )
+    parser.add_argument(
+        "--growth", type=int, nargs="*", default=[], help="multiples of --files to build as well (default: none)"
+    )
     parser.add_argument("--json", type=Path, help="also write the JSON to this file")
     options = parser.parse_args()
     if options.midi is not None and not options.midi.is_dir():
         parser.error(f"--midi {options.midi}: no such folder")
     if min(options.files, *options.workers, *options.growth) < 1 or options.repeats < 0:
-        parser.error("--files, --workers and --growth: expected numbers from 1")
+        parser.error("--files, --workers and --growth: expected numbers of at least 1, --repeats of at least 0")
     return options
 
 
@@ -201,7 +211,7 @@ def main() -> None:
     results, growth = [], []
     pieces = list(sources(options))
     if not pieces:
-        sys.exit(f"--midi {options.midi}: no file that can be parsed")
+        sys.exit(f"--midi {options.midi}: no MIDI file there can be parsed")
     with tempfile.TemporaryDirectory() as place:
         if options.repeats:
             folder = Path(place) / "midi"

@@ -1,27 +1,29 @@
-"""Whole iterations of smart.grpo: the seconds of each stage, against the busiest resource, and against a peer.
+"""Whole iterations of smart.grpo: the seconds of each stage, compared with the busiest resource and with a peer.
 
     python benchmarks/iteration.py --config paper.toml [--set SECTION.KEY=VALUE ...] [--iterations 3] [--json FILE]
     python benchmarks/iteration.py --config paper.toml --random-weights --set render.soundfont=timgm
     python benchmarks/iteration.py --config paper.toml ... --peer PYTHON [--rounds 3]
 
-It runs ``smart.grpo.train`` itself and reads the run's metrics.jsonl; the first iteration warms up and is left out, as
-is, with ``grpo.rollouts_ahead``, the last one, which draws nothing; figures are medians. What a configuration sets, it
-measures; only the number of iterations and what a run does at its end are changed. ``--random-weights`` puts random
-weights of the same architecture (the paper's base, Audiobox Aesthetics) in place of those that lie on a hub: they take
-as long a token and a clip, but write few notes.
+It calls ``smart.grpo.train`` and reads the run's metrics.jsonl; figures are medians. The first iteration warms up and
+is left out, and so is the last one with ``grpo.rollouts_ahead``, which samples nothing. The configuration is measured
+as it is, except for the number of iterations and the work at the end of a run. ``--random-weights`` replaces weights on
+the hub with random ones of the same architecture (the paper's base, Audiobox Aesthetics): they take the same time per
+token and clip, but write few notes.
 
-Then each stage runs by itself on the last iteration's completions. A resource's own time is the sum of the stages
-that need it: on CUDA the GPU generates, scores and learns and the CPU renders; without it the CPU does all. No order
-of the same stages can make an iteration shorter than its busiest resource's own time; with ``grpo.rollouts_ahead`` this
-holds on the average of iterations, since some of their work is done in the one before.
+Then each stage runs by itself on the last iteration's completions. A resource's time is the sum of the stages that use
+it: on CUDA the GPU generates, scores and learns and the CPU renders; without CUDA the CPU does everything. No order of
+the stages can make an iteration shorter than the time of its busiest resource; with ``grpo.rollouts_ahead`` this holds
+on average, since some of an iteration's work is done in the one before.
 
-``--peer`` names the interpreter of an environment made from benchmarks/peers/requirements.txt; TRL's trainer with the
-recipe of the paper's public code then runs on the same base, reward and sizes, in a process of its own, alternating
-with ours; the ratio is the median over rounds.
+``--peer`` names the interpreter of an environment made from benchmarks/peers/requirements.txt. In a separate process,
+TRL's trainer with the recipe of the paper's public code then runs on the same base, reward and sizes, alternating with
+ours; the ratio is the median over rounds.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import statistics
@@ -47,12 +49,12 @@ from smart.run import read_metrics
 from smart.sampler import Sampler
 from smart.tokens import build_tokenizer, decode, vocabulary
 
-LAPS = ("generate", "reference", "score", "learn")  # follow each other; what else is timed overlaps (docs/metrics.md)
+LAPS = ("generate", "reference", "score", "learn")  # in sequence; other timed work overlaps with them (docs/metrics.md)
 PEER = Path(__file__).parent / "peers" / "grpo_trl.py"
 
 
 def resolve(options: argparse.Namespace, folder: Path) -> Config:
-    """The configuration that is measured; what it needs beside the package lies in ``folder``."""
+    """The configuration to measure; its run and its random weights are in ``folder``."""
     config: Config = load(options.config, options.overrides)
     if options.random_weights:
         if hub.is_hub_id(config.model.base) and not Path(config.model.base).is_dir():
@@ -79,7 +81,7 @@ def named(config: Config, name: str) -> Config:
 
 
 def stages(config: Config) -> dict[str, list[float]]:
-    """Seconds of each stage of a run's iterations that count; "iteration" is all of them."""
+    """Seconds of each stage in the run's counted iterations; "iteration" is the whole iteration."""
     run, end = Path(config.run.folder) / config.run.name, config.grpo.iterations - config.grpo.rollouts_ahead
     rows = read_metrics(run)[1:end]
     keys = [key for key in rows[0] if key.startswith("seconds/")]
@@ -87,7 +89,7 @@ def stages(config: Config) -> dict[str, list[float]]:
 
 
 def alone(config: Config, run: Path) -> dict[str, float]:
-    """Seconds of each stage by itself, on the completions of the last iteration; learning cannot overlap: as logged."""
+    """Seconds of each stage by itself, on the last iteration's completions; learning as logged: it never overlaps."""
     device = pick_device(config.run.device)
     precision = pick_precision(config.grpo.precision, device)
     model, tokenizer = load_base(run / "tuned", device=device)
@@ -123,7 +125,7 @@ def alone(config: Config, run: Path) -> dict[str, float]:
         for waves in audio.split(16):
             reward.score(waves)
 
-    # clips of the reward's window: how long a clip is changes little, since Audiobox pads them to ten seconds
+    # full-length clips: a clip's length changes little, since Audiobox pads it to ten seconds
     audio = torch.randn(len(tokens), round(config.render.seconds * reward.sample_rate)).clamp(-3, 3) / 3
     with RenderPool(
         find_soundfont(config.render.soundfont),
@@ -141,8 +143,14 @@ def alone(config: Config, run: Path) -> dict[str, float]:
     return times | {"learn": statistics.median(stages(config)["learn"])}
 
 
+def quietly(function: Callable[[Config], Path], config: Config) -> Path:
+    """Call ``function`` without what it prints, since that names files that are deleted at the end."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return function(config)
+
+
 def measure(options: argparse.Namespace, config: Config) -> dict[str, Any]:
-    run = train(config)
+    run = quietly(train, config)
     times = stages(config)
     medians = {stage: statistics.median(taken) for stage, taken in times.items()}
     by_itself = alone(config, run)
@@ -154,7 +162,7 @@ def measure(options: argparse.Namespace, config: Config) -> dict[str, Any]:
     busiest = max(own, key=lambda resource: own[resource])
     if options.profile:
         once = dataclasses.replace(config, grpo=dataclasses.replace(config.grpo, iterations=1))
-        common.trace(options.profile, lambda: train(named(once, "profiled")))
+        common.trace(options.profile, lambda: quietly(train, named(once, "profiled")))
     return {
         "seconds": medians,
         "seconds_all": times,
@@ -167,9 +175,9 @@ def measure(options: argparse.Namespace, config: Config) -> dict[str, Any]:
 
 
 def against_peer(options: argparse.Namespace, config: Config, folder: Path) -> dict[str, Any]:
-    """Ours and the peer's iterations, each round in two processes of their own, in turned order."""
+    """Our iterations and the peer's, each round in two separate processes, in alternating order."""
     if config.reward.kind != "audiobox" or config.prompts.kind != "procedural":
-        raise UserError("--peer: the peer knows reward.kind = 'audiobox' and prompts.kind = 'procedural' only")
+        raise UserError("--peer needs reward.kind = 'audiobox' and prompts.kind = 'procedural'; the peer has no others")
     settings = {
         "base": str(find_base(config.model.base)),
         "audiobox": str(config.reward.options.get("model", HUB_ID)),
@@ -222,7 +230,7 @@ def against_peer(options: argparse.Namespace, config: Config, folder: Path) -> d
 
 
 def call(*command: str) -> None:
-    """Run a command; where it fails, one line with what it said last."""
+    """Run a command; if it fails, raise ``UserError`` with the last line that it printed."""
     here = Path(__file__).parent
     path = os.pathsep.join(filter(None, [str(here.parent), str(here), os.environ.get("PYTHONPATH", "")]))
     try:
@@ -230,19 +238,30 @@ def call(*command: str) -> None:
     except OSError as error:
         raise UserError(f"{command[0]} cannot be run ({error.strerror})") from None
     if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
+        last = (done.stderr.strip() or done.stdout.strip() or "it printed nothing").splitlines()[-1]
         raise UserError(f"{' '.join(command[:3])} ... failed: {last}")
 
 
 def main() -> None:
     parser = common.parser(__doc__)
     parser.set_defaults(device="auto")
-    parser.add_argument("--config", default="paper.toml", help="TOML file, or a shipped one's name")
-    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    parser.add_argument(
+        "--config", default="paper.toml", help="config file, or the name of a shipped one (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="override one setting (repeatable)",
+    )
     parser.add_argument("--iterations", type=common.whole, default=3, help="timed iterations (default: %(default)s)")
-    parser.add_argument("--random-weights", action="store_true", help="in place of what lies on a hub")
-    parser.add_argument("--peer", metavar="PYTHON", help="interpreter of the peer's environment")
-    parser.add_argument("--rounds", type=common.whole, default=3, help="runs of ours and the peer's (default: 3)")
+    parser.add_argument("--random-weights", action="store_true", help="use random weights for models on the hub")
+    parser.add_argument("--peer", metavar="PYTHON", help="also run the peer, with this Python interpreter")
+    parser.add_argument(
+        "--rounds", type=common.whole, default=3, help="runs of ours and of the peer with --peer (default: 3)"
+    )
     options = common.parse(parser)
     options.device = pick_device(options.device).type
     if options.threads:
@@ -256,7 +275,7 @@ def main() -> None:
     rows = config.grpo.prompts * config.grpo.group_size
     print(
         f"{rows} completions of up to {config.sampling.max_new_tokens} tokens, reward {config.reward.kind}, "
-        f"{options.iterations} iterations after one that warms up"
+        f"{options.iterations} iterations after a warm-up"
     )
     if options.peer:
         print(f"{'':10}{'s/iteration':>12}{'ratio':>8}")
@@ -271,8 +290,8 @@ def main() -> None:
         for stage, taken in found["seconds_alone"].items():
             print(f"{stage:18}{taken:9.3f}")
         print(
-            f"busiest: {found['busiest_resource']}, {found['busiest_seconds']:.2f} s of its own an iteration; "
-            f"the iteration takes {found['times_busiest']:.2f} times that"
+            f"busiest: {found['busiest_resource']}, {found['busiest_seconds']:.2f} s of work per iteration; "
+            f"the iteration takes {found['times_busiest']:.2f} times as long"
         )
     common.report("iteration", options, {"completions": rows, "reward": config.reward.kind, **found})
 

@@ -2,11 +2,11 @@
 
     python benchmarks/learner.py [--rows 64 --tokens 256 --micro 8 16 64] [--dtypes float32 bfloat16] [--json FILE]
 
-It calls smart.grpo's own ``token_logprobs`` and ``update`` (forward, backward, clipping, AdamW step) on a random
-Phi-3 and random completions without padding, in each precision (bfloat16: autocast) and micro-batch size. All ways
-alternate; medians are reported. The limit is the counted operations of the matrix products and attention, forward
-and backward, at the rate of one large product in the same dtype, measured here: norms, activations, the softmax over
-the vocabulary and the optimiser's step are overhead.
+It calls smart.grpo's ``token_logprobs`` and ``update`` (forward, backward, clipping, AdamW step) on a random Phi-3 and
+random completions without padding, in each precision (bfloat16: autocast) and micro-batch size. All variants alternate;
+medians are reported. The limit is the counted operations of the matrix products and attention, forward and backward, at
+the measured rate of one large product in the same dtype: norms, activations, the softmax over the vocabulary and the
+optimiser's step count as overhead.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from smart.tokens import build_tokenizer
 
 
 def batch(options: argparse.Namespace, vocabulary: int) -> tuple[Rollout, torch.Tensor]:
-    """Random completions of which none ends early, and random advantages (N,)."""
+    """Random completions, none of which ends early, and random advantages (N,)."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, vocabulary, (options.rows, options.prompt + options.tokens), generator=generator)
     mask = torch.ones(options.rows, options.tokens, dtype=torch.bool)
@@ -46,7 +46,7 @@ def ways(
     micro: int,
     options: argparse.Namespace,
 ) -> dict[str, Callable[[], Any]]:
-    """The two stages: each call does the whole batch."""
+    """The two stages; each call processes the whole batch."""
     autocast = torch.autocast(options.device, common.DTYPES[dtype], enabled=dtype != "float32")
     settings = Grpo(micro_batch=micro)
 
@@ -69,7 +69,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         intermediate=options.intermediate,
     ).to(options.device)
     rollout, advantages = batch(options, model.config.vocab_size)
-    policy = copy.deepcopy(model)  # of all ways: how far it has moved changes no time
+    policy = copy.deepcopy(model)  # shared by all variants: its weights do not affect the time
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6, weight_decay=0.0, fused=options.device == "cuda")
     both: dict[tuple[str, str, int], Callable[[], Any]] = {}
     for dtype in options.dtypes:
@@ -106,17 +106,23 @@ def main() -> None:
     parser = common.parser(__doc__)
     for name, default, text in (
         ("rows", 64, "completions in the batch"),
-        ("prompt", 4, "tokens of a prompt"),
-        ("tokens", 256, "tokens of a completion"),
+        ("prompt", 4, "tokens per prompt"),
+        ("tokens", 256, "tokens per completion"),
         ("layers", 4, "layers of the model"),
         ("hidden", 512, "width of the model"),
         ("heads", 8, "attention heads"),
         ("intermediate", 2048, "width of the feed-forward layers"),
-        ("rounds", 3, "timed runs of each way"),
+        ("rounds", 3, "timed runs per variant"),
     ):
         parser.add_argument(f"--{name}", type=common.whole, default=default, help=f"{text} (default: {default})")
     parser.add_argument("--micro", nargs="+", type=common.whole, default=[8, 16, 64], help="micro-batch sizes")
-    parser.add_argument("--dtypes", nargs="+", choices=sorted(common.DTYPES), default=list(common.DTYPES))
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=sorted(common.DTYPES),
+        default=list(common.DTYPES),
+        help="precisions (default: both)",
+    )
     options = common.parse(parser)
     found = measure(options)
     print(f"{options.rows} completions of {options.tokens} tokens, {found['parameters'] / 1e6:.1f} million parameters")

@@ -3,12 +3,12 @@
     python benchmarks/render.py [--clips 64] [--workers 1,2] [--soundfont timgm] [--rounds 5] [--json FILE]
                                 [--bank cpu] [--midi FOLDER]
 
-Clips are like the paper's: about 70 piano notes within 10 seconds, stereo at 44.1 kHz, drawn with a fixed
-seed; with ``--midi`` they are ten seconds from somewhere within files of a folder, their piano tracks. Every
-round times all ways once, in alternating order, so that a change of the machine's speed meets them all; a
-warm-up round is not counted. Times are medians over rounds, ratios medians of the ratios within a round.
-With ``--bank`` the clips are also compared with those rendered in process: the signal-to-noise ratio of each,
-and the difference of their ``ce_proxy`` rewards. The table comes first, one line of JSON last.
+Clips are like the paper's: about 70 piano notes in 10 seconds, stereo at 44.1 kHz, random with a fixed seed;
+with ``--midi`` they are ten seconds of the piano tracks of files in a folder. Every round times all variants
+once, in alternating order, so that a change of the machine's speed affects all of them; a warm-up round is not
+counted. Times are medians over rounds, ratios are medians of the ratios within a round. With ``--bank`` the
+clips are also compared with those rendered in process: the signal-to-noise ratio of each, and the difference of
+their ``ce_proxy`` rewards. The table comes first, one line of JSON last.
 """
 
 import argparse
@@ -36,7 +36,7 @@ SAMPLE_RATE = 44100
 
 
 def random_clip(rng: np.random.Generator, *, count: int = 70, seconds: float = 10.0) -> Notes:
-    """(count, 6) notes of a piano, spread over ``seconds``."""
+    """(count, 6) piano notes, spread over ``seconds``."""
     columns = (
         rng.uniform(0, seconds, count),
         rng.uniform(0.1, 1.5, count),
@@ -49,7 +49,7 @@ def random_clip(rng: np.random.Generator, *, count: int = 70, seconds: float = 1
 
 
 def real_clips(folder: Path, count: int, rng: np.random.Generator, *, seconds: float = 10.0) -> list[Notes]:
-    """``count`` stretches of ``seconds`` from different files: piano tracks, as one piano, ten notes or more."""
+    """``count`` excerpts of ``seconds`` from different files: piano tracks, merged, with at least ten notes."""
     files = sorted(folder.rglob("*.mid"))
     clips: list[Notes] = []
     for place in rng.permutation(len(files)).tolist():
@@ -58,7 +58,7 @@ def real_clips(folder: Path, count: int, rng: np.random.Generator, *, seconds: f
         try:
             notes = score_notes(symusic.Score(files[place]), max_beats=1e6)
         except (RuntimeError, ValueError):
-            continue  # no MIDI file, or none that can be played
+            continue  # not a MIDI file, or not playable
         notes = notes[(notes[:, 4] < 8) & (notes[:, 5] == 0)]
         notes[:, 4] = 0
         onset = notes[:, 0] - rng.uniform(0, max(notes[:, 0].max(initial=0) - seconds, 0))
@@ -66,7 +66,7 @@ def real_clips(folder: Path, count: int, rng: np.random.Generator, *, seconds: f
         if inside.sum() >= 10:
             clips.append(np.column_stack([onset, notes[:, 1:]])[inside])
     if len(clips) < count:
-        raise UserError(f"--midi {folder}: holds {len(clips)} fit files, expected {count}")
+        raise UserError(f"--midi {folder} has {len(clips)} suitable files, expected {count}")
     return clips
 
 
@@ -87,7 +87,7 @@ def from_bank(bank: NoteBank, clips: list[Notes]) -> None:
 
 
 def compare(bank: NoteBank, soundfont: Any, clips: list[Notes]) -> dict[str, float]:
-    """How well the bank's clips agree with those of ``render_notes``; what it leaves to the pool is only counted."""
+    """How well the bank's clips agree with those of ``render_notes``; clips it leaves to the pool are only counted."""
     reward = load_reward("ce_proxy")
     decibels, differences = [], []
     for clip, found in zip(clips, bank.try_render(clips), strict=True):
@@ -143,7 +143,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 "start_s": starts.get(name, 0.0),
                 "ms_per_clip": 1000 * statistics.median(seconds) / clips,
                 "clips_per_s": clips / statistics.median(seconds),
-                "speed_up": common.ratio(times["in process"], seconds),  # over rendering in process
+                "speed_up": common.ratio(times["in process"], seconds),  # compared with in process
             }
         )
     found: dict[str, Any] = {"clips": clips, "rounds": options.rounds, "soundfont": soundfont, "ways": rows}
@@ -158,12 +158,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     parser = common.parser(__doc__, device=False)
-    parser.add_argument("--clips", type=common.whole, default=64, help="clips of a run (default: %(default)s)")
-    parser.add_argument("--workers", type=whole_numbers, default=[1, 2], help="sizes of pools (default: 1,2)")
+    parser.add_argument("--clips", type=common.whole, default=64, help="clips per run (default: %(default)s)")
+    parser.add_argument("--workers", type=whole_numbers, default=[1, 2], help="pool sizes (default: 1,2)")
     parser.add_argument("--soundfont", default="timgm", help="path or short name (default: %(default)s)")
-    parser.add_argument("--bank", choices=("cpu", "cuda"), help="also a note bank on this device")
-    parser.add_argument("--midi", type=Path, help="clips from the MIDI files of this folder")
-    parser.add_argument("--rounds", type=common.whole, default=5, help="timed runs of each way (default: %(default)s)")
+    parser.add_argument("--bank", choices=("cpu", "cuda"), help="also time a note bank on this device")
+    parser.add_argument("--midi", type=Path, help="take the clips from the MIDI files in this folder")
+    parser.add_argument("--rounds", type=common.whole, default=5, help="timed runs per variant (default: %(default)s)")
     options = common.parse(parser)
     try:
         found = measure(options)
@@ -178,7 +178,7 @@ def main() -> None:
             f"{row['speed_up']:10.2f}"
         )
     if "overhead_of_one_worker" in found:
-        print(f"one worker takes {found['overhead_of_one_worker']:.3f} times as long as no worker")
+        print(f"one worker takes {found['overhead_of_one_worker']:.3f} times as long as rendering in process")
     if "bank" in found:
         print("bank: " + ", ".join(f"{name} {value:.6g}" for name, value in found["bank"].items()))
     common.report("render", options, found)

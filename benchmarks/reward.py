@@ -2,12 +2,12 @@
 
     python benchmarks/reward.py [--clips 64] [--batch 4] [--dtypes float32 bfloat16] [--model FOLDER] [--json FILE]
 
-Both have the same weights: random ones of the full architecture, which take as long as real ones, unless
-``--model`` names a folder with config.json and model.safetensors. The clips are what the small base that ships
-with the package writes, rendered, at 16 kHz; resampling is not part of either. The ways alternate; the ratio is
-the median of the paired ratios. The limit is the operations of the official network's matrix products,
-convolutions and attention for a clip, at the rate of one large product in the same dtype, measured here.
-``difference`` is the largest of the ratings from the official ones, ``rank`` Spearman's correlation with them.
+Both have the same weights: random ones of the full architecture, which are as fast as real ones, unless
+``--model`` names a folder with config.json and model.safetensors. The clips are written by the small base that
+ships with the package and rendered at 16 kHz; resampling is not timed. The variants alternate; the ratio is the
+median of the paired ratios. The limit is the operations of the official network's matrix products, convolutions
+and attention per clip, at the measured rate of one large product in the same dtype. ``difference`` is the largest
+difference from the official ratings, ``rank`` Spearman's correlation with them.
 """
 
 import argparse
@@ -107,11 +107,17 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("--clips", type=common.whole, default=16, help="clips of a run (default: %(default)s)")
-    parser.add_argument("--batch", type=common.whole, help="clips of a forward pass (default: the reward's own)")
-    parser.add_argument("--rounds", type=common.whole, default=3, help="timed runs of each way (default: %(default)s)")
-    parser.add_argument("--dtypes", nargs="+", choices=sorted(common.DTYPES), default=list(common.DTYPES))
-    parser.add_argument("--model", type=Path, help="folder of real weights (default: random ones)")
+    parser.add_argument("--clips", type=common.whole, default=16, help="clips per run (default: %(default)s)")
+    parser.add_argument("--batch", type=common.whole, help="clips per forward pass (default: the reward decides)")
+    parser.add_argument("--rounds", type=common.whole, default=3, help="timed runs per variant (default: %(default)s)")
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=sorted(common.DTYPES),
+        default=list(common.DTYPES),
+        help="precisions (default: both)",
+    )
+    parser.add_argument("--model", type=Path, help="folder with real weights (default: random ones)")
     options = common.parse(parser)
     if options.clips < 2:
         parser.error("--clips 1: a rank correlation needs at least 2")
@@ -119,7 +125,7 @@ def main() -> None:
         found = measure(options, options.model or common.random_audiobox(Path(temporary)))
     print(
         f"{options.clips} clips ({found['padded_clips']} shorter than ten seconds), "
-        f"{found['gflop_per_clip']:.0f} GFLOP a clip"
+        f"{found['gflop_per_clip']:.0f} GFLOP per clip"
     )
     print(
         f"{'':16}{'s/clip':>9}{'clips/s':>9}{'ratio':>7}{'GFLOP/s':>9}{'x limit':>9}"

@@ -1,16 +1,15 @@
-"""Sampling speed: smart.sampler against transformers' ``generate`` on the same weights, and against a limit.
+"""Sampling speed: smart.sampler compared with transformers' ``generate`` on the same weights and with a limit.
 
     python benchmarks/sampler.py [--rows 64 --tokens 256 --hidden 512 ...] [--json out.json]
 
 The defaults are the paper's model and batch: 4 layers x 512, 413 tokens, 8 prompts x 8 completions of 256
-tokens. Nothing ends a completion, so both do the same work. After a warm-up the two alternate, in turned
-order, and medians are reported, so that a slow moment of the machine falls on both. The ratio is the median
-of the paired ratios.
+tokens. No completion ends early, so both do the same work. After a warm-up the two alternate, so that a slow
+moment of the machine affects both, and medians are reported. The ratio is the median of the paired ratios.
 
-The limit is what the machine could do at best with this algorithm: the operations of the matrix products at
-the rate of one large product in the same dtype, plus the bytes of the cache that attention reads at the rate
-of a plain sum over memory; both rates are measured here, after the runs. It leaves out norms, activations,
-the draw and all overhead. A table comes first, JSON last.
+The limit is the best that the machine could do with this algorithm: the operations of the matrix products at the
+rate of one large product in the same dtype, plus the cache bytes that attention reads at the rate of a plain sum
+over memory; both rates are measured after the runs. Norms, activations, the random draw and all overhead are not
+included. A table comes first, JSON last.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from smart.sampler import Sampler
 
 
 def build(options: argparse.Namespace) -> Any:
-    """A random Phi-3 of the size asked for, float32, on the device."""
+    """A random Phi-3 of the requested size, float32, on the device."""
     positions = options.prompt + options.tokens
     torch.manual_seed(0)
     return (
@@ -56,7 +55,7 @@ def build(options: argparse.Namespace) -> Any:
 def contestants(
     model: Any, dtype: torch.dtype, options: argparse.Namespace
 ) -> tuple[Callable[[int], Any], Callable[[int], Any]]:
-    """(ours, theirs): each draws a batch of the given number of tokens and returns it, (N, P+T)."""
+    """(ours, theirs): each samples a batch with the given number of tokens and returns it, (N, P+T)."""
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(
         3, options.vocabulary, (options.rows // options.group_size, options.prompt), generator=generator
@@ -91,7 +90,7 @@ def work(options: argparse.Namespace, dtype: torch.dtype) -> tuple[float, float]
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Both samplers in one dtype: medians in seconds, tokens a second, ratio, limit."""
+    """Both samplers in one dtype: median seconds, tokens per second, ratio, limit."""
     dtype = common.DTYPES[name]
     ours, theirs = contestants(build(options), dtype, options)
     shape = (options.rows, options.prompt + options.tokens)
@@ -130,19 +129,25 @@ def parse() -> argparse.Namespace:
     parser = common.parser(__doc__)
     for name, default, text in (
         ("rows", 64, "sequences in the batch"),
-        ("group-size", 8, "sequences of one prompt"),
-        ("prompt", 4, "tokens of a prompt"),
-        ("tokens", 256, "tokens drawn for each sequence"),
+        ("group-size", 8, "sequences per prompt"),
+        ("prompt", 4, "tokens per prompt"),
+        ("tokens", 256, "tokens to sample per sequence"),
         ("layers", 4, "layers of the model"),
         ("hidden", 512, "width of the model"),
         ("heads", 8, "attention heads"),
         ("kv-heads", 0, "key-value heads; 0: as many as attention heads"),
         ("intermediate", 2048, "width of the feed-forward layers"),
-        ("vocabulary", 413, "tokens of the vocabulary"),
-        ("repeats", 5, "timed runs of each"),
+        ("vocabulary", 413, "tokens in the vocabulary"),
+        ("repeats", 5, "timed runs of each sampler"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
-    parser.add_argument("--dtypes", nargs="+", choices=sorted(common.DTYPES), default=list(common.DTYPES))
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=sorted(common.DTYPES),
+        default=list(common.DTYPES),
+        help="precisions (default: both)",
+    )
     options = common.parse(parser)
     if options.group_size < 1 or options.rows % options.group_size:
         parser.error(f"--rows {options.rows}: expected a multiple of --group-size {options.group_size}")

@@ -1,11 +1,11 @@
-"""Whether a long run stays as it began: its memory, open files and throughput, over thousands of iterations.
+"""Check that a long run's memory, open files and speed stay constant over thousands of iterations.
 
     python benchmarks/soak.py [--iterations 2000] [--parts 10] [--json FILE]
 
-It tunes a tiny model of random weights through the real program, renderer and reward, in a process of its own, and
-looks at that process and its render workers after every part of the iterations. Memory is what each of them alone
-holds (USS), the least that was seen in a part: what a process holds between two iterations, with no garbage
-waiting to be collected. The first part warms up. The table comes first, one line of JSON last.
+It tunes a tiny random model with the real program, renderer and reward in a separate process, and inspects that process
+and its render workers after each part of the iterations. Memory is the part of each process that is not shared (USS),
+and of all samples in a part the lowest: the memory between two iterations, with no garbage waiting to be collected. The
+first part warms up. The table comes first, one line of JSON last.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ def tree(pid: int) -> list[int]:
     """A process and its descendants."""
     found = [pid]
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+        with contextlib.suppress(OSError):  # the thread has just ended
             for child in task.read_text().split():
                 found += tree(int(child))
     return found
@@ -45,7 +45,7 @@ def own_bytes(pid: int) -> int:
 
 
 def look(pid: int) -> dict[str, Any]:
-    """What a run holds now."""
+    """The resources that a run holds now."""
     workers = tree(pid)[1:]
     return {
         "mib": own_bytes(pid) / 2**20,
@@ -58,15 +58,15 @@ def look(pid: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = common.parser(__doc__, device=False)
-    parser.add_argument("--iterations", type=common.whole, default=2000)
-    parser.add_argument("--parts", type=common.whole, default=10)
+    parser.add_argument("--iterations", type=common.whole, default=2000, help="iterations (default: %(default)s)")
+    parser.add_argument("--parts", type=common.whole, default=10, help="parts to report (default: %(default)s)")
     options = common.parse(parser)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer = build_tokenizer()
         save_base(build_model(tokenizer, layers=1, hidden=32, heads=2, intermediate=48), tokenizer, folder / "base")
         settings = SETTINGS | {"model.base": folder / "base", "run.folder": folder, "run.name": "soak"}
-        settings["grpo.iterations"] = options.iterations + 1  # so that the run still goes on at the last look
+        settings["grpo.iterations"] = options.iterations + 1  # so that it still runs at the last look
         words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
         log = folder / "log"
         with open(log, "w") as output:
@@ -74,7 +74,7 @@ def main() -> None:
         metrics = folder / "soak" / METRICS
         rows: list[dict[str, Any]] = []
         done, before = 0, 0.0
-        print(f"{'iterations':>12} {'a second':>9} {'MiB':>7} {'workers MiB':>12} {'files':>6} {'threads':>8}")
+        print(f"{'iterations':>12} {'per s':>9} {'MiB':>7} {'workers MiB':>12} {'files':>6} {'threads':>8}")
         try:
             for part in range(1, options.parts + 1):
                 until = part * options.iterations // options.parts

@@ -8,28 +8,34 @@ import click
 
 
 class UserError(click.ClickException, ValueError):
-    """A mistake that the user can mend: one line that names the thing, what was expected and what to do.
+    """A mistake that the user can fix: one line that names the thing, what was expected and what to do.
 
-    As a ``ClickException`` it ends any of the programs with that line and exit code 2, without a traceback;
-    as a ``ValueError`` it can be caught by whoever uses the package as a library.
+    As a ``ClickException`` it ends a program with that line and exit code 2, without a traceback; code that uses
+    the package as a library can catch it as a ``ValueError``.
     """
 
     exit_code = 2
 
 
 class Failure(click.ClickException, RuntimeError):
-    """Why work cannot go on, through no mistake of the user's: one line, exit code 1; what was saved is kept."""
+    """A failure that is not the user's mistake: it ends a program with one line and exit code 1; saved work is kept."""
+
+
+def brief(error: BaseException) -> str:
+    """An exception as one line of limited length."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}{'...' if len(text) > 160 else ''}"
 
 
 def require(*finders: Callable[[], Any]) -> list[Any]:
-    """What each of ``finders`` returns; or one ``UserError`` that lists everything that they could not find."""
+    """Call each of ``finders`` and return their results, or raise one ``UserError`` that lists everything missing."""
     found, problems = [], []
     for finder in finders:
         try:
             found.append(finder())
         except UserError as error:
             problems.append(error.message)
-    problems = list(dict.fromkeys(problems))  # several may lack the same thing
+    problems = list(dict.fromkeys(problems))  # several may report the same thing
     if len(problems) > 1:
         raise UserError("\n- ".join([f"{len(problems)} things are missing:", *problems]))
     if problems:
@@ -38,9 +44,9 @@ def require(*finders: Callable[[], Any]) -> list[Any]:
 
 
 class LazyGroup(click.Group):
-    """A group whose commands live in modules of their own, each imported only when it is asked for.
+    """A group of commands, each in a separate module that is imported only when the command is called.
 
-    ``programs`` maps a command's name to its help; its module is ``package`` with that name, or what ``modules`` says.
+    ``programs`` maps a command's name to its help. Its module is the one in ``modules``, else ``package.NAME``.
     """
 
     def __init__(

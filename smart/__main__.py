@@ -1,20 +1,20 @@
-"""``smart PROGRAM ...`` is ``python -m smart.PROGRAM ...``; a program is imported only when it is asked for."""
+"""``smart PROGRAM ...`` runs ``python -m smart.PROGRAM ...``; each program is imported only when it is called."""
 
 import click
 
 from smart import LazyGroup
 
 PROGRAMS = {
-    "grpo": "Tune a base model by how its music sounds.",
+    "grpo": "Tune a base model with a reward for how its music sounds.",
     "pretrain": "Train a base model on a tokenised corpus.",
     "generate": "Write music with a base or a tuned run.",
-    "evaluate": "Sample, rate and compare; reports with the paper's figures.",
+    "evaluate": "Sample models, rate and compare their pieces, draw the paper's figures.",
     "corpus": "Turn a folder of MIDI files into a tokenised corpus.",
-    "demo": "Make a page to listen to: pairs from two models.",
-    "study": "Run a listening study: build it, serve it, export and analyse its ratings.",
-    "doctor": "Say whether this machine is ready for a run.",
-    "reproduce": "Every experiment, table and figure of the paper, on one page.",
-    "calibrate": "Fit the ce_proxy reward to clips that were rated.",
+    "demo": "Make a web page that plays pairs of pieces from two models.",
+    "study": "Build and serve a listening study, export and analyse its ratings.",
+    "doctor": "Check whether this machine can run a configuration.",
+    "reproduce": "Run every experiment of the paper and compare the results on one page.",
+    "calibrate": "Fit the ce_proxy reward to clips that you rated.",
 }
 MODULES = {
     "corpus": "smart.corpus.command",

@@ -1,7 +1,7 @@
-"""Configuration: a TOML file becomes a frozen dataclass; what is wrong is named.
+"""Configuration: turn a TOML file into a frozen dataclass; errors name the wrong key.
 
-Only programs read configuration; rooms take plain arguments. Each program has its schema: ``Config`` for tuning,
-``PretrainConfig`` for the base model. A field's metadata holds what is allowed: ``low``/``high`` (inclusive),
+Only programs read the configuration; other modules take plain arguments. There are two schemas: ``Config`` for tuning
+and ``PretrainConfig`` for a base model. A field's metadata holds the allowed values: ``low``/``high`` (inclusive),
 ``above`` (exclusive) and ``choices``. Nothing in a configuration file is ever executed.
 """
 
@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -32,7 +32,7 @@ def _choice(default: str, *choices: str) -> Any:
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run goes: ``<folder>/<name>/``."""
+    """Where a run is written, ``<folder>/<name>/``, its seed and its device."""
 
     name: str = field(default="run", metadata={"file_name": True})
     folder: str = "runs"
@@ -42,23 +42,23 @@ class Run:
 
 @dataclass(frozen=True)
 class Model:
-    """The base to start from: a shipped name, a local folder, or a hub id (the only case that uses the network)."""
+    """The base to start from: a shipped name, a local folder, or a hub id (only this one uses the network)."""
 
     base: str = "piano-small"
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What every completion starts from (``smart.prompts``)."""
+    """The prompts that completions start from (``smart.prompts``)."""
 
     kind: str = _choice("procedural", "procedural", "first_note", "bos", "dataset")
-    corpus: str = ""  # folder written by smart.corpus; needed by kind = "dataset"
+    corpus: str = ""  # folder written by smart.corpus; kind = "dataset" needs it
     split: str = _choice("train", "train", "validation", "test")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn (``smart.sampler``)."""
+    """How completions are sampled (``smart.sampler``)."""
 
     max_new_tokens: int = _number(256, low=1, high=100_000)
     temperature: float = _number(1.0, above=0.0, high=100.0)
@@ -72,24 +72,22 @@ class Render:
     """How notes become audio (``smart.render``, ``smart.render.bank``)."""
 
     soundfont: str = "timgm"
-    backend: str = _choice(
-        "pool", "pool", "bank"
-    )  # worker processes; or stored notes on the device (smart.render.bank)
+    backend: str = _choice("pool", "pool", "bank")  # worker processes, or a bank of stored notes on the device
     sample_rate: int = _number(44100, low=8000, high=192_000)
     seconds: float = _number(10.0, above=0.0, high=600.0)
-    workers: int = _number(0, low=0, high=1024)  # 0: one for each usable core
-    deadline: float = _number(30.0, above=0.0, high=3600.0)  # seconds that one clip may take
+    workers: int = _number(0, low=0, high=1024)  # 0: one per usable core
+    deadline: float = _number(30.0, above=0.0, high=3600.0)  # seconds per clip; after that it has failed
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """What rates the audio (``smart.reward``). ``weights`` empty: the reward's first axis alone."""
+    """The reward that rates the audio (``smart.reward``). Empty ``weights``: its first axis alone."""
 
     kind: str = "ce_proxy"
     weights: dict[str, float] = field(default_factory=dict)
-    # handed to the reward: model, dtype, ...
+    # passed to the reward: model, dtype, ...
     options: dict[str, Any] = field(default_factory=dict, metadata={"reserved": ("kind", "weights", "device")})
-    deadline: float = _number(600.0, above=0.0, high=86_400.0)  # seconds that a batch of 16 clips may take
+    deadline: float = _number(600.0, above=0.0, high=86_400.0)  # seconds per batch of 16 clips; later the run stops
 
 
 @dataclass(frozen=True)
@@ -97,49 +95,50 @@ class Grpo:
     """Group relative policy optimization (``smart.grpo``)."""
 
     iterations: int = _number(200, low=1)
-    prompts: int = _number(8, low=1)  # different prompts an iteration
-    group_size: int = _number(8, low=2)  # completions of each prompt
+    prompts: int = _number(8, low=1)  # different prompts per iteration
+    group_size: int = _number(8, low=2)  # completions per prompt
     learning_rate: float = _number(1e-4, above=0.0, high=1.0)
     beta: float = _number(0.04, low=0.0)  # weight of the KL term
     clip: float = _number(0.2, above=0.0, high=1.0)
-    inner_epochs: int = _number(1, low=1)  # optimiser steps a batch (mu)
-    rollouts_ahead: int = _number(0, low=0, high=1)  # batches drawn before the update that comes before their own
-    micro_batch: int = _number(16, low=1)  # completions a forward and backward pass
+    inner_epochs: int = _number(1, low=1)  # optimiser steps per batch (mu)
+    rollouts_ahead: int = _number(0, low=0, high=1)  # batches sampled one update early
+    micro_batch: int = _number(16, low=1)  # completions per forward and backward pass
     average: str = _choice("token", "token", "sequence", "constant")
     scale: str = _choice("group", "group", "none")
     max_grad_norm: float = _number(1.0, above=0.0)
     precision: str = _choice("auto", "auto", "float32", "bfloat16")  # auto: bf16 autocast on CUDA only
-    diversity: float = _number(0.0, low=0.0)  # reward points for being unlike the rest of the group; 0: plain GRPO
-    kl_budget: float = _number(0.0, low=0.0)  # nats a token to the base, on held-out prompts; then it stops; 0: none
-    stop_on_collapse: bool = False  # stop where the rule of smart.guard says that pieces have become alike
+    diversity: float = _number(0.0, low=0.0)  # reward points for differing from the rest of the group; 0: plain GRPO
+    kl_budget: float = _number(0.0, low=0.0)  # stop at this held-out KL to the base, in nats per token; 0: never
+    stop_on_collapse: bool = False  # stop if the rule of smart.guard finds that diversity has collapsed
 
 
 @dataclass(frozen=True)
 class Guard:
-    """What watches for over-optimisation (``smart.guard``), beside the keys of ``Grpo`` and ``Track``."""
+    """How over-optimisation is detected (``smart.guard``); ``Grpo`` and ``Track`` have further keys for it."""
 
-    # kind "auto": the reward's axes without weight; where there are none, how likely the base finds the music
+    # the second score, which training does not optimise. kind "auto": the mean of the reward's axes without weight,
+    # or, if there are none, how likely the music is under the base model
     judge: RewardConfig = field(default_factory=lambda: RewardConfig(kind="auto"))
 
 
 @dataclass(frozen=True)
 class Track:
-    """What a run writes, and how often (in iterations)."""
+    """What a run writes, and how often (every so many iterations)."""
 
     checkpoint_every: int = _number(20, low=1)
     keep_checkpoints: int = _number(3, low=0)  # 0: all
     samples_every: int = _number(20, low=1)
-    samples: int = _number(2, low=0, high=1000)  # completions of each such iteration as MIDI and WAV
-    final_prompts: int = _number(64, low=2)  # fresh prompts for base against tuned at the end
-    final_listen: int = _number(4, low=0)  # of them, how many are written as MIDI and WAV
-    trace_every: int = _number(0, low=0)  # write the timeline of each so many-th iteration; 0: of none
-    held_out_every: int = _number(10, low=0)  # measure the policy on held-out prompts; 0: never
-    held_out_prompts: int = _number(8, low=2)  # for each it writes four completions
+    samples: int = _number(2, low=0, high=1000)  # completions of such an iteration that are written as MIDI and WAV
+    final_prompts: int = _number(64, low=2)  # new prompts on which base and tuned model are compared at the end
+    final_listen: int = _number(4, low=0)  # how many of these comparisons are written as MIDI and WAV
+    trace_every: int = _number(0, low=0)  # write a timeline every so many iterations; 0: never
+    held_out_every: int = _number(10, low=0)  # measure on held-out prompts every so many iterations; 0: never
+    held_out_prompts: int = _number(8, low=2)  # with four completions each
 
 
 @dataclass(frozen=True)
 class Config:
-    """A tuning run. Defaults: the paper's numbers (section 3.5), with what ships in place of what it downloads."""
+    """A tuning run. Defaults: the paper's numbers (section 3.5), but with the base and reward that ship."""
 
     run: Run = field(default_factory=Run)
     model: Model = field(default_factory=Model)
@@ -169,13 +168,13 @@ class Data:
 
     corpus: str = ""
     crop: int = _number(512, low=8)  # tokens of a training row, BOS and EOS included
-    transpose: int = _number(0, low=0, high=11)  # semitones up or down, drawn anew for every row
-    openings: float = _number(0.0, low=0.0, high=1.0)  # share of rows that start where the piece starts
+    transpose: int = _number(0, low=0, high=11)  # largest shift in semitones, up or down; drawn for every row
+    openings: float = _number(0.0, low=0.0, high=1.0)  # share of rows that start at the beginning of a piece
 
 
 @dataclass(frozen=True)
 class Optimisation:
-    """Pretraining (FACTS: AdamW 5e-4, 500 warm-up steps, cosine to 5e-6, weight decay 0.01, batch 32)."""
+    """Pretraining. Defaults: the authors' (AdamW 5e-4, 500 warm-up steps, cosine to 5e-6, weight decay 0.01)."""
 
     steps: int = _number(10_000, low=1)
     batch: int = _number(32, low=1)
@@ -185,18 +184,18 @@ class Optimisation:
     weight_decay: float = _number(0.01, low=0.0)
     max_grad_norm: float = _number(1.0, above=0.0)
     precision: str = _choice("auto", "auto", "float32", "bfloat16")  # auto: bf16 autocast on CUDA only
-    compile: str = _choice("auto", "auto", "on", "off")  # torch.compile; auto: on CUDA where a C compiler is
+    compile: str = _choice("auto", "auto", "on", "off")  # torch.compile; auto: on CUDA with a C compiler
     evaluate_every: int = _number(500, low=1)
     evaluate_rows: int = _number(256, low=1)  # validation rows, the same ones each time
-    patience: int = _number(10, low=1)  # evaluations without a better validation loss before stopping
-    keep_checkpoints: int = _number(2, low=1)  # one is made at each evaluation
-    samples: int = _number(16, low=0)  # pieces drawn at each evaluation, to say how many can be played
-    listen: int = _number(4, low=0)  # of them, how many are written as MIDI and WAV
+    patience: int = _number(10, low=1)  # stop after so many evaluations without a better validation loss
+    keep_checkpoints: int = _number(2, low=1)  # one is written at each evaluation
+    samples: int = _number(16, low=0)  # pieces sampled at each evaluation, to count how many can be played
+    listen: int = _number(4, low=0)  # how many of these pieces are written as MIDI and WAV
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """A base model's run (``smart.pretrain``). ``model.base`` empty: random weights of ``architecture``."""
+    """A pretraining run (``smart.pretrain``). Empty ``model.base``: random weights of ``architecture``."""
 
     run: Run = field(default_factory=Run)
     model: Model = field(default_factory=lambda: Model(base=""))
@@ -207,12 +206,12 @@ class PretrainConfig:
 
 
 def shipped() -> list[str]:
-    """Bare names of the configurations that the package carries."""
+    """File names of the configurations that ship with the package."""
     return sorted(path.name for path in SHIPPED.glob("*.toml"))
 
 
 def find(path: str | Path) -> Path:
-    """``path`` itself, or the shipped configuration of that bare name when there is no such file."""
+    """``path`` itself, or the shipped configuration of that name if there is no such file."""
     given = Path(path)
     if given.is_file():
         return given
@@ -224,25 +223,33 @@ def find(path: str | Path) -> Path:
 def load(path: str | Path, overrides: Iterable[str] = (), *, schema: type[Schema] = Config) -> Schema:  # type: ignore[assignment]  # mypy has no default for a type variable
     """Read ``path``, apply ``overrides`` ("section.key=value", in TOML notation) and check everything.
 
-    Raises ``UserError`` that names the key, its value and what is allowed.
+    Raises ``UserError`` naming the key, its value and the allowed values.
     """
     file = find(path)
     try:
         values = parse_toml(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"config {file}: cannot be read as TOML: {error}") from None
-    for override in overrides:
-        _apply(values, override)
-    return _build(schema, values, "", str(file))
+    overrides = {_apply(values, override): override for override in overrides}
+
+    def source(name: str) -> str:
+        for key, override in overrides.items():
+            if f"{name}.".startswith(f"{key}."):
+                return f"--set {_short(override)}"
+            if key.startswith(f"{name}."):
+                return f"{file} with --set {_short(override)}"
+        return str(file)
+
+    return _build(schema, values, "", source)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested plain values, as they would stand in a TOML file."""
+    """The configuration as nested dictionaries of plain values, as in a TOML file."""
     return dataclasses.asdict(config)
 
 
 def dumps(config: Any) -> str:
-    """The resolved configuration as TOML that ``load`` reads back to an equal object."""
+    """The configuration as TOML; ``load`` reads it back to an equal object."""
     lines: list[str] = []
     _write_table(to_dict(config), "", lines)
     return "\n".join(lines).strip() + "\n"
@@ -268,14 +275,15 @@ def _toml(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(_toml(item) for item in value)}]"
     if isinstance(value, float) and not math.isfinite(value):
-        return str(value)  # inf, -inf and nan are spelled alike in TOML
+        return str(value)  # inf, -inf and nan are spelled the same in TOML
     if isinstance(value, str):
-        # JSON's escapes are TOML's, but for DEL, which TOML wants escaped
+        # JSON's escapes are valid in TOML, which also requires DEL to be escaped
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return json.dumps(value)
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def _apply(values: dict[str, Any], override: str) -> str:
+    """Put an override into ``values``; returns its dotted key."""
     key, separator, text = override.partition("=")
     parts = [part.strip() for part in key.split(".")]
     if not separator or len(parts) < 2 or not all(parts):
@@ -291,9 +299,11 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if not isinstance(table, dict):
             raise UserError(f"--set {override!r}: {part} is not a section")
     table[parts[-1]] = value
+    return ".".join(parts)
 
 
-def _build(schema: type[Schema], values: dict[str, Any], prefix: str, source: str) -> Schema:
+def _build(schema: type[Schema], values: dict[str, Any], prefix: str, source: Callable[[str], str]) -> Schema:
+    """Check ``values`` and build ``schema`` from them; ``source`` tells from where a key's value comes."""
     fields = {item.name: item for item in dataclasses.fields(schema)}  # type: ignore[arg-type]  # always a dataclass
     hints = get_type_hints(schema)
     arguments: dict[str, Any] = {}
@@ -302,14 +312,14 @@ def _build(schema: type[Schema], values: dict[str, Any], prefix: str, source: st
         if key not in fields:
             close = difflib.get_close_matches(key, fields, n=1)
             hint = f"did you mean {prefix}{close[0]}?" if close else f"allowed: {', '.join(fields)}"
-            raise UserError(f"{source}: unknown key {name} = {_short(value)}; {hint}")
+            raise UserError(f"{source(name)}: unknown key {name} = {_short(value)}; {hint}")
         kind = hints[key]
         if dataclasses.is_dataclass(kind):
             if not isinstance(value, dict):
-                raise UserError(f"{source}: {name} = {_short(value)}: expected a section [{name}]")
+                raise UserError(f"{source(name)}: {name} = {_short(value)}: expected a section [{name}]")
             arguments[key] = _build(kind, value, f"{name}.", source)  # type: ignore[arg-type]  # is_dataclass narrows to instances too
         else:
-            arguments[key] = _check(kind, value, name, fields[key].metadata, source)
+            arguments[key] = _check(kind, value, name, fields[key].metadata, source(name))
     return schema(**arguments)
 
 
@@ -368,6 +378,6 @@ def _range(allowed: Any) -> str:
 def _short(value: Any) -> str:
     try:
         text = repr(value)
-    except ValueError:  # Python writes out no integer of thousands of digits, though it reads one from hexadecimal
+    except ValueError:  # Python refuses to print such an integer, but reads one in hexadecimal
         return "an integer of thousands of digits"
     return text if len(text) <= 60 else f"{text[:57]}..."

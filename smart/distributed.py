@@ -1,10 +1,10 @@
-"""One process, or several that ``torchrun`` started, acting as one.
+"""Run as one process, or as several that ``torchrun`` started.
 
-Each process runs the same program on its own share of every batch. ``World`` says which process this is, and adds up
-and gathers over all of them; alone, it costs nothing. Only the lead (rank 0) writes files and talks.
+Each process runs the same program on its own share of every batch. ``World`` knows which process this is, and sums and
+gathers values over all of them; with one process it costs nothing. Only the lead (rank 0) writes files and prints.
 
-Numbers and objects travel between the hosts (gloo), gradients between the devices (NCCL on CUDA). When a process dies,
-the others notice at their next exchange and end too; torchrun's report names the one that died first.
+Numbers and objects are exchanged between the hosts (gloo), gradients between the devices (NCCL on CUDA). If a process
+dies, the others notice at their next exchange and stop too; torchrun's report names the one that died first.
 """
 
 import os
@@ -27,25 +27,25 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among ``size``. ``device`` is its own; ``neighbours`` share its machine, itself included."""
+    """This process, one of ``size``; ``neighbours`` processes, including this one, share its machine."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
     neighbours: int = 1
-    hosts: Any = None  # the process group in which hosts talk
+    hosts: Any = None  # the process group of the hosts
 
     @property
     def lead(self) -> bool:
-        """Whether this is the process that writes files and talks."""
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """This process's part of ``count`` things: neighbouring ones, as many as the others have or one more."""
+        """This process's share of ``count`` items: consecutive ones; shares differ by at most one item."""
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, by rank; every process gets them all. Tensors must lie on the CPU."""
+        """The values of all processes, by rank; every process gets all of them. Tensors must be on the CPU."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -53,14 +53,14 @@ class World:
         return values
 
     def gather_rows(self, rows: torch.Tensor, filler: float = 0) -> torch.Tensor:
-        """The rows (n, L) of all processes, (N, longest L), on this one's device: by rank, filled up on the right."""
+        """The rows (n, L) of all processes as (N, longest L) on this device: by rank, padded on the right."""
         parts = self.gather(rows.cpu())
         longest = max(part.shape[1] for part in parts)
         pad = torch.nn.functional.pad
         return torch.cat([pad(part, (0, longest - part.shape[1]), value=filler) for part in parts]).to(self.device)
 
     def sum(self, *values: float) -> list[float]:
-        """Each value added up over all processes, in float64; every process gets the same answer."""
+        """The sum of each value over all processes, in float64; every process gets the same result."""
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64)
@@ -68,11 +68,11 @@ class World:
         return [float(value) for value in total.tolist()]
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up in any process; every process gets the same answer, at the same moment."""
+        """Whether the flag is set in any process; every process gets the same result at the same point."""
         return self.sum(float(flag))[0] > 0
 
     def sum_gradients(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Add up the gradients of all processes, in place, in one exchange."""
+        """Sum the gradients of all processes, in place, in one exchange."""
         if self.size == 1:
             return
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -84,20 +84,20 @@ class World:
     def _exchange(self, exchange: Callable[[], Any]) -> None:
         try:
             exchange()
-        except RuntimeError as error:  # of gloo and of NCCL alike
+        except RuntimeError as error:  # raised by gloo and NCCL
             reason = str(error).strip().splitlines()[0][:200]
             raise click.ClickException(
-                f"process {self.rank} of {self.size} has lost another, and stops too ({reason}); torchrun's report "
-                "names the first that failed. The last checkpoint is kept: start the same command with --resume"
+                f"process {self.rank} of {self.size} lost contact with another and stops ({reason}); torchrun's report "
+                "names the first that failed. The last checkpoint is kept; run the same command with --resume"
             ) from None
 
 
 @contextmanager
 def join(device: torch.device) -> Iterator[World]:
-    """Meet the other processes, where torchrun started this one (it sets WORLD_SIZE), and part from them at the end.
+    """Connect to the other processes if torchrun started this one (it sets WORLD_SIZE), and disconnect at the end.
 
-    On CUDA each process takes the device of its local rank. Raises ``UserError`` where a machine has fewer
-    devices than processes.
+    On CUDA each process takes the device of its local rank. Raises ``UserError`` if a machine has fewer devices
+    than processes.
     """
     if "WORLD_SIZE" not in os.environ or not dist.is_available():
         yield World(device)
@@ -106,7 +106,7 @@ def join(device: torch.device) -> Iterator[World]:
         local, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local >= devices:
             raise UserError(
-                f"this machine has {devices} CUDA devices and torchrun started more processes here: "
+                f"torchrun started more processes than this machine has CUDA devices ({devices}); "
                 f"use --nproc-per-node {devices}, or run.device = 'cpu'"
             )
         device = torch.device("cuda", local)
@@ -121,9 +121,9 @@ def join(device: torch.device) -> Iterator[World]:
             int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
             dist.new_group(backend="gloo", timeout=TIMEOUT) if on_cuda else None,
         )
-    except SystemExit:  # a stop on which all have agreed
+    except SystemExit:  # all processes have agreed to stop
         dist.destroy_process_group()
         raise
-    # no such farewell from a process that fails alone: NCCL's waits for all the others, which wait for this one. Its
-    # end closes its connections, and torchrun ends the rest
+    # not if this process fails alone: NCCL would wait for all the others, which wait for this one. When it ends, its
+    # connections close, and torchrun stops the rest
     dist.destroy_process_group()

@@ -1,15 +1,15 @@
-"""How varied a set of pieces is, and how near each is to a training piece.
+"""How varied a set of pieces is, and how similar each is to the pieces of a corpus.
 
-A policy that has found what its reward likes may write it again and again. Four views of that, each from 0 or 1
-(all the same) upwards:
+A policy that has found a piece with a high reward may write it again and again. Several measures show this; each is
+lowest (0 or 1) if all pieces are the same:
 
 - the Vendi score (Friedman and Dieng 2023): the effective number of different pieces, exp of the entropy of the
   eigenvalues of K/N, for a kernel K of symbolic vectors or of audio vectors;
-- the mean distance of two piano rolls, 0 for copies and 1 where nothing sounds in common;
-- the share of different n-grams of notes, written so that transposition changes nothing.
+- the mean distance of two piano rolls, 0 for copies and 1 if they have no sounding cell in common;
+- the share of different n-grams of notes, encoded so that transposition does not matter.
 
-Pitch is what drums do not have: drum tracks are left out of all symbolic measures. A piece without other notes is
-"empty"; all empty pieces are copies of each other and unlike any other piece.
+Drums have no pitch, so drum tracks are left out of all symbolic measures. A piece without other notes is "empty"; all
+empty pieces count as copies of each other and as different from any other piece.
 """
 
 import itertools
@@ -18,14 +18,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from symusic.core import ScoreTick
 
-BEATS = 16  # quarter notes from the beginning: about what ten seconds hold, and the paper's figure 6
+BEATS = 16  # quarter notes from the beginning: about ten seconds, as in the paper's figure 6
 PER_BEAT = 4
-STEPS = 12  # a quarter note for n-grams: the vocabulary's own grid
-RUN = 8  # transitions between notes that count as copied: shorter runs are in every scale and trill
+STEPS = 12  # per quarter note, for n-grams: the vocabulary's grid
+RUN = 8  # transitions between notes; shorter runs occur in every scale and trill, so they do not count as copied
 
-SECONDS = 10.0  # that are heard in training
+SECONDS = 10.0  # that are rated in training
 WINDOW_SECONDS, STEP_SECONDS, MEL_BANDS, MEL_HZ = 0.064, 0.5, 64, (50.0, 7500.0)
 
 Floats = npt.NDArray[np.float32]
@@ -33,18 +34,18 @@ Hashes = npt.NDArray[np.uint64]
 
 
 class Nearest(NamedTuple):
-    """For each of N pieces, what in the corpus is most like it."""
+    """For each of N pieces, the most similar music in the corpus."""
 
-    piece: npt.NDArray[np.int64]  # (N,) number of the corpus piece whose opening is most alike; -1 without a corpus
+    piece: npt.NDArray[np.int64]  # (N,) index of the corpus piece with the most similar opening; -1 without a corpus
     similarity: npt.NDArray[np.float64]  # (N,) 0..1, cosine of the openings in the best transposition
-    copied: npt.NDArray[np.float64]  # (N,) 0..1, share of the piece's runs of notes that some corpus piece holds
-    longest: npt.NDArray[np.int64]  # (N,) notes of the longest passage that one corpus piece holds; 0: none of RUN + 1
+    copied: npt.NDArray[np.float64]  # (N,) 0..1, share of the piece's runs of notes that occur in some corpus piece
+    longest: npt.NDArray[np.int64]  # (N,) notes in the longest passage also in a corpus piece; 0: fewer than RUN + 1
 
 
 def piano_roll(score: ScoreTick, *, beats: int = BEATS, per_beat: int = PER_BEAT) -> Floats:
-    """(beats * per_beat, 128) float32: 1 where a pitch sounds in a cell of time, counted from the beginning.
+    """(beats * per_beat, 128) float32: 1 if a pitch sounds in a cell of time, counted from the beginning.
 
-    A note fills each cell that it sounds in, and at least the one in which it begins.
+    A note fills each cell in which it sounds, and always the one in which it begins.
     """
     notes, cells = _notes(score), beats * per_beat
     first = notes["time"] * per_beat // score.ticks_per_quarter
@@ -59,7 +60,7 @@ def piano_roll(score: ScoreTick, *, beats: int = BEATS, per_beat: int = PER_BEAT
 def symbolic_vector(score: ScoreTick, *, beats: int = BEATS) -> Floats:
     """(beats * 4 * 12,) float32: onsets by sixteenth and pitch class, of unit length; zero for an empty piece.
 
-    Octave, loudness and duration play no part; transposition does (``nearest`` looks past it).
+    Octave, loudness and duration do not matter, but transposition does (``nearest`` compensates for it).
     """
     notes, cells = _notes(score), beats * PER_BEAT
     cell = notes["time"] * PER_BEAT // score.ticks_per_quarter
@@ -68,16 +69,17 @@ def symbolic_vector(score: ScoreTick, *, beats: int = BEATS) -> Floats:
 
 
 def audio_vector(audio: npt.NDArray[Any], sample_rate: int, *, seconds: float = SECONDS) -> Floats:
-    """Mean magnitude in each half second of the beginning and each of 64 mel bands, of unit length; zero for silence.
+    """Mean magnitude of the first ``seconds`` by half second and mel band (64), of unit length; zero for silence.
 
-    ``audio`` is (C, S) or (S,); the result (2 * seconds * 64,) float32. Gain does not matter. Magnitudes tell pieces
-    apart where decibels do not (any two piano clips then have a cosine of 0.9: what is soft weighs nearly as much).
+    ``audio`` is (C, S) or (S,); the result is (2 * seconds * 64,) float32. Gain does not matter. Magnitudes tell pieces
+    apart better than decibels, with which any two piano clips have a cosine of 0.9, as soft sounds count nearly as
+    much as loud ones.
     """
     signal = np.atleast_2d(np.asarray(audio, np.float32)).mean(axis=0)[: round(seconds * sample_rate)]
     size = round(WINDOW_SECONDS * sample_rate)
     signal = np.pad(signal, (0, max(size - len(signal), 0)))
     frames = np.lib.stride_tricks.sliding_window_view(signal, size)[:: size // 2]
-    bins = 1 << (size - 1).bit_length()  # padded with zeros: a transform of such a length is fast
+    bins = 1 << (size - 1).bit_length()  # a power of two, for a fast transform
     power = np.abs(np.fft.rfft(frames * np.hanning(size).astype(np.float32), bins, axis=1)) ** 2
     bands = np.sqrt(power @ _mel_filters(bins, sample_rate))
     steps = round(seconds / STEP_SECONDS)
@@ -88,13 +90,14 @@ def audio_vector(audio: npt.NDArray[Any], sample_rate: int, *, seconds: float = 
 
 
 def kernel(vectors: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Cosine similarities (N, N) of vectors (N, D) of unit length without negative entries, such as those above.
+    """Cosine similarities (N, N) of non-negative vectors (N, D) of unit length, such as those above.
 
-    In [0, 1], 1 on the diagonal. Zero vectors (empty pieces, silent clips) are like each other and like nothing else.
+    They lie in [0, 1], with 1 on the diagonal. Zero vectors (empty pieces, silent clips) have similarity 1 to each
+    other and 0 to all others.
     """
     vectors = np.asarray(vectors, np.float64)
     empty = ~vectors.any(axis=1)
-    vectors = vectors / np.where(empty, 1, np.linalg.norm(vectors, axis=1))[:, None]  # unit length in float64, too
+    vectors = vectors / np.where(empty, 1, np.linalg.norm(vectors, axis=1))[:, None]  # of unit length in float64, too
     similar = np.clip(vectors @ vectors.T, 0, 1)
     similar[np.ix_(empty, empty)] = 1
     np.fill_diagonal(similar, 1)
@@ -105,7 +108,7 @@ def vendi_score(similarities: npt.NDArray[Any]) -> float:
     """exp of the entropy of the eigenvalues of K/N (Friedman and Dieng 2023, definition 3.1): 1 to N.
 
     ``similarities`` is K (N, N), symmetric, with ones on the diagonal. m different pieces, k copies of each, give m.
-    Raises ``ValueError`` for another shape or no piece.
+    Raises ``ValueError`` for another shape or if there is no piece.
     """
     count = len(similarities)
     if not count or similarities.shape != (count, count):
@@ -116,9 +119,9 @@ def vendi_score(similarities: npt.NDArray[Any]) -> float:
 
 
 def mean_pairwise_distance(rolls: npt.NDArray[Any]) -> float:
-    """Mean over all pairs of 1 - |both| / |either|, cells of two piano rolls (Jaccard): 0 for copies, 1 for disjoint.
+    """Mean Jaccard distance of all pairs of piano rolls, 1 - |both| / |either|: 0 for copies, 1 for disjoint rolls.
 
-    ``rolls`` is (N, T, 128), zeros and ones. Two empty rolls are copies. Without a pair it is 0.
+    ``rolls`` is (N, T, 128), zeros and ones. Two empty rolls are copies. The mean of no pairs is 0.
     """
     cells = np.asarray(rolls, np.float32).reshape(len(rolls), -1)
     if len(cells) < 2:
@@ -130,21 +133,23 @@ def mean_pairwise_distance(rolls: npt.NDArray[Any]) -> float:
 
 
 def distinct_ngrams(pieces: Sequence[ScoreTick], n: int = 4) -> float:
-    """Different n-grams over all n-grams of notes in ``pieces``, 0 to 1; 0 where no piece has any.
+    """Number of different n-grams of notes in ``pieces`` over the number of all, 0 to 1; 0 if there are none.
 
-    A note is written as its interval to the note before it, the onset difference and its duration, both in twelfths of
-    a quarter note, so transposition and place do not matter; n such notes in a row are an n-gram (n + 1 notes).
+    A note is encoded as its interval and onset difference to the note before it and its duration, both times in
+    twelfths of a quarter note, so transposition and position do not matter. n such notes in a row (with the note
+    before them, n + 1 notes) are an n-gram.
     """
     grams = np.concatenate([np.empty(0, np.uint64), *(_runs(piece, n) for piece in pieces)])
     return len(np.unique(grams)) / max(len(grams), 1)
 
 
 def nearest(pieces: Sequence[ScoreTick], corpus_pieces: Iterable[ScoreTick], *, chunk: int = 2048) -> Nearest:
-    """Is it composed or copied? The most alike of ``corpus_pieces``, read once and in order, for each of ``pieces``.
+    """For each of ``pieces``, the most similar of ``corpus_pieces`` (read once, in order): is it composed or copied?
 
-    Two measures, both blind to transposition: how alike the openings are (``symbolic_vector``, the best of twelve
-    rotations of the pitch classes), and which runs of ``RUN`` transitions (nine notes, as in ``distinct_ngrams``)
-    occur anywhere in a corpus piece. An empty piece is like an empty corpus piece alone, and copies nothing.
+    Two measures, both independent of transposition: how similar the openings are (``symbolic_vector``, the best of
+    twelve rotations of the pitch classes), and which runs of ``RUN`` transitions (nine notes, as in
+    ``distinct_ngrams``) occur anywhere in a corpus piece. An empty piece is similar only to empty corpus pieces, and
+    copies nothing.
     """
     count = len(pieces)
     vectors = np.stack([symbolic_vector(piece) for piece in pieces]) if count else np.empty((0, BEATS * PER_BEAT * 12))
@@ -154,7 +159,7 @@ def nearest(pieces: Sequence[ScoreTick], corpus_pieces: Iterable[ScoreTick], *, 
     )
     empty = ~vectors.any(axis=1)
     runs = [_runs(piece, RUN) for piece in pieces]
-    owner = np.repeat(np.arange(count), [len(part) for part in runs])  # of each run, its piece
+    owner = np.repeat(np.arange(count), [len(part) for part in runs])  # the piece of each run
     wanted = np.concatenate([np.empty(0, np.uint64), *runs])
     found = np.zeros(len(wanted), bool)
     index, best, longest = np.full(count, -1), np.full(count, -1.0), np.zeros(count, np.int64)
@@ -185,17 +190,17 @@ def summary(
     sample_rate: int | None = None,
     groups: Sequence[Hashable] | None = None,
 ) -> dict[str, float]:
-    """All of the above by name, over all pieces: ``vendi``, ``distance``, ``distinct_4grams``, ``empty_rate``.
+    """These measures over all pieces, by name: ``vendi``, ``distance``, ``distinct_4grams``, ``empty_rate``.
 
-    With ``audio``, a clip a piece (None where there is none: left out), also ``vendi_audio``. With ``groups``, a label
-    a piece, such as its prompt, also ``*_within``: the mean over groups of each measure within one; a group without
-    a clip is left out of ``vendi_audio_within``. Raises ``ValueError`` where there is no piece, or the lengths differ.
+    ``audio`` (one clip per piece; None if it is missing) adds ``vendi_audio``. ``groups`` (one label per piece, such as
+    its prompt) adds ``*_within``: the mean over groups of each measure within a group; groups without a clip are left
+    out of ``vendi_audio_within``. Raises ``ValueError`` if there is no piece, or if the lengths differ.
     """
     count = len(scores)
     if not count or any(part is not None and len(part) != count for part in (audio, groups)):
-        raise ValueError(f"expected at least one piece, and as many clips and labels, got {count} pieces")
+        raise ValueError(f"expected at least one piece, and one clip and label per piece, got {count} pieces")
     if audio is not None and sample_rate is None:
-        raise ValueError("audio needs its sample_rate")
+        raise ValueError("audio needs a sample_rate")
     vectors = np.stack([symbolic_vector(score) for score in scores])
     rolls = np.stack([piano_roll(score) for score in scores])
     heard = {
@@ -229,7 +234,7 @@ def summary(
 
 
 def _notes(score: ScoreTick) -> dict[str, npt.NDArray[np.int64]]:
-    """Columns time, duration and pitch of all notes that are no drums."""
+    """Columns time, duration and pitch of all notes except drums."""
     columns = [track.notes.numpy() for track in score.tracks if not track.is_drum]
     none = np.empty(0, np.int64)
     return {
@@ -245,10 +250,10 @@ def _runs(score: ScoreTick, n: int) -> Hashes:
     time, duration, pitch = (notes[name][order] for name in ("time", "duration", "pitch"))
     if len(pitch) <= n:
         return np.empty(0, np.uint64)
-    # rounded half up to STEPS a quarter, after the difference was taken: the same wherever the passage stands
+    # differences first, then rounding (half up, to STEPS per quarter): independent of the passage's position
     onset, length = ((ticks * 2 * STEPS + division) // (2 * division) for ticks in (np.diff(time), duration[1:]))
     code = np.diff(pitch) + 128 | np.minimum(onset, 0xFFFF) << 8 | np.minimum(length, 0xFFFF) << 24
-    mixed = code.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # wraps around: a multiplicative hash
+    mixed = code.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # overflow is intended: a multiplicative hash
     mixed ^= mixed >> np.uint64(29)
     total = np.zeros(len(code) - n + 1, np.uint64)
     for step in range(n):
@@ -258,10 +263,10 @@ def _runs(score: ScoreTick, n: int) -> Hashes:
 
 
 def _longest_streaks(hit: npt.NDArray[np.bool_], owner: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
-    """(count,) the longest row of True in ``hit`` within each owner; owners are in order."""
+    """(count,) length of the longest streak of True in ``hit`` for each owner; ``owner`` is sorted."""
     same = np.append(False, (owner[1:] == owner[:-1]) & hit[1:] & hit[:-1])
     place = np.arange(len(hit))
-    begun = np.maximum.accumulate(np.where(same, 0, place))  # where the streak at hand began
+    begun = np.maximum.accumulate(np.where(same, 0, place))  # where the current streak began
     longest = np.zeros(count, np.int64)
     np.maximum.at(longest, owner[hit], (place - begun + 1)[hit])
     return longest
@@ -283,3 +288,27 @@ def _mel_filters(size: int, sample_rate: int) -> Floats:
 def _unit(vector: npt.NDArray[Any]) -> Floats:
     length = float(np.sqrt((vector.astype(np.float64) ** 2).sum()))
     return (vector / (length or 1.0)).astype(np.float32)
+
+
+def alikeness(pieces: list[Any], group_size: int) -> torch.Tensor:
+    """(B, G, G) float32 similarity, 0 to 1, of the pieces in each group; N = B x G pieces, group after group."""
+    vectors = [symbolic_vector(piece) for piece in pieces]
+    groups = [vectors[first : first + group_size] for first in range(0, len(vectors), group_size)]
+    return torch.from_numpy(np.stack([kernel(np.stack(group)) for group in groups])).float()
+
+
+def distinct_rewards(rewards: torch.Tensor, alike: torch.Tensor, *, weight: float) -> torch.Tensor:
+    """Rewards (N,) with a bonus for being unlike the rest of one's group: r_i + weight (1 - mean of k_ij over j != i).
+
+    ``alike`` (B, G, G) holds k, 0 to 1, of each group's members, N = B x G. An expected k is of two completions of one
+    policy, so the gradient of these rewards is that of E[r] + weight/2 Q, where Q = E[1 - k(o, o')] is Rao's quadratic
+    entropy (Rao 1982, "Diversity and dissimilarity coefficients"). Members that are all equally alike get what plain
+    GRPO gives them. DRA-GRPO (Chen et al. 2025) divides rewards by 1 + sum of k_ij instead; ratings of 7 that differ by
+    0.3 would be drowned by that. Rewards that are not finite stay so, and are no neighbours of the others.
+    """
+    if alike.ndim != 3 or alike.shape[1] != alike.shape[2] or alike.shape[:2].numel() != len(rewards):
+        raise ValueError(f"alike: expected (B, G, G) for {len(rewards)} rewards, got {tuple(alike.shape)}")
+    rated = rewards.view(alike.shape[:2]).isfinite()
+    others = rated[:, None, :] & ~torch.eye(alike.shape[1], dtype=torch.bool, device=alike.device)
+    mean = alike.where(others, 0).sum(dim=2) / others.sum(dim=2).clamp(min=1)
+    return rewards + weight * (1 - mean).flatten()

@@ -1,7 +1,7 @@
-"""``smart doctor``: is this machine ready for a run? One table: what is there, what is missing, and how to mend it.
+"""``smart doctor``: check whether this machine can run a configuration, and list how to fix what is missing.
 
-It asks for what the given configuration needs, and nothing else: the network is touched only where that names a model
-on the Hugging Face hub which is not in the local cache, and then nothing is downloaded.
+It checks what the given configuration needs, and nothing else. It uses the network only if the configuration names a
+model on the Hugging Face hub that is not in the local cache, and even then it downloads nothing.
 """
 
 import math
@@ -25,21 +25,23 @@ from smart.render import check_soundfont, find_soundfont, package_of
 from smart.run import check_packages
 
 READY, MISSING, NOTE = "ready", "MISSING", "note"
-FEWEST_BYTES = 2 << 30  # of memory: the processes of the quickstart take 1.9 GiB together at most
+FEWEST_BYTES = 2 << 30  # of memory: the quickstart's processes together take up to 1.9 GiB
 
 
 class Finding(NamedTuple):
-    """One row: a state, what was found in words, and a command (or, where there is none, a sentence) that mends it."""
+    """One row: a state, what was found, and its remedy: a command or, if there is none, a sentence."""
 
     state: str
     found: str
-    mend: str = ""
+    remedy: str = ""
 
 
 def _python() -> Finding:
     found = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
     if not (3, 11) <= sys.version_info[:2] <= (3, 13) or platform.system() != "Linux":
-        return Finding(NOTE, f"{found}: tested on Linux with Python 3.11 to 3.13", "PYTHON=python3.11 sh install.sh")
+        return Finding(
+            NOTE, f"{found}; only Linux with Python 3.11 to 3.13 is tested", "PYTHON=python3.11 sh install.sh"
+        )
     return Finding(READY, found)
 
 
@@ -48,14 +50,17 @@ def _packages() -> Finding:
         check_packages()
     except UserError as error:
         return Finding(MISSING, error.message, "sh install.sh")
-    return Finding(READY, f"smart {version('smart')}, transformers {version('transformers')}, all that a run needs")
+    return Finding(
+        READY,
+        f"smart {version('smart')}, transformers {version('transformers')}, and all other packages that a run needs",
+    )
 
 
 def _study() -> Finding:
     needed = ("pandas", "pyloudnorm", "sqlalchemy", "starlette", "statsmodels", "uvicorn")
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
-        return Finding(NOTE, f"listening studies need {', '.join(missing)}; runs do not", "sh install.sh study")
+        return Finding(NOTE, f"only listening studies need {', '.join(missing)}", "sh install.sh study")
     return Finding(READY, "listening studies can be served and analysed")
 
 
@@ -69,11 +74,9 @@ def _torch(config: Config | None) -> Finding:
             READY, f"{found}, {torch.cuda.device_count()} CUDA device(s): {card.name}, {card.total_memory >> 30} GiB"
         )
     if config is not None and config.run.device == "cuda":
-        return Finding(
-            MISSING, f"{found} finds no CUDA device, and the configuration asks for one", "--set run.device=cpu"
-        )
+        return Finding(MISSING, f"{found} sees no CUDA GPU, but the configuration asks for one", "--set run.device=cpu")
     built = (
-        "built for CUDA, but no device is visible (nvidia-smi shows the driver)" if torch.version.cuda else "CPU build"
+        "built for CUDA, but it sees no GPU (check the driver with nvidia-smi)" if torch.version.cuda else "CPU build"
     )
     return Finding(READY, f"{found}, {built}: runs use the CPU")
 
@@ -83,7 +86,7 @@ def _cores(config: Config | None) -> Finding:
 
     cores = usable_cores()
     if config is not None and config.render.workers > cores:
-        found = f"{cores} usable, and render.workers = {config.render.workers}: workers will wait for each other"
+        found = f"{cores} usable, fewer than render.workers = {config.render.workers}; workers will compete for them"
         return Finding(NOTE, found, "--set render.workers=0")
     return Finding(READY, f"{cores} usable")
 
@@ -91,13 +94,13 @@ def _cores(config: Config | None) -> Finding:
 def _memory() -> Finding:
     free = _available_memory()
     if free < FEWEST_BYTES:
-        found = f"{free / 2**30:.1f} GiB available, less than the quickstart takes ({FEWEST_BYTES >> 30} GiB)"
+        found = f"{free / 2**30:.1f} GiB available, less than the quickstart needs ({FEWEST_BYTES >> 30} GiB)"
         return Finding(NOTE, found, "--set grpo.micro_batch=4 --set render.workers=1")
     return Finding(READY, f"{free / 2**30:.1f} GiB available")
 
 
 def _available_memory() -> int:
-    """Bytes that this process may still take: the machine's, or its control group's where that is less."""
+    """Bytes of memory that this process may still use: the machine's, or its control group's if fewer."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
     free = int(lines["MemAvailable"].split()[0]) * 1024
     try:
@@ -105,7 +108,7 @@ def _available_memory() -> int:
         limit = (group / "memory.max").read_text(encoding="ascii").strip()
         if limit != "max":
             free = min(free, int(limit) - int((group / "memory.current").read_text(encoding="ascii")))
-    except (OSError, ValueError):  # no control groups of version 2 here
+    except (OSError, ValueError):  # no control groups of version 2
         pass
     return free
 
@@ -146,16 +149,18 @@ def _render(config: Config, soundfont: Finding) -> Finding:
     from smart.render import RenderPool
 
     if soundfont.state != READY:
-        return Finding(NOTE, "not tried: there is no soundfont")
+        return Finding(NOTE, "not checked, because the soundfont is missing")
     path = find_soundfont(config.render.soundfont)
     note = np.array([[0.0, 0.5, 60, 100, 0, 0]])  # smart.render.NOTE_COLUMNS: half a second of middle C
     try:
         with RenderPool(path, sample_rate=config.render.sample_rate, seconds=1.0, workers=1) as pool:
             audio = pool.submit(note).result()
     except (UserError, RuntimeError) as error:
-        return Finding(MISSING, f"the synthesiser cannot play it: {error}", "--set render.soundfont=timgm")
+        return Finding(MISSING, f"the synthesiser cannot play the soundfont: {error}", "--set render.soundfont=timgm")
     if not abs(audio).max() > 0:
-        return Finding(NOTE, "the synthesiser plays it, but middle C is silent", "--set render.soundfont=timgm")
+        return Finding(
+            NOTE, "the synthesiser loads the soundfont, but middle C is silent", "--set render.soundfont=timgm"
+        )
     return Finding(READY, f"a worker process rendered middle C, {audio.shape[1] / config.render.sample_rate:.2f} s")
 
 
@@ -176,14 +181,14 @@ def _base(config: Config) -> tuple[Finding, Path | None]:
 
 
 def _on_the_hub(name: str, files: tuple[str, ...], key: str) -> Finding:
-    """A model that a run would download; nothing is downloaded here."""
+    """A model that a run would download; this only asks whether it could."""
     download = f"{Path(sys.executable).parent / 'hf'} download {shlex.quote(name)}"
     try:
         hub.ask(name, files)
     except UserError as error:
-        elsewhere = f"on a machine with access: {download} --local-dir FOLDER; copy it here; --set {key}=FOLDER"
+        elsewhere = f"on a machine with access: {download} --local-dir FOLDER; copy FOLDER here; --set {key}=FOLDER"
         return Finding(MISSING, f"{name} is not in the cache, and {error.message}", elsewhere)
-    return Finding(NOTE, f"{name} is not in the cache yet: the first run downloads it", download)
+    return Finding(NOTE, f"{name} is not in the cache yet; the first run downloads it", download)
 
 
 def _reward(config: Config) -> Finding:
@@ -206,7 +211,8 @@ def _reward(config: Config) -> Finding:
     except UserError as error:
         return Finding(MISSING, error.message, "--set reward.kind=ce_proxy")
     return Finding(
-        NOTE if reward.is_stand_in else READY, reward.provenance + (": a stand-in" if reward.is_stand_in else "")
+        NOTE if reward.is_stand_in else READY,
+        reward.provenance + (" (an approximation)" if reward.is_stand_in else ""),
     )
 
 
@@ -214,10 +220,10 @@ def _prompts(config: Config) -> Finding:
     from smart.corpus import Corpus
 
     if config.prompts.kind != "dataset":
-        return Finding(READY, f"{config.prompts.kind}: no corpus needed")
+        return Finding(READY, f"{config.prompts.kind}: needs no corpus")
     try:
         if not config.prompts.corpus:
-            raise UserError("prompts.kind is dataset, and prompts.corpus is empty")
+            raise UserError("prompts.kind is dataset, but prompts.corpus is empty")
         pieces = Corpus(Path(config.prompts.corpus)).split(config.prompts.split)
     except UserError as error:
         return Finding(MISSING, error.message, "smart corpus build --midi FOLDER --out CORPUS")
@@ -228,19 +234,19 @@ def _run(config: Config) -> Finding:
     folder = Path(config.run.folder) / config.run.name
     if folder.exists():
         return Finding(
-            NOTE, f"{folder} exists: go on with --resume", f"--set run.name={shlex.quote(config.run.name)}-2"
+            NOTE, f"{folder} exists; --resume continues it", f"--set run.name={shlex.quote(config.run.name)}-2"
         )
-    return Finding(READY, f"{folder} will be made")
+    return Finding(READY, f"{folder} will be created")
 
 
 def examine(path: str, overrides: tuple[str, ...]) -> dict[str, Finding]:
-    """What each check found, in the order of the table."""
+    """The finding of each check, in the order of the table."""
     config: Config | None = None
     try:
         config = load(path, overrides)
         findings = {"configuration": Finding(READY, path)}
     except UserError as error:
-        findings = {"configuration": Finding(MISSING, error.message, "correct that line")}
+        findings = {"configuration": Finding(MISSING, error.message, "correct that setting")}
     findings |= {
         "python": _python(),
         "packages": _packages(),
@@ -261,24 +267,36 @@ def examine(path: str, overrides: tuple[str, ...]) -> dict[str, Finding]:
 
 
 @click.command()
-@click.option("--config", "path", default="quickstart.toml", show_default=True, help="The run that is meant.")
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one key.")
+@click.option(
+    "--config",
+    "path",
+    default="quickstart.toml",
+    show_default=True,
+    help="Config file (TOML) of the run to check, or the name of a shipped one.",
+)
+@click.option(
+    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one setting (repeatable)."
+)
 def main(path: str, overrides: tuple[str, ...]) -> None:
-    """Say whether this machine is ready for a run, and how to mend what is not. Exit code 1 if something is missing."""
+    """Check whether this machine can run a configuration, and list how to fix what is missing.
+
+    The exit code is 1 if something is missing.
+    """
     findings = examine(path, overrides)
     width = max(map(len, findings))
     for name, finding in findings.items():
         click.echo(f"{finding.state:7}  {name:{width}}  {finding.found}")
-        if finding.mend:
-            click.echo(f"{'':7}  {'':{width}}  -> {finding.mend}")
+        if finding.remedy:
+            click.echo(f"{'':7}  {'':{width}}  -> {finding.remedy}")
     missing = [name for name, finding in findings.items() if finding.state == MISSING]
     if missing:
         click.echo(f"\nnot ready: {', '.join(missing)}")
         raise SystemExit(1)
-    click.echo(
-        f"\nready: python -m smart.grpo --config {shlex.quote(path)}"
-        + "".join(f" --set {shlex.quote(o)}" for o in overrides)
-    )
+    words = [sys.executable, "-m", "smart.grpo", "--config", path]
+    words += [word for override in overrides for word in ("--set", override)]
+    if findings["run"].state == NOTE:  # it exists: without --resume it would be refused
+        words.append("--resume")
+    click.echo(f"\nready: {shlex.join(words)}")
 
 
 if __name__ == "__main__":

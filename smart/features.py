@@ -1,15 +1,16 @@
 """The paper's MIDI features (section 4.2): eight low-level numbers and distributions of one piece.
 
 Six of them are MusPy's (Dong et al. 2020) or follow its conventions. They are computed here from arrays, because
-MusPy walks a piano roll of ticks by 128 pitches, which for a long file at a fine division takes gigabytes, and
-seconds. The values are those of MusPy's functions, its conventions included:
+MusPy builds a piano roll of ticks by 128 pitches, which takes seconds and gigabytes for a long file with a fine tick
+division. The values equal those of MusPy's functions and follow its conventions:
 
 - polyphony counts ticks at which **more than two** pitches sound (``threshold=2`` in MusPy means three or more);
-- time ends with the last note's end or the last controller, whichever is later; a beat is a quarter note,
-  whatever the time signature says; tempo plays no part;
+- a piece ends with its last note or controller, whichever is later; a beat is a quarter note in any time signature;
+  tempo is ignored;
 - drum tracks have no pitch: they count for beats and length, not for pitch, polyphony or scale.
 
-Where MusPy gives NaN, or fails for lack of a track, the value here is that of an empty piece: see ``midi_features``.
+Where MusPy gives NaN, or fails because there is no track, the value here is that of an empty piece: see
+``midi_features``.
 """
 
 from typing import Any
@@ -31,7 +32,7 @@ FEATURES = (
 SCALARS = tuple(name for name in FEATURES if name not in ("pitches", "velocities"))
 
 MAJOR, MINOR = (0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10)
-# (24, 12) 1 where a pitch class belongs to a scale
+# (24, 12): 1 if a pitch class belongs to a scale
 _SCALES = np.array(
     [[(pitch - root) % 12 in scale for pitch in range(12)] for scale in (MAJOR, MINOR) for root in range(12)], np.int64
 )
@@ -43,15 +44,15 @@ def midi_features(score: ScoreTick) -> dict[str, Any]:
     """The eight features of ``score`` by name, in the order of ``FEATURES``.
 
     - ``number_of_notes``: all notes, drums included
-    - ``polyphony_rate``: share of ticks at which more than two pitches sound; 0 for a piece of no length
+    - ``polyphony_rate``: share of ticks at which more than two pitches sound; 0 for a piece of length 0
     - ``empty_beat_rate``: share of quarter notes in which no note sounds; 1 for a piece without notes
-    - ``pitches``: (notes,) int64, MIDI pitch of every note that is no drum
-    - ``pitch_range``: semitones from the lowest to the highest of them; 0 without notes, MusPy's -127 for drums alone
-    - ``scale_consistency``: largest share of them that belongs to one major or natural minor scale; 0 without any
+    - ``pitches``: (notes,) int64, MIDI pitch of every note except drums
+    - ``pitch_range``: highest minus lowest of ``pitches``; 0 without notes, and -127, as in MusPy, with drums only
+    - ``scale_consistency``: largest share of ``pitches`` in one major or natural minor scale; 0 if there are none
     - ``velocities``: (notes,) int64, velocity of every note
     - ``velocity_range``: largest minus smallest velocity; 0 without notes
 
-    Nothing is NaN. An empty piece is not like any other, so whoever averages counts them with ``is_empty``.
+    No value is NaN. Features of empty pieces distort averages: find such pieces with ``is_empty``.
     """
     columns = [track.notes.numpy() for track in score.tracks]
     pitched = np.concatenate(
@@ -66,7 +67,7 @@ def midi_features(score: ScoreTick) -> dict[str, Any]:
     length = max([0, int(end.max(initial=0)), *controls])
     pitches = pitch[pitched]
     in_scale = _SCALES @ np.bincount(pitches % 12, minlength=12)
-    lowest, highest = pitches.min(initial=127), pitches.max(initial=0)  # MusPy's starting values: see the docstring
+    lowest, highest = pitches.min(initial=127), pitches.max(initial=0)  # MusPy's initial values give -127 for no pitch
     return {
         "number_of_notes": len(pitch),
         "polyphony_rate": _ticks_above_two(time[pitched], end[pitched], pitches) / max(length, 1),
@@ -80,16 +81,16 @@ def midi_features(score: ScoreTick) -> dict[str, Any]:
 
 
 def is_empty(score: ScoreTick) -> bool:
-    """Whether ``score`` has no note that is not a drum: its pitch features are then no measurements."""
+    """Whether ``score`` has no notes except drums, so that its pitch features mean nothing."""
     return not any(len(track.notes) for track in score.tracks if not track.is_drum)
 
 
 def _ticks_above_two(start: Ints, end: Ints, pitch: Ints) -> int:
-    """Ticks at which more than two different pitches sound; notes of one pitch that overlap sound once."""
+    """Number of ticks at which more than two different pitches sound; overlapping notes of one pitch count once."""
     time, change = np.concatenate([start, end]), np.repeat([1, -1], len(start))
-    order = np.lexsort((-change, time, np.tile(pitch, 2)))  # by pitch, by time; at one time begins before ends
+    order = np.lexsort((-change, time, np.tile(pitch, 2)))  # by pitch, then time; at the same time starts before ends
     time, change = time[order], change[order]
-    sounding = np.cumsum(change)  # of the pitch at hand: 0 before its first note and after its last
+    sounding = np.cumsum(change)  # notes of the same pitch: 0 before its first note and after its last
     edge = ((change == 1) & (sounding == 1)) | (sounding == 0)
     time, change = time[edge], change[edge]
     order = np.argsort(time, kind="stable")
@@ -98,7 +99,7 @@ def _ticks_above_two(start: Ints, end: Ints, pitch: Ints) -> int:
 
 
 def _empty_beat_rate(start: Ints, end: Ints, length: int, beat: int) -> float:
-    """A note fills the beats from that of its begin to that of its end, both included, as in MusPy."""
+    """Share of empty beats; a note fills all beats from its start to its end, both included, as in MusPy."""
     beats = length // beat + 1
     begun = np.bincount(start // beat, minlength=beats + 1)
     ended = np.bincount(end // beat + 1, minlength=beats + 1)

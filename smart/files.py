@@ -1,5 +1,5 @@
-"""Files that are whole whenever the machine stops, and that others may have made. Without torch, for programs that
-need none."""
+"""Write files so that a crash never leaves half of one, and read files from unknown sources. Imports no torch, for
+programs that need none."""
 
 import fcntl
 import hashlib
@@ -14,10 +14,10 @@ from typing import IO, Any
 
 
 def write_atomically(path: Path, write: bytes | Callable[[IO[bytes]], object]) -> None:
-    """Replace ``path`` in one rename by bytes, or by what ``write(file)`` writes, flushed to the disk.
+    """Replace ``path`` in one rename with bytes, or with what ``write(file)`` writes, flushed to the disk.
 
-    Whenever the machine stops, the file is absent, as before, or whole. Of several processes or threads that replace
-    one file, each waits for the one before it.
+    Whenever the machine stops, the file is absent, unchanged or complete. Processes and threads that replace the same
+    file wait for each other.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     with _open_alone(temporary) as file:
@@ -36,25 +36,25 @@ def write_atomically(path: Path, write: bytes | Callable[[IO[bytes]], object]) -
 
 
 def _open_alone(path: Path) -> IO[bytes]:
-    """Open a file to write it anew, once no other process or thread is writing it."""
+    """Open a file to write it from scratch, once no other process or thread is writing it."""
     while True:
         file = open(path, "wb", opener=lambda name, flags: os.open(name, flags & ~os.O_TRUNC, 0o666))  # noqa: SIM115
         with suppress(OSError):  # some network file systems have no locks
             fcntl.flock(file, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):  # whoever held it has moved it to its place
+        with suppress(FileNotFoundError):  # its last writer has renamed it
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                file.truncate()  # what a process that was killed had written
+                file.truncate()  # leftovers of a killed process
                 return file
         file.close()
 
 
 def replace_files(folder: Path, write: Callable[[Path], object], *, last: str) -> None:
-    """Put what ``write(other)`` writes into ``folder``, file by file, each on the disk before; ``last`` comes last.
+    """Call ``write`` with a temporary folder, then move its files into ``folder``, the one named ``last`` last.
 
-    Whenever the machine stops, each file is absent, as before, or whole.
+    Each file is flushed to the disk first. Whenever the machine stops, each is absent, unchanged or complete.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(temporary, ignore_errors=True)  # leftovers of a killed process
     temporary.mkdir(parents=True)
     try:
         write(temporary)
@@ -71,21 +71,21 @@ def replace_files(folder: Path, write: Callable[[Path], object], *, last: str) -
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a file is what ``write_atomically`` had written when its process was killed."""
+    """Whether a file is a temporary one of ``write_atomically`` whose process was killed."""
     return path.name.startswith(".") and path.name.endswith(".tmp") and path.is_file()
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing, or only such leftovers."""
+    """Whether a folder is empty, apart from such leftovers."""
     return all(is_leftover(path) for path in folder.iterdir())
 
 
 @contextmanager
 def hold(path: Path) -> Iterator[int]:
-    """Hold a file or folder, so that no other process can; yields the descriptor that does.
+    """Lock a file or folder against other processes; yields the descriptor that holds the lock.
 
-    However the process ends, it lets go. Raises ``BlockingIOError`` where another process holds it, and ``OSError``
-    where it cannot be opened. Where a file system has no locks, nothing is held.
+    The lock ends with the process, however that ends. Raises ``BlockingIOError`` if another process holds it, and
+    ``OSError`` if the path cannot be opened. On a file system without locks this does nothing.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -93,7 +93,7 @@ def hold(path: Path) -> Iterator[int]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise
-        except OSError:  # some network file systems
+        except OSError:  # some network file systems have no locks
             pass
         yield descriptor
     finally:
@@ -101,7 +101,7 @@ def hold(path: Path) -> Iterator[int]:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """``json.loads`` for text from others: ``ValueError`` for whatever is wrong with it, its depth included."""
+    """``json.loads`` for untrusted text: ``ValueError`` for anything wrong with it, including its depth."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -109,7 +109,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """``tomllib.loads`` for text from others: ``ValueError`` for whatever is wrong with it, its depth included."""
+    """``tomllib.loads`` for untrusted text: ``ValueError`` for anything wrong with it, including its depth."""
     try:
         return tomllib.loads(text)
     except RecursionError:
@@ -117,13 +117,13 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal."""
+    """The SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold a file's bytes, or a folder's names."""
+    """Flush a file's bytes, or a folder's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,10 +1,10 @@
-"""Music from a base or a tuned run, as MIDI and WAV: ``python -m smart.generate --model runs/quickstart``.
+"""Generate music with a base or a tuned run, as MIDI and WAV: ``python -m smart.generate --model runs/quickstart``.
 
-New pieces for a chosen tempo and time signature, or the continuation of a MIDI file, whose last bars the model reads.
-The best of several by any reward (``--best-of``); a grammar that forbids what cannot be played (``--playable``).
+It writes new pieces with a chosen tempo and time signature, or continues a MIDI file, with its last bars as context.
+``--best-of`` keeps the best of several candidates by any reward; ``--playable`` forbids tokens that cannot be played.
 
-A piece may be longer than what the model can see: it is written a window at a time, and each window opens with the
-bars that stand before it.
+A piece may be longer than the model's context: it is written one window at a time, and each window starts with the
+bars before it.
 
 Axes: N pieces that are written together, P prompt length, T completion length.
 """
@@ -23,8 +23,7 @@ import torch
 from symusic.core import NoteTick, ScoreTick, TempoTick, TimeSignatureTick, TrackTick
 
 from smart import UserError, require
-from smart.corpus.piece import Limits
-from smart.corpus.readers import Pool
+from smart.corpus import Limits, ReaderPool
 from smart.files import sha256, write_atomically
 from smart.model import load_base, pick_device
 from smart.render import RenderError, RenderPool, check_soundfont, find_soundfont, score_notes, write_midi, write_wav
@@ -34,9 +33,9 @@ from smart.run import alone, check_packages, claim, in_one_line, progress
 from smart.sampler import Sampler
 from smart.tokens import Grammar, Vocabulary, build_grammar, decode, unplayable, vocabulary
 
-WINDOW = 512  # tokens that the model sees at once: the crops that bases are trained on (paper section 3.1)
-CONTEXT = WINDOW * 3 // 4  # of these, at most, stand before what is drawn
-ROWS = 64  # pieces, candidates included, that are written together
+WINDOW = 512  # tokens that the model sees at once: the length of its training rows (paper section 3.1)
+CONTEXT = WINDOW * 3 // 4  # at most this many of them are context for new tokens
+ROWS = 64  # pieces, including candidates, that are written together
 TABLE = "pieces.csv"
 
 
@@ -44,9 +43,9 @@ TABLE = "pieces.csv"
 
 
 def opening(tokenizer: Any, time_signature: str, tempo: float) -> list[int]:
-    """The four tokens that a new piece starts from: Bar, TimeSig, Position_0, and the nearest Tempo.
+    """The first four tokens of a new piece: Bar, TimeSig, Position_0, and the nearest Tempo.
 
-    Raises ``UserError`` for a time signature or tempo that the vocabulary does not hold.
+    Raises ``UserError`` for a time signature or tempo that is not in the vocabulary.
     """
     vocab, facts = tokenizer.vocab, vocabulary(tokenizer)
     signatures = {name.removeprefix("TimeSig_") for name in vocab if name.startswith("TimeSig_")}
@@ -55,18 +54,18 @@ def opening(tokenizer: Any, time_signature: str, tempo: float) -> list[int]:
         known = ", ".join(sorted(signatures, key=lambda name: [int(part) for part in name.split("/")][::-1]))
         raise UserError(f"--time-signature {time_signature}: expected one of {known}")
     if not min(tempos) <= tempo <= max(tempos):
-        raise UserError(f"--tempo {tempo:g}: expected {min(tempos):g} to {max(tempos):g} quarter notes a minute")
+        raise UserError(f"--tempo {tempo:g}: expected {min(tempos):g} to {max(tempos):g} quarter notes per minute")
     nearest = min(tempos, key=lambda value: abs(value - tempo))
     return [facts.bar_id, vocab[f"TimeSig_{time_signature}"], facts.position0_id, vocab[tempos[nearest]]]
 
 
 def last_bars(tokens: Sequence[int], facts: Vocabulary, *, bars: int, longest: int) -> list[int]:
-    """The end of a piece, from a bar line on: at most ``bars`` bars and ``longest`` tokens, the tempo in force put in.
+    """The end of a piece, from a bar line: at most ``bars`` bars and ``longest`` tokens, with the current tempo.
 
-    A single bar that is longer than that loses its beginning.
+    A single bar that is too long is cut at its beginning.
     """
     lines = [place for place, token in enumerate(tokens) if token == facts.bar_id][-bars:]
-    fitting = [place for place in lines if len(tokens) - place < longest]  # one place is for the tempo
+    fitting = [place for place in lines if len(tokens) - place < longest]  # one token is for the tempo
     start = fitting[0] if fitting else max(len(tokens) - longest + 1, 0)
     end = list(tokens[start:])
     tempos, positions = set(facts.tempo_ids), set(facts.position_ids)
@@ -78,7 +77,7 @@ def last_bars(tokens: Sequence[int], facts: Vocabulary, *, bars: int, longest: i
 
 
 class Writer(NamedTuple):
-    """How music is drawn: the sampler and its options."""
+    """Writes tokens: the sampler and its options."""
 
     sampler: Sampler
     facts: Vocabulary
@@ -89,7 +88,7 @@ class Writer(NamedTuple):
     def write(
         self, prompts: Sequence[Sequence[int]], tokens: int, generator: torch.Generator, grammar: Grammar | None
     ) -> list[list[int]]:
-        """Up to ``tokens`` new tokens after each of N prompts, a window at a time; the end token is left out."""
+        """Up to ``tokens`` new tokens after each of N prompts, one window at a time, without the end token."""
         written: list[list[int]] = [[] for _ in prompts]
         going = list(range(len(prompts)))
         done = 0
@@ -127,11 +126,11 @@ def unplayable_tokens(
     return counts
 
 
-# --- The song that is continued -----------------------------------------------------------------------------------
+# --- The song to continue -----------------------------------------------------------------------------------------
 
 
 class Song(NamedTuple):
-    """A MIDI file that is to go on: as it is, as tokens, and where its last bar ends, in quarter notes."""
+    """A MIDI file to continue: its score, its tokens, and the end of its last bar in quarter notes."""
 
     score: ScoreTick
     tokens: list[int]
@@ -139,12 +138,12 @@ class Song(NamedTuple):
 
 
 def read_song(path: Path, tokenizer: Any, tokenizer_file: Path) -> Song:
-    """Read a MIDI file in a process of its own first: one that crashes or hangs a parser costs that process only.
+    """Read a MIDI file, first in a separate process, so that a file that crashes or hangs the parser does no harm.
 
-    Raises ``UserError`` with the reason where it cannot be read, or holds nothing that the model knows.
+    Raises ``UserError`` with the reason if it cannot be read, or contains nothing that the model can represent.
     """
     limits = Limits(max_empty_bars=1.0, min_bars=1)
-    with Pool(tokenizer_file, limits, 1) as pool:
+    with ReaderPool(tokenizer_file, limits, 1) as pool:
         ((_, answer),) = pool.answers(iter([(b"song", os.fsencode(path))]))
     if isinstance(answer, tuple):
         raise UserError(f"--continue {path}: {': '.join(filter(None, answer))}")
@@ -156,9 +155,9 @@ def read_song(path: Path, tokenizer: Any, tokenizer_file: Path) -> Song:
 
 
 def continuation(song: Song, tokens: Sequence[int], tokenizer: Any, *, joined: bool) -> ScoreTick:
-    """The music of ``tokens``, which go on after ``song``: alone, or ``joined`` to the end of the song as it is.
+    """The music of ``tokens``, which continue ``song``: alone, or ``joined`` to the end of the song.
 
-    The song keeps its own notes and times; what goes on stands in tracks of its own.
+    The song's own notes and times do not change; the continuation is added as new tracks.
     """
     whole = decode(tokenizer, [*song.tokens, *tokens])
     line = round(song.end * whole.ticks_per_quarter)
@@ -173,7 +172,7 @@ def continuation(song: Song, tokens: Sequence[int], tokenizer: Any, *, joined: b
         later = [at(event, moved(event.time)) for event in events if event.time >= line]
         if joined:
             before = [event for event in getattr(score, name) if event.time < start]
-        else:  # what was in force when the song ended
+        else:  # the tempo and time signature at the end of the song
             before = [at(event, 0) for event in events if event.time < line][-1:]
             before = [] if later and later[0].time == 0 else before
         setattr(score, name, type(getattr(score, name))([*before, *later]))
@@ -200,28 +199,28 @@ def _signature_at(event: Any, tick: int) -> TimeSignatureTick:
 
 
 def choose(clips: Sequence[Any], scorer: Scorer | None) -> tuple[int, Any, dict[str, float]]:
-    """Which of the candidates being rendered is the best, its audio (2, S), and its rating on each axis.
+    """The index of the best candidate, its audio (2, S), and its rating on each axis; ``clips`` are being rendered.
 
-    Without a scorer it is the first. Raises ``RenderError`` where none can be rendered.
+    Without a scorer it is the first. Raises ``RenderError`` if no candidate can be rendered.
     """
     if scorer is None:
         return 0, clips[0].result(), {}
     rated = scorer.collect(list(clips), keep=range(len(clips)))
-    best = int(rated.rewards.nan_to_num(-math.inf).argmax())  # one that could not be rated comes last
+    best = int(rated.rewards.nan_to_num(-math.inf).argmax())  # a candidate without a rating comes last
     if rated.audio[best] is None:
         raise RenderError("none of the candidates could be rendered")
     return best, rated.audio[best], {axis: values[best].item() for axis, values in rated.scores.items()}
 
 
 def read_table(folder: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """The pieces that were finished before, in order, up to the first line that is damaged or that a crash cut short.
+    """The finished pieces, in order, up to the first line that is damaged or incomplete after a crash.
 
-    Damage is named on stderr: what was written from there on is written again.
+    A damaged line is reported on stderr; the pieces from there on are written again.
     """
     path = folder / TABLE
     if not path.is_file():
         return []
-    # no value holds a comma or a quotation mark; what follows the last line's end was cut short
+    # no value contains a comma or a quotation mark; text after the last line break is an incomplete line
     *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
     rows: list[dict[str, str]] = []
     for number, line in enumerate(lines):
@@ -235,7 +234,9 @@ def read_table(folder: Path, columns: Sequence[str]) -> list[dict[str, str]]:
             if number == 0 or whole[0] != len(rows) or not all(map(math.isfinite, numbers.values())):
                 raise ValueError
         except ValueError:
-            click.echo(f"Warning: {path}: line {number + 1} is damaged; from there on it is written again", err=True)
+            click.echo(
+                f"Warning: {path}: line {number + 1} is damaged; the pieces from there on are written again", err=True
+            )
             break
         rows.append(row)
     return rows
@@ -243,9 +244,9 @@ def read_table(folder: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
 @contextmanager
 def prepare(out: Path, settings: dict[str, Any], columns: Sequence[str]) -> Iterator[int]:
-    """Make the folder ``out``, or go on with one of the same settings; how many pieces it holds already.
+    """Create the folder ``out``, or continue one with the same settings; yields how many pieces it already has.
 
-    Until the end of the ``with`` no other process can do the same.
+    Inside the ``with`` no other process can use the folder.
     """
     claim(out, settings)
     with alone(out):
@@ -254,7 +255,7 @@ def prepare(out: Path, settings: dict[str, Any], columns: Sequence[str]) -> Iter
         try:
             write_atomically(out / TABLE, "".join(",".join(line) + "\n" for line in lines).encode())
         except OSError as error:
-            raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
+            raise UserError(f"--out {out} cannot be written ({error.strerror})") from None
         yield len(rows)
 
 
@@ -263,41 +264,102 @@ COLUMNS = ("piece", "file", "notes", "seconds", "tokens", "unplayable", "candida
 
 @click.command()
 @click.option(
-    "--model", default="piano-small", show_default=True, help="A base (shipped name, folder, hub id) or a run."
+    "--model",
+    default="piano-small",
+    show_default=True,
+    help="Base model (shipped name, folder or hub id) or folder of a run.",
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the pieces, new or unfinished.")
-@click.option("-n", "--count", default=4, show_default=True, type=click.IntRange(min=1), help="Pieces.")
 @click.option(
-    "--tokens", default=512, show_default=True, type=click.IntRange(min=1), help="New tokens of each, at most."
+    "--out",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder for the pieces; an unfinished one is continued.",
 )
-@click.option("--tempo", default=120.0, show_default=True, help="Quarter notes a minute.")
-@click.option("--time-signature", default="4/4", show_default=True)
-@click.option("--continue", "song", type=click.Path(path_type=Path), help="MIDI file to go on from.")
-@click.option("--bars", default=8, show_default=True, type=click.IntRange(min=1), help="Its last bars that are read.")
-@click.option("--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1))
-@click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(0, 100, min_open=True))
-@click.option("--top-k", default=0, show_default=True, type=click.IntRange(min=0), help="0: all tokens.")
-@click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True))
-@click.option("--playable", is_flag=True, help="Never draw a token that cannot be played.")
-@click.option("--best-of", default=1, show_default=True, type=click.IntRange(1, ROWS), help="Candidates of each piece.")
-@click.option("--reward", "kind", default="ce_proxy", show_default=True, help="What chooses among candidates.")
+@click.option("-n", "--count", default=4, show_default=True, type=click.IntRange(min=1), help="Number of pieces.")
 @click.option(
-    "--reward-option", "options", multiple=True, metavar="KEY=VALUE", help="Handed to the reward; repeatable."
+    "--tokens", default=512, show_default=True, type=click.IntRange(min=1), help="Maximum new tokens per piece."
 )
-@click.option("--soundfont", default="timgm", show_default=True, help="Short name or path.")
-@click.option("--sample-rate", default=44100, show_default=True, type=click.IntRange(8000, 192_000))
+@click.option("--tempo", default=120.0, show_default=True, help="Tempo of new pieces in quarter notes per minute.")
+@click.option("--time-signature", default="4/4", show_default=True, help="First time signature of new pieces.")
+@click.option("--continue", "song", type=click.Path(path_type=Path), help="MIDI file to continue.")
 @click.option(
-    "--seconds", default=600.0, show_default=True, type=click.FloatRange(0, 3600, min_open=True), help="Longest WAV."
+    "--bars",
+    default=8,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="How many bars at the end of the MIDI file to use as context.",
 )
-@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option("--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Seed of the sampling.")
+@click.option(
+    "--temperature",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0, 100, min_open=True),
+    help="Sampling temperature.",
+)
+@click.option(
+    "--top-k",
+    default=0,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Sample from the K most likely tokens only (0: from all).",
+)
+@click.option(
+    "--top-p",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Sample from the most likely tokens that together have this probability.",
+)
+@click.option("--playable", is_flag=True, help="Never sample a token that cannot be played.")
+@click.option(
+    "--best-of",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1, ROWS),
+    help="Write this many versions of each piece and keep the best.",
+)
+@click.option(
+    "--reward", "kind", default="ce_proxy", show_default=True, help="Reward that picks the best version (--best-of)."
+)
+@click.option(
+    "--reward-option", "options", multiple=True, metavar="KEY=VALUE", help="Setting of the reward (repeatable)."
+)
+@click.option("--soundfont", default="timgm", show_default=True, help="Soundfont (short name or path).")
+@click.option(
+    "--sample-rate",
+    default=44100,
+    show_default=True,
+    type=click.IntRange(8000, 192_000),
+    help="Sample rate of the WAV files in Hz.",
+)
+@click.option(
+    "--seconds",
+    default=600.0,
+    show_default=True,
+    type=click.FloatRange(0, 3600, min_open=True),
+    help="Maximum length of a WAV file in seconds.",
+)
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    help="Where the models run (auto: on the GPU if there is one).",
+)
 @click.pass_context
 def main(context: click.Context, **given: Any) -> None:
-    """Write music with a base or a tuned run, as MIDI and WAV; the same command goes on after an interruption."""
+    """Write music with a base or a tuned run, as MIDI and WAV.
+
+    If it was interrupted, run the same command again to continue.
+    """
     if given["song"] is not None:
         for name in ("tempo", "time_signature"):
             if context.get_parameter_source(name) != click.core.ParameterSource.DEFAULT:
-                raise UserError(f"--{name.replace('_', '-')} and --continue: a continuation keeps its song's own")
-    with in_one_line("a piece", "the same command goes on from here", RenderError):
+                raise UserError(
+                    f"--{name.replace('_', '-')} and --continue cannot be combined: a continuation keeps the song's own"
+                )
+    with in_one_line("a piece", "run the same command again to continue", RenderError):
         generate(**given)
 
 
@@ -324,7 +386,10 @@ def generate(
     seconds: float,
     device: str,
 ) -> None:
-    """Write ``count`` pieces into ``out``: see the command's help. Raises ``UserError`` for what the user can mend."""
+    """Write ``count`` pieces into ``out``; the command's help explains the options.
+
+    Raises ``UserError`` for mistakes that the user can fix.
+    """
     settings = {
         key: str(value) if isinstance(value, Path) else value for key, value in locals().items() if key != "out"
     }
@@ -353,12 +418,12 @@ def generate(
     if going_on is None:
         prompt = opening(tokenizer, time_signature, tempo)
     else:
-        # the continuation begins with a bar of its own, in the time signature of the last one
+        # the continuation starts a new bar, in the time signature of the last one
         signature = next(token for token in reversed(going_on.tokens) if token in facts.time_signature_ids)
         line = [facts.bar_id, signature]
         read = last_bars(going_on.tokens, facts, bars=bars, longest=CONTEXT - len(line))
         if read.count(facts.bar_id) < min(bars, going_on.tokens.count(facts.bar_id)):
-            click.echo(f"{song}: only its last {read.count(facts.bar_id)} bars fit into what the model sees", err=True)
+            click.echo(f"{song}: only its last {read.count(facts.bar_id)} bars fit into the model's context", err=True)
         prompt = read + line
     for name, path in (("model", folder / "model.safetensors"), ("soundfont", soundfont_file), ("song", song)):
         settings[f"{name}_sha256"] = None if path is None else sha256(path)
@@ -430,7 +495,7 @@ def generate(
         + _rate([int(row["unplayable"]) for row in rows], [range(int(row["tokens"])) for row in rows])
     )
     if rates is not None:
-        axis, hint = rates.axes[0], " (a stand-in, not the aesthetic model)" if rates.is_stand_in else ""
+        axis, hint = rates.axes[0], " (an approximation, not the aesthetic model)" if rates.is_stand_in else ""
         mean = np.mean([float(row[axis]) for row in rows])
         click.echo(f"best of {best_of} by {kind}{hint}: mean {axis} {mean:.3f}")
 

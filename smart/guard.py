@@ -1,22 +1,20 @@
-"""Over-optimisation, measured and stopped while a policy trains: held-out completions, a judge, a rule for collapse.
+"""Detect over-optimisation during training: held-out completions, a second score, and a rule for collapse.
 
-A reward is a stand-in for what is wanted. Pushed far enough, a policy finds what its reward overlooks: the reward goes
-on rising while the music gets worse, or more alike (Gao, Schulman and Hilton 2023: with the distance from the base a
-true score lags ever further behind, then falls). Three things tell, none of which training optimises:
+A reward only approximates what we want. Optimised far enough, a policy exploits what its reward overlooks: the reward
+keeps rising while the music gets worse or less varied (Gao, Schulman and Hilton 2023: as the distance from the base
+grows, a true score falls behind, then drops). Three measurements show this; training optimises none of them:
 
-- the distance from the base, KL in nats: what has been paid for the reward;
-- a judge (``Judge``): ratings on other axes, by another reward, or, where there is none, how likely the base finds the
-  music;
-- how varied the pieces are (``smart.diversity``), against the base's own for the same prompts.
+- the distance from the base, KL in nats: the price of the reward;
+- a second score (``Judge``): other axes, another reward, or, if there are none, how likely the music is under the base;
+- how varied the pieces are (``smart.diversity``), compared with the base's for the same prompts.
 
-``HeldOut`` measures them, ``Guard`` remembers the measurements and says which is the best and when to stop.
+``HeldOut`` takes these measurements; ``Guard`` stores them and decides which one is best and when to stop.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,33 +23,32 @@ import numpy.typing as npt
 import torch
 
 from smart import UserError, diversity
-from smart.distributed import World
 from smart.features import midi_features
 from smart.files import parse_json, write_atomically
+from smart.logprobs import Reference
 from smart.reward import Reward
-from smart.rollout import Rated, Scorer, together
-from smart.rollout.scorer import Audio
-from smart.sampler import Rollout, Sampler
-from smart.tokens import decode, vocabulary
+from smart.rollout import Audio, Batch, Batches, Drawn, Scorer
+from smart.sampler import Sampler
+from smart.tokens import decode
 
-COMPLETIONS = 4  # of each held-out prompt, so that pieces for one prompt can be compared
+COMPLETIONS = 4  # per held-out prompt, so that pieces for one prompt can be compared
 STATE = "guard.json"  # in a checkpoint
 
-# what the rule for collapse looks at: each is large where pieces differ. Not velocities: with beta 0.04 as well
-# a policy may come to use few loudness levels (docs/overoptimisation.md)
+# the measures in the rule for collapse: each is large if pieces differ. Velocities are not among them: even
+# with beta 0.04 a policy may come to use few loudness levels (docs/overoptimisation.md)
 VARIETY = ("vendi", "vendi_within", "distance", "distinct_4grams", "pitches")
-FEWEST = 0.5  # of the base's own
-# far from the base, less is enough. Healthy runs of the quickstart narrow as much, but stay under 0.2 nats
-FAR, FEWER = 0.25, 0.75  # nats a token; of the base's own
+FEWEST = 0.5  # of the base's value
+# far from the base a smaller loss is enough; healthy runs of the quickstart lose as much, but stay under 0.2 nats
+FAR, FEWER = 0.25, 0.75  # nats per token; of the base's value
 
 
 def collapsed(baseline: Mapping[str, float], now: Mapping[str, float]) -> str | None:
     """Why the pieces of ``now`` count as collapsed, or None.
 
-    One of ``VARIETY`` is under half of the base's; or under three quarters, with a KL to the base of more than 0.25
-    nats a token: what was gained was bought with both. ``baseline`` and ``now`` map names to values, as
-    ``HeldOut.measure`` returns them, of pieces for the same prompts; a name that either lacks, or a value that is not
-    finite, says nothing. In training the rule must hold at two measurements in a row.
+    The rule: one of ``VARIETY`` is under half of the base's value, or under three quarters with a KL to the base of
+    more than 0.25 nats per token. ``baseline`` and ``now`` map names to values for the same prompts, as
+    ``HeldOut.measure`` returns them; missing names and values that are not finite are ignored. In training the rule
+    must hold at two measurements in a row.
     """
     kl = now.get("kl", math.nan)
     for name in VARIETY:
@@ -60,12 +57,12 @@ def collapsed(baseline: Mapping[str, float], now: Mapping[str, float]) -> str | 
             return f"{name} is {after:.3g}, under half of the base's {before:.3g}"
         if after < FEWER * before and kl > FAR:
             reason = f"{name} is {after:.3g}, under three quarters of the base's {before:.3g}"
-            return f"{reason}, at {kl:.2g} nats a token from it"
+            return f"{reason}, at a KL of {kl:.2g} nats per token"
     return None
 
 
 def effective_number(values: npt.NDArray[Any]) -> float:
-    """exp of the entropy of how often each of ``values`` (N,) occurs: k values equally often give k; none give 0."""
+    """exp of the entropy of the frequencies of ``values`` (N,): k values, equally often, give k; no values give 0."""
     counts = np.unique(values, return_counts=True)[1]
     shares = counts / max(counts.sum(), 1)
     return float(np.exp(-(shares * np.log(shares)).sum())) if len(counts) else 0.0
@@ -74,7 +71,7 @@ def effective_number(values: npt.NDArray[Any]) -> float:
 def variety(
     pieces: list[Any], groups: list[int], audio: list[Audio | None] | None = None, sample_rate: int | None = None
 ) -> dict[str, float]:
-    """All that ``collapsed`` looks at, and more, by name, of pieces with a group each, and of their ``audio``."""
+    """The measures that ``collapsed`` uses, and others, by name, for pieces with a group each and their ``audio``."""
     notes = [midi_features(piece) for piece in pieces]
     varied = diversity.summary(pieces, audio, sample_rate, groups)
     return {
@@ -84,18 +81,11 @@ def variety(
     }
 
 
-def alikeness(pieces: list[Any], group_size: int) -> torch.Tensor:
-    """(B, G, G) float32 from N = B x G pieces, group after group: how alike the members of each group are, 0 to 1."""
-    vectors = [diversity.symbolic_vector(piece) for piece in pieces]
-    groups = [vectors[first : first + group_size] for first in range(0, len(vectors), group_size)]
-    return torch.from_numpy(np.stack([diversity.kernel(np.stack(group)) for group in groups])).float()
-
-
 class Judge:
-    """Who rates held-out completions beside the reward: someone whose rating is not optimised. Higher is better.
+    """A second score for held-out completions that training does not optimise. Higher is better.
 
-    By order: ``other``, a reward of its own; the mean of those axes of ``reward`` that have no weight; where there is
-    no such axis, plausibility, the mean log-probability of a completion's tokens under the base, in nats a token.
+    It is ``other``, a second reward; without one, the mean of those axes of ``reward`` that have no weight; if there
+    are none, plausibility: the mean log-probability of a completion's tokens under the base, in nats per token.
     """
 
     def __init__(self, reward: Reward, other: Reward | None = None) -> None:
@@ -106,97 +96,81 @@ class Judge:
         elif self.axes:
             self.name = f"the mean of the other axes of {reward.name} ({' '.join(self.axes)})"
         else:
-            self.name = "plausibility (mean log-probability a token under the base)"
+            self.name = "plausibility (mean log-probability per token under the base model)"
 
-    def rate(
-        self, clips: list[Future[Audio]], scorer: Scorer, rated: Rated, plausibility: torch.Tensor
-    ) -> torch.Tensor:
-        """(N,) ratings, NaN where a clip failed; ``rated`` is what ``scorer`` made of ``clips``."""
+    def rate(self, drawn: Drawn, batch: Batch, batches: Batches) -> torch.Tensor:
+        """(N,) ratings of ``batch``, NaN for clips that failed; ``drawn`` is this process's share of it."""
         if self.other is not None:
+            scorer = batches.scorer
             second = Scorer(scorer.tokenizer, scorer.pool, self.other, sample_rate=scorer.sample_rate)
-            return second.collect(clips).rewards
+            rated = second.collect(drawn.clips.in_order())
+            return torch.cat(batches.world.gather(rated.rewards))
         if self.axes:
-            return torch.stack([rated.scores[axis] for axis in self.axes]).mean(0)
-        return plausibility
+            return torch.stack([batch.rated.scores[axis] for axis in self.axes]).mean(0)
+        return plausibility(batch)
+
+
+def plausibility(batch: Batch) -> torch.Tensor:
+    """(N,) mean log-probability of each completion's tokens under the base, in nats per token."""
+    mask = batch.rollout.mask
+    return ((batch.ref_logp * mask).sum(1) / mask.sum(1).clamp(min=1)).cpu()
 
 
 class HeldOut:
-    """A fixed set of prompts, for which a policy writes ``COMPLETIONS`` pieces each, whenever it is measured.
+    """A fixed set of prompts; in each measurement a policy writes ``COMPLETIONS`` pieces for each of them.
 
-    Each measurement begins from the same seed: the same prompts and the same random numbers, so that two of them differ
-    by the policy alone, and nothing of what training draws is touched. ``base_logprobs`` maps a rollout to the base's
-    log-probabilities of its tokens, (N, T); ``drawing`` is for ``Sampler.sample``.
+    Each measurement uses the same prompts and random numbers, so that two of them differ only by the policy; training's
+    random numbers are not affected.
     """
 
     def __init__(
-        self,
-        prompts: torch.Tensor,
-        *,
-        seed: int,
-        scorer: Scorer,
-        judge: Judge,
-        base_logprobs: Callable[[Rollout], torch.Tensor],
-        world: World,
-        drawing: Mapping[str, Any],
+        self, prompts: torch.Tensor, *, seed: int, batches: Batches, judge: Judge, reference: Reference
     ) -> None:
         self.prompts = prompts  # (B, P)
         self.seed = seed
-        self.scorer = scorer
+        self.batches = batches
         self.judge = judge
-        self.base_logprobs = base_logprobs
-        self.world = world
-        self.drawing = drawing
+        self.reference = reference
 
     def measure(self, sampler: Sampler) -> dict[str, float]:
-        """All that docs/metrics.md defines under ``held_out/``, by name; every process gets the same."""
-        mine = self.world.share(len(self.prompts))
-        clips = self.scorer.listen()
-        rollout = sampler.sample(
-            self.prompts[mine.start : mine.stop],
-            group_size=COMPLETIONS,
-            generator=torch.Generator(self.prompts.device).manual_seed(self.seed),
-            share=(mine.start * COMPLETIONS, len(self.prompts) * COMPLETIONS),
-            watch=clips.look,
-            **self.drawing,
-        )
-        futures = clips.finish(rollout)
-        base_logp = self.base_logprobs(rollout)  # while the workers render
-        plausibility = ((base_logp * rollout.mask).sum(1) / rollout.mask.sum(1).clamp(min=1)).cpu()
-        rated = clips.rate(keep=range(len(futures)))
-        judged = self.judge.rate(futures, self.scorer, rated, plausibility)
-        judged, plausibility = (torch.cat(self.world.gather(part)) for part in (judged, plausibility))
-        rollout, rated, base_logp = together(
-            self.world, rollout, rated, base_logp, pad_id=vocabulary(self.scorer.tokenizer).pad_id
-        )
-        # not k3 as in the loss: one token that the base finds very unlikely can make k3 of thousands ten times as large
-        kl = ((rollout.logprobs - base_logp) * rollout.mask).sum(1)  # (N,)
+        """The metrics that docs/metrics.md defines under ``held_out/``, by name; the same in every process."""
+        generator = torch.Generator(self.prompts.device).manual_seed(self.seed)
+        drawn = self.batches.draw(sampler, self.prompts, group_size=COMPLETIONS, generator=generator)
+        base_logp = self.reference.logprobs(drawn.rollout)  # while the workers render
+        many = len(self.prompts) * COMPLETIONS
+        batch = self.batches.rate(drawn, base_logp, keep=range(many))
+        judged = self.judge.rate(drawn, batch, self.batches)
+        rollout, rated = batch.rollout, batch.rated
+        # not k3 as in the loss: a single token that is very unlikely under the base can multiply the mean k3 by ten
+        kl = ((rollout.logprobs - batch.ref_logp) * rollout.mask).sum(1)  # (N,)
         length = rollout.mask.sum(1)
-        pieces = [decode(self.scorer.tokenizer, row) for row in rollout.tokens.cpu()]
-        groups = [row // COMPLETIONS for row in range(len(pieces))]
+        scorer = self.batches.scorer
+        pieces = [decode(scorer.tokenizer, row) for row in rollout.tokens.cpu()]
+        groups = [row // COMPLETIONS for row in range(many)]
         return {
             "reward": rated.rewards.nanmean().item(),
             "judge": judged.nanmean().item(),
-            "plausibility": plausibility.mean().item(),
+            "plausibility": plausibility(batch).mean().item(),
             "kl": (kl.sum() / length.sum()).item(),
             "kl_sequence": kl.mean().item(),
-            **variety(pieces, groups, rated.audio, self.scorer.sample_rate),
-            "silent_rate": rated.silent / len(pieces),
+            **variety(pieces, groups, rated.audio, scorer.sample_rate),
+            "silent_rate": rated.silent / many,
             "length": length.float().mean().item(),
         }
 
 
 class Measured(NamedTuple):
-    """One measurement, of the policy after ``step`` iterations (0: the base)."""
+    """A measurement of the policy after ``step`` iterations (0: the base)."""
 
     step: int
     values: dict[str, float]
 
 
 class Guard:
-    """All measurements of a run, and what follows from them: the best one, and whether to stop.
+    """All measurements of a run; from them it decides which one is best and whether to stop.
 
-    ``kl_budget`` is in nats a completion token on the held-out prompts (0: none). Everything follows from ``history``
-    alone, so a run that is resumed decides as one that was never interrupted. Without ``held_out`` nothing is measured.
+    ``kl_budget`` is in nats per completion token on the held-out prompts (0: none). All decisions depend on ``history``
+    alone, so a resumed run decides like one that was never interrupted. Without ``held_out`` nothing is measured.
     """
 
     def __init__(
@@ -211,12 +185,12 @@ class Guard:
         self.every = every  # iterations
         self.kl_budget = kl_budget
         self.stop_on_collapse = stop_on_collapse
-        self.history: list[Measured] = []  # the first is the base's
+        self.history: list[Measured] = []  # the first is of the base
 
     def look(self, step: int, sampler: Sampler) -> dict[str, float]:
-        """Measure the policy after ``step`` iterations (0: the base); empty where it is not its turn.
+        """Measure the policy after ``step`` iterations (0: the base), every ``every`` iterations.
 
-        Returns ``held_out/*`` and ``seconds/held_out``, for the run's metrics.
+        Returns ``held_out/*`` and ``seconds/held_out`` for the run's metrics; empty if nothing was measured.
         """
         if self.held_out is None or step % self.every:
             return {}
@@ -237,14 +211,16 @@ class Guard:
     def stop(self) -> str | None:
         """Why training should end now, or None."""
         if len(self.history) > 1 and self._is_over_budget(self.history[-1]):
-            return f"KL to the base is {self.history[-1].values['kl']:.3g} nats a token, the budget {self.kl_budget:g}"
+            return (
+                f"KL to the base is {self.history[-1].values['kl']:.3g} nats per token, the budget {self.kl_budget:g}"
+            )
         return self.collapse if self.stop_on_collapse else None
 
     @property
     def best(self) -> int | None:
-        """The step that the judge rates highest, of those within the budget and not collapsed, the base left out.
+        """The step with the highest second score among those within the budget and not collapsed, without the base.
 
-        Where all are beyond, the one that is nearest to the base; None before the first measurement of the policy.
+        If there are none, the step closest to the base; None before the first measurement of the policy.
         """
         tuned = self.history[1:]
         if not tuned:
@@ -255,11 +231,11 @@ class Guard:
         return max(sound, key=lambda one: _or(one.values["judge"], -math.inf)).step
 
     def write(self, folder: Path) -> None:
-        """Into a checkpoint."""
+        """Write all measurements into a checkpoint."""
         write_atomically(folder / STATE, json.dumps(self.history).encode())
 
     def read(self, folder: Path) -> None:
-        """From a checkpoint. Raises ``UserError`` where it cannot be read."""
+        """Read all measurements from a checkpoint. Raises ``UserError`` if they cannot be read."""
         try:
             rows = parse_json((folder / STATE).read_text(encoding="utf-8"))
             self.history = [Measured(int(step), dict(values)) for step, values in rows]

@@ -1,15 +1,15 @@
-"""Files of a model on the Hugging Face hub: from the local cache, or else downloaded.
+"""Files of a model on the Hugging Face hub, from the local cache or downloaded.
 
-The network is used for nothing else, and only when the user names a hub id.
+The package uses the network for nothing else, and only if the user names a hub id.
 """
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from smart import UserError
+from smart import UserError, brief
 
-SECONDS = 5.0  # how long the hub may take to answer before it counts as out of reach
+SECONDS = 5.0  # time for the hub to answer; after that it counts as unreachable
 
 
 def is_hub_id(name: str) -> bool:
@@ -18,28 +18,28 @@ def is_hub_id(name: str) -> bool:
 
 
 def find_cached(hub_id: str, files: Sequence[str]) -> list[Path] | None:
-    """The paths of ``files`` where an earlier download left all of them in the hub's cache, else None."""
+    """The paths of ``files`` if all of them are in the hub's cache, else None."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
         paths = [try_to_load_from_cache(hub_id, name) for name in files]
-    except HFValidationError:  # of the form owner/model, but no name that the hub gives; ``ask`` says why
+    except HFValidationError:  # has the form owner/model, but is not a valid name; ``ask`` says why
         return None
     return [Path(path) for path in paths if isinstance(path, str)] if all(isinstance(p, str) for p in paths) else None
 
 
 def ask(hub_id: str, files: Sequence[str]) -> None:
-    """Raise ``UserError`` with the reason where the hub gives no answer within seconds, or lacks one of ``files``.
+    """Raise ``UserError`` with the reason if the hub does not answer within seconds, or lacks one of ``files``.
 
-    A download alone would retry for half a minute first.
+    A download would first retry for half a minute.
     """
     from huggingface_hub import HfApi
 
     try:
         info = HfApi().model_info(hub_id, timeout=SECONDS)
-    except Exception as error:  # the client raises dozens of kinds; the user's remedy is the same
-        raise UserError(f"the Hugging Face hub does not give it ({brief(error)})") from error
+    except Exception as error:  # the client raises dozens of kinds, with the same remedy
+        raise UserError(f"the Hugging Face hub cannot provide it ({brief(error)})") from error
     present = {sibling.rfilename for sibling in info.siblings or ()}
     absent = [name for name in files if name not in present]
     if absent:
@@ -47,7 +47,7 @@ def ask(hub_id: str, files: Sequence[str]) -> None:
 
 
 def fetch(hub_id: str, files: Sequence[str]) -> list[Path]:
-    """The paths of ``files``, from the cache where it has them all. Raises ``UserError`` with the reason."""
+    """The paths of ``files``: cached, else downloaded. Raises ``UserError`` with the reason if that fails."""
     from huggingface_hub import hf_hub_download
 
     cached = find_cached(hub_id, files)
@@ -58,9 +58,3 @@ def fetch(hub_id: str, files: Sequence[str]) -> list[Path]:
         return [Path(hf_hub_download(hub_id, name)) for name in files]
     except Exception as error:  # as in ask
         raise UserError(f"the download failed ({brief(error)})") from error
-
-
-def brief(error: BaseException) -> str:
-    """An exception in one line of bounded length."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}{'...' if len(text) > 160 else ''}"

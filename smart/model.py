@@ -1,7 +1,7 @@
 """Build, find, load and save a base model: transformers' Phi3ForCausalLM with its MidiTok tokenizer.
 
-A base is a folder in the form of the hub: ``config.json``, ``model.safetensors``, ``tokenizer.json``. Weights are
-read from safetensors only, so loading a base never runs code that came with it.
+A base is a folder in the hub's format: ``config.json``, ``model.safetensors``, ``tokenizer.json``. Weights are read
+from safetensors only, so loading a base never runs code that came with it.
 """
 
 from collections.abc import Iterator
@@ -23,10 +23,10 @@ FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA where there is one. Raises ``UserError`` where CUDA was asked for and is not there."""
+    """ "auto" is CUDA if there is a GPU. Raises ``UserError`` if CUDA is requested but not available."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("run.device = 'cuda': torch finds no CUDA device here; use run.device = 'cpu' or 'auto'")
-    # cuDNN's attention, which torch prefers on recent cards, plans anew for every length, and every batch has its own
+        raise UserError("run.device = 'cuda', but PyTorch sees no CUDA GPU; use run.device = 'cpu' or 'auto'")
+    # torch prefers cuDNN's attention on recent GPUs, but that builds a plan for every length, and lengths keep changing
     torch.backends.cuda.enable_cudnn_sdp(False)
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
@@ -64,13 +64,13 @@ def build_model(
         pad_token_id=facts.pad_id,
         use_cache=False,
     )
-    with torch.random.fork_rng(devices=[]):  # transformers initialises from the global generator: leave it as it was
+    with torch.random.fork_rng(devices=[]):  # transformers draws from the global generator: restore it afterwards
         torch.manual_seed(seed)
         return Phi3ForCausalLM(config).eval()
 
 
 def find_base(path_or_hub_id: str) -> Path:
-    """The folder of a base: a shipped name, a local folder, or a hub id, which is downloaded into the hub's cache."""
+    """The folder of a base, given a shipped name, a local folder, or a hub id (downloaded into the hub's cache)."""
     for folder in (Path(path_or_hub_id), SHIPPED / path_or_hub_id):
         if folder.is_dir():
             missing = [name for name in FILES if not (folder / name).is_file()]
@@ -87,8 +87,8 @@ def find_base(path_or_hub_id: str) -> Path:
         return hub.fetch(path_or_hub_id, FILES)[0].parent
     except UserError as error:
         raise UserError(
-            f"base {path_or_hub_id!r}: no such folder here, and {error.message}; "
-            f"download {', '.join(FILES)} of it elsewhere and set model.base to that folder"
+            f"base {path_or_hub_id!r}: there is no such local folder, and {error.message}; "
+            f"download its {', '.join(FILES)} on another machine and set model.base to that folder"
         ) from None
 
 
@@ -97,7 +97,7 @@ def load_base(
 ) -> tuple[Phi3ForCausalLM, Any]:
     """Model (in ``eval`` mode) and tokenizer of a base.
 
-    Raises ``UserError`` when the base cannot be found or read, is no Phi-3 model, or does not fit its tokenizer.
+    Raises ``UserError`` if the base cannot be found or read, is not a Phi-3 model, or does not fit its tokenizer.
     """
     folder = find_base(str(path_or_hub_id))
     tokenizer = load_tokenizer(folder)
@@ -105,15 +105,15 @@ def load_base(
         config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
         kind = config["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"base {folder}: config.json is no model configuration ({error})") from None
+        raise UserError(f"base {folder}: config.json is not a model configuration ({error})") from None
     if kind != "phi3":
         raise UserError(f"base {folder}: model_type is {kind!r}, expected 'phi3'")
     if "quantization_config" in config:
-        raise UserError(f"base {folder}: its weights are quantised, expected plain ones")
+        raise UserError(f"base {folder}: its weights are quantised, expected unquantised ones")
     try:
         with safe_open(folder / "model.safetensors", framework="pt") as weights:
             many = len(weights.keys())
-        if config.get("num_hidden_layers", 0) > many:  # building them would take for ever
+        if config.get("num_hidden_layers", 0) > many:  # building them would never end
             raise ValueError(f"{many} tensors for {config['num_hidden_layers']} layers")
         with _quiet():
             loaded: Any = Phi3ForCausalLM.from_pretrained(
@@ -124,25 +124,25 @@ def load_base(
                 output_loading_info=True,
             )
         model, info = loaded
-    except Exception as error:  # safetensors, OSError, RuntimeError, ...: the file is not what it should be
+    except Exception as error:  # SafetensorError, OSError, RuntimeError, ...: the file is damaged
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"base {folder}: model.safetensors cannot be read ({reason}); fetch or train it again"
+            f"base {folder}: model.safetensors cannot be read ({reason}); download or train it again"
         ) from None
-    for what in ("missing", "unexpected"):  # transformers would go on with random weights
+    for what in ("missing", "unexpected"):  # transformers would continue with random weights
         if names := sorted(info[f"{what}_keys"]):
             raise UserError(f"base {folder}: model.safetensors has {what} weights for its config.json: {names[0]}, ...")
     if model.config.vocab_size != vocabulary(tokenizer).size:
         raise UserError(
-            f"base {folder}: the model has {model.config.vocab_size} tokens and its tokenizer "
-            f"{vocabulary(tokenizer).size}; expected the two to agree"
+            f"base {folder}: the model has {model.config.vocab_size} tokens, but its tokenizer has "
+            f"{vocabulary(tokenizer).size}; expected the same number"
         )
     return model.to(device=device, dtype=dtype).eval(), tokenizer
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars, which flash by for a model of this size, and tables of what does not fit."""
+    """Hide transformers' progress bars, useless for models of this size, and its tables of mismatched weights."""
     shown, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -155,9 +155,9 @@ def _quiet() -> Iterator[None]:
 
 
 def save_base(model: Phi3ForCausalLM, tokenizer: Any, folder: Path) -> None:
-    """Write ``folder`` in the form that ``load_base`` and the hub read."""
+    """Write ``folder`` in the format that ``load_base`` and the hub read."""
     folder.mkdir(parents=True, exist_ok=True)
     with _quiet():
         model.save_pretrained(folder, safe_serialization=True)
-    (folder / "generation_config.json").unlink(missing_ok=True)  # we sample by our own settings
+    (folder / "generation_config.json").unlink(missing_ok=True)  # sampling uses our settings only
     save_tokenizer(tokenizer, folder)

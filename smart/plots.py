@@ -1,4 +1,4 @@
-"""Figures, drawn by matplotlib without a display."""
+"""Figures, drawn with matplotlib without a display."""
 
 import csv
 import io
@@ -15,9 +15,9 @@ from smart.run import read_metrics
 
 
 def curves(folder: Path, keys: Sequence[str], unit: str) -> Path:
-    """Draw metrics ``keys`` of a run by step into ``<folder>/<first key>.png``, with "_" for "/".
+    """Plot the metrics ``keys`` of a run by step into ``<folder>/<first key>.png``, with "_" for "/".
 
-    The figure's data is ``metrics.jsonl``.
+    The data is in ``metrics.jsonl``.
     """
     from matplotlib.figure import Figure
 
@@ -38,7 +38,7 @@ def curves(folder: Path, keys: Sequence[str], unit: str) -> Path:
 
 
 def timeline(trace: Path) -> Path:
-    """Draw a trace that ``smart.run.Stopwatch.write`` wrote, a line for each lane, into a PNG beside it."""
+    """Draw a trace written by ``smart.run.Stopwatch.write``, one row per lane, into a PNG next to it."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -66,28 +66,28 @@ def timeline(trace: Path) -> Path:
 
 # --- Figures of an evaluation -------------------------------------------------------------------------------------
 
-# colours that people with any kind of colour blindness can tell apart (Okabe and Ito), and a dash for each besides
+# colours that can be told apart with any kind of colour blindness (Okabe and Ito), each with a line style
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DPI = 150
 DASHES = ("-", "--", "-.", ":")
 
 
 class Panel(NamedTuple):
-    """One set of histograms: a measure of several systems."""
+    """One set of histograms: the values of one measure for several systems."""
 
     title: str
     xlabel: str
     ylabel: str
-    values: Mapping[str, npt.NDArray[Any]]  # by system; what is not finite is left out
+    values: Mapping[str, npt.NDArray[Any]]  # by system; values that are not finite are left out
     edges: npt.NDArray[np.float64]
 
 
 def edges_of(values: Iterable[npt.NDArray[Any]], bins: int = 30) -> npt.NDArray[np.float64]:
-    """Equal bins from the least to the greatest finite value of several arrays; of whole width for whole numbers."""
+    """Equal bins from the least to the greatest finite value of several arrays; integer widths for integers."""
     together = np.concatenate([np.asarray(part, np.float64) for part in values])
     together = together[np.isfinite(together)]
     low, high = (together.min(), together.max()) if len(together) else (0.0, 1.0)
-    if len(together) and not (together % 1).any():  # else some bins would hold more of the numbers than others
+    if len(together) and not (together % 1).any():  # otherwise some bins would contain more integers than others
         width = (high - low) // bins + 1
         return np.arange(low - 0.5, high + width, width)
     if low == high:
@@ -96,12 +96,12 @@ def edges_of(values: Iterable[npt.NDArray[Any]], bins: int = 30) -> npt.NDArray[
 
 
 def histograms(panels: Sequence[Panel], stem: Path, *, columns: int = 2) -> list[Path]:
-    """Draw panels side by side into ``<stem>.png`` and ``.pdf``; what is drawn stands in ``<stem>.csv``."""
+    """Draw panels side by side into ``<stem>.png`` and ``.pdf``; the data goes into ``<stem>.csv``."""
     from matplotlib.figure import Figure
 
     columns = min(columns, len(panels))
     lines = -(-len(panels) // columns)
-    width = max(4.0 * columns, 1.9 * min(len(panels[0].values), 4))  # the legend's
+    width = max(4.0 * columns, 1.9 * min(len(panels[0].values), 4))  # of the legend
     figure = Figure(figsize=(width, 2.5 * lines + 0.5), layout="constrained")
     cells = figure.subplots(lines, columns, squeeze=False).flatten()
     table = []
@@ -116,9 +116,9 @@ def histograms(panels: Sequence[Panel], stem: Path, *, columns: int = 2) -> list
 def rewards_and_rolls(
     panel: Panel, rolls: Mapping[str, npt.NDArray[np.float32]], stem: Path, *, per_beat: int
 ) -> list[Path]:
-    """For each system the histogram of a rating, and below it the mean of its piano rolls (T, 128), as paper figure 6.
+    """Per system a histogram of a rating, and below it the mean of its piano rolls (T, 128), like the paper's figure 6.
 
-    All rolls share one scale of grey. ``<stem>.png``, ``.pdf``, and the data of both as ``<stem>.csv``.
+    All rolls share one colour scale. Writes ``<stem>.png``, ``.pdf``, and the data of both as ``<stem>.csv``.
     """
     from matplotlib.figure import Figure
 
@@ -150,7 +150,7 @@ def rewards_and_rolls(
 
 
 def rewards_by_iteration(runs: Mapping[str, Sequence[Mapping[str, Any]]], stem: Path, ylabel: str) -> list[Path]:
-    """Mean reward of each run's metrics by step, one standard deviation of the batch about it, as paper figure 2."""
+    """Mean reward of each run by iteration, with a band of one standard deviation, like the paper's figure 2."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -180,10 +180,10 @@ def frontier(
     laws: Mapping[tuple[str, str], Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]],
     stem: Path,
 ) -> list[Path]:
-    """Draw each of ``measures`` (column -> label) against the square root of KL: ``<stem>.png``, ``.pdf`` and ``.csv``.
+    """Plot each of ``measures`` (column -> label) over the square root of KL: ``<stem>.png``, ``.pdf`` and ``.csv``.
 
     A row is one checkpoint (or one n of best-of-n): ``series``, ``kl``, each measure with ``_low`` and ``_high``, and
-    ``collapsed`` (a reason or None) and ``keep``. ``laws``, by series and measure, map distances to fitted values.
+    ``collapsed`` (a reason or None) and ``keep``. ``laws`` maps (series, measure) to a function of the distance.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -210,7 +210,7 @@ def frontier(
             if (name, measure) in laws and len(x):
                 fine = np.linspace(0, x.max(), 200)
                 axes.plot(fine, laws[name, measure](fine), color=colour, linestyle="--", linewidth=1)
-        axes.set(xlabel="square root of KL to the base (nats a piece)", ylabel=label)
+        axes.set(xlabel="square root of KL to the base (nats per piece)", ylabel=label)
         axes.grid(alpha=0.3)
     handles = [Line2D([], [], color=_style(number)[0], marker=".", label=name) for number, name in enumerate(series)]
     handles += [
@@ -227,7 +227,7 @@ def _style(number: int) -> tuple[str, Any]:
 
 
 def _histogram(axes: Any, panel: Panel, first: int = 0) -> list[dict[str, Any]]:
-    """Draw the shares of each system's values as steps; returns what was drawn."""
+    """Draw the shares of each system's values as steps; returns the data."""
     rows = []
     for number, (name, values) in enumerate(panel.values.items(), first):
         finite = np.asarray(values, np.float64)
@@ -264,19 +264,19 @@ def save(figure: Any, stem: Path, table: Sequence[Mapping[str, Any]]) -> list[Pa
     from matplotlib.text import Text
 
     paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf", "csv")]
-    # a system may be called "$\\foo$": no text here is mathematics, nor one that is made while the figure is drawn
+    # a system may be called "$\\foo$": no text is mathematics, not even text made while the figure is drawn
     for text in figure.findobj(Text):
         text.set_parse_math(False)
     with matplotlib.rc_context({"text.parse_math": False}):
         write_atomically(paths[0], lambda file: figure.savefig(file, format="png", dpi=DPI))
-        figure.set_layout_engine("none")  # it has been laid out, and need not be again
+        figure.set_layout_engine("none")  # keep the layout of the PNG
         write_atomically(paths[1], lambda file: figure.savefig(file, format="pdf", metadata={"CreationDate": None}))
     write_csv(paths[2], table)
     return paths
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows as CSV, with the columns of all of them in order of appearance; what is not finite is left empty."""
+    """Write rows as CSV, with all their columns in order of appearance; values that are not finite are left empty."""
     text = io.StringIO()
     names = list(dict.fromkeys(name for row in rows for name in row))
     writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -288,7 +288,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def plain(cell: Any) -> Any:
-    """A cell of a CSV; of text that a spreadsheet could take for a formula, an apostrophe stands before it."""
+    """A cell of a CSV; text that a spreadsheet could take for a formula gets an apostrophe in front."""
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell
 
 
@@ -296,8 +296,8 @@ def ratings(table: Sequence[tuple[str, str, float]], systems: Sequence[str], pat
     """Ratings overall and by participant (the paper's figure 5) as ``path``.png and ``path``.pdf, data in ``path``.csv.
 
     Args:
-        table: (participant, system, rating) of each rating.
-        systems: in the order in which they are drawn.
+        table: (participant, system, rating) for each rating.
+        systems: names of the systems, in drawing order.
     """
     from matplotlib.figure import Figure
 
@@ -332,8 +332,8 @@ def ratings(table: Sequence[tuple[str, str, float]], systems: Sequence[str], pat
                         line.set_color(colour)
     left.set(xlabel="rating", ylabel="share of the system's ratings (%)", title="overall (dashed: means)")
     left.set_xticks(range(1, 11))
-    left.set_ylim(0, 1.2 * left.get_ylim()[1])  # room for the legend
-    # given, and not found by their labels: one that begins with "_" would be passed over
+    left.set_ylim(0, 1.2 * left.get_ylim()[1])  # space for the legend
+    # handles are passed, because matplotlib skips labels that begin with "_"
     left.legend(list(bars.values()), list(bars), frameon=False, fontsize="small", ncols=2, loc="upper center")
     right.set(xlabel="participant", ylabel="rating", title="by participant (diamond: mean)", ylim=(0.5, 10.5))
     right.set_xticks(range(len(people)), people, rotation=90, fontsize="small")

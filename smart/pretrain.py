@@ -14,10 +14,12 @@ import json
 import math
 import os
 import shutil
-import signal
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import click
@@ -27,17 +29,17 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Phi3ForCausalLM
 
-from smart import UserError, distributed
+from smart import UserError
 from smart.config import Data, Optimisation, PretrainConfig, dumps, load
 from smart.corpus import Corpus
-from smart.distributed import World
+from smart.distributed import World, join
 from smart.files import parse_json, sync
 from smart.model import build_model, load_base, pick_device, pick_precision, save_base
 from smart.plots import curves
 from smart.prompts import Pieces, draw
-from smart.render import Renderer, RenderError, check_soundfont, find_soundfont, open_renderer
+from smart.render import RenderError, check_soundfont, find_soundfont, open_renderer
 from smart.rollout import SILENT, completion_metrics
-from smart.run import CONFIG, StopRequest, Tracker, check_packages, checkpoint, prepare, progress, run_command
+from smart.run import Run, Tracker, check_packages, checkpoint, run_command
 from smart.sampler import Sampler
 from smart.tokens import Vocabulary, build_grammar, decode, vocabulary
 
@@ -136,208 +138,242 @@ def train(config: PretrainConfig, *, resume: bool = False, overwrite: bool = Fal
     """Train a base by ``config``; returns the folder of the run, whose ``base/`` holds the best model so far.
 
     Started by ``torchrun``, each process learns from its own rows of every batch, and the result is that of one
-    process to rounding. Raises ``UserError`` for what the user can mend and ``click.ClickException`` where the loss
+    process to rounding. Raises ``UserError`` for what the user can correct and ``click.ClickException`` where the loss
     stops being finite.
     """
     check_packages()
-    with distributed.join(pick_device(config.run.device)) as world, contextlib.ExitStack() as held:
-        return _train(config, world, held, resume=resume, overwrite=overwrite)
-
-
-def _train(config: PretrainConfig, world: World, held: contextlib.ExitStack, *, resume: bool, overwrite: bool) -> Path:
-    settings, data, seed, device = config.optimisation, config.data, config.run.seed, world.device
-    if not data.corpus:
-        raise UserError("data.corpus is empty: set it to a folder written by `smart corpus build`")
-    if settings.batch < world.size:
-        raise UserError(f"optimisation.batch = {settings.batch}: expected at least one row for each of {world.size}")
-    corpus = Corpus(Path(data.corpus))
-    soundfont = find_soundfont(config.render.soundfont)
-    check_soundfont(soundfont)
-    tokenizer = corpus.tokenizer
-    facts = vocabulary(tokenizer)
-    model: Any = _start(config, tokenizer)
-    model.to(device)
-    longest = model.config.max_position_embeddings
-    if data.crop > longest:
-        raise UserError(f"data.crop = {data.crop}: expected at most the base's max_positions = {longest}")
-    rows = Crops(corpus.split("train"), facts, data)
-    validation = Crops(corpus.split("validation"), facts, replace(data, transpose=0)).batch(
-        settings.evaluate_rows, np.random.default_rng((seed, 0))
-    )
-    compiling = _compiles(settings.compile, device)
-    folder = Path(config.run.folder) / config.run.name
-    stop = held.enter_context(StopRequest())  # before all that takes its time
-    if world.lead:
-        held.enter_context(prepare(folder, dumps(config), resume=resume, overwrite=overwrite))
-    world.sum(0)  # the others wait until the folder is there
-
-    optimizer = torch.optim.AdamW(
-        model.parameters(), betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=device.type == "cuda"
-    )
-    precision = pick_precision(settings.precision, device)
-    autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
-    done = Progress()
-    last = checkpoint.latest(folder / "checkpoints") if resume else None
-    if last is not None:
-        model.load_state_dict(load_base(last)[0].state_dict())
-        checkpoint.read_state(last, model, optimizer)
-        try:
-            done = Progress(**parse_json((last / "progress.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"checkpoint {last}: progress.json cannot be read ({error})") from None
-        if world.lead:  # whoever wrote it may have been killed at once
-            checkpoint.settle(last.parent, done.step, keep=settings.keep_checkpoints)
-        else:
-            done.loss = 0.0  # the lead holds what all had lost
-    forward: Any = model if world.size == 1 else DistributedDataParallel(model)
-    forward = torch.compile(forward) if compiling else forward
-
-    def save() -> None:
-        (loss,) = world.sum(done.loss)
-        if not world.lead:
-            return
-
-        def write(target: Path) -> None:
-            save_base(model, tokenizer, target)
-            checkpoint.write_state(target, model, optimizer)
-            progress = json.dumps(asdict(replace(done, loss=loss)))
-            (target / "progress.json").write_text(progress, encoding="utf-8")
-
-        if report:
-            report.run.flush(done.step)  # no checkpoint is ahead of the metrics
-        checkpoint.save(folder / "checkpoints", done.step, write, keep=settings.keep_checkpoints)
-
-    with contextlib.ExitStack() as opened:
-        report = None
-        if world.lead:
-            report = Report(config, folder, soundfont, model, tokenizer, start=done.step, device=device)
-            opened.enter_context(report)
-            report.run.say(
-                f"{folder}: {sum(weights.numel() for weights in model.parameters()):,} parameters on {device}"
-                f"{f' and {world.size - 1} more' if world.size > 1 else ''}, "
-                f"{corpus.split('train').tokens:,} tokens to learn from, from step {done.step}"
-            )
-        began, since = time.perf_counter(), done.step
-        while done.step < settings.steps and done.waited < settings.patience:
-            rate = learning_rate(done.step, settings)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+    with Pretraining(config, resume=resume, overwrite=overwrite) as run:
+        for step in run.steps():
             # every process draws the whole batch, so that all know how many targets it has, and learns from its share
-            batch = rows.batch(settings.batch, np.random.default_rng((seed, 1 + done.step)))
-            mine = batch[world.rank :: world.size].to(device)
-            model.train()
-            with autocast:
-                loss = next_token_loss(forward, mine, facts.pad_id, reduction="sum") / count_targets(
-                    batch, facts.pad_id
-                )
-            optimizer.zero_grad(set_to_none=True)
-            (loss * world.size).backward()  # gradients of several processes are averaged
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm).item()
-            model.eval()
-            if not math.isfinite(norm):  # as it is where the loss is not, in whichever process
-                raise click.ClickException(
-                    f"step {done.step + 1}: loss {loss.item():g}, gradient norm {norm:g}: stopped before the weights "
-                    f"were spoiled; the last good checkpoint is {checkpoint.latest(folder / 'checkpoints')}; "
-                    "try a lower optimisation.learning_rate"
-                )
-            optimizer.step()
-            done.step, done.loss, done.steps = done.step + 1, done.loss + loss.item(), done.steps + 1
-            if report:
-                report.tick(loss.item() * world.size, done.best)
-            stopping = world.any(bool(stop.requested))
-            if done.step % settings.evaluate_every == 0 or done.step == settings.steps:
-                with autocast:
-                    value = evaluate(forward, validation, facts.pad_id, settings.batch, world)
-                (loss_sum,) = world.sum(done.loss)
-                better = value < done.best
-                if report:
-                    spent = time.perf_counter() - began
-                    report.evaluated(
-                        done.step,
-                        {
-                            "loss": loss_sum / done.steps,
-                            "validation_loss": value,
-                            "validation_perplexity": math.exp(value),
-                            "learning_rate": rate,
-                            "gradient_norm": norm,
-                            "tokens": float(done.step * settings.batch * data.crop),
-                            "tokens_per_second": (done.step - since) * settings.batch * data.crop / spent,
-                        },
-                    )
-                    if better:
-                        _keep_best(folder, done.step, model, tokenizer)
-                done.waited = 0 if better else done.waited + 1
-                done.best, done.loss, done.steps = min(value, done.best), 0.0, 0
-                save()
-                began, since = time.perf_counter(), done.step
-            elif stopping:
-                save()
-            if stopping and done.step < settings.steps:
-                if report:
-                    report.run.say(f"stopped; to go on: python -m smart.pretrain --config {folder / CONFIG} --resume")
-                raise SystemExit(128 + (stop.requested or signal.SIGTERM))
-        if report:
-            report.run.say(f"best validation loss {done.best:.4f}; the base is in {folder / 'base'}")
-    return folder
+            batch = run.rows.batch(config.optimisation.batch, np.random.default_rng((config.run.seed, step)))
+            loss, norm = learn(run, batch)
+            run.record(step, loss, norm)
+        run.finish()
+    return run.folder
 
 
-class Report:
-    """What the lead writes and shows while it trains; use it as a context manager."""
+def learn(run: "Pretraining", batch: torch.Tensor) -> tuple[float, float]:
+    """One optimiser step on ``batch`` (rows, crop); returns this process's share of the loss, and the gradient norm.
 
-    def __init__(
-        self,
-        config: PretrainConfig,
-        folder: Path,
-        soundfont: Path,
-        model: Any,
-        tokenizer: Any,
-        *,
-        start: int,
-        device: torch.device,
-    ) -> None:
-        render, self.config, self.folder, self.tokenizer = config.render, config, folder, tokenizer
-        self.model, self.facts = model, vocabulary(tokenizer)
-        # one for all evaluations: on CUDA each captures a graph, and holds its cache
-        self.sampler = Sampler(model, pad_id=self.facts.pad_id, eos_id=self.facts.eos_id)
+    Raises ``click.ClickException`` before the step where the gradient is not finite.
+    """
+    world, settings, pad_id = run.world, run.config.optimisation, run.facts.pad_id
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(run.progress.step, settings)
+    mine = batch[world.rank :: world.size].to(world.device)
+    run.model.train()
+    with run.autocast:
+        loss = next_token_loss(run.forward, mine, pad_id, reduction="sum") / count_targets(batch, pad_id)
+    run.optimizer.zero_grad(set_to_none=True)
+    (loss * world.size).backward()  # gradients of several processes are averaged
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.max_grad_norm).item()
+    run.model.eval()
+    if not math.isfinite(norm):  # as it is where the loss is not, in any of the processes
+        raise click.ClickException(
+            f"step {run.progress.step + 1}: loss {loss.item():g}, gradient norm {norm:g}: stopped before the weights "
+            f"were spoiled; the last good checkpoint is {checkpoint.latest(run.folder / 'checkpoints')}; "
+            "try a lower optimisation.learning_rate"
+        )
+    run.optimizer.step()
+    return loss.item(), norm
+
+
+class Pretraining:
+    """A pretraining run around its optimiser steps; use it as a context manager, which builds, or resumes, the run.
+
+    Attributes: ``model``; ``forward``, the same model as it is called (compiled, or shared among processes);
+    ``optimizer``; ``autocast``; ``rows``, the training rows; ``world``, this process among all; ``progress``.
+    """
+
+    def __init__(self, config: PretrainConfig, *, resume: bool = False, overwrite: bool = False) -> None:
+        self.config = config
+        self.folder = Path(config.run.folder) / config.run.name
+        self.progress = Progress()
+        self._resume, self._overwrite = resume, overwrite
+        self._opened = contextlib.ExitStack()
+
+    def __enter__(self) -> "Pretraining":
         with contextlib.ExitStack() as opened:
-            self.run = opened.enter_context(Tracker(folder, start=start))
-            pool = open_renderer(
-                render.backend,
-                soundfont,
-                sample_rate=render.sample_rate,
-                seconds=render.seconds,
-                workers=1,
-                device=device,
-            )
-            opened.enter_context(pool)
-            self.pool: Renderer = pool
-            self.bar = opened.enter_context(progress(total=config.optimisation.steps, initial=start, unit="step"))
+            self.world = opened.enter_context(join(pick_device(self.config.run.device)))
+            soundfont = self._prepare(opened)
+            self._build()
+            self._open(opened, soundfont)
             self._opened = opened.pop_all()
-
-    def __enter__(self) -> "Report":
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self._opened.__exit__(*error)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._opened.__exit__(kind, error, trace)
 
-    def tick(self, loss: float, best: float) -> None:
-        """One step is done."""
-        self.bar.update()
-        self.bar.set_postfix(loss=f"{loss:.3f}", best=f"{best:.3f}")
-
-    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
-        """Write the metrics, the curves and some samples of ``step``."""
-        metrics = metrics | self._sample(step)
-        self.run.metrics(step, metrics)
-        self.run.say(
-            f"step {step}: loss {metrics['loss']:.4f}, validation {metrics['validation_loss']:.4f} (perplexity "
-            f"{metrics['validation_perplexity']:.2f}), {metrics['tokens_per_second']:,.0f} tokens/s"
+    def _prepare(self, opened: contextlib.ExitStack) -> Path:
+        """Read the corpus, make the model, and hold the run's folder; returns the soundfont for samples."""
+        config, settings, data = self.config, self.config.optimisation, self.config.data
+        if not data.corpus:
+            raise UserError("data.corpus is empty: set it to a folder written by `smart corpus build`")
+        if settings.batch < self.world.size:
+            many = self.world.size
+            raise UserError(f"optimisation.batch = {settings.batch}: expected at least one row for each of {many}")
+        self.corpus = Corpus(Path(data.corpus))
+        soundfont = find_soundfont(config.render.soundfont)
+        check_soundfont(soundfont)
+        self.tokenizer = self.corpus.tokenizer
+        self.facts = vocabulary(self.tokenizer)
+        model: Any = _start(config, self.tokenizer)
+        self.model = model.to(self.world.device)
+        longest = self.model.config.max_position_embeddings
+        if data.crop > longest:
+            raise UserError(f"data.crop = {data.crop}: expected at most the base's max_positions = {longest}")
+        self.rows = Crops(self.corpus.split("train"), self.facts, data)
+        self.validation = Crops(self.corpus.split("validation"), self.facts, replace(data, transpose=0)).batch(
+            settings.evaluate_rows, np.random.default_rng((config.run.seed, 0))
         )
-        curves(self.folder, ("loss", "validation_loss"), "nats a token")
+        self._compiling = _compiles(settings.compile, self.world.device)
+        run = Run(
+            self.folder,
+            dumps(config),
+            program="smart.pretrain",
+            world=self.world,
+            resume=self._resume,
+            overwrite=self._overwrite,
+            keep=settings.keep_checkpoints,
+        )
+        self.run = opened.enter_context(run)
+        return soundfont
 
-    def _sample(self, step: int) -> dict[str, float]:
-        """Pieces for the same prompts and seed each time: how many are music, and some as MIDI and WAV."""
-        settings, render, seed = self.config.optimisation, self.config.render, self.config.run.seed
+    def _build(self) -> None:
+        """Optimiser and precision; of a run that is resumed, everything as the last checkpoint holds it."""
+        settings, device = self.config.optimisation, self.world.device
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=device.type == "cuda"
+        )
+        precision = pick_precision(settings.precision, device)
+        self.autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+        last = self.run.last
+        if last is not None:
+            self.model.load_state_dict(load_base(last)[0].state_dict())
+            checkpoint.read_state(last, self.model, self.optimizer)
+            try:
+                self.progress = Progress(**parse_json((last / "progress.json").read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError) as error:
+                raise UserError(f"checkpoint {last}: progress.json cannot be read ({error})") from None
+            self.run.settle(self.progress.step)
+            if not self.world.lead:
+                self.progress.loss = 0.0  # the lead holds what all had lost
+        self.forward: Any = self.model if self.world.size == 1 else DistributedDataParallel(self.model)
+        self.forward = torch.compile(self.forward) if self._compiling else self.forward
+
+    def _open(self, opened: contextlib.ExitStack, soundfont: Path) -> None:
+        """The run's files and, in the lead process, the samples."""
+        self.run.open(self.progress.step, self.config.optimisation.steps, "step")
+        self.samples = None
+        if self.world.lead:
+            self.samples = opened.enter_context(Samples(self.config, soundfont, self.model, self.tokenizer))
+        others = self.world.size - 1
+        self.run.say(
+            f"{self.folder}: {sum(weights.numel() for weights in self.model.parameters()):,} parameters on "
+            f"{self.world.device}{f' and {others} more' if others else ''}, "
+            f"{self.corpus.split('train').tokens:,} tokens to learn from, from step {self.progress.step}"
+        )
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self._began, self._since = time.perf_counter(), self.progress.step
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are still to be done, from 1, as long as the validation loss gets better."""
+        waits = self.config.optimisation.patience
+        return self.run.steps(
+            self.progress.step, self.config.optimisation.steps, unless=lambda: self.progress.waited >= waits
+        )
+
+    def record(self, step: int, loss: float, norm: float) -> None:
+        """Note a step; evaluate and save where it is due; then end, if a signal asked for it."""
+        settings, done = self.config.optimisation, self.progress
+        done.step, done.loss, done.steps = step, done.loss + loss, done.steps + 1
+        self.run.bar.update()
+        self.run.bar.set_postfix(loss=f"{loss * self.world.size:.3f}", best=f"{done.best:.3f}")
+        stopping = self.run.stopping()
+        if step % settings.evaluate_every == 0 or step == settings.steps:
+            self._evaluate(norm)
+            self._save()
+            self._restart_clock()
+        elif stopping:
+            self._save()
+        if stopping and step < settings.steps:
+            self.run.leave()
+
+    def _evaluate(self, norm: float) -> None:
+        """Measure the validation loss, log, and keep the model where it is the best so far."""
+        settings, done = self.config.optimisation, self.progress
+        with self.autocast:
+            value = evaluate(self.forward, self.validation, self.facts.pad_id, settings.batch, self.world)
+        (loss,) = self.world.sum(done.loss)
+        seen = settings.batch * self.config.data.crop  # tokens per step
+        metrics = {
+            "loss": loss / done.steps,
+            "validation_loss": value,
+            "validation_perplexity": math.exp(value),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "gradient_norm": norm,
+            "tokens": float(done.step * seen),
+            "tokens_per_second": (done.step - self._since) * seen / (time.perf_counter() - self._began),
+        }
+        better = value < done.best
+        if self.samples is not None:
+            metrics |= self.samples.write(self.run.files, done.step)
+            self.run.files.metrics(done.step, metrics)
+            self.run.say(
+                f"step {done.step}: loss {metrics['loss']:.4f}, validation {value:.4f} (perplexity "
+                f"{metrics['validation_perplexity']:.2f}), {metrics['tokens_per_second']:,.0f} tokens/s"
+            )
+            curves(self.folder, ("loss", "validation_loss"), "nats per token")
+            if better:
+                _keep_best(self.folder, done.step, self.model, self.tokenizer)
+        done.waited = 0 if better else done.waited + 1
+        done.best, done.loss, done.steps = min(value, done.best), 0.0, 0
+
+    def _save(self) -> None:
+        (loss,) = self.world.sum(self.progress.loss)
+        if self.world.lead:
+            self.run.save(self.progress.step, partial(self._write, replace(self.progress, loss=loss)))
+
+    def _write(self, progress: Progress, target: Path) -> None:
+        save_base(self.model, self.tokenizer, target)
+        checkpoint.write_state(target, self.model, self.optimizer)
+        (target / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
+
+    def finish(self) -> None:
+        """Say how good the best model is, and where."""
+        self.run.say(f"best validation loss {self.progress.best:.4f}; the base is in {self.folder / 'base'}")
+
+
+class Samples:
+    """Pieces that the model writes at each evaluation, for the same prompts and seed; use it as a context manager."""
+
+    def __init__(self, config: PretrainConfig, soundfont: Path, model: Any, tokenizer: Any) -> None:
+        render = config.render
+        self.config, self.model, self.tokenizer, self.facts = config, model, tokenizer, vocabulary(tokenizer)
+        # one for all evaluations: on CUDA each captures a graph, and holds its cache
+        self.sampler = Sampler(model, pad_id=self.facts.pad_id, eos_id=self.facts.eos_id)
+        self.pool = open_renderer(
+            render.backend,
+            soundfont,
+            sample_rate=render.sample_rate,
+            seconds=render.seconds,
+            workers=1,
+            device=model.device,
+        )
+
+    def __enter__(self) -> "Samples":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.close()
+
+    def write(self, files: Tracker, step: int) -> dict[str, float]:
+        """Write some of the pieces as MIDI and WAV; returns the rates of those that are no music."""
+        settings, seed = self.config.optimisation, self.config.run.seed
         if not settings.samples:
             return {}
         prompts = draw("procedural", settings.samples, self.tokenizer, torch.Generator().manual_seed(seed))
@@ -356,7 +392,7 @@ class Report:
             except RenderError:
                 audio = None  # the MIDI file is written all the same
             if index < settings.listen:
-                self.run.listen(f"samples/{step:08d}/{index:02d}", score, audio, render.sample_rate)
+                files.listen(f"samples/{step:08d}/{index:02d}", score, audio, self.config.render.sample_rate)
         rates = completion_metrics(rollout, self.facts.eos_id, build_grammar(self.tokenizer))
         return {
             "samples/unplayable_rate": rates["completions/unplayable_rate"],

@@ -1,10 +1,10 @@
-"""What completions start from (paper sections 3.5 and 5.3): short token rows, drawn with a seeded generator.
+"""Prompts (paper sections 3.5 and 5.3): the short token rows that completions start from, drawn with a seed.
 
 - ``procedural``: ``Bar_None, TimeSig_*, Position_0, Tempo_*``, time signature and tempo uniform over the vocabulary.
-- ``first_note``: the same, then ``Pitch_*, Velocity_*, Duration_*``, each uniform; before them ``Program_*``, uniform,
-  where the vocabulary has programs, and ``PitchDrum_*`` in place of the pitch where that program is the drums.
+- ``first_note``: the same, then ``Pitch_*, Velocity_*, Duration_*``, each uniform. If the vocabulary has programs, a
+  uniform ``Program_*`` comes before the pitch, which is a ``PitchDrum_*`` if that program is the drums.
 - ``bos``: the beginning-of-sequence token alone.
-- ``dataset``: the first time signature and first tempo of a piece drawn from a corpus, in the four-token form.
+- ``dataset``: the same four tokens as ``procedural``, with the first time signature and tempo of a piece from a corpus.
 """
 
 from collections.abc import Sequence
@@ -31,10 +31,10 @@ class Pieces(Protocol):
 def draw(
     kind: str, count: int, tokenizer: Any, generator: torch.Generator, *, pieces: Pieces | None = None
 ) -> torch.Tensor:
-    """``count`` prompts of one ``kind``: (B, P) int64, without padding since all of a kind are equally long.
+    """``count`` prompts of one ``kind``: (B, P) int64, without padding since they have the same length.
 
-    ``pieces`` is needed by ``dataset``. Raises ``UserError`` where a drawn piece holds no time signature or tempo,
-    ``ValueError`` for another kind.
+    ``dataset`` needs ``pieces``. Raises ``UserError`` if a drawn piece has no time signature or tempo, ``ValueError``
+    for an unknown kind.
     """
     facts = vocabulary(tokenizer)
 
@@ -58,7 +58,7 @@ def draw(
             columns += [pitches, pick(facts.velocity_ids), pick(facts.duration_ids)]
     elif kind == "dataset":
         if pieces is None or not len(pieces):
-            raise UserError("prompts of kind 'dataset' need pieces: set prompts.corpus to a folder with some")
+            raise UserError("prompts of kind 'dataset' need pieces: set prompts.corpus to a corpus folder")
         rows = torch.randint(len(pieces), (count,), generator=generator).tolist()
         firsts = [_first_signs(pieces[row], facts, row) for row in rows]
         columns = opening(*torch.tensor(firsts).T)
@@ -73,6 +73,6 @@ def _first_signs(tokens: npt.NDArray[np.uint16], facts: Vocabulary, row: int) ->
     for name, ids in (("time signature", facts.time_signature_ids), ("tempo", facts.tempo_ids)):
         places = np.flatnonzero(np.isin(tokens, ids))
         if not len(places):
-            raise UserError(f"piece {row} of the corpus holds no {name}; build it again with smart.corpus")
+            raise UserError(f"piece {row} of the corpus has no {name}; build the corpus again with smart.corpus")
         found.append(int(tokens[places[0]]))
     return found[0], found[1]

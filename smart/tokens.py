@@ -1,8 +1,8 @@
-"""Facts of the vocabulary, and the way between token ids and notes, through MidiTok's REMI and symusic.
+"""The vocabulary, and the conversion between token ids and notes, with MidiTok's REMI and symusic.
 
 The vocabulary is the paper's (section 3.1): 413 tokens, one stream of piano notes written as ``Bar TimeSig
-(Position [Tempo] (Pitch Velocity Duration)*)*``. A position is a twelfth of the beat that the time signature
-names (an eighth in n/8), counted from the bar line; a duration is counted in the same unit.
+(Position [Tempo] (Pitch Velocity Duration)*)*``. Positions count twelfths of the time signature's beat (an
+eighth note in n/8) from the bar line; durations have the same unit.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from symusic.core import NoteTickList, ScoreTick, TempoTickList, TimeSignatureTi
 from smart import UserError, hub
 from smart.files import parse_json
 
-if TYPE_CHECKING:  # torch is imported where it is used: the corpus's many small workers do without it
+if TYPE_CHECKING:  # torch is imported where it is used, since the corpus's many small workers do not need it
     import torch
 
 FILE_NAME = "tokenizer.json"
-LARGEST_NUMBER = 1000  # in a tokenizer's file: MidiTok makes as many tokens as it says
+LARGEST_NUMBER = 1000  # in a tokenizer's file: MidiTok makes that many tokens
 PIANO_PROGRAMS = range(8)  # General MIDI 1-8 (paper section 3.1), zero-based
 DRUM_PROGRAM = "Program_-1"
 SPECIALS = ("PAD", "BOS", "EOS", "PRE", "SUF", *(f"INF{number}" for number in range(1, 17)))
@@ -32,7 +32,7 @@ SPECIALS = ("PAD", "BOS", "EOS", "PRE", "SUF", *(f"INF{number}" for number in ra
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The ids of a tokenizer's tokens, by what they mean; tuples are in increasing order."""
+    """A tokenizer's ids by their meaning; tuples are in increasing order."""
 
     size: int
     pad_id: int
@@ -46,16 +46,16 @@ class Vocabulary:
     pitch_ids: tuple[int, ...]  # without drums
     drum_ids: tuple[int, ...]  # keys of drum kits; empty in a piano vocabulary
     program_ids: tuple[int, ...]  # empty in a piano vocabulary
-    drum_program_id: int  # the one of program_ids that plays drums; -1: none does
+    drum_program_id: int  # the one of program_ids that plays drums; -1 if none does
     velocity_ids: tuple[int, ...]
     duration_ids: tuple[int, ...]
 
 
 def build_tokenizer(instruments: str = "piano") -> REMI:
-    """The tokenizer of the paper's piano model: 413 tokens, the ids of the authors' published model.
+    """The tokenizer of the paper's piano model: 413 tokens with the ids of the authors' published model.
 
-    With ``instruments="all"`` the same with a Program token before every note and pitches of drums of their own:
-    the extension to many instruments that the paper leaves to later work.
+    ``instruments="all"`` adds a Program token before every note and separate pitches for drums: the extension to
+    many instruments that the paper leaves to later work.
     """
     if instruments not in ("piano", "all"):
         raise ValueError(f"instruments: expected 'piano' or 'all', got {instruments!r}")
@@ -82,10 +82,10 @@ def build_tokenizer(instruments: str = "piano") -> REMI:
 
 
 def load_tokenizer(path_or_hub_id: str | Path) -> REMI:
-    """A tokenizer from ``tokenizer.json``: the file, a folder that holds it, or a model's id on the hub.
+    """A tokenizer from ``tokenizer.json``: the file, a folder that contains it, or a model's id on the hub.
 
-    The hub is asked only when no such path exists. Raises ``UserError`` where there is no such tokenizer, the
-    hub cannot be reached, or the file is not that of an untrained REMI tokenizer.
+    The hub is asked only if no such path exists. Raises ``UserError`` if there is no such tokenizer, the hub
+    cannot be reached, or the file does not describe an untrained REMI tokenizer.
     """
     path = Path(path_or_hub_id)
     if path.is_dir():
@@ -95,22 +95,22 @@ def load_tokenizer(path_or_hub_id: str | Path) -> REMI:
     name = str(path_or_hub_id)
     if Path(name).exists() or not hub.is_hub_id(name):
         raise UserError(
-            f"tokenizer {name!r}: no such tokenizer; expected {FILE_NAME}, a folder that holds it, or a hub id such as "
-            "owner/name"
+            f"tokenizer {name!r}: no such tokenizer; expected {FILE_NAME}, a folder that contains it, "
+            "or a hub id such as owner/name"
         )
     try:
         (path,) = hub.fetch(name, [FILE_NAME])
     except UserError as error:
         raise UserError(
-            f"tokenizer {name!r}: no such path here, and {error.message}; "
-            f"download {FILE_NAME} elsewhere and give the folder that holds it instead"
+            f"tokenizer {name!r}: there is no such local path, and {error.message}; "
+            f"download {FILE_NAME} on another machine and give the folder that contains it"
         ) from None
     return _read_tokenizer(path)
 
 
 def _read_tokenizer(path: Path) -> REMI:
     """Build the tokenizer of a ``tokenizer.json``; only its configuration is taken from the file."""
-    wanted = "expected one written by MidiTok for REMI, untrained"
+    wanted = "expected an untrained REMI tokenizer, saved by MidiTok"
     try:
         saved = parse_json(path.read_text(encoding="utf-8"))
         config, kind = saved["config"], saved["tokenization"]
@@ -119,9 +119,9 @@ def _read_tokenizer(path: Path) -> REMI:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"tokenizer {path}: cannot be read ({error!r}); {wanted}") from None
     if kind != "REMI" or "_model" in saved:
-        raise UserError(f"tokenizer {path}: a {'trained ' if '_model' in saved else ''}{kind}; {wanted}")
+        raise UserError(f"tokenizer {path} is a {'trained ' if '_model' in saved else ''}{kind}; {wanted}")
     try:
-        if not inclusive:  # up to MidiTok 3.0 a range of pitches ended before its upper end; since 3.1, with it
+        if not inclusive:  # up to MidiTok 3.0 a pitch range excludes its upper end; since 3.1 it includes it
             for key in {"pitch_range", "drums_pitch_range"} & config.keys():
                 config[key] = [config[key][0], config[key][1] - 1]
         for key in {"beat_res", "beat_res_rest"} & config.keys():
@@ -129,7 +129,7 @@ def _read_tokenizer(path: Path) -> REMI:
         units = config["time_signature_range"].items()
         config["time_signature_range"] = {int(unit): beats for unit, beats in units}
         config.setdefault("additional_params", {})
-        # of the bends only the number of steps is counted: the ends are usually thousands
+        # of a bend range only the number of steps makes tokens; its ends are usually thousands
         counted = [value for key, value in config.items() if key != "pitch_bend_range"]
         counted += config.get("pitch_bend_range", [])[2:]
         for number in _numbers(counted):
@@ -137,13 +137,13 @@ def _read_tokenizer(path: Path) -> REMI:
                 raise ValueError(f"{float(number):g} in its configuration, at most {LARGEST_NUMBER} expected")
         tokenizer = REMI(TokenizerConfig.from_dict(config))
         vocabulary(tokenizer)
-    except Exception as error:  # MidiTok raises whatever the wrong value happens to break
-        raise UserError(f"tokenizer {path}: makes no piano vocabulary ({error!r}); {wanted}") from None
+    except Exception as error:  # MidiTok does not check values: a wrong one may raise anything
+        raise UserError(f"tokenizer {path} gives no piano vocabulary ({error!r}); {wanted}") from None
     return tokenizer
 
 
 def _numbers(value: Any) -> Iterator[float]:
-    """All numbers of nested containers, keys included."""
+    """All numbers in nested containers, including keys."""
     if isinstance(value, dict):
         value = [*value, *value.values()]
     if isinstance(value, list | tuple):
@@ -154,19 +154,19 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def save_tokenizer(tokenizer: REMI, folder: str | Path) -> None:
-    """Write ``folder/tokenizer.json`` in MidiTok's own form."""
+    """Write ``folder/tokenizer.json`` in MidiTok's format."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder / FILE_NAME)
 
 
 def vocabulary(tokenizer: REMI) -> Vocabulary:
-    """The ids of ``tokenizer`` by meaning. Raises ``ValueError`` naming what a piano vocabulary lacks."""
+    """The ids of ``tokenizer`` by meaning. Raises ``ValueError`` naming the missing token of a piano vocabulary."""
     vocab: dict[str, int] = tokenizer.vocab
 
     def one(token: str) -> int:
         if token not in vocab:
-            raise ValueError(f"the vocabulary holds no {token}")
+            raise ValueError(f"the vocabulary has no {token} token")
         return vocab[token]
 
     def every(kind: str) -> tuple[int, ...]:
@@ -174,7 +174,7 @@ def vocabulary(tokenizer: REMI) -> Vocabulary:
 
     for kind in ("TimeSig", "Tempo", "Position", "Pitch", "Velocity", "Duration"):
         if not every(kind):
-            raise ValueError(f"the vocabulary holds no {kind} token")
+            raise ValueError(f"the vocabulary has no {kind} token")
 
     return Vocabulary(
         size=len(vocab),
@@ -198,10 +198,9 @@ def vocabulary(tokenizer: REMI) -> Vocabulary:
 def merge_piano(score: ScoreTick, pitch_range: tuple[int, int] = (0, 127)) -> ScoreTick:
     """The notes of all piano tracks of ``score`` as one track; drums and other programs are left out.
 
-    Pitches outside ``pitch_range`` (both ends belong to it) are left out as well, and so are changes of tempo
-    and time signature after the last onset, which sound nowhere and would only add empty bars. Of notes with
-    the same onset and pitch the longest stays. Without such notes the result has no track. ``score`` is not
-    changed.
+    Pitches outside ``pitch_range`` (ends included) are left out as well, and so are changes of tempo and time
+    signature after the last onset, which affect no note and would only add empty bars. Of notes with the same
+    onset and pitch the longest is kept. If no notes remain, the result has no track. ``score`` is not changed.
     """
     merged = ScoreTick(score.ticks_per_quarter)
     columns = [
@@ -229,7 +228,7 @@ def merge_piano(score: ScoreTick, pitch_range: tuple[int, int] = (0, 127)) -> Sc
 
 
 def all_tracks(score: ScoreTick) -> ScoreTick:
-    """All tracks of ``score`` that have notes, drums included, without what follows the last onset: a copy."""
+    """A copy of all tracks of ``score`` that have notes, including drums, without changes after the last onset."""
     whole = ScoreTick(score.ticks_per_quarter)
     last = 0
     for track in score.tracks:
@@ -243,7 +242,7 @@ def all_tracks(score: ScoreTick) -> ScoreTick:
 
 
 def _until(events: Any, last: int, kind: Any) -> Any:
-    """Events of a symusic list up to tick ``last``, sorted by tick; those of one tick stay in their order."""
+    """Events of a symusic list up to tick ``last``, sorted by tick (stable)."""
     columns = events.numpy()
     order = np.argsort(columns["time"], kind="stable")
     order = order[columns["time"][order] <= last]
@@ -251,11 +250,11 @@ def _until(events: Any, last: int, kind: Any) -> Any:
 
 
 def encode(tokenizer: REMI, score: ScoreTick) -> list[int]:
-    """The token ids of ``score``, one stream, without BOS and EOS.
+    """The token ids of ``score`` as one stream, without BOS and EOS.
 
-    A score without notes gives its opening tokens alone, so count notes where they matter. Raises
-    ``ValueError`` where ``score`` has no ticks per quarter, or several tracks with notes and the vocabulary
-    no programs: see ``merge_piano``.
+    A score without notes gives only its opening tokens, so count notes where they matter. Raises ``ValueError``
+    if ``score`` has no ticks per quarter, or if it has several tracks with notes but the vocabulary has no
+    programs: see ``merge_piano``.
     """
     if score.ticks_per_quarter < 1:
         raise ValueError(f"ticks per quarter: expected at least 1, got {score.ticks_per_quarter}")
@@ -267,12 +266,12 @@ def encode(tokenizer: REMI, score: ScoreTick) -> list[int]:
 
 
 def decode(tokenizer: REMI, ids: Sequence[int] | npt.NDArray[Any] | torch.Tensor) -> ScoreTick:
-    """The music of ``ids``: a one-dimensional list, array or tensor of any length, 0 included.
+    """The music of ``ids``: a one-dimensional list, array or tensor of any length, including 0.
 
-    Any sequence of the vocabulary's ids is decoded: special tokens are passed over, and so is a Pitch without
-    its Velocity and Duration after it. Notes come sorted by onset, tempos and time signatures too, one a tick
-    (the later token holds). Raises ``ValueError`` for an id outside the vocabulary or another shape,
-    ``TypeError`` for numbers that are not whole.
+    Any sequence of the vocabulary's ids is decoded: special tokens are skipped, and so is a Pitch that is not
+    followed by Velocity and Duration. Notes are sorted by onset; tempos and time signatures are sorted, too, with
+    one per tick (the last). Raises ``ValueError`` for an id outside the vocabulary or another shape, ``TypeError``
+    for numbers that are not integers.
     """
     array = np.asarray(ids.detach().cpu() if hasattr(ids, "detach") else ids)
     if array.ndim != 1:
@@ -284,8 +283,7 @@ def decode(tokenizer: REMI, ids: Sequence[int] | npt.NDArray[Any] | torch.Tensor
         raise ValueError(f"ids: expected 0 to {size - 1}, got {int(array.min())} to {int(array.max())}")
     sequence = TokSequence(ids=array.tolist())
     score: ScoreTick = tokenizer.decode(sequence if tokenizer.one_token_stream else [sequence])
-    # positions that run backwards leave events out of order, which would upset whoever turns ticks into
-    # seconds
+    # positions that go backwards leave events out of order, but ticks can only be converted to seconds in order
     score.tempos = last_of_each_tick(score.tempos, TempoTickList)
     score.time_signatures = last_of_each_tick(score.time_signatures, TimeSignatureTickList)
     for track in score.tracks:
@@ -294,7 +292,7 @@ def decode(tokenizer: REMI, ids: Sequence[int] | npt.NDArray[Any] | torch.Tensor
 
 
 def last_of_each_tick(events: Any, kind: Any) -> Any:
-    """A symusic list of events by tick; of those at one tick the last stays."""
+    """A symusic list of events, sorted by tick; of events at the same tick the last is kept."""
     columns = events.numpy()
     times = columns["time"]
     if np.all(np.diff(times) > 0):
@@ -305,26 +303,26 @@ def last_of_each_tick(events: Any, kind: Any) -> Any:
 
 
 class Place(NamedTuple):
-    """Where N rows of tokens stand: all that decides which token may come next. (N,) int64 each."""
+    """The state of N rows of tokens that decides which token may come next. (N,) int64 each."""
 
-    token: torch.Tensor  # the last one
+    token: torch.Tensor  # the last token
     position: torch.Tensor  # number of the last Position in this bar, -1 before the first
-    bar_positions: torch.Tensor  # positions in this bar
+    bar_positions: torch.Tensor  # how many positions this bar has
 
 
 @dataclass(frozen=True)
 class Grammar:
     """Which tokens may follow which, as tables over the vocabulary (V); made by ``build_grammar``.
 
-    A token may come next if it may follow the last one and, if it is a Position, comes after the last Position in
-    its bar and lies within the bar. At any ``Place``, whatever led to it, at least one token may come next.
+    A token may come next if it may follow the last one; a Position must also be after the last Position in its bar
+    and inside the bar. At any ``Place``, however it was reached, at least one token may come next.
     """
 
-    allowed: torch.Tensor  # (V, V) bool: row = token, column = the token after it
-    position: torch.Tensor  # (V,) int64: the number of a Position token, -1 for others
-    bar_positions: torch.Tensor  # (V,) int64: positions in a bar of this TimeSig token, 0 for others
+    allowed: torch.Tensor  # (V, V) bool: row = token, column = next token
+    position: torch.Tensor  # (V,) int64: the number of a Position token, -1 for other tokens
+    bar_positions: torch.Tensor  # (V,) int64: positions per bar of a TimeSig token, 0 for other tokens
     bar_id: int
-    default_positions: int  # in a bar before any TimeSig token
+    default_positions: int  # per bar before the first TimeSig token
 
     def to(self, device: Any) -> Grammar:
         return replace(
@@ -335,7 +333,7 @@ class Grammar:
         )
 
     def read(self, tokens: torch.Tensor) -> Place:
-        """Where rows of tokens (N, L), L >= 1, end. Padding on the left changes nothing."""
+        """The state after rows of tokens (N, L), L >= 1. Padding on the left does not matter."""
         first = tokens[:, 0]
         place = Place(first, first.new_full(first.shape, -1), first.new_full(first.shape, self.default_positions))
         for column in tokens.unbind(1):
@@ -343,7 +341,7 @@ class Grammar:
         return place
 
     def step(self, place: Place, tokens: torch.Tensor) -> Place:
-        """Where rows stand after one more token each, (N,), allowed or not. Nothing waits for the device."""
+        """The state after one more token per row, (N,), allowed or not. Does not synchronise with the device."""
         position, bar_positions = self.position[tokens], self.bar_positions[tokens]
         return Place(
             tokens,
@@ -352,21 +350,21 @@ class Grammar:
         )
 
     def playable(self, place: Place) -> torch.Tensor:
-        """(N, V) bool: which tokens may come next. Nothing waits for the device."""
+        """(N, V) bool: which tokens may come next. Does not synchronise with the device."""
         later = self.position > place.position[:, None]
         within = self.position < place.bar_positions[:, None]
         return self.allowed[place.token] & ((self.position < 0) | (later & within))
 
 
 def allowed_transitions(tokenizer: REMI) -> torch.Tensor:
-    """(V, V) bool: ``[a, b]`` tells whether token ``b`` may follow token ``a`` in a piece.
+    """(V, V) bool: ``[a, b]`` is True if token ``b`` may follow token ``a`` in a piece.
 
-    By token type, from MidiTok's own graph of types, narrowed to what its encoder writes: special tokens stand in no
-    piece, and only a bar line follows them, as after BOS; a time signature follows a bar line only, since elsewhere
-    it would change the length of a bar that has begun; the end may come wherever a bar line may. Where drums have
-    pitches of their own they follow the program of drums, and it alone. (The decoder would play the others, too: a
-    Pitch of drums as the drum of that number, a PitchDrum of another program as the pitch of that number, and a note
-    without a program in that of the note before it.)
+    By token type, from MidiTok's graph of types, restricted to what its encoder writes: special tokens do not occur
+    in a piece, and only a bar line follows them, as after BOS; a time signature only follows a bar line, since
+    elsewhere it would change the length of a bar that has begun; EOS may come wherever a bar line may. If drums have
+    separate pitches, these follow the drum program and nothing else. (The decoder would play other sequences, too: a
+    Pitch after the drum program as the drum with that number, a PitchDrum after another program as the pitch with
+    that number, and a note without a program with the program of the note before it.)
     """
     import torch
 
@@ -395,7 +393,7 @@ def allowed_transitions(tokenizer: REMI) -> torch.Tensor:
 
 
 def build_grammar(tokenizer: REMI) -> Grammar:
-    """The grammar of ``tokenizer``'s vocabulary; make it once where ``unplayable`` is called often."""
+    """The grammar of ``tokenizer``'s vocabulary; build it once if you call ``unplayable`` often."""
     import torch
 
     facts = vocabulary(tokenizer)
@@ -414,9 +412,9 @@ def build_grammar(tokenizer: REMI) -> Grammar:
 def unplayable(tokens: torch.Tensor, prompt_length: int, mask: torch.Tensor, grammar: Grammar | REMI) -> torch.Tensor:
     """Which completion tokens cannot be played: (N, T) bool, for ``tokens`` (N, P+T) and ``mask`` (N, T).
 
-    A token is marked where it may not follow the token before it, or is a Position that does not come after
-    the Position before it in the same bar, or lies beyond the end of the bar: see ``Grammar``. Tokens outside
-    ``mask`` are not marked. Raises ``ValueError`` where the shapes do not fit or the prompt is empty.
+    A token is marked if it may not follow the token before it, or if it is a Position that is not after the
+    previous Position in its bar or is past the end of the bar: see ``Grammar``. Tokens outside ``mask`` are not
+    marked. Raises ``ValueError`` if the shapes do not fit or the prompt is empty.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Each benchmark, as a command, at a size that a test can afford: a table, then JSON with finite numbers."""
+"""Each benchmark, as a command, at a small size: a table, then JSON with finite numbers."""
 
 import json
 import math
@@ -20,7 +20,7 @@ if not FOLDER.is_dir():
 
 
 def run(name: str, options: str, *more: str, cwd: Path, fresh: bool = False) -> tuple[str, dict[str, Any]]:
-    """What a benchmark prints before its last line, and what it says there; every number in it is finite."""
+    """A benchmark's output before its last line, and the JSON in that line, with finite numbers only."""
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(FOLDER / name), *options.split(), *more, "--json", "out.json"]
     done = programs.run(command, fresh=fresh, cwd=cwd, env=env)
@@ -43,7 +43,7 @@ def check_finite(value: Any) -> None:
 
 
 def check_trace(path: Path, *names: str) -> None:
-    """It is a Chrome trace, and these operations are in it."""
+    """Check that it is a Chrome trace with these operations."""
     found = {event.get("name") for event in json.loads(path.read_text())["traceEvents"]}
     assert found >= set(names)
 
@@ -74,7 +74,7 @@ def test_learner(tmp_path: Path) -> None:
     ways = {(row["stage"], row["dtype"], row["micro_batch"]) for row in rows}
     assert len(ways) == len(rows) == 8
     work = {row["stage"]: row["gflop"] for row in rows}
-    # forward and backward are three times the forward, but for the products with what needs no gradient
+    # forward and backward cost three times the forward, except for products with inputs that need no gradient
     assert 2.5 < work["update"] / work["reference"] <= 3.5
     check_trace(tmp_path / "trace.json", "aten::mm", "Optimizer.step#AdamW.step")
 
@@ -94,7 +94,7 @@ assert common.flops(lambda: attend(q, q, q)) == 2 * (2 * 2 * 4 * 6 * 6 * 8)
 
 @pytest.mark.slow
 def test_reward(tmp_path: Path) -> None:
-    """At full size, since there is one size: scores as the official predictor's, whatever the weights."""
+    """At full size, the only one: scores equal the official predictor's for any weights."""
     table, found = run("reward.py", "--clips 2 --rounds 1 --dtypes float32", cwd=tmp_path)
     assert "clips/s" in table
     rows = {row["way"]: row for row in found["results"]}
@@ -114,13 +114,14 @@ def test_iteration(tmp_path: Path) -> None:
     table, found = run("iteration.py", f"--config quickstart.toml {SHORT} {ahead}", cwd=tmp_path)
     assert len(found["seconds_all"]["iteration"]) == 1 and found["seconds"]["generate"] > 0
     assert "share" in table and "busiest" in table
+    assert "listen:" not in table  # the run's report names files that are deleted
     assert sum(found["share"].values()) == pytest.approx(1, abs=0.02)  # of medians
     assert set(found["seconds_alone"]) == {"generate", "reference", "render", "score", "learn"}
     if found["device"] == "cpu":
         assert found["busiest_resource"] == "CPU"
         assert found["busiest_seconds"] == pytest.approx(sum(found["seconds_alone"].values()))
     assert found["times_busiest"] == pytest.approx(found["seconds"]["iteration"] / found["busiest_seconds"])
-    assert not list(tmp_path.glob("runs*"))  # what it ran is gone
+    assert not list(tmp_path.glob("runs*"))  # its run is deleted
 
 
 def test_a_mistake_is_one_line(tmp_path: Path) -> None:
@@ -144,10 +145,10 @@ def test_peer(tmp_path: Path) -> None:
 
 
 def test_soak(tmp_path: Path) -> None:
-    """Nothing is opened and not closed, and nothing piles up, from the second third of 60 iterations on."""
+    """From the second third of 60 iterations, open files, threads and memory do not grow."""
     table, found = run("soak.py", "--iterations 60 --parts 3", cwd=tmp_path, fresh=True)
     assert "workers MiB" in table
     _, middle, last = found["parts"]
     assert last["files"] == middle["files"] and last["workers"] == middle["workers"] == 1
-    assert last["threads"] < 40  # libraries start those of their pools one by one
+    assert last["threads"] < 40  # libraries start the threads of their pools one by one
     assert last["mib"] < middle["mib"] + 8 and last["workers_mib"] < middle["workers_mib"] + 2

@@ -90,6 +90,21 @@ def test_a_mistake_is_named(override: str, message: str) -> None:
         load("quickstart.toml", [override])
 
 
+def test_a_mistake_is_blamed_on_the_file_or_the_override(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("[grpo]\nbeta = -1\n[reward.weights]\nCE = 1\n")
+    for overrides, source in (
+        ([], str(file)),
+        (["grpo.clip=0.1"], str(file)),
+        (["grpo.beta=-2"], "--set 'grpo.beta=-2'"),
+        (["grpo.beta=0", "grpo.betaa=1"], "--set 'grpo.betaa=1'"),
+        (["grpo.beta=0", "reward.weights.CE=x"], f"{file} with --set 'reward.weights.CE=x'"),
+    ):
+        with pytest.raises(UserError) as raised:
+            load(file, overrides)
+        assert raised.value.message.startswith(f"{source}: "), raised.value.message
+
+
 def test_overrides_take_toml_and_bare_words() -> None:
     config = load(
         "quickstart.toml",
@@ -114,7 +129,7 @@ def test_not_toml(tmp_path: Path) -> None:
     (tmp_path / "deep.toml").write_text(f"a = {'[' * 100_000}")
     with pytest.raises(UserError, match="nested too deeply"):
         load(tmp_path / "deep.toml")
-    with pytest.raises(UserError, match=r"grpo\.beta"):  # what is no TOML value is a word
+    with pytest.raises(UserError, match=r"grpo\.beta"):  # anything that is not a TOML value is a word
         load("quickstart.toml", [f"grpo.beta={'[' * 100_000}"])
 
 
@@ -168,7 +183,7 @@ VALUES = st.recursive(
     )
 )
 def test_any_toml_is_taken_or_refused_in_one_line(tmp_path: Path, values: dict[str, Any]) -> None:
-    """What is taken is of the right types, and loads again as what it is."""
+    """Accepted values have the right types, and load again unchanged."""
     path = tmp_path / "any.toml"
     path.write_text("\n".join(f"{key} = {toml(value)}" for key, value in values.items()), encoding="utf-8")
     try:

@@ -1,4 +1,4 @@
-"""Diversity: hand-made sets whose measures are known, and what must not change them."""
+"""Diversity: constructed sets with known values, and changes that must not affect them."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -26,7 +26,7 @@ TPQ = 24
 
 
 def piece(notes: Iterable[tuple[int, int, int]], is_drum: bool = False) -> ScoreTick:
-    """Of (onset, duration, pitch), in ticks of a 24th of a quarter note."""
+    """A score of (onset, duration, pitch), in ticks of a 24th of a quarter note."""
     score = Score(TPQ)
     track = Track(is_drum=is_drum)
     for onset, duration, pitch in notes:
@@ -43,7 +43,7 @@ def line(seed: int, count: int = 40, lowest: int = 40) -> list[tuple[int, int, i
 
 
 def disjoint(number: int) -> ScoreTick:
-    """Pieces of which no two share a sixteenth."""
+    """Pieces no two of which share a sixteenth."""
     return piece([(6 * (2 * number + beat), 6, 60 + number) for beat in range(2)])
 
 
@@ -168,7 +168,7 @@ def test_nearest_finds_the_copy_in_any_key() -> None:
 
 
 def test_nearest_finds_a_passage_from_the_middle_of_a_piece() -> None:
-    """15 notes of a corpus piece, late in it, in another key, after ten notes of the piece's own."""
+    """15 notes of a corpus piece, late in it, in another key, after ten new notes."""
     theirs = line(5, 300)
     stolen = shifted(theirs[200:215], ticks=-theirs[200][0] + 150, semitones=3)
     query = piece(line(50, 10) + stolen)
@@ -184,7 +184,7 @@ def test_empty_pieces_are_copies_of_each_other() -> None:
     assert nearest([empty], [disjoint(0), drums]).similarity.tolist() == [1.0]
     found = summary([empty, disjoint(0)])
     assert found == {"vendi": pytest.approx(2), "distance": 1.0, "distinct_4grams": 0.0, "empty_rate": 0.5}
-    assert summary([piece([(TPQ * 20, 6, 60)])])["empty_rate"] == 0  # it begins after the beats that are compared
+    assert summary([piece([(TPQ * 20, 6, 60)])])["empty_rate"] == 0  # it starts after the compared beats
 
 
 def tone(hertz: float, seconds: float, rate: int) -> np.ndarray:
@@ -202,7 +202,7 @@ def test_audio_vector() -> None:
         assert not audio_vector(nothing, rate).any()
     assert np.isfinite(audio_vector(np.ones(1), rate)).all()
     assert vendi_score(kernel(np.stack([vectors[0], vectors[3]] * 4))) == pytest.approx(2, abs=0.05)
-    # when something sounds matters as well as what; what comes after the seconds that are heard does not
+    # time matters as well as content; audio after the rated seconds does not
     late = audio_vector(np.concatenate([np.zeros(2 * rate), low]), rate)
     assert late @ vectors[0] < 0.1
     ten = np.concatenate([low] * 10)
@@ -219,7 +219,7 @@ def test_summary_within_groups() -> None:
     assert found["vendi_audio"] == pytest.approx(2, abs=0.05) and found["vendi_audio_within"] == pytest.approx(1)
     assert found["vendi"] == pytest.approx(math.exp(1.5 * math.log(2)), abs=1e-6)
     assert "vendi_audio" not in summary(pieces, [None] * 4, rate)
-    with pytest.raises(ValueError, match="as many"):
+    with pytest.raises(ValueError, match="one clip and label per piece"):
         summary(pieces, groups=["a"])
     with pytest.raises(ValueError, match="sample_rate"):
         summary(pieces, clips)

@@ -1,6 +1,7 @@
-"""smart doctor: what is not there is named with a command that mends it, and the exit code says so."""
+"""smart doctor: it names missing things with a command that fixes each, and sets the exit code."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ READY = ["--set", "render.workers=1"]
 
 
 def ask(*arguments: str) -> tuple[int, dict[str, list[str]]]:
-    """Exit code, and of each row its state and text; the line with its remedy is the third."""
+    """The exit code, and the state, the text and the remedy of each row."""
     done = CliRunner().invoke(smart.doctor.main, list(arguments))
     assert done.exception is None or isinstance(done.exception, SystemExit), done.output
     rows: dict[str, list[str]] = {}
@@ -33,21 +34,21 @@ def ask(*arguments: str) -> tuple[int, dict[str, list[str]]]:
 
 
 def test_a_machine_that_is_ready(tmp_path: Path) -> None:
-    """In a process of its own, from an empty folder, with no network to be had: and it leaves nothing behind."""
+    """In a new process, from an empty folder, without a network; it leaves no files."""
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-m", "smart.doctor"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "MISSING" not in done.stdout and "a worker process rendered middle C" in done.stdout
-    assert done.stdout.endswith("ready: python -m smart.grpo --config quickstart.toml\n")
+    assert done.stdout.endswith(f"ready: {shlex.quote(sys.executable)} -m smart.grpo --config quickstart.toml\n")
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
     ("override", "row", "found", "mend"),
     [
-        ("grpo.beta=-1", "configuration", "grpo.beta = -1", "correct that line"),
+        ("grpo.beta=-1", "configuration", "grpo.beta = -1", "correct that setting"),
         ("model.base=nowhere", "base", "nowhere", "--set model.base=piano-small"),
         ("model.base=owner/model", "base", "owner/model is not in the cache", "download owner/model"),
         ("model.base=owner/my--model", "base", "owner/my--model is not in the cache", "download owner/my--model"),
@@ -67,7 +68,7 @@ def test_what_is_missing_is_named_with_its_remedy(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(smart.soundfonts, "_folders", lambda: [tmp_path])
+    monkeypatch.setattr("smart.render.soundfonts._folders", lambda: [tmp_path])
     code, rows = ask("--set", override, *READY)
     assert code == 1 and rows[row][0] == "MISSING" and found in rows[row][1], rows
     assert [name for name in rows if rows[name][0] == "MISSING"] == [row]
@@ -98,6 +99,14 @@ def test_a_base_that_is_damaged_and_a_run_that_exists(tmp_path: Path) -> None:
     code, rows = ask(*(word for text in overrides for word in ("--set", text)), *READY)
     assert code == 1 and rows["base"][0] == "MISSING" and "cannot be read" in rows["base"][1]
     assert rows["run"][0] == "note" and "--resume" in rows["run"][1]
+
+
+def test_a_ready_run_that_exists_is_continued(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    overrides = ["--set", f"run.folder={tmp_path}", "--set", "run.name=mine", *READY]
+    done = CliRunner().invoke(smart.doctor.main, overrides)
+    command = [sys.executable, "-m", "smart.grpo", "--config", "quickstart.toml", *overrides, "--resume"]
+    assert done.exit_code == 0 and done.output.endswith(f"ready: {shlex.join(command)}\n"), done.output
 
 
 def test_memory_of_the_control_group_counts() -> None:

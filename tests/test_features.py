@@ -1,4 +1,4 @@
-"""The MIDI features are MusPy's, on odd MIDI too, read by MusPy itself from the file that symusic wrote."""
+"""The MIDI features equal MusPy's, even on odd MIDI; MusPy reads the file that symusic wrote."""
 
 import math
 import warnings
@@ -32,7 +32,7 @@ def build(*tracks: Notes, drums: Notes | None = None, tpq: int = 24, control: in
 def by_muspy(score: ScoreTick, folder: Path) -> dict[str, Any]:
     """MusPy's own values for the file that ``score`` makes."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its imports warn of what they themselves will lose
+        warnings.simplefilter("ignore")  # its imports raise deprecation warnings
         import muspy
 
     path = folder / "piece.mid"
@@ -50,7 +50,7 @@ def by_muspy(score: ScoreTick, folder: Path) -> dict[str, Any]:
         "scale_consistency": muspy.scale_consistency(music),
     }
     for name in ("polyphony_rate", "empty_beat_rate"):
-        found[name] = getattr(muspy, name)(music) if music.tracks else math.nan  # it takes the maximum of no tracks
+        found[name] = getattr(muspy, name)(music) if music.tracks else math.nan  # it takes the maximum over no tracks
     return found
 
 
@@ -130,7 +130,7 @@ def test_what_an_empty_piece_gives() -> None:
         assert ours["pitches"].shape == ours["velocities"].shape == (0,)
         assert is_empty(score)
     assert is_empty(build(drums=ONE)) and not is_empty(build([], ONE, drums=ONE))
-    beats = midi_features(build([], control=49))  # two and a bit, all empty
+    beats = midi_features(build([], control=49))  # a little more than two, all empty
     assert beats["empty_beat_rate"] == 1
 
 
@@ -145,6 +145,6 @@ def test_by_hand() -> None:
 
 
 def test_a_long_piece_takes_no_piano_roll() -> None:
-    """40 million ticks: as a piano roll five gigabytes."""
+    """40 million ticks: a piano roll would take five gigabytes."""
     ours = midi_features(build([(0, 40_000_000, pitch, 64) for pitch in (60, 64, 67)], tpq=960))
     assert ours["polyphony_rate"] == 1 and ours["empty_beat_rate"] == 0

@@ -1,4 +1,4 @@
-"""smart.generate: openings, windows, continuations, the best of several, and the command as a musician types it."""
+"""smart.generate: openings, windows, continuations, the best of several, and the whole command."""
 
 import csv
 import json
@@ -33,7 +33,7 @@ FACTS = vocabulary(TOKENIZER)
 
 
 def song(bars: int, seed: int = 0, **changes: Any) -> Score:
-    """Quarters in 3/4 on two piano tracks, at two tempos, with a violin beside them."""
+    """Quarters in 3/4 on two piano tracks, at two tempos, and a violin."""
     draw = random.Random(seed)
     score = Score(480)
     score.tempos.append(Tempo(0, 100))
@@ -77,7 +77,7 @@ def test_last_bars_sound_like_the_end_of_the_piece(bars: int, wanted: int, longe
     end = last_bars(whole, FACTS, bars=wanted, longest=longest)
     kept = end.count(FACTS.bar_id)
     assert end[0] == FACTS.bar_id and len(end) <= longest and 1 <= kept <= min(wanted, bars)
-    if kept < min(wanted, bars):  # one bar more does not fit
+    if kept < min(wanted, bars):  # another bar does not fit
         place = [i for i, token in enumerate(whole) if token == FACTS.bar_id][-kept - 1]
         assert len(whole) - place >= longest
     all_of_it, its_end = decode(TOKENIZER, whole), decode(TOKENIZER, end)
@@ -113,7 +113,7 @@ def test_a_short_piece_is_what_the_sampler_draws(tiny_model: Any) -> None:
 
 
 def test_a_long_piece_is_written_in_windows(tiny_model: Any) -> None:
-    """Where no end may come, every piece has exactly the length asked for, and obeys the grammar across windows."""
+    """If EOS is forbidden, every piece has exactly the requested length, and obeys the grammar across windows."""
     grammar = build_grammar(TOKENIZER)
     endless = replace(grammar, allowed=grammar.allowed.clone())
     endless.allowed[:, FACTS.eos_id] = False
@@ -125,7 +125,7 @@ def test_a_long_piece_is_written_in_windows(tiny_model: Any) -> None:
     assert unplayable_tokens(prompts, written, grammar) == [0, 0]
     assert writer.write(prompts, length, torch.Generator().manual_seed(1), endless) == written
     free = writer.write(prompts, length, torch.Generator().manual_seed(1), None)
-    assert sum(unplayable_tokens(prompts, free, grammar)) > 0  # a random model is no pianist
+    assert sum(unplayable_tokens(prompts, free, grammar)) > 0  # a random model writes much that cannot be played
 
 
 # --- The command --------------------------------------------------------------------------------------------------
@@ -184,18 +184,18 @@ def test_a_continuation_leaves_the_song_as_it_was(midi: Path, tmp_path: Path) ->
     assert [(n.time - line, n.pitch, n.velocity) for n in new.notes] == [
         (round(n.time * scale), n.pitch, n.velocity) for n in alone.tracks[0].notes
     ]
-    assert alone.tempos[0].time == 0 and alone.tempos[0].qpm == pytest.approx(60, abs=0.1)  # as the song ended
+    assert alone.tempos[0].time == 0 and alone.tempos[0].qpm == pytest.approx(60, abs=0.1)  # as at the end of the song
     assert (alone.time_signatures[0].numerator, alone.time_signatures[0].denominator) == (3, 4)
     seconds = soundfile.info(tmp_path / "out" / "0000-joined.wav").duration
     assert seconds == pytest.approx(6 * 3 * 0.6 + 6 * 3 * 1.0 + float(table(tmp_path / "out")[0]["seconds"]), abs=0.02)
 
 
 def test_the_best_of_several_is_the_one_that_rates_best(tmp_path: Path) -> None:
-    """The candidates of one piece are the pieces of a run of as many without a choice."""
+    """The candidates of one piece are the same as that many pieces without --best-of."""
     length = ("--tokens", 64, "--seconds", 8)
     assert generate("--out", tmp_path / "all", "-n", 4, *length).exit_code == 0
     result = generate("--out", tmp_path / "best", "-n", 1, "--best-of", 4, "--reward", "ce_proxy", *length)
-    assert result.exit_code == 0 and "best of 4 by ce_proxy (a stand-in" in result.output, result.output
+    assert result.exit_code == 0 and "best of 4 by ce_proxy (an approximation" in result.output, result.output
     reward = load_reward("ce_proxy")
     ratings = []
     for row in table(tmp_path / "all"):
@@ -258,7 +258,7 @@ def test_a_damaged_table_is_named_and_made_up_for(tmp_path: Path, line: bytes) -
         (["--continue", "absent.mid"], "--continue absent.mid: no such file"),
         (["--continue", "text.mid"], "--continue text.mid: not a MIDI file"),
         (["--continue", "violin.mid"], "--continue violin.mid: no piano notes"),
-        (["--continue", "song.mid", "--tempo", "90"], "a continuation keeps its song's own"),
+        (["--continue", "song.mid", "--tempo", "90"], "a continuation keeps the song's own"),
         (["--soundfont", "absent.sf2"], "does not exist"),
         (["--best-of", "2", "--reward", "applause"], 'there is no reward "applause"'),
         (["--best-of", "2", "--reward-option", "loud"], "expected KEY=VALUE"),

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smart.config import Grpo
-from smart.grpo import distinct_rewards, group_advantages, grpo_loss, kl_k3, token_logprobs, update
+from smart.diversity import distinct_rewards
+from smart.grpo import group_advantages, grpo_loss, kl_k3, token_logprobs, update
 from smart.sampler import Rollout
 
 NAN = math.nan

@@ -1,4 +1,4 @@
-"""smart.guard: what is measured on held-out prompts, the rule for collapse, the best checkpoint and when to stop."""
+"""smart.guard: held-out measurements, the rule for collapse, the best checkpoint and when to stop."""
 
 import math
 from concurrent.futures import Future
@@ -13,12 +13,13 @@ from symusic import Note, Score, Track
 
 from smart import UserError, diversity
 from smart.distributed import World
-from smart.grpo import token_logprobs
-from smart.guard import COMPLETIONS, Guard, HeldOut, Judge, Measured, alikeness, collapsed, effective_number
+from smart.diversity import alikeness
+from smart.guard import COMPLETIONS, Guard, HeldOut, Judge, Measured, collapsed, effective_number
+from smart.logprobs import Reference
 from smart.prompts import draw
 from smart.render import RenderPool, find_soundfont
 from smart.reward import Reward, load_reward
-from smart.rollout import Scorer
+from smart.rollout import Batch, Batches, Drawn, Scorer
 from smart.sampler import Rollout, Sampler
 from smart.tokens import vocabulary
 
@@ -55,11 +56,13 @@ def test_copies_are_a_collapse_and_different_pieces_are_not() -> None:
 
 def test_the_rule_is_a_half_or_three_quarters_far_away() -> None:
     base = {"vendi": 20.0, "pitches": 40.0, "reward": 7.0, "vendi_audio": 1.4}
-    assert collapsed(base, base | {"vendi": 10.0, "reward": 1.0}) is None  # exactly half; the reward says nothing
+    assert collapsed(base, base | {"vendi": 10.0, "reward": 1.0}) is None  # exactly half; the reward does not matter
     assert collapsed(base, base | {"vendi": 9.99}) == "vendi is 9.99, under half of the base's 20"
     assert collapsed(base, base | {"pitches": 19.0}) == "pitches is 19, under half of the base's 40"
     far = base | {"kl": 0.26, "pitches": 29.0}
-    assert collapsed(base, far) == "pitches is 29, under three quarters of the base's 40, at 0.26 nats a token from it"
+    assert (
+        collapsed(base, far) == "pitches is 29, under three quarters of the base's 40, at a KL of 0.26 nats per token"
+    )
     assert collapsed(base, far | {"kl": 0.25}) is collapsed(base, far | {"pitches": 30.0}) is None
     assert collapsed(base, {"reward": 7.0}) is collapsed({}, base) is collapsed(base, base | {"vendi": NAN}) is None
 
@@ -92,7 +95,7 @@ def test_one_bad_measurement_is_no_collapse_and_two_in_a_row_are() -> None:
     assert history((0.1, 5, 9), (0.1, 5, 15), (0.1, 5, 9)).collapse is None
     guard = history((0.1, 5, 9), (0.1, 5, 8))
     assert guard.collapse == "vendi is 8, under half of the base's 20"
-    assert guard.stop is None  # unless it was asked to
+    assert guard.stop is None  # unless it is configured to
     assert history((0.1, 5, 9), (0.1, 5, 8), stop_on_collapse=True).stop == guard.collapse
     assert history((0.1, 5, 9), (0.1, 5, 8), (0.1, 5, 15), stop_on_collapse=True).stop is None
 
@@ -100,24 +103,24 @@ def test_one_bad_measurement_is_no_collapse_and_two_in_a_row_are() -> None:
 def test_the_budget_stops_where_it_is_reached() -> None:
     assert history((0.1, 5, 20), (0.19, 5, 20), kl_budget=0.2).stop is None
     assert history((0.1, 5, 20), (0.2, 5, 20), kl_budget=0.2).stop == (
-        "KL to the base is 0.2 nats a token, the budget 0.2"
+        "KL to the base is 0.2 nats per token, the budget 0.2"
     )
-    assert history(kl_budget=1e-9).stop is None  # the base itself has spent nothing
+    assert history(kl_budget=1e-9).stop is None  # the base itself has no KL
     assert history((9.0, 5, 20)).stop is None  # no budget
 
 
 def test_the_best_is_the_judges_among_the_sound() -> None:
     assert Guard(None).best is history().best is None
     assert history((0.1, 4, 20), (0.2, 6, 20), (0.3, 5, 20)).best == 20
-    assert history((0.1, 6, 20), (0.2, 6, 20)).best == 10  # of equals the first
+    assert history((0.1, 6, 20), (0.2, 6, 20)).best == 10  # the first of equals
     assert history((0.1, 4, 20), (0.2, 6, 20), (0.3, 9, 20), kl_budget=0.25).best == 20
-    assert history((0.1, 4, 20), (0.2, 9, 9), (0.3, 5, 20)).best == 30  # what is collapsed is not the best
+    assert history((0.1, 4, 20), (0.2, 9, 9), (0.3, 5, 20)).best == 30  # a collapsed one is never the best
     assert history((0.1, NAN, 20), (0.2, 1, 20)).best == 20
-    assert history((0.4, 1, 20), (0.3, 2, 20), (0.5, 9, 20), kl_budget=0.2).best == 20  # all beyond: the nearest
+    assert history((0.4, 1, 20), (0.3, 2, 20), (0.5, 9, 20), kl_budget=0.2).best == 20  # all over budget: the closest
 
 
 def test_the_best_changes_only_to_what_was_just_measured() -> None:
-    """Its checkpoint is made then, or not at all."""
+    """Its checkpoint is written at that time, or never."""
     random = np.random.default_rng(0)
     for _ in range(200):
         rows = [tuple(row) for row in random.choice([0.1, 0.3, 4, 9, NAN], (12, 3))]
@@ -158,17 +161,22 @@ def done(audio: np.ndarray) -> Future[Any]:
 def test_the_judge_is_never_what_is_optimised(tokenizer: Any) -> None:
     clips = [done(np.full((2, samples), 0.5, np.float32)) for samples in (800, 1600)]
     scorer = Scorer(tokenizer, None, Loudness(), sample_rate=8000)  # type: ignore[arg-type]  # nothing is rendered
-    rated, plausibility = scorer.collect(clips), torch.tensor([-1.0, -2.0])
+    batches = Batches(scorer, World(torch.device("cpu")))
+    mask = torch.tensor([[True, True], [True, False]])
+    rollout = Rollout(torch.zeros(2, 6, dtype=torch.int64), mask, torch.zeros(2, 2))
+    drawn = Drawn(rollout, scorer.listen(), 0)
+    drawn.clips.futures = dict(enumerate(clips))
+    batch = Batch(rollout, torch.tensor([[-0.5, -1.5], [-2.0, -9.0]]), scorer.collect(clips))
     other = Judge(Loudness())
     assert "long" in other.name and "loud " not in other.name
-    assert other.rate(clips, scorer, rated, plausibility).tolist() == [800, 1600]
+    assert other.rate(drawn, batch, batches).tolist() == [800, 1600]
     both = Loudness()
     both.set_weights({"loud": 1.0, "long": 1.0})
     plain = Judge(both)
     assert "plausibility" in plain.name
-    assert plain.rate(clips, scorer, rated, plausibility).tolist() == [-1, -2]
+    assert plain.rate(drawn, batch, batches).tolist() == [-1, -2]
     second = Judge(Loudness(), both)
-    assert second.rate(clips, scorer, rated, plausibility).tolist() == pytest.approx([400.125, 800.125], abs=0.1)
+    assert second.rate(drawn, batch, batches).tolist() == pytest.approx([400.125, 800.125], abs=0.1)
     assert Judge(load_reward("ce_proxy")).name == plain.name
 
 
@@ -180,21 +188,20 @@ def soundfont() -> Path:
 def held_out(tokenizer: Any, base: Any, pool: RenderPool, **changes: Any) -> HeldOut:
     reward = load_reward("ce_proxy")
 
-    def base_logprobs(rollout: Rollout) -> torch.Tensor:
-        with torch.no_grad():
-            return token_logprobs(base, rollout.tokens, 4)
-
-    settings = {
-        "seed": 5, "scorer": Scorer(tokenizer, pool, reward, sample_rate=44100, seconds=2.0), "judge": Judge(reward),
-        "base_logprobs": base_logprobs, "world": World(torch.device("cpu")),
-        "drawing": {"max_new_tokens": 48},
-    }  # fmt: skip
+    cpu = torch.device("cpu")
+    scorer = Scorer(tokenizer, pool, reward, sample_rate=44100, seconds=2.0)
+    settings: dict[str, Any] = {
+        "seed": 5,
+        "batches": Batches(scorer, World(cpu), max_new_tokens=48),
+        "judge": Judge(reward),
+        "reference": Reference(base, temperature=1.0, micro_batch=16, autocast=torch.autocast("cpu", enabled=False)),
+    }
     prompts = draw("procedural", 3, tokenizer, torch.Generator().manual_seed(5))
     return HeldOut(prompts, **settings | changes)
 
 
 def test_a_measurement_is_of_the_policy_alone(tokenizer: Any, tiny_model: Any, soundfont: Path) -> None:
-    """The base has no distance from itself, the same policy gives the same numbers, and no other stream is touched."""
+    """The base has KL 0, the same policy gives the same numbers, and no other random stream changes."""
     facts = vocabulary(tokenizer)
     policy = make_tiny_model(tokenizer)
     with torch.no_grad():
@@ -213,7 +220,7 @@ def test_a_measurement_is_of_the_policy_alone(tokenizer: Any, tiny_model: Any, s
         assert 1 <= values["vendi"] <= 12 and 1 <= values["vendi_within"] <= COMPLETIONS
         assert values["kl_sequence"] == pytest.approx(values["kl"] * values["length"], rel=1e-4)
 
-    # what was drawn, drawn again: likelihood and KL from the definition, in float64
+    # the same samples again: likelihood and KL from the definition, in float64
     rollout = samplers[1].sample(
         held.prompts, group_size=COMPLETIONS, generator=torch.Generator().manual_seed(5), max_new_tokens=48
     )
@@ -232,7 +239,7 @@ def test_it_looks_when_it_is_time(tokenizer: Any) -> None:
         def measure(self, sampler: Any) -> dict[str, float]:
             return {"kl": sampler, "judge": 1.0, "vendi": 2.0}
 
-    guard = Guard(Counted(), every=3)  # type: ignore[arg-type]  # a stand-in
+    guard = Guard(Counted(), every=3)  # type: ignore[arg-type]  # a fake
     looks = {step: guard.look(step, float(step)) for step in range(8)}  # type: ignore[arg-type]  # and its sampler
     assert [step for step, found in looks.items() if found] == [0, 3, 6]
     assert [step for step, _ in guard.history] == [0, 3, 6]

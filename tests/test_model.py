@@ -1,4 +1,4 @@
-"""smart.model: bases in the hub's form, and what is wrong with those that are not."""
+"""smart.model: bases in the hub's format, and the errors of damaged ones."""
 
 import json
 import pickle
@@ -35,7 +35,7 @@ def test_saved_in_the_hubs_form_and_loaded_again(base: Path, tiny_model: Any) ->
 
 
 def test_a_folder_as_transformers_and_miditok_publish_it(tokenizer: Any, tmp_path: Path) -> None:
-    """The form of the paper's base on the hub: Phi-3 with the 413-token vocabulary, written without smart."""
+    """A base in the format of the paper's on the hub: Phi-3 with 413 tokens, written without smart."""
     from transformers import Phi3Config, Phi3ForCausalLM
 
     config = Phi3Config(
@@ -106,7 +106,7 @@ def test_mistakes(base: Path, tmp_path: Path, tokenizer: Any) -> None:
     config = json.loads((base / "config.json").read_text())
     for change, message in (
         ({"model_type": "llama"}, "model_type is 'llama', expected 'phi3'"),
-        ({"vocab_size": 400}, r"model\.safetensors cannot be read|expected the two to agree"),
+        ({"vocab_size": 400}, r"model\.safetensors cannot be read|expected the same number"),
         ({"num_hidden_layers": 3}, r"missing weights .*model\.layers\.2"),
         ({"num_hidden_layers": 10**12}, r"tensors for 1000000000000 layers"),
         ({"hidden_size": 10**7}, r"model\.safetensors cannot be read"),
@@ -117,10 +117,10 @@ def test_mistakes(base: Path, tmp_path: Path, tokenizer: Any) -> None:
         with pytest.raises(UserError, match=message):
             load_base(base)
     (base / "config.json").write_text("[" * 100_000)
-    with pytest.raises(UserError, match=r"config\.json is no model configuration"):
+    with pytest.raises(UserError, match=r"config\.json is not a model configuration"):
         load_base(base)
     (base / "config.json").write_text("[]")
-    with pytest.raises(UserError, match=r"config\.json is no model configuration"):
+    with pytest.raises(UserError, match=r"config\.json is not a model configuration"):
         load_base(base)
 
 
@@ -137,7 +137,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UserError, match=r"base 'owner/name': .*set model\.base to that folder") as caught:
         find_base("owner/name")
     assert "\n" not in caught.value.message
-    for name in ("owner/my--model", "owner/model.git", "owner/model."):  # which the hub gives to nothing
+    for name in ("owner/my--model", "owner/model.git", "owner/model."):  # a name that the hub never uses
         with pytest.raises(UserError, match=r"base 'owner/.*set model\.base to that folder") as caught:
             find_base(name)
         assert "\n" not in caught.value.message
@@ -147,5 +147,5 @@ def test_device() -> None:
     assert pick_device("cpu").type == "cpu"
     if not torch.cuda.is_available():
         assert pick_device("auto").type == "cpu"
-        with pytest.raises(UserError, match="no CUDA device"):
+        with pytest.raises(UserError, match="no CUDA GPU"):
             pick_device("cuda")

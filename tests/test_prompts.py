@@ -61,7 +61,7 @@ def test_time_signatures_and_tempi_are_uniform(tokenizer: Any) -> None:
     prompts = draw("procedural", 15 * 64 * 40, tokenizer, torch.Generator().manual_seed(3))
     for column, choices in ((1, 15), (3, 64)):
         _, counts = prompts[:, column].unique(return_counts=True)
-        assert len(counts) == choices  # every one of them occurs
+        assert len(counts) == choices  # each of them occurs
         expected = len(prompts) / choices
         chi_square = float(((counts - expected) ** 2 / expected).sum())
         assert chi_square < choices - 1 + 4 * (2 * (choices - 1)) ** 0.5  # four standard deviations
@@ -104,7 +104,7 @@ def test_mistakes(tokenizer: Any) -> None:
     generator = torch.Generator()
     with pytest.raises(UserError, match=r"prompts\.corpus"):
         draw("dataset", 1, tokenizer, generator)
-    with pytest.raises(UserError, match="piece 0 of the corpus holds no tempo"):
+    with pytest.raises(UserError, match="piece 0 of the corpus has no tempo"):
         draw("dataset", 1, tokenizer, generator, pieces=[pieces(tokenizer)[0][:3]])
     with pytest.raises(ValueError, match="'tune': expected one of procedural"):
         draw("tune", 1, tokenizer, generator)

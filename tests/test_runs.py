@@ -24,13 +24,14 @@ from runs import HELD_OUT, arguments, build_corpus, metrics, pretrain, run
 from safetensors.torch import load_file
 
 from smart.config import load, shipped
-from smart.grpo import AHEAD, train
+from smart.grpo import train
 from smart.model import build_model, load_base, save_base
 from smart.prompts import draw
 from smart.render import RenderError, open_renderer
 from smart.run.checkpoint import read_tensors
 from smart.sampler import Sampler
 from smart.tokens import vocabulary
+from smart.tuning import AHEAD
 
 
 def test_what_a_run_leaves(finished: Path, base: Path) -> None:
@@ -174,7 +175,7 @@ def test_rendering_is_hidden_behind_the_next_batch(base: Path, tmp_path: Path, m
             yield late
             watchdog.cancel()
 
-    monkeypatch.setattr("smart.grpo.open_renderer", open_late)
+    monkeypatch.setattr("smart.tuning.open_renderer", open_late)
     changes = {"grpo.rollouts_ahead": 1, "grpo.iterations": 4, "track.trace_every": 1, "track.held_out_every": 0}
     train(load("quickstart.toml", arguments(base, tmp_path, **changes)[1::2]))
     one = [("asked", 0)] * 6
@@ -218,8 +219,8 @@ def test_the_bonus_for_diversity_moves_advantages_alone(
     """The first batch is what it was, rewards too; its advantages are those of the two pure functions."""
     import pyarrow.parquet as pq
 
-    from smart.grpo import distinct_rewards, group_advantages
-    from smart.guard import alikeness
+    from smart.diversity import alikeness, distinct_rewards
+    from smart.grpo import group_advantages
     from smart.tokens import decode
 
     changes = {"grpo.diversity": 5.0, "grpo.iterations": 1, "track.held_out_every": 0}

@@ -15,7 +15,7 @@ import torch
 from runs import arguments, assert_same_run, metrics, rewrite, run, shared, start
 from safetensors.torch import load_file, save_file
 
-from smart.grpo import AHEAD
+from smart.tuning import AHEAD
 
 
 def test_an_existing_run_is_kept(finished: Path, base: Path, tmp_path: Path) -> None:

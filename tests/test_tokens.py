@@ -1,4 +1,4 @@
-"""Tokens, notes and the grammar: real MidiTok and symusic, against facts of the paper and independent references."""
+"""Tokens, notes and the grammar: real MidiTok and symusic, compared with the paper and with independent references."""
 
 import http.server
 import json
@@ -61,7 +61,7 @@ PLAIN: dict[str, Any] = {
     "remove_duplicated_notes": True,
     "beat_res": {(0, 4): 12},
 }
-BANDS = [  # with programs: drums with pitches of their own, and without
+BANDS = [  # with programs, with and without separate drum pitches
     EVERYTHING,
     REMI(TokenizerConfig(**PLAIN, use_programs=True)),
 ]
@@ -79,7 +79,7 @@ def bar(signature: str, *events: str) -> list[int]:
 
 
 def assert_same_music(one: ScoreTick, other: ScoreTick) -> None:
-    """All but the names of tracks."""
+    """Everything except the names of tracks."""
     assert one.ticks_per_quarter == other.ticks_per_quarter
     assert one.tempos == other.tempos
     assert one.time_signatures == other.time_signatures
@@ -209,21 +209,21 @@ def _change(key: str, value: Any) -> Any:
     [
         (_change("tokenization", "TSD"), "a TSD"),
         (_change("_model", "{}"), "trained"),
-        (_change("pitch_range", [5, 3]), "makes no piano vocabulary"),
-        (_change("pitch_range", 5), "makes no piano vocabulary"),
-        (_change("beat_res", {"0-4": 12}), "makes no piano vocabulary"),
+        (_change("pitch_range", [5, 3]), "gives no piano vocabulary"),
+        (_change("pitch_range", 5), "gives no piano vocabulary"),
+        (_change("beat_res", {"0-4": 12}), "gives no piano vocabulary"),
         (_change("beat_res", {"0_4": 10**9}), "1e\\+09 in its configuration, at most 1000"),
         (_change("beat_res", {"0_1000000000": 4}), "at most 1000"),
         (_change("num_tempos", 10**9), "at most 1000"),
         (_change("pitch_range", [0, 10**9]), "at most 1000"),
         (lambda saved: saved.update(config={"x": math.nan, **saved["config"], "num_tempos": 10**9}), "at most 1000"),
         (lambda saved: saved["config"].update(use_pitch_bends=True, pitch_bend_range=[0, 1, 2 * 10**8]), "at most"),
-        (_change("pitch_bend_range", None), "makes no piano vocabulary"),
+        (_change("pitch_bend_range", None), "gives no piano vocabulary"),
         (_change("use_tempos", False), "no Tempo token"),
         (_change("use_velocities", False), "no Velocity token"),
         (_change("special_tokens", ["PAD_None"]), "no BOS_None"),
         (lambda saved: saved.pop("config"), "cannot be read"),
-        (lambda saved: saved["config"].pop("time_signature_range"), "makes no piano vocabulary"),
+        (lambda saved: saved["config"].pop("time_signature_range"), "gives no piano vocabulary"),
         (_change("miditok_version", "three"), "cannot be read"),
     ],
 )
@@ -291,7 +291,7 @@ class _Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tokenizer: REMI, tmp_path: Path, monkeypatch: Any) -> Iterator[http.server.HTTPServer]:
-    """A hub of our own on this machine, and an empty cache."""
+    """A local hub, and an empty cache."""
     from huggingface_hub import constants, file_download
 
     save_tokenizer(tokenizer, tmp_path / "origin")
@@ -315,7 +315,7 @@ def test_from_the_hub_then_from_its_cache(tokenizer: REMI, hub: Any, tmp_path: P
 
     monkeypatch.chdir(tmp_path)
     assert load_tokenizer("owner/name").vocab == tokenizer.vocab
-    with pytest.raises(UserError, match="the Hugging Face hub does not give it"):
+    with pytest.raises(UserError, match="the Hugging Face hub cannot provide it"):
         load_tokenizer("owner/other")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port: refused
     assert load_tokenizer("owner/name").vocab == tokenizer.vocab
@@ -328,7 +328,7 @@ def test_hub_out_of_reach_says_so_soon(tmp_path: Path, monkeypatch: Any) -> None
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     began = time.monotonic()
-    with pytest.raises(UserError, match=r"no such path here, .*give the folder that holds it") as raised:
+    with pytest.raises(UserError, match=r"no such local path, .*give the folder that contains it") as raised:
         load_tokenizer("owner/name")
     assert time.monotonic() - began < 15  # the hub client alone takes 23
     assert "\n" not in str(raised.value)
@@ -338,7 +338,7 @@ def test_hub_out_of_reach_says_so_soon(tmp_path: Path, monkeypatch: Any) -> None
 
 
 def test_encode_known_music(tokenizer: REMI) -> None:
-    """One bar of 3/4 at 90, an upbeat-less C and E, then a bar later a G: written by hand."""
+    """One bar of 3/4 at 90 with C and E on the first beat, then a G one bar later: written by hand."""
     score = ScoreTick(480)
     score.time_signatures.append(TimeSignatureTick(0, 3, 4))
     score.tempos.append(TempoTick(0, 90))
@@ -503,7 +503,7 @@ def test_decode_refuses(tokenizer: REMI, tokens: Any, error: type[Exception], me
 
 
 def test_decode_is_fast(tokenizer: REMI) -> None:
-    """A batch of the paper's run (64 x 260 tokens) takes a small part of its rendering."""
+    """A batch of the paper's run (64 x 260 tokens) takes a small fraction of its rendering time."""
     note = ("Pitch_60", "Velocity_63", "Duration_1.0.12")
     row = (bar("4/4") + [token for step in range(12) for token in ids(f"Position_{step}", *note)])[:50] * 6
     took = []
@@ -519,7 +519,7 @@ def test_decode_is_fast(tokenizer: REMI) -> None:
 
 
 def test_of_two_tempos_at_one_tick_the_last_holds() -> None:
-    """Where a time signature ends within a bar, a first encoding holds one tick twice."""
+    """If a time signature ends within a bar, the first encoding has one tick twice."""
     score = ScoreTick(12)
     for tick, numerator, denominator in ((0, 3, 2), (1, 5, 8), (2, 3, 2)):
         score.time_signatures.append(TimeSignatureTick(tick, numerator, denominator))
@@ -642,8 +642,8 @@ def test_unplayable_equals_a_plain_loop(tokens: list[int], prompt_length: int) -
 def test_encoded_music_is_playable(score: ScoreTick) -> None:
     try:
         music = FAST.encode(score)
-        # what a corpus keeps: where a time signature ends within a bar, two events may come to stand at one
-        # position, which decoding makes one
+        # a corpus does the same: if a time signature ends within a bar, two events may get the same position,
+        # and decoding merges them
         for _ in range(3):
             music = FAST.encode(FAST.decode(music))
     except ValueError:
@@ -660,7 +660,7 @@ def test_unplayable_by_hand(tokenizer: REMI) -> None:
         (ids(*note, "EOS_None"), []),
         (ids(*note, "Position_35", *note, "EOS_None"), []),
         (ids(*note, "Position_36", *note), [3]),  # beyond a bar of 3/4
-        (ids(*note, "Position_0", *note), [3]),  # where it is already
+        (ids(*note, "Position_0", *note), [3]),  # at its own position
         (ids("Pitch_60", "Pitch_61", "Velocity_63", "Duration_1.0.12"), [1]),
         (ids("Velocity_63", "Duration_1.0.12", "EOS_None"), [0]),
         (ids("Pitch_60", "EOS_None"), [1]),
@@ -686,7 +686,7 @@ def test_unplayable_counts_only_the_mask(tokenizer: REMI) -> None:
 
 @pytest.mark.parametrize("instruments", ["piano", "all"])
 def test_there_is_always_a_token_that_may_come_next(instruments: str) -> None:
-    """After any token at any position of any bar, the last one and beyond it included."""
+    """After any token at any position of any bar, including the last one and beyond."""
     grammar = build_grammar(build_tokenizer(instruments))
     tokens = torch.arange(len(grammar.position))
     for bar_positions in {grammar.default_positions, *grammar.bar_positions.tolist()} - {0}:
@@ -779,7 +779,7 @@ def assert_playable(tokens: list[int]) -> None:
 def test_ensembles_are_playable_and_keep_their_instruments(score: ScoreTick) -> None:
     try:
         tokens = encode(EVERYTHING, score)
-        for _ in range(2):  # what a corpus keeps: see test_encoded_music_is_playable
+        for _ in range(2):  # as in a corpus: see test_encoded_music_is_playable
             tokens = encode(EVERYTHING, decode(EVERYTHING, tokens))
     except KeyError:  # MidiTok's own limit: rounding carried a note into a section with another beat
         return
@@ -794,7 +794,7 @@ def test_ensembles_are_playable_and_keep_their_instruments(score: ScoreTick) -> 
 
 
 def test_encode_a_known_ensemble() -> None:
-    """One bar: strings, then a kick and a hi-hat, the second drum track with a program of its own."""
+    """One bar: strings, then a kick and a hi-hat, the second drum track with another program."""
     score = ScoreTick(480)
     score.tempos.append(TempoTick(0, 120))
     for program, is_drum, onset, pitch in ((48, False, 0, 60), (0, True, 0, 36), (25, True, 240, 42)):
@@ -823,7 +823,7 @@ def test_decode_takes_any_ids_of_many_instruments(tokens: list[int]) -> None:
 
 
 def test_playable_programs_by_hand() -> None:
-    """Drums have keys of their own; what breaks that is marked, and decoded all the same."""
+    """Drums have separate pitches; tokens that violate this are marked, but still decoded."""
     grammar = build_grammar(EVERYTHING)
     names = sorted(EVERYTHING.vocab, key=EVERYTHING.vocab.__getitem__)
 

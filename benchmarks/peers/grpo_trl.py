@@ -2,15 +2,15 @@
 
     PYTHONPATH=.:benchmarks PYTHON benchmarks/peers/grpo_trl.py --settings settings.json [--json out.json]
 
-It runs in an environment of its own (requirements.txt beside it) and is called by benchmarks/iteration.py, which
-writes the settings: folders of the base and of Audiobox Aesthetics, the soundfont, and the sizes of the run.
+It runs in a separate environment (see requirements.txt) and is called by benchmarks/iteration.py, which writes the
+settings: folders of the base and of Audiobox Aesthetics, the soundfont, and the sizes of the run.
 
-What makes it the incumbent: transformers' ``generate``; one synthesiser that renders one clip after another, through
-a temporary MIDI file, with four seconds of discarded audio before each so that old notes die away; the official
-predictor's arithmetic in float32, one clip at a time. TRL's settings are those of its version of that time (loss
+Like the authors' code it uses transformers' ``generate``; one synthesiser that renders one clip after another, through
+a temporary MIDI file, with four seconds of discarded audio before each so that old notes decay; and the official
+predictor's arithmetic in float32, one clip at a time. TRL's settings are those of the version at that time (loss
 averaged over the batch's tokens, advantages divided by the group's standard deviation), bfloat16 on CUDA and float32
-on a CPU. An iteration lasts from the end of one optimiser step to the end of the next, TRL's own logging included;
-the first one warms up and is left out.
+on a CPU. An iteration lasts from the end of one optimiser step to the end of the next, including TRL's logging; the
+first one warms up and is left out.
 """
 
 import json
@@ -38,7 +38,7 @@ RATE = 16_000
 
 
 class Stages(TrainerCallback):
-    """Seconds of each stage of each step; "learn_and_rest" is what no stage below accounts for."""
+    """Seconds of each stage of each step; "learn_and_rest" is the time that no other stage accounts for."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -129,11 +129,11 @@ def openings(midi: REMI, count: int, seed: int) -> Dataset:
 
 
 def train(settings: dict[str, Any], device: str, folder: Path) -> list[dict[str, float]]:
-    """Seconds by stage of each step, the one that warms up included."""
+    """Seconds per stage of each step, including the warm-up."""
     midi = REMI(params=Path(settings["base"]) / "tokenizer.json")
     tokenizer = words(midi)
     model = Phi3ForCausalLM.from_pretrained(settings["base"], dtype=torch.float32)
-    model.config.use_cache = True  # our bases say no, since our own sampler has a cache of its own
+    model.config.use_cache = True  # off in our bases, since our sampler has its own cache
     rows, steps = settings["prompts"] * settings["group_size"], settings["iterations"]
     micro = min(settings["micro_batch"], rows)
     if rows % micro:

@@ -1,8 +1,8 @@
-"""A page to listen to: pairs from two models for the same prompts and seeds, in one HTML file that needs nothing else.
+"""A page to listen to: pairs of pieces by two models for the same prompts and seeds, in one self-contained HTML file.
 
     python -m smart.demo --runs runs/quickstart@base runs/quickstart --out page.html
 
-The pieces are not chosen: they are those of prompts 0 to n-1 of the seed, whatever became of them.
+The pieces are not hand-picked: the page shows prompts 0 to n-1 of the seed, however they turned out.
 """
 
 import subprocess
@@ -25,8 +25,8 @@ from smart.run import CONFIG, check_packages, in_one_line, progress
 from smart.run.checkpoint import steps
 from smart.tokens import load_tokenizer
 
-LARGE = 25_000_000  # bytes; a page above is announced
-TOGETHER = 16  # prompts that are drawn at once, however many are asked for: their number changes rounding
+LARGE = 25_000_000  # bytes; above this the command suggests a smaller page
+TOGETHER = 16  # prompts sampled at once; fixed, because the batch size affects rounding
 WEIGHTS = "model.safetensors"
 
 
@@ -35,7 +35,7 @@ WEIGHTS = "model.safetensors"
     "--runs",
     nargs=2,
     metavar="FIRST SECOND",
-    help="The two to compare: run folders, RUN@base, RUN@STEP, bases; NAME=... names one.",
+    help="The two models to compare: run folders, RUN@base, RUN@STEP, or bases; NAME=MODEL sets the name shown.",
 )
 @click.option(
     "--section",
@@ -43,36 +43,66 @@ WEIGHTS = "model.safetensors"
     nargs=3,
     multiple=True,
     metavar="TITLE FIRST SECOND",
-    help="Pairs under a title of their own; repeat it.",
+    help="Two models to compare in a section with this title; repeatable, instead of --runs.",
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The HTML file to write.")
-@click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
-@click.option("--title", default="Before and after tuning", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="HTML file to write.")
+@click.option("--overwrite", is_flag=True, help="Replace the file --out if it exists.")
+@click.option("--title", default="Before and after tuning", show_default=True, help="Title of the page.")
 @click.option(
-    "--prompts", "count", default=15, show_default=True, type=click.IntRange(min=1), help="Pairs of a section."
+    "--prompts", "count", default=15, show_default=True, type=click.IntRange(min=1), help="Pairs per section."
 )
 @click.option(
     "--kind", default="run", show_default=True, type=click.Choice(["run", *KINDS]),
-    help="Of prompts; run: as the second model was tuned on, or procedural for a base.",
+    help="Kind of prompts; run: the kind that SECOND was tuned on, or procedural if it is a base.",
 )  # fmt: skip
-@click.option("--corpus", type=click.Path(path_type=Path), help="For dataset prompts: its test split. [the run's]")
-@click.option("--steps", "wanted", default="", metavar="all|N,N,...", help="Checkpoints of SECOND for a slider.")
-@click.option("--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1))
 @click.option(
-    "--tokens", default=256, show_default=True, type=click.IntRange(min=1), help="New tokens of each piece, at most."
+    "--corpus",
+    type=click.Path(path_type=Path),
+    help="Corpus whose test split gives dataset prompts.  [default: the run's]",
 )
-@click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(0, 100, min_open=True))
-@click.option("--top-k", default=0, show_default=True, type=click.IntRange(min=0), help="0: all tokens.")
-@click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True))
-@click.option("--reward", "rated_by", default="ce_proxy", show_default=True, help="Rates the pieces.")
-@click.option("--reward-option", "options", multiple=True, metavar="KEY=VALUE", help="Of the reward; repeat it.")
-@click.option("--soundfont", default="timgm", show_default=True, help="A short name or a file.")
-@click.option("--sample-rate", default=44100, show_default=True, type=click.IntRange(8000, 48000), help="Hz.")
-@click.option("--seconds", default=10.0, show_default=True, type=click.FloatRange(0, 600, min_open=True))
-@click.option("--workers", default=0, show_default=True, type=click.IntRange(min=0), help="That render; 0: one a core.")
-@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option(
+    "--steps", "wanted", default="", metavar="all|N,N,...", help="Add a slider over these checkpoints of SECOND."
+)
+@click.option(
+    "--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Seed of prompts and sampling."
+)
+@click.option(
+    "--tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Maximum new tokens per piece."
+)
+@click.option(
+    "--temperature", default=1.0, show_default=True, type=click.FloatRange(0, 100, min_open=True),
+    help="Sampling temperature.",
+)  # fmt: skip
+@click.option(
+    "--top-k", default=0, show_default=True, type=click.IntRange(min=0),
+    help="Sample only from the K most likely tokens (0: from all).",
+)  # fmt: skip
+@click.option(
+    "--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True),
+    help="Sample only from the most likely tokens that together have this probability (1: from all).",
+)  # fmt: skip
+@click.option("--reward", "rated_by", default="ce_proxy", show_default=True, help="Reward that rates the pieces.")
+@click.option(
+    "--reward-option", "options", multiple=True, metavar="KEY=VALUE", help="Setting of the reward; repeatable."
+)
+@click.option("--soundfont", default="timgm", show_default=True, help="Soundfont: short name or path.")
+@click.option(
+    "--sample-rate", default=44100, show_default=True, type=click.IntRange(8000, 48000),
+    help="Sample rate of the audio in Hz.",
+)  # fmt: skip
+@click.option(
+    "--seconds", default=10.0, show_default=True, type=click.FloatRange(0, 600, min_open=True),
+    help="Seconds to render, from the beginning of each piece.",
+)  # fmt: skip
+@click.option(
+    "--workers", default=0, show_default=True, type=click.IntRange(min=0), help="Render processes (0: one per core)."
+)
+@click.option(
+    "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]),
+    help="Where models and the reward run; auto: on CUDA if available.",
+)  # fmt: skip
 def main(**options: Any) -> None:
-    """Make a page of pairs from two models: audio, piano rolls, ratings, blind listening."""
+    """Make a page that compares two models pair by pair: audio, piano rolls, ratings, blind listening."""
     with in_one_line("the page", "nothing was written", RenderError):
         demo(**options)
 
@@ -101,16 +131,17 @@ def demo(
     workers: int,
     device: str,
 ) -> None:
-    """Write the page: see the command's help. Raises ``UserError`` for what the user can mend."""
+    """Write the page ``out``. Arguments as in the command's help; raises ``UserError`` for mistakes in them."""
     if bool(runs) == bool(sections):
         raise UserError(
-            "give what to compare either as --runs FIRST SECOND, or as one or more --section TITLE FIRST SECOND"
+            "give the models to compare: either --runs FIRST SECOND, or one or more --section TITLE FIRST SECOND"
         )
-    if out.is_dir() or (out.exists() and not overwrite):
-        what = "is a folder" if out.is_dir() else "exists already; replace it with --overwrite"
-        raise UserError(f"--out {out}: {what}, or give another name")
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; choose another file")
+    if out.exists() and not overwrite:
+        raise UserError(f"--out {out} already exists; choose another file, or replace it with --overwrite")
     if not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}")
+        raise UserError(f"--out {out}: the folder {out.parent} does not exist; create it first")
     asked = [("Pairs", *runs)] if runs else list(sections)
 
     def sound() -> Path:
@@ -141,7 +172,7 @@ def demo(
                 count=count,
                 seed=seed,
                 soundfont=font,
-                rewards=(),  # the page rates the audio that it holds
+                rewards=(),  # the page rates its own 16-bit audio
                 max_new_tokens=tokens,
                 temperature=temperature,
                 top_k=top_k,
@@ -155,16 +186,16 @@ def demo(
                 page.add(piece, " ".join(names[token] for token in piece.tokens[: piece.prompt_length]))
                 bar.update()
     rule = [
-        f"Nothing here was chosen by ear or by rating: the prompts are numbers 0 to {count - 1} of seed {seed}, one "
-        "piece for each model and prompt, drawn once. Pieces that are silent or could not be rendered are shown too.",
-        "Both pieces of a pair were written from the same prompt with the same random numbers.",
-        "The ratings are of exactly the audio that you hear: rendered in stereo, rounded to 16 bits, kept without loss "
-        "as FLAC. The reward rates the mean of its two channels.",
+        f"Nothing here was selected by ear or by rating: the prompts are numbers 0 to {count - 1} of seed {seed}, with "
+        "one piece per model and prompt, sampled once. Silent pieces and pieces that failed to render are shown too.",
+        "The two pieces of a pair were sampled from the same prompt with the same random numbers.",
+        "The ratings are of exactly the audio that you hear: rendered in stereo, rounded to 16 bits, stored losslessly "
+        "as FLAC. The reward rates the mean of the two channels.",
     ]
     settings = {
         "Seed": seed,
         "Sampling": f"up to {tokens} new tokens, temperature {temperature:g}, top-k {top_k or 'off'}, top-p {top_p:g}",
-        "Rendering": f"{sample_rate} Hz, stereo, {seconds:g} s at most, divided by its peak, 16 bits",
+        "Rendering": f"{sample_rate} Hz, stereo, at most {seconds:g} s, peak-normalised, 16 bits",
         "Soundfont": f"{font.name}, SHA-256 {sha256(font)}",
         "Reward": reward.provenance,
         "Made by": f"smart {version('smart')}, {_commit()}",
@@ -174,17 +205,18 @@ def demo(
     click.echo(f"{out}: {total} pieces in {len(text) / 1e6:.1f} MB")
     if len(text) > LARGE:
         click.echo(
-            f"it has more than {LARGE / 1e6:.0f} MB: fewer --prompts, --steps or --seconds make it smaller", err=True
+            f"The page is larger than {LARGE / 1e6:.0f} MB; use fewer --prompts, --steps or --seconds to shrink it.",
+            err=True,
         )
 
 
 def _section(title: str, first: str, second: str, wanted: str, kind: str, corpus: Path | None) -> Section:
-    """Find the two models, the checkpoints before the second, and the prompts that it was tuned on."""
+    """Find the two models, the checkpoints of the second, and the kind of prompts that it was tuned on."""
     one, two = find_system(first), find_system(second)
     others = [*_checkpoints(two, wanted), two] if wanted else [two]
     names = [system.name for system in (one, *others)]
     if len(set(names)) < len(names):
-        raise UserError(f"{first} and {second}: both are called {names[-1]}; name one, as in other={second}")
+        raise UserError(f"{first} and {second}: both are called {names[-1]}; rename one, as in other={second}")
     tuned_on: dict[str, Any] = {}
     if kind == "run" and two.run is not None:
         tuned_on = parse_toml((two.run / CONFIG).read_text(encoding="utf-8")).get("prompts", {})
@@ -194,22 +226,25 @@ def _section(title: str, first: str, second: str, wanted: str, kind: str, corpus
     folder = corpus or (Path(tuned_on["corpus"]) if tuned_on.get("corpus") else None)
     if folder is None:
         raise UserError(
-            f"{title}: dataset prompts need pieces: give a folder written by `smart corpus build` as --corpus"
+            f"{title}: dataset prompts need a corpus; give a folder written by `smart corpus build` as --corpus"
         )
     return Section(title, one, others, kind, folder)
 
 
 def _checkpoints(system: System, wanted: str) -> list[System]:
-    """The checkpoints of a run that ``wanted`` names, without those whose weights are the system's own."""
+    """The checkpoints of a run that ``wanted`` lists, without those with the same weights as the system itself."""
     there = steps(system.run / "checkpoints") if system.run is not None else []
-    known = f"it has {', '.join(map(str, there))}" if there else "it has no checkpoints"
     try:
         numbers = there if wanted == "all" else sorted({int(word) for word in wanted.split(",")})
     except ValueError:
-        raise UserError(f"--steps {wanted}: expected all, or numbers such as 50,100") from None
+        raise UserError(f"--steps {wanted}: expected all, or step numbers such as 50,100") from None
+    if not there:
+        raise UserError(f"--steps {wanted}: {system.name} has no checkpoints")
     missing = [number for number in numbers if number not in there]
-    if missing or not numbers:
-        raise UserError(f"--steps {wanted}: {system.name} has no checkpoint {missing[0] if missing else ''}: {known}")
+    if missing:
+        raise UserError(
+            f"--steps {wanted}: {system.name} has no checkpoint {missing[0]}; it has {', '.join(map(str, there))}"
+        )
     own = sha256(system.model / WEIGHTS)
     found = [find_system(f"{system.run}@{step}")._replace(name=f"{system.name} at {step}") for step in numbers]
     return [checkpoint for checkpoint in found if sha256(checkpoint.model / WEIGHTS) != own]
@@ -220,7 +255,7 @@ def _systems(sections: Sequence[Section]) -> list[System]:
 
 
 def _models(sections: Sequence[Section]) -> list[dict[str, Any]]:
-    """What the page says about each model."""
+    """The page's entry for each model."""
     return [
         {"name": system.name, "step": system.step, "path": _shown(system), "sha256": sha256(system.model / WEIGHTS)}
         for system in _systems(sections)
@@ -228,20 +263,20 @@ def _models(sections: Sequence[Section]) -> list[dict[str, Any]]:
 
 
 def _shown(system: System) -> str:
-    """Where a model is, without the folders around its run: a page may be published."""
+    """A model's path without the folders above its run, since a page may be published."""
     if system.run is not None and system.model.is_relative_to(system.run.parent):
         return str(system.model.relative_to(system.run.parent))
     return system.model.name
 
 
 def _configs(sections: Sequence[Section]) -> dict[str, str]:
-    """The configuration of every run that made a model of the page."""
+    """The configuration of every run with a model on the page."""
     runs = dict.fromkeys(system.run for system in _systems(sections) if system.run is not None)
     return {run.name: (run / CONFIG).read_text(encoding="utf-8") for run in runs}
 
 
 def _commit() -> str:
-    """The commit that this package is at, where it lies in a git repository of its own."""
+    """The git commit of this package, if it is in its own repository."""
     folder = Path(__file__).parent
 
     def git(*words: str) -> str:
@@ -249,7 +284,9 @@ def _commit() -> str:
         return done.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # an environment within another repository is not it
+        git(
+            "ls-files", "--error-unmatch", Path(__file__).name
+        )  # fails if it is only installed somewhere inside another repository
         changed = git("status", "--porcelain", "--", "..")
         return f"commit {git('rev-parse', 'HEAD')}{' with changes' if changed else ''}"
     except (OSError, subprocess.SubprocessError):

@@ -4,13 +4,13 @@
   const calm = matchMedia("(prefers-reduced-motion: reduce)");
   const live = document.getElementById("live");
   let quiet;
-  const say = (text) => { // for screen readers, and for a while for everybody
+  const say = (text) => { // for screen readers; visible to everyone for a few seconds
     live.textContent = text;
     clearTimeout(quiet);
     quiet = setTimeout(() => { live.textContent = ""; }, 8000);
   };
 
-  // --- What the listener chose: kept in this browser where it allows that ------------------------------------------
+  // --- The listener's choices, stored in this browser if it allows that --------------------------------------------
 
   const place = "smart-demo-" + data.id;
   const empty = () => ({ blind: false, swapped: {}, choices: {}, open: {} });
@@ -22,10 +22,10 @@
   function keep() {
     try { localStorage.setItem(place, JSON.stringify(state)); } catch { kept = false; }
     document.getElementById("kept").textContent = kept ? ""
-      : "This browser keeps nothing for this page: save your choices before you close it.";
+      : "This browser stores nothing for this page: save your choices before you close it.";
   }
 
-  // --- Small things ------------------------------------------------------------------------------------------------
+  // --- Helpers -----------------------------------------------------------------------------------------------------
 
   function make(tag, properties = {}, ...children) {
     const node = document.createElement(tag);
@@ -47,7 +47,7 @@
     node.addEventListener("click", act);
     return node;
   };
-  const pitchName = (pitch) => { // as it is said: a sign would not be read aloud
+  const pitchName = (pitch) => { // spelt out, because screen readers may skip signs
     const name = ["C", "C sharp ", "D", "E flat ", "E", "F", "F sharp ", "G", "A flat ", "A", "B flat ", "B"][pitch % 12];
     return name + (Math.floor(pitch / 12) - 1);
   };
@@ -55,7 +55,7 @@
   const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
   const slug = (text) => text.normalize("NFKD").replace(/[^A-Za-z0-9]+/g, "-").replace(/^-|-$/g, "").toLowerCase();
 
-  // Bytes of RFC 1924's base 85, with "," for "<": a quarter more than the bytes, where base 64 takes a third more.
+  // Decodes base 85 (RFC 1924, with "," for "<"): a quarter longer than the bytes, where base 64 is a third longer.
   const alphabet = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%&()*+-;,=>?@^_`{|}~";
   const digit = new Uint8Array(128);
   [...alphabet].forEach((letter, value) => { digit[letter.charCodeAt(0)] = value; });
@@ -79,7 +79,7 @@
     setTimeout(() => URL.revokeObjectURL(link.href), 60000);
   }
 
-  // --- Audio: FLAC in the page, played as it is, and turned into WAV for those who want to keep it -------------------
+  // --- Audio: the page has FLAC, plays it directly, and converts it to WAV for download ------------------------------
 
   const flac = (clip) => {
     const node = document.getElementById("audio-" + clip.audio);
@@ -87,7 +87,7 @@
     return bytes(node.textContent);
   };
 
-  // The 16-bit samples of a clip, or null where the browser alters what it decodes. Browsers give floats: n / 32768,
+  // The 16-bit samples of a clip, or null if the browser alters decoded audio. Browsers decode to floats: n / 32768,
   // or, in some, n / 32767 above zero.
   async function samples(clip) {
     const context = new OfflineAudioContext(2, 1, data.sample_rate);
@@ -131,9 +131,9 @@
     }
   }
 
-  let playing = null; // the one clip that plays
+  let playing = null; // the clip that is playing
 
-  // One clip: heading, roll, player, downloads. `label` is what it is called, `hidden` keeps all but the sound back.
+  // One clip: heading, roll, player, downloads. `label` is its name on the page; `hidden` hides all but the sound.
   function clipView({ clip, role, label, hidden, span, range, where, name, heard, began }) {
     const node = make("div", { className: "clip", role: "group", "aria-label": `${label}, ${where}` },
       make("h4", {}, label));
@@ -152,7 +152,7 @@
     const play = button("Play", `Play ${label}, ${where}`, () => (audio.paused ? start() : audio.pause()));
     play.className = "play";
 
-    let wanted = 0; // where to begin, before there is audio to move
+    let wanted = 0; // where to start, until the audio is loaded
     const position = () => (audio.src ? audio.currentTime : wanted);
     function show() {
       const now = position();
@@ -180,7 +180,7 @@
         playing = audio;
         await audio.play();
       } catch (error) {
-        if (error.name !== "AbortError") say(`${label} cannot be played here: ${error.message}`);
+        if (error.name !== "AbortError") say(`${label} cannot be played: ${error.message}`);
       }
     }
     function follow() {
@@ -255,7 +255,7 @@
     for (let second = 1; second < span; second += 1) {
       draw("line", { x1: second, x2: second, y1: 0, y2: high - low + 1 }, roll);
     }
-    for (let pitch = Math.ceil(low / 12) * 12; pitch <= high; pitch += 12) { // under every C
+    for (let pitch = Math.ceil(low / 12) * 12; pitch <= high; pitch += 12) { // a line under every C
       draw("line", { x1: 0, x2: span, y1: high - pitch + 1, y2: high - pitch + 1 }, roll);
     }
     if (clip.seconds < span) {
@@ -448,10 +448,11 @@
           agreed += (a > b) === (choice.choice === "A");
         }
       }
-      return [`${section.title}: ${made.length} chosen. You preferred ${counts.join(", ")}; no preference ${none}.`
+      return [`${section.title}: ${made.length} ${made.length === 1 ? "choice" : "choices"}.`
+        + ` You preferred ${counts.join(", ")}; no preference ${none}.`
         + (compared ? ` ${axis} agrees with you in ${agreed} of ${compared}.` : "")];
     });
-    box.replaceChildren(...(lines.length ? lines : ["You have chosen nothing yet."]).map((text) => make("p", {}, text)));
+    box.replaceChildren(...(lines.length ? lines : ["You have made no choices yet."]).map((text) => make("p", {}, text)));
   }
 
   // --- The listener's panel ------------------------------------------------------------------------------------------
@@ -469,7 +470,7 @@
     save(JSON.stringify({ page: data.id, choices: chosen() }, null, 1), "application/json", `choices-${data.id}.json`));
   document.getElementById("save-csv").addEventListener("click", () => {
     const columns = ["section", "prompt", "seed", "a", "b", "choice", "preferred", "heard_a_s", "heard_b_s", "heard_open", "utc"];
-    const cell = (value) => {  // an apostrophe before what a spreadsheet could take for a formula
+    const cell = (value) => {  // an apostrophe keeps spreadsheets from reading a formula
       const text = typeof value === "string" && /^[=+\-@\t\r\n]/.test(value) ? `'${value}` : String(value);
       return /[",\r\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
     };
@@ -477,12 +478,12 @@
     save(lines.map((line) => line.map(cell).join(",") + "\r\n").join(""), "text/csv", `choices-${data.id}.csv`);
   });
   document.getElementById("forget").addEventListener("click", () => {
-    if (!confirm("Forget all choices that you made on this page?")) return;
+    if (!confirm("Delete all your choices on this page?")) return;
     state = Object.assign(empty(), { blind: state.blind });
     keep();
     sections.forEach(show);
     tally();
-    say("All choices are forgotten.");
+    say("All choices are deleted.");
   });
 
   sections.forEach(show);

@@ -1,9 +1,8 @@
-"""One self-contained page from pieces: audio, notes, MIDI and ratings go into the HTML file, which needs nothing else.
+"""One self-contained page of pieces: the HTML file contains all audio, notes, MIDI and ratings.
 
-The audio of the page is 16-bit FLAC, two channels, at the rate at which it was rendered: lossless, and of the length of
-the clip. What was rendered is float32 with its peak at full scale; ``quantise`` rounds it to the nearest of 65,536
-levels. The ratings of the page are those of the audio after that rounding, so that what is heard is what was rated, bit
-for bit.
+The page's audio is lossless 16-bit FLAC with two channels, at the sample rate of the rendering. The renderer makes
+float32 audio with its peak at full scale; ``quantise`` rounds it to the nearest of 65,536 levels. The page rates the
+audio after that rounding, so what you hear is what was rated, bit for bit.
 """
 
 import base64
@@ -28,16 +27,16 @@ from smart.render import score_notes
 from smart.reward import Reward, resample
 from smart.rollout import SILENT, Piece, System
 
-FULL_SCALE = 32768  # of 16-bit audio
+FULL_SCALE = 32768  # 16-bit audio
 
 
 def quantise(audio: npt.NDArray[np.float32]) -> npt.NDArray[np.int16]:
-    """Float audio (C, S) in [-1, 1] as the nearest 16-bit audio (C, S); 1.0 itself is one step too loud for it."""
+    """Round float audio (C, S) in [-1, 1] to 16-bit audio (C, S); 1.0, one step too loud for it, is clipped."""
     return np.clip(np.rint(audio * FULL_SCALE), -FULL_SCALE, FULL_SCALE - 1).astype(np.int16)
 
 
 def to_flac(audio: npt.NDArray[np.int16], sample_rate: int) -> bytes:
-    """16-bit audio (C, S) as the bytes of a FLAC file, compressed as far as the encoder can."""
+    """16-bit audio (C, S) as the bytes of a FLAC file with maximum compression."""
     import soundfile
 
     file = io.BytesIO()
@@ -46,34 +45,34 @@ def to_flac(audio: npt.NDArray[np.int16], sample_rate: int) -> bytes:
 
 
 def rate(reward: Reward, audio: npt.NDArray[np.int16], sample_rate: int) -> dict[str, float]:
-    """The rating on each axis of 16-bit audio (C, S), which the reward hears as training's does: the mean channel."""
+    """Rate 16-bit audio (C, S) on each axis. As in training, the reward gets the mean of the channels."""
     wave = torch.from_numpy(audio.astype(np.float32) / FULL_SCALE).mean(0)
     scores = reward.score(resample(wave, sample_rate, reward.sample_rate)[None])
     return {axis: values.item() for axis, values in scores.items()}
 
 
 class Section(NamedTuple):
-    """Pairs under one heading: ``first`` against each of ``others``, one model at several steps of its training."""
+    """Pairs under one heading: ``first`` against each of ``others``, a model at several steps of its training."""
 
     title: str
     first: System
     others: Sequence[System]
-    kind: str  # of the prompts
-    corpus: Path | None  # whose test split dataset prompts are from
+    kind: str  # kind of prompts
+    corpus: Path | None  # its test split gives dataset prompts
 
 
 class Page:
-    """Collects the pieces of all sections; ``html`` is the page."""
+    """Collects the pieces of all sections; ``html`` makes the page."""
 
     def __init__(self, reward: Reward, sample_rate: int) -> None:
         self.reward = reward
         self.sample_rate = sample_rate
         self.sections: list[dict[str, Any]] = []
         self.clips: list[dict[str, Any]] = []
-        self.audio: dict[bytes, int] = {}  # FLAC -> number; sections that share a base share its audio
+        self.audio: dict[bytes, int] = {}  # FLAC -> number; sections with the same base share its audio
 
     def add_section(self, section: Section) -> None:
-        """Begin a section; the pieces that are added next belong to it."""
+        """Begin a section; pieces added from now on belong to it."""
         self.sections.append(
             {
                 "title": section.title,
@@ -86,7 +85,7 @@ class Page:
         )
 
     def add(self, piece: Piece, opening: str) -> None:
-        """Take in a piece of the last section; ``opening`` is its prompt in words."""
+        """Add a piece to the last section; ``opening`` is its prompt as text."""
         section = self.sections[-1]
         pairs = {pair["prompt"]: pair for pair in section["pairs"]}
         pair = pairs.get(piece.prompt)
@@ -98,7 +97,7 @@ class Page:
 
     def _clip(self, piece: Piece) -> dict[str, Any]:
         midi: bytes = piece.score.dumps_midi()
-        notes = score_notes(Score.from_midi(midi))  # of the very file that is offered for download
+        notes = score_notes(Score.from_midi(midi))  # from the same file that the page offers for download
         clip: dict[str, Any] = {
             "midi": _text(midi),
             "notes": [[round(onset, 4), round(length, 4), int(p), int(v)] for onset, length, p, v in notes[:, :4]],
@@ -126,7 +125,7 @@ class Page:
         models: Sequence[Mapping[str, Any]],
         configs: Mapping[str, str],
     ) -> str:
-        """The page. ``rule`` says, a sentence each, how the pieces were chosen; the others what made them.
+        """The page as HTML. ``rule`` lists sentences on how the pieces were selected; the rest is their provenance.
 
         The same arguments and pieces give the same bytes.
         """
@@ -137,7 +136,7 @@ class Page:
             "sample_rate": self.sample_rate,
         }
         audio = [_text(flac) for flac in self.audio]
-        # by which the listener's browser keeps choices: those of another page are not mixed with these
+        # the browser stores choices under this id, so that two pages do not mix theirs
         data["id"] = hashlib.sha256(json.dumps([data, audio]).encode()).hexdigest()[:16]
         style, script, template = (
             files("smart.demo").joinpath(name).read_text(encoding="utf-8").strip()
@@ -153,7 +152,7 @@ class Page:
             models=models,
             configs=configs,
             reward=self.reward,
-            style=Markup(style),  # files of this package
+            style=Markup(style),  # safe: a file of this package
             script=Markup(script),
             hashes={"style": _hash(style), "script": _hash(script)},
             sections=self.sections,
@@ -163,10 +162,10 @@ class Page:
 
 
 def _text(content: bytes) -> str:
-    """Bytes in base 85 (RFC 1924), which takes a quarter more; "," stands for "<", which could end a script."""
+    """Bytes in base 85 (RFC 1924), a quarter longer. "," replaces "<", which could end the script element."""
     return base64.b85encode(content).decode().replace("<", ",")
 
 
 def _hash(text: str) -> str:
-    """As a content security policy names an inline script or style."""
+    """Hash of an inline script or style for the content security policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,19 +1,19 @@
-"""Measurements: ``python -m smart.evaluate COMMAND``; a command's module is imported only when it is asked for."""
+"""Evaluation: ``python -m smart.evaluate COMMAND``. A command's module is imported only when that command runs."""
 
 import click
 
 from smart import LazyGroup
 
 COMMANDS = {
-    "sample": "Pieces of several models for the same prompts, rated, as one table.",
-    "report": "The paper's figures, statistics and a page from such tables.",
-    "rate": "Rate audio and MIDI files, silence and noise.",
-    "soundfonts": "How ratings depend on the soundfont.",
-    "hacks": "What else than music a reward likes.",
-    "frontier": "Reward, a held-out judge and diversity against KL, over the checkpoints of runs.",
+    "sample": "Sample several models on the same prompts, rate the pieces, and write one table.",
+    "report": "Draw the paper's figures from such tables, run tests, and write an HTML page.",
+    "rate": "Rate audio and MIDI files, and compare silence and noise with the paper.",
+    "soundfonts": "Measure how ratings depend on the soundfont.",
+    "hacks": "Test whether a reward can be fooled by silence, noise or loops.",
+    "frontier": "Plot reward, a second score and diversity against KL, over the checkpoints of runs.",
 }
 
 
 @click.group(cls=LazyGroup, programs=COMMANDS, package="smart.evaluate")
 def main() -> None:
-    """Sample, rate and compare; reports with the paper's figures."""
+    """Sample, rate and compare models; write reports with the paper's figures."""

@@ -1,19 +1,22 @@
-"""How far to optimise: reward, a judge that was not optimised, and diversity, each against KL to the base.
+"""How far to optimise: the reward, a second score that training does not optimise (the judge), and diversity.
 
-``smart evaluate frontier RUN... --out FOLDER`` draws fresh samples of each checkpoint of one run or several (several
-values of beta), for the same held-out prompts and from the same seeds, and puts them on the axes of Gao, Schulman and
-Hilton (2023), "Scaling laws for reward model overoptimization": d = sqrt(KL). Beside them stands best-of-n: from N
-samples a prompt of the base, the expected reward of the best of n, at KL = log n - (n-1)/n. Their laws
+``smart evaluate frontier RUN... --out FOLDER`` samples fresh pieces from the checkpoints of one or more runs (with
+different values of beta, say), for the same held-out prompts and seeds, and plots them on the axis of Gao, Schulman and
+Hilton (2023), "Scaling laws for reward model overoptimization": d = sqrt(KL to the base). For comparison it adds
+best-of-n: the expected reward of the best of n of the base's pieces per prompt, at KL = log n - (n-1)/n. Their laws
 
     R(d) - R(0) = d (alpha - beta d)          best-of-n
     R(d) - R(0) = d (alpha - beta log d)      reinforcement learning
 
-are fitted to each measure where there are enough points. KL is estimated on the samples: the mean over pieces of
-log pi(piece) - log base(piece), in nats a piece, and the same divided by the tokens drawn. All intervals are 95%:
-percentiles of a bootstrap over prompts, which are paired over checkpoints; those of diversity, which belongs to a set
-of pieces and not to one, come from a jackknife that leaves out a tenth of the prompts at a time.
+are fitted to the reward and to the judge's score where there are enough points. KL is estimated from the samples: the
+mean over pieces of log pi(piece) - log base(piece), in nats per piece, and also in nats per token. Intervals are 95%:
+percentiles of a bootstrap over prompts, paired across checkpoints. Diversity is a property of a set of pieces, so its
+intervals come from a jackknife that leaves out a tenth of the prompts at a time.
 
-Axes: B prompts, N samples a prompt, K checkpoints (the first is the base), R resamples.
+``points`` samples and measures the models, ``laws`` has the estimators and fits; this module has the command and its
+report.
+
+Axes: B prompts, N samples per prompt, K checkpoints (the first is the base), R resamples.
 """
 
 import functools
@@ -23,163 +26,64 @@ import math
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import click
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
-from smart import UserError, diversity, plots, require
+from smart import UserError, plots, require
 from smart.config import Config, load, to_dict
-from smart.evaluate.sample import is_whole
-from smart.evaluate.statistics import RESAMPLES, Estimate, jackknife
+from smart.evaluate.laws import (
+    Fit,
+    Floats,
+    Rows,
+    best_of_n,
+    best_of_n_kl,
+    bootstrap,
+    fit_law,
+    interval,
+    mean,
+    order_weights,
+    ratio,
+    resample,
+)
+from smart.evaluate.points import (
+    BEST_OF_N,
+    Drawn,
+    Point,
+    Setting,
+    average,
+    base_logprobs,
+    baseline,
+    draw,
+    varied,
+    weigh,
+)
 from smart.files import sha256, write_atomically
-from smart.guard import Judge, collapsed, variety
+from smart.guard import collapsed
 from smart.model import load_base, pick_device
 from smart.render import RenderError, check_soundfont, find_soundfont
 from smart.reward import Reward, load_reward
-from smart.rollout import BLOCK, Piece, System, compose, find_system
+from smart.rollout import BLOCK, System, find_system
 from smart.run import CONFIG, alone, changes, checkpoint, claim, in_one_line, progress
-from smart.tokens import decode, load_tokenizer, vocabulary
 
-Floats = npt.NDArray[np.float64]
-Rows = npt.NDArray[np.int64]
-
-BEST_OF_N = "best of n"
-FEWEST = 4  # points that a law with two coefficients is fitted to
-
-
-# --- Best of n ----------------------------------------------------------------------------------------------------
-
-
-def order_weights(samples: int, n: int) -> Floats:
-    """Weight (N,) of the i-th lowest of N samples in the expected maximum of n of them, drawn without replacement.
-
-    C(i-1, n-1) / C(N, n): the share of the subsets of n in which the i-th lowest is the highest. The weighted sum is
-    the unbiased estimator of E[max of n] with least variance. Raises ``ValueError`` unless 1 <= n <= N.
-    """
-    if not 1 <= n <= samples:
-        raise ValueError(f"best of n: expected 1 <= n <= {samples}, got {n}")
-    return np.array([math.comb(i - 1, n - 1) / math.comb(samples, n) for i in range(1, samples + 1)])
-
-
-def best_of_n(rewards: Floats, values: Floats, n: int) -> Floats:
-    """Expected ``values`` of the sample with the highest of ``rewards`` among n: (B,) from (B, N) each.
-
-    Samples of equal reward are equally likely to be the best. A sample without a reward (NaN) is not in the draw; a
-    prompt with fewer than n is NaN.
-    """
-    expected = np.full(len(rewards), math.nan)
-    for row, (reward, value) in enumerate(zip(rewards, values, strict=True)):
-        rated = np.isfinite(reward)
-        if rated.sum() < n:
-            continue
-        _, rank, count = np.unique(reward[rated], return_inverse=True, return_counts=True)
-        ends = np.cumsum(count)
-        share = np.diff(np.append(0.0, np.cumsum(order_weights(int(rated.sum()), n))[ends - 1])) / count
-        expected[row] = (share[rank] * value[rated]).sum()
-    return expected
-
-
-def best_of_n_kl(n: int) -> float:
-    """KL of best-of-n to the base in nats a piece: log n - (n-1)/n, exact where no two pieces have the same reward."""
-    return math.log(n) - (n - 1) / n
-
-
-# --- Intervals ----------------------------------------------------------------------------------------------------
-
-
-def resample(prompts: int, seed: int) -> Rows:
-    """Prompts of each of R bootstrap samples: (R, B)."""
-    return np.random.default_rng(seed).integers(prompts, size=(RESAMPLES, prompts))
-
-
-def bootstrap(values: Floats, rows: Rows) -> Floats:
-    """Mean over prompts of each resample, (R,), of ``values`` (B,); what is NaN is left out."""
-    return ratio(values, np.ones_like(values), rows)
-
-
-def ratio(above: Floats, below: Floats, rows: Rows) -> Floats:
-    """Sum of ``above`` over sum of ``below``, (R,), both (B,); prompts where ``above`` is NaN are left out."""
-    known = np.isfinite(above)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(known, above, 0.0)[rows].sum(1) / np.where(known, below, 0.0)[rows].sum(1)
-
-
-def interval(value: float, resampled: Floats, count: int) -> Estimate:
-    """``value``, of ``count`` prompts or points, with the 2.5th and 97.5th percentile of what was resampled."""
-    known = resampled[np.isfinite(resampled)]
-    low, high = np.percentile(known, [2.5, 97.5]) if len(known) else (math.nan, math.nan)
-    return Estimate(float(value), float(low), float(high), count)
-
-
-def mean(values: Floats, rows: Rows) -> Estimate:
-    """Mean over prompts of ``values`` (B,); what is NaN is left out."""
-    known = values[np.isfinite(values)]
-    return interval(float(known.mean()) if len(known) else math.nan, bootstrap(values, rows), len(known))
-
-
-# --- The laws of Gao et al. ---------------------------------------------------------------------------------------
-
-
-class Fit(NamedTuple):
-    """R(d) - R(0) = d (alpha - beta d), or d (alpha - beta log d); without coefficients where ``why_not`` says why."""
-
-    law: str  # "best-of-n" or "rl"
-    points: int
-    alpha: Estimate | None = None
-    beta: Estimate | None = None
-    residual: float = math.nan  # root mean square, on the measure's own scale
-    why_not: str = ""
-
-    def curve(self, distance: Floats, start: float = 0.0) -> Floats:
-        """R(d) from R(0) = ``start``."""
-        assert self.alpha is not None and self.beta is not None
-        return start + _terms(self.law, distance) @ np.array([self.alpha.value, self.beta.value])
-
-
-def _terms(law: str, distance: Floats) -> Floats:
-    """(K, 2): what alpha and beta are multiplied with."""
-    second = distance if law == "best-of-n" else np.log(distance, where=distance > 0, out=np.zeros_like(distance))
-    return np.stack([distance, -distance * second], axis=-1)
-
-
-def fit_law(law: str, kl: Floats, gain: Floats, kl_resampled: Floats, gain_resampled: Floats) -> Fit:
-    """Least squares of one law over K points, and again over each of R resamples for the intervals.
-
-    ``kl`` and ``gain`` = R(d) - R(0) are (K,), the resampled ones (R, K). Points whose KL cannot be told from 0 do not
-    count: their d is noise.
-    """
-    away = np.isfinite(gain) & (kl > 0) & (np.percentile(kl_resampled, 2.5, axis=0) > 0)
-    points = int(away.sum())
-    if points < FEWEST:
-        reason = f"{points} of {len(kl)} points have a KL above 0; two coefficients need {FEWEST} to mean anything"
-        return Fit(law, points, why_not=reason)
-
-    def solve(kl: Floats, gain: Floats) -> Floats:
-        return np.asarray(np.linalg.lstsq(_terms(law, np.sqrt(np.maximum(kl, 0))), gain, rcond=None)[0], np.float64)
-
-    found = solve(kl[away], gain[away])
-    many = [solve(*pair) for pair in zip(kl_resampled[:, away], gain_resampled[:, away], strict=True)]
-    alpha, beta = (interval(one, column, points) for one, column in zip(found, np.array(many).T, strict=True))
-    fit = Fit(law, points, alpha, beta)
-    return fit._replace(residual=float(np.sqrt(np.mean((fit.curve(np.sqrt(kl[away])) - gain[away]) ** 2))))
-
-
-# --- The checkpoint to keep ---------------------------------------------------------------------------------------
+__all__ = [
+    "BEST_OF_N", "RULE", "Drawn", "Fit", "Point", "Setting", "average", "base_logprobs", "baseline", "best_of_n",
+    "best_of_n_kl", "draw", "evenly", "fit_all", "fit_law", "interval", "keep", "main", "mean", "order_weights",
+    "ratio", "report", "resample", "varied", "weigh",
+]  # fmt: skip
 
 RULE = (
-    "Of the checkpoints that have not collapsed, those that the held-out judge rates highest, or as high as can be "
-    "told (the paired 95% interval of the difference reaches 0); of these the one with the highest reward. Where every "
-    "checkpoint has collapsed, the base. Without a judge, by reward alone."
+    "Take the checkpoints that have not collapsed. Of these take the one with the best judge score, and those that "
+    "cannot be told from it (the paired 95% interval of the difference reaches 0). Of these keep the one with the "
+    "highest reward. If every checkpoint has collapsed, keep the base. Without judge scores, go by reward alone."
 )
 
 
 def keep(rewards: Floats, judge: Floats, collapsed: Sequence[str | None], rows: Rows) -> int:
-    """Which of K checkpoints to keep by ``RULE``; 0 is the base. ``rewards`` and ``judge`` are (K, B)."""
+    """Index of the checkpoint to keep by ``RULE``; 0 is the base. ``rewards`` and ``judge`` are (K, B)."""
     sound = [place for place in range(1, len(rewards)) if not collapsed[place]]
     if not sound:
         return 0
@@ -189,236 +93,8 @@ def keep(rewards: Floats, judge: Floats, collapsed: Sequence[str | None], rows: 
     return max(level, key=lambda place: float(rated[place]))
 
 
-# --- Drawing ------------------------------------------------------------------------------------------------------
-
-
-class Drawn(NamedTuple):
-    """What one model wrote: B prompts, N samples each, in order; ratings are NaN where a clip failed."""
-
-    tokens: list[list[int]]  # (B x N) prompt and completion
-    reward: Floats  # (B, N)
-    judge: Floats  # (B, N)
-    log_ratio: Floats  # (B, N) log pi(piece) - log base(piece), of the completion, in nats
-    length: Floats  # (B, N) tokens of the completion
-
-
-class Setting(NamedTuple):
-    """What all of one report's models are drawn and rated with."""
-
-    config: Config  # of the first run
-    reward: Reward
-    other: Reward | None  # a judge of its own, where one was asked for
-    prompts: int
-    seed: int
-    device: str
-
-    @property
-    def judge(self) -> str:
-        """Who judges, in words."""
-        if self.other is not None:
-            return f"{self.other.name} ({' '.join(self.other.weights)})"
-        return Judge(self.reward, None).name
-
-
-def base_logprobs(model: Any, pieces: Sequence[Piece], pad_id: int, temperature: float) -> list[float]:
-    """Log-probability of each completion under ``model`` at ``temperature``, full softmax, summed over its tokens."""
-    device = model.device
-    longest = max(len(piece.tokens) for piece in pieces)
-    tokens = torch.tensor([piece.tokens + [pad_id] * (longest - len(piece.tokens)) for piece in pieces], device=device)
-    place = torch.arange(1, longest, device=device)
-    begin, end = (
-        torch.tensor([count(piece) for piece in pieces], device=device)[:, None]
-        for count in (lambda piece: piece.prompt_length, lambda piece: len(piece.tokens))
-    )
-    with torch.inference_mode():  # what follows a piece's end is padding, which nothing looks back at
-        logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float() / temperature
-        logp = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
-    within = (begin <= place) & (place < end)
-    return logp.masked_fill(~within, 0).double().sum(1).tolist()
-
-
-def draw(system: System, samples: int, setting: Setting, folder: Path, base: Any, bar: Any) -> Drawn:
-    """Pieces of one model, read from ``folder`` as far as they were drawn before, a table for each block.
-
-    ``base`` is the base's network. Ratings and log-probabilities are stored, so that nothing is drawn twice.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    config, size = setting.config, max(BLOCK // samples, 1)  # prompts of a block
-    blocks = [folder / f"{number:05d}.parquet" for number in range(-(-setting.prompts // size))]
-    done = next((place for place, path in enumerate(blocks) if not is_whole(path)), len(blocks))
-    bar.update(min(done * size, setting.prompts) * samples)
-    if done < len(blocks):
-        tokenizer = load_tokenizer(system.model)
-        pieces = compose(
-            [system],
-            prompts=config.prompts.kind,
-            corpus=config.prompts.corpus or None,
-            split="test",
-            first=done * size,
-            count=setting.prompts - done * size,
-            samples=samples,
-            seed=setting.seed,
-            soundfont=find_soundfont(config.render.soundfont),
-            rewards=[setting.reward, *([setting.other] if setting.other else [])],
-            seconds=config.render.seconds,
-            sample_rate=config.render.sample_rate,
-            workers=config.render.workers,
-            backend=config.render.backend,
-            device=setting.device,
-            batch=size * samples,
-            **{name: getattr(config.sampling, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")},
-        )
-        pad_id = vocabulary(tokenizer).pad_id
-        for path in blocks[done:]:
-            block = list(itertools.islice(pieces, size * samples))
-            likely = base_logprobs(base, block, pad_id, config.sampling.temperature)
-            rows = [
-                {
-                    "prompt": piece.prompt,
-                    "sample": piece.sample,
-                    "seed": piece.seed,
-                    "tokens": piece.tokens,
-                    "length": piece.length,
-                    "logprob": piece.logprobs,
-                    "base_logprob": under_base,
-                    **piece.scores,
-                }
-                for piece, under_base in zip(block, likely, strict=True)
-            ]
-            write_atomically(path, functools.partial(pq.write_table, pa.Table.from_pylist(rows)))
-            bar.update(len(rows))
-    table = pa.concat_tables([pq.read_table(path) for path in blocks]).to_pydict()
-
-    def column(name: str) -> Floats:
-        return np.array(table[name], dtype=np.float64).reshape(setting.prompts, samples)
-
-    def rated(reward: Reward, axes: Sequence[str] = ()) -> Floats:
-        """The mean of ``axes``, or what the reward makes of them all."""
-        scores = {axis: torch.from_numpy(column(f"{reward.name}.{axis}")) for axis in reward.axes}
-        if axes:
-            return torch.stack([scores[axis] for axis in axes]).mean(0).numpy()
-        return (
-            reward.combine({axis: values.flatten() for axis, values in scores.items()})
-            .double()
-            .numpy()
-            .reshape(setting.prompts, samples)
-        )
-
-    length, under_base = column("length"), column("base_logprob")
-    axes = Judge(setting.reward, None).axes
-    plausibility = under_base / np.maximum(length, 1)
-    return Drawn(
-        tokens=table["tokens"],
-        reward=rated(setting.reward),
-        judge=rated(setting.other) if setting.other else rated(setting.reward, axes) if axes else plausibility,
-        log_ratio=column("logprob") - under_base,
-        length=length,
-    )
-
-
-# --- The report ---------------------------------------------------------------------------------------------------
-
-
-def varied(vectors: npt.NDArray[Any], rows: Rows) -> tuple[Estimate, Estimate]:
-    """How many different pieces there are in effect (Vendi score): among prompts, and among a prompt's own samples.
-
-    ``vectors`` is (B, N, D), unit vectors of the pieces. The first is over sets of one piece a prompt, the mean over
-    the N sets: 1 to B. The second is the mean over prompts: 1 to N.
-    """
-    count, samples, _ = vectors.shape
-    sets = [diversity.kernel(vectors[:, sample]) for sample in range(samples)]
-
-    def among(prompts: Sequence[int]) -> dict[str, float]:
-        return {"vendi": float(np.mean([diversity.vendi_score(one[np.ix_(prompts, prompts)]) for one in sets]))}
-
-    within = np.array([diversity.vendi_score(diversity.kernel(one)) for one in vectors])
-    found = jackknife(among, count)["vendi"]
-    return found._replace(low=max(found.low, 1.0), high=min(found.high, float(count))), mean(within, rows)
-
-
-def average(values: Floats) -> Floats:
-    """Mean over samples, (B,) from (B, N), of what is not NaN; NaN where all are."""
-    known = np.isfinite(values)
-    count = known.sum(1)
-    return np.where(count > 0, np.where(known, values, 0).sum(1) / np.maximum(count, 1), math.nan)
-
-
-class Point(NamedTuple):
-    """One model, or best-of-n at one n, in numbers."""
-
-    series: str
-    step: int  # iterations; n of best-of-n
-    estimates: dict[str, Estimate]  # kl, kl_token, reward, judge, vendi, vendi_within
-    by_prompt: dict[str, Floats]  # (B,) reward, judge and log_ratio
-    variety: dict[str, float]  # what the rule for collapse looks at
-    failed: int
-    pieces: int
-
-
-def weigh(series: str, step: int, drawn: Drawn, tokenizer: Any, rows: Rows, *, is_base: bool = False) -> Point:
-    """One model's point. The base's KL to itself is 0."""
-    count, samples = drawn.reward.shape
-    scores = [decode(tokenizer, tokens) for tokens in drawn.tokens]
-    vectors = np.stack([diversity.symbolic_vector(score) for score in scores]).reshape(count, samples, -1)
-    log_ratio = np.zeros_like(drawn.log_ratio) if is_base else drawn.log_ratio
-    by_prompt = {"reward": average(drawn.reward), "judge": average(drawn.judge), "log_ratio": log_ratio.mean(1)}
-    length = drawn.length.mean(1)
-    estimates = {name: mean(values, rows) for name, values in by_prompt.items()}
-    per_token = float(by_prompt["log_ratio"].sum() / length.sum())
-    among, within = varied(vectors, rows)
-    return Point(
-        series,
-        step,
-        {
-            "kl": estimates.pop("log_ratio"),
-            "kl_token": interval(per_token, ratio(by_prompt["log_ratio"], length, rows), count),
-            **estimates,
-            "vendi": among,
-            "vendi_within": within,
-        },
-        by_prompt,
-        variety(scores, groups=[row // samples for row in range(len(scores))]),
-        int((~np.isfinite(drawn.reward)).sum()),
-        count * samples,
-    )
-
-
-def baseline(drawn: Drawn, tokenizer: Any, rows: Rows, sets: int) -> list[Point]:
-    """Best-of-n of the base's N samples a prompt, n = 1, 2, 4, .. N.
-
-    Ratings are the expectation over all subsets of n. For diversity the best of each of up to ``sets`` disjoint subsets
-    is looked at.
-    """
-    count, samples = drawn.reward.shape
-    scores = [diversity.symbolic_vector(decode(tokenizer, tokens)) for tokens in drawn.tokens]
-    vectors = np.stack(scores).reshape(count, samples, -1)
-    points = []
-    for n in [2**power for power in range(samples.bit_length()) if 2**power <= samples]:
-        by_prompt = {
-            "reward": best_of_n(drawn.reward, drawn.reward, n),
-            "judge": best_of_n(drawn.reward, drawn.judge, n),
-            "log_ratio": np.full(count, best_of_n_kl(n)),
-        }
-        parts = [slice(begin, begin + n) for begin in range(0, samples - n + 1, n)][:sets]
-        best = [np.nan_to_num(drawn.reward[:, part], nan=-math.inf).argmax(1) + part.start for part in parts]
-        among, _ = varied(np.stack([vectors[np.arange(count), one] for one in best], axis=1), rows)
-        exact = Estimate(best_of_n_kl(n), best_of_n_kl(n), best_of_n_kl(n), count)
-        per_token = exact.value / float(drawn.length.mean())
-        estimates = {
-            "kl": exact,
-            "kl_token": Estimate(per_token, per_token, per_token, count),
-            "reward": mean(by_prompt["reward"], rows),
-            "judge": mean(by_prompt["judge"], rows),
-            "vendi": among,
-            "vendi_within": Estimate(math.nan, math.nan, math.nan, 0),
-        }
-        failed = int((~np.isfinite(drawn.reward)).sum())
-        points.append(Point(BEST_OF_N, n, estimates, by_prompt, {}, failed, count * samples))
-    return points
-
-
 def columns(point: Point, collapse: str | None, kept: bool) -> dict[str, Any]:
-    """A point as a row of the table; what is not known is None."""
+    """A point as a row of the table; an unknown number is None."""
     numbers = {
         f"{name}{end}": value if math.isfinite(value) else None
         for name, estimate in point.estimates.items()
@@ -437,7 +113,7 @@ def columns(point: Point, collapse: str | None, kept: bool) -> dict[str, Any]:
 
 
 def fit_all(series: dict[str, list[Point]], rows: Rows) -> dict[tuple[str, str], Fit]:
-    """The law of each series, by series and measure: of the reward and of the judge."""
+    """A fit for each series and measure (reward, judge), keyed by both names."""
     fits = {}
     for (name, points), measure in itertools.product(series.items(), ("reward", "judge")):
         resampled = {
@@ -455,18 +131,36 @@ def fit_all(series: dict[str, list[Point]], rows: Rows) -> dict[tuple[str, str],
     return fits
 
 
+def choose(points: Sequence[Point], rows: Rows) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Apply ``RULE`` to a run, base first: its entry in the summary, and its rows of the table."""
+    base = points[0].variety
+    far = [point.variety | {"kl": point.estimates["kl_token"].value} for point in points[1:]]
+    reasons = [None, *(collapsed(base, each) for each in far)]
+    reward, judge = (np.stack([point.by_prompt[what] for point in points]) for what in ("reward", "judge"))
+    best = keep(reward, judge, reasons, rows)
+    entry = {
+        "keep": points[best].step,
+        "judge_against_base": mean(judge[best] - judge[0], rows)._asdict(),
+        "reward_against_base": mean(reward[best] - reward[0], rows)._asdict(),
+        "collapsed": [{"step": point.step, "why": why} for point, why in zip(points, reasons, strict=True) if why],
+    }
+    return entry, [
+        columns(point, reason, place == best) for place, (point, reason) in enumerate(zip(points, reasons, strict=True))
+    ]
+
+
 def evenly(steps: Sequence[int], most: int) -> list[int]:
-    """At most ``most`` of ``steps``, evenly spaced, the last one among them."""
+    """At most ``most`` of ``steps``, evenly spaced and including the last."""
     count = min(most, len(steps))
     return [steps[round(place * len(steps) / count) - 1] for place in range(1, count + 1)]
 
 
 def find_settings(runs: Sequence[Path]) -> list[Config]:
-    """Each run's configuration. Raises ``UserError`` where they differ in what must be alike to be compared."""
+    """Each run's configuration. Raises ``UserError`` if they differ in a setting that makes runs incomparable."""
     configs: list[Config] = []
     for run in runs:
         if not (run / CONFIG).is_file():
-            raise UserError(f"{run}: expected the folder of a tuning run, with {CONFIG}")
+            raise UserError(f"{run}: expected the folder of a tuning run, but it has no {CONFIG}")
         configs.append(load(run / CONFIG))
     wanted = ("model", "prompts", "sampling", "render", "reward")
     first, *others = [{name: to_dict(config)[name] for name in wanted} for config in configs]
@@ -479,24 +173,39 @@ def find_settings(runs: Sequence[Path]) -> list[Config]:
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder, new or unfinished.")
-@click.option("-n", "--n", "prompts", default=128, show_default=True, type=click.IntRange(min=2), help="Prompts.")
-@click.option("--samples", default=2, show_default=True, type=click.IntRange(1, BLOCK), help="Pieces a prompt.")
 @click.option(
-    "--checkpoints", default=10, show_default=True, type=click.IntRange(min=1), help="Of each run, evenly spaced."
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder for the report: new, or one to continue."
 )
 @click.option(
-    "--best-of", default=16, show_default=True, type=click.IntRange(1, BLOCK), help="The base's pieces a prompt."
+    "-n", "--n", "prompts", default=128, show_default=True, type=click.IntRange(min=2),
+    help="Number of held-out prompts.",
+)  # fmt: skip
+@click.option(
+    "--samples", default=2, show_default=True, type=click.IntRange(1, BLOCK), help="Pieces per prompt and checkpoint."
 )
-@click.option("--judge", help="A reward that judges beside the run's own; else what the run's [guard.judge] says.")
-@click.option("--seed", default=2, show_default=True, type=click.IntRange(0, 2**31 - 1))
-@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option(
+    "--checkpoints", default=10, show_default=True, type=click.IntRange(min=1),
+    help="Checkpoints to measure per run at most, evenly spaced up to the last.",
+)  # fmt: skip
+@click.option(
+    "--best-of", default=16, show_default=True, type=click.IntRange(1, BLOCK),
+    help="Pieces per prompt from the base, for best-of-n.",
+)  # fmt: skip
+@click.option("--judge", metavar="KIND", help="Reward to use as the judge.  [default: guard.judge of the run]")
+@click.option(
+    "--seed", default=2, show_default=True, type=click.IntRange(0, 2**31 - 1),
+    help="Seed of the prompts, the sampling and the bootstrap.",
+)  # fmt: skip
+@click.option(
+    "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]),
+    help="Where models and rewards run; auto: on CUDA if available.",
+)  # fmt: skip
 def main(**given: Any) -> None:
-    """Reward, a held-out judge and diversity against KL to the base, over the checkpoints of each tuning RUN.
+    """Plot reward, a judge's score and diversity against KL to the base, over the checkpoints of each tuning RUN.
 
-    The same command goes on after an interruption.
+    The judge is a second score that training does not optimise. If interrupted, run the same command again to continue.
     """
-    with in_one_line("the report", "the same command goes on from here", RenderError):
+    with in_one_line("the report", "run the same command again to continue", RenderError):
         report(**given)
 
 
@@ -512,13 +221,13 @@ def report(
     seed: int,
     device: str,
 ) -> None:
-    """Write ``out``: see the command's help. Raises ``UserError`` for what the user can mend."""
+    """Write the report to ``out``. Arguments as in the command's help; raises ``UserError`` for mistakes in them."""
     configs = find_settings(runs)
     config, where = configs[0], pick_device(device)
     names = [run.resolve().name for run in runs]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"two runs are called {name!r}; rename the folder of one")
+            raise UserError(f"two runs are called {name!r}; rename one of the folders")
 
     def reward() -> Reward:
         wanted = config.reward
@@ -549,7 +258,7 @@ def report(
         *(functools.partial(checkpoints_of, run) for run in runs),
     )
     if other_rates is not None and other_rates.name == rates.name:
-        raise UserError(f"--judge {other_rates.name}: is what the runs optimise; give another reward")
+        raise UserError(f"--judge {other_rates.name}: the runs optimise this reward; choose another")
     network, tokenizer = load_base(base.model, device=where)
     setting = Setting(config, rates, other_rates, prompts, seed, device)
     models = [base, *itertools.chain(*systems)]
@@ -588,21 +297,8 @@ def report(
     chosen: dict[str, Any] = {}
     table = []
     for title, points in series.items():
-        far = [point.variety | {"kl": point.estimates["kl_token"].value} for point in points[1:]]
-        reasons = [None, *(collapsed(origin.variety, each) for each in far)]
-        reward_of, judge_of = (np.stack([point.by_prompt[what] for point in points]) for what in ("reward", "judge"))
-        best = keep(reward_of, judge_of, reasons, rows)
-        table += [
-            columns(point, reason, place == best)
-            for place, (point, reason) in enumerate(zip(points, reasons, strict=True))
-        ]
-        gone = [{"step": point.step, "why": why} for point, why in zip(points, reasons, strict=True) if why]
-        chosen[title] = {
-            "keep": points[best].step,
-            "judge_against_base": mean(judge_of[best] - judge_of[0], rows)._asdict(),
-            "reward_against_base": mean(reward_of[best] - reward_of[0], rows)._asdict(),
-            "collapsed": gone,
-        }
+        chosen[title], lines = choose(points, rows)
+        table += lines
     series[BEST_OF_N] = baseline(drawn, tokenizer, rows, samples)
     table += [columns(point, None, False) for point in series[BEST_OF_N]]
     fits = fit_all(series, rows)
@@ -611,9 +307,9 @@ def report(
         what = f"keep iteration {one['keep']}" if one["keep"] else "keep the base: every checkpoint has collapsed"
         click.echo(f"{title}: {what}; {len(one['collapsed'])} of {len(series[title]) - 1} checkpoints have collapsed")
         for gone in one["collapsed"][:1]:
-            click.echo(f"  from iteration {gone['step']} on: {gone['why']}")
+            click.echo(f"  first at iteration {gone['step']}: {gone['why']}")
     if rates.is_stand_in:
-        click.echo(f"{rates.name} is a stand-in, not the aesthetic model: see docs/rewards.md")
+        click.echo(f"{rates.name} is an approximation, not the aesthetic model: see docs/rewards.md")
     click.echo(f"report in {out}: frontier.png, frontier.pdf, frontier.csv, frontier.parquet, summary.json")
 
 
@@ -624,13 +320,13 @@ def write(
     chosen: dict[str, Any],
     setting: Setting,
 ) -> None:
-    """The figure, its data as CSV and Parquet, and ``summary.json``, which comes last."""
+    """Write the figure, its data as CSV and Parquet, and last ``summary.json``."""
     data = pa.Table.from_pylist(table)
     write_atomically(out / "frontier.parquet", functools.partial(pq.write_table, data))
     labels = {
         "reward": f"reward: {setting.reward.name} ({' '.join(setting.reward.weights)})",
-        "judge": "held-out judge: " + setting.judge.replace(" (", "\n("),
-        "vendi": f"different pieces in effect, of {setting.prompts}",
+        "judge": "held-out score: " + setting.judge.replace(" (", "\n("),
+        "vendi": f"effective number of different pieces, of {setting.prompts}",
     }
     starts = {(row["series"], measure): row[measure] for row in reversed(table) for measure in labels}  # R(0)
     laws: dict[tuple[str, str], Callable[[Floats], Floats]] = {

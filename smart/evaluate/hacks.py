@@ -1,19 +1,19 @@
-"""What else than music a reward likes: probes that no listener would take for music, beside real pieces.
+"""Can a reward be fooled? Clips that no listener would take for music are rated next to real pieces.
 
     python -m smart.evaluate hacks --out hacks --reward ce_proxy my-midi/*.mid
 
-Reinforcement learning finds whatever rates well, so what rates well without being music should be known before a run,
-not after it. Each probe is made from each real piece (its notes within the seconds that are rated), so probe and piece
-are compared pair by pair; intervals are 95% bootstraps over pieces.
+Reinforcement learning finds whatever scores well, so it is better to know before a run what scores well without being
+music. Each probe is made from each real piece (from its notes within the rated seconds), so probes and pieces are
+compared pair by pair. Intervals are 95%, by a bootstrap over pieces.
 
-The rule of the verdict, for d the mean difference probe - piece and its interval:
+The verdict depends on d, the mean difference probe - piece, and its interval:
 
-- nonsense (silence, noise, a held chord, one repeated note, random notes): "prefers nonsense" where d >= 0; "hardly
-  tells it from music" where d < 0 but the interval reaches 0; else "rates it lower".
-- form (a looped bar, shuffled bars): the same notes without their course; "does not hear form" where d >= 0 or the
-  interval reaches 0, else "rates it lower".
-- what should not matter (transposition, loudness, soundfont): "changes the rating" where the interval leaves out 0,
-  else "unmoved".
+- nonsense (silence, noise, a held chord, one repeated note, random notes): "prefers nonsense" if d >= 0; "hardly tells
+  it from music" if d < 0 but the interval reaches 0; else "rates it lower".
+- form (a looped bar, shuffled bars: notes without their form): "does not hear form" if d >= 0 or the interval reaches
+  0; else "rates it lower".
+- should not matter (transposition, loudness, soundfont): "changes the rating" if the interval excludes 0; else
+  "unmoved".
 """
 
 import math
@@ -32,6 +32,7 @@ from smart.evaluate.ratings import (
     Kept,
     Row,
     announce,
+    clip_options,
     columns,
     estimate,
     load_rewards,
@@ -62,19 +63,19 @@ Ratings = dict[str, npt.NDArray[np.float64]]  # column -> (pieces,)
 NONSENSE, FORM, HARMLESS, REAL = "nonsense", "form", "should not matter", "real"
 ONSET, DURATION, PITCH, VELOCITY, PROGRAM, DRUM = range(len(NOTE_COLUMNS))
 PIANO = (21, 108)
-NOISE_LEVEL = 0.1  # standard deviation, of full scale
+NOISE_LEVEL = 0.1  # standard deviation; full scale is 1
 
 
 class Real(NamedTuple):
-    """A real piece as the probes see it."""
+    """The part of a real piece that the probes use."""
 
     name: str
-    notes: Notes  # (n, 6), those that begin within the seconds that are rated, cut at their end
-    bar: float  # seconds of a bar of its first time signature in its first tempo
+    notes: Notes  # (n, 6), the notes that begin within the rated seconds, cut at their end
+    bar: float  # seconds per bar, by its first time signature and first tempo
 
 
 def real_piece(name: str, score: Any, seconds: float) -> Real | None:
-    """The beginning of a piece; None where no note begins within ``seconds``."""
+    """The beginning of a piece; None if no note begins within ``seconds``."""
     notes = score_notes(score)
     notes = notes[(notes[:, ONSET] < seconds) & (notes[:, VELOCITY] > 0)]
     if not len(notes):
@@ -87,7 +88,7 @@ def real_piece(name: str, score: Any, seconds: float) -> Real | None:
 
 
 # Probes -----------------------------------------------------------------------------------------------------
-# each takes a real piece, a generator of its own and the seconds that are rated; None: no such probe of this piece
+# each takes a real piece, a random generator and the rated seconds; None means that the piece does not allow it
 
 
 def held_chord(piece: Real, random: np.random.Generator, seconds: float) -> Notes:
@@ -103,7 +104,7 @@ def repeated_note(piece: Real, random: np.random.Generator, seconds: float) -> N
 
 
 def random_notes(piece: Real, random: np.random.Generator, seconds: float) -> Notes:
-    """As many notes as the piece has, with its durations and velocities, but onsets and pitches drawn evenly."""
+    """The number of notes, durations and velocities of the piece, with uniformly random onsets and pitches."""
     count = len(piece.notes)
     end = float((piece.notes[:, ONSET] + piece.notes[:, DURATION]).max())
     notes = piece.notes.copy()
@@ -116,14 +117,14 @@ def random_notes(piece: Real, random: np.random.Generator, seconds: float) -> No
 
 
 def _bars(piece: Real) -> list[Notes]:
-    """The notes of each bar, onsets from its line; without the last one, which the end of the seconds may cut."""
+    """The notes of each bar, with onsets relative to it; without the last bar, which may be cut off."""
     number = (piece.notes[:, ONSET] // piece.bar).astype(int)
     bars = [piece.notes[number == bar] - np.eye(6)[ONSET] * bar * piece.bar for bar in range(number.max() + 1)]
     return bars[:-1]
 
 
 def loop(piece: Real, random: np.random.Generator, seconds: float) -> Notes | None:
-    """The first bar that has notes, over and over, as long as the piece lasts; None where fewer than two bars fit."""
+    """The first bar that has notes, repeated for the length of the piece; None if fewer than two bars fit."""
     end = float((piece.notes[:, ONSET] + piece.notes[:, DURATION]).max())
     filled = [bar for bar in _bars(piece) if len(bar)]
     if not filled or end < 2 * piece.bar:
@@ -134,7 +135,7 @@ def loop(piece: Real, random: np.random.Generator, seconds: float) -> Notes | No
 
 
 def shuffled_bars(piece: Real, random: np.random.Generator, seconds: float) -> Notes | None:
-    """The piece's bars in another order; None where there are fewer than two whole ones."""
+    """The piece's bars in a different order; None if it has fewer than two whole bars."""
     bars = _bars(piece)
     if len(bars) < 2:
         return None
@@ -146,7 +147,7 @@ def shuffled_bars(piece: Real, random: np.random.Generator, seconds: float) -> N
 
 
 def transposed(semitones: int) -> Callable[[Real, np.random.Generator, float], Notes]:
-    """The piece ``semitones`` higher; notes that MIDI lacks go by octaves to the nearest that it has."""
+    """The piece ``semitones`` higher; a pitch outside MIDI's range moves back by an octave. Drums stay."""
 
     def move(piece: Real, random: np.random.Generator, seconds: float) -> Notes:
         notes = piece.notes.copy()
@@ -158,7 +159,7 @@ def transposed(semitones: int) -> Callable[[Real, np.random.Generator, float], N
 
 
 def at_velocity(velocity: int) -> Callable[[Real, np.random.Generator, float], Notes]:
-    """The piece with every note equally hard."""
+    """The piece with the same velocity for every note."""
 
     def set_all(piece: Real, random: np.random.Generator, seconds: float) -> Notes:
         notes = piece.notes.copy()
@@ -198,11 +199,11 @@ WITHOUT_NOTES = {"silence": silence, "white noise": white_noise}
 
 
 def verdict(kind: str, difference: dict[str, float]) -> str:
-    """The rule of this module, in words; "" for real pieces, and where there is no difference to judge."""
+    """The verdict by the rule at the top of this module; "" for real pieces, and if the difference is unknown."""
     mean, low, high = (difference[key] for key in ("mean", "low", "high"))
     if kind == REAL or not math.isfinite(mean):
         return ""
-    reaches_zero = not (high < 0 or low > 0)  # as well where one pair gives no interval
+    reaches_zero = not (high < 0 or low > 0)  # also true if there is no interval, as with one pair
     if kind == HARMLESS:
         return "unmoved" if reaches_zero else "changes the rating"
     if kind == FORM:
@@ -216,7 +217,7 @@ def verdict(kind: str, difference: dict[str, float]) -> str:
 
 
 def written_by(model: str, count: int, seed: int, soundfont: Path, device: str) -> dict[str, Any]:
-    """Pieces by name that a model writes for procedural prompts."""
+    """Sample pieces of a model for procedural prompts, by name."""
     pieces = compose(
         [find_system(model)], count=count, seed=seed, soundfont=soundfont, seconds=0.1, device=device, batch=count
     )
@@ -228,19 +229,20 @@ def written_by(model: str, count: int, seed: int, soundfont: Path, device: str) 
 @reward_options
 @click.option(
     "--soundfont", "names", multiple=True, metavar="SOUNDFONT",
-    help="Short name or path; repeatable. The first renders, the others are compared with it. By default timgm, beside "
-    "all others that have a short name and are here.",
+    help="Soundfont, short name or path; repeatable. The first renders the probes, the others are compared with it.  "
+    "[default: timgm, then every other installed soundfont with a short name]",
 )  # fmt: skip
 @click.option(
-    "--model", default="piano-small", show_default=True, help="What writes pieces where no MIDI FILES are given."
+    "--model", default="piano-small", show_default=True, help="Model to sample pieces from if no MIDI FILES are given."
 )
-@click.option("-n", "--count", default=24, show_default=True, type=click.IntRange(min=2), help="Pieces that it writes.")
-@click.option("--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Of all that is drawn.")
-@click.option("--seconds", default=10.0, show_default=True, type=click.FloatRange(0, 600, min_open=True))
-@click.option("--sample-rate", default=44100, show_default=True, type=click.IntRange(8000, 192_000))
 @click.option(
-    "--workers", default=0, show_default=True, type=click.IntRange(min=0), help="That render; 0: one for each core."
+    "-n", "--count", default=24, show_default=True, type=click.IntRange(min=2), help="Pieces to sample from --model."
 )
+@click.option(
+    "--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1),
+    help="Seed of the random probes and of the sampled pieces.",
+)  # fmt: skip
+@clip_options(most_seconds=600)
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the tables and the figure.")
 def main(
     files: tuple[Path, ...],
@@ -256,7 +258,10 @@ def main(
     workers: int,
     out: Path,
 ) -> None:
-    """Rate silence, noise, drones, loops and random notes beside real pieces: MIDI FILES, or what a model writes."""
+    """Test whether a reward can be fooled: rate silence, noise, drones, loops and random notes next to real pieces.
+
+    The real pieces are MIDI FILES, or pieces sampled from a model.
+    """
 
     def fonts() -> list[Path]:
         found = [find_soundfont(name) for name in names or ("timgm",)]
@@ -282,19 +287,23 @@ def main(
         "sample_rate": sample_rate,
     }
     if not scores:
-        click.echo(f"no MIDI files were given: pieces that {model} writes stand in for real music", err=True)
+        click.echo(f"no MIDI files were given: using pieces by {model} instead of real music", err=True)
         scores = written_by(model, count, seed, soundfonts[0], device)
     found = [real_piece(name, score, seconds) for name, score in scores.items()]
     pieces = [piece for piece in found if piece is not None]
     if len(pieces) < 2:
-        raise UserError(f"{len(pieces)} of {len(found)} pieces have a note in the first {seconds:g} s; two are needed")
+        raise UserError(
+            f"{len(pieces)} of {len(found)} pieces have a note in the first {seconds:g} s; at least two are needed"
+        )
     if len(pieces) < len(found):
-        click.echo(f"{len(found) - len(pieces)} of {len(found)} pieces have no note in them and are left out", err=True)
+        click.echo(
+            f"{len(found) - len(pieces)} of {len(found)} pieces have no note in that time and are left out", err=True
+        )
     kept = Kept(out, settings, [piece.name for piece in pieces])
     kinds_of: dict[str, str] = {}
     rated: dict[str, Ratings] = {}
 
-    def generator(piece: int) -> np.random.Generator:  # the same for all probes of a piece, so that one can be added
+    def generator(piece: int) -> np.random.Generator:  # the same for every probe, so that a new probe changes no other
         return np.random.default_rng([seed, piece])
 
     def keep(name: str, kind: str, work: Callable[[], Ratings]) -> None:
@@ -327,18 +336,18 @@ def main(
     rows = _rows(rated, kinds_of, columns(rewards))
     with writing(out):
         _draw(out / "hacks", rows, columns(rewards))
-    stand_in = "" if files else f", written by {model} as a stand-in for real music"
+    source = "" if files else f" by {model} instead of real music"
     click.echo(
-        f"{len(pieces)} pieces{stand_in}, the first {seconds:g} s, {soundfonts[0].stem}; 95% intervals over pieces"
+        f"{len(pieces)} pieces{source}, the first {seconds:g} s, {soundfonts[0].stem}; 95% intervals over pieces"
     )
     for column in columns(rewards):
         click.echo(f"\n{column}")
         click.echo(_shown([row for row in rows if row["rating"] == column]))
-    click.echo(f"\nwrote hacks.csv, ratings.csv and hacks.png and .pdf into {out}")
+    click.echo(f"\nwrote hacks.csv, ratings.csv, hacks.png and hacks.pdf to {out}")
 
 
 def _rows(rated: dict[str, Ratings], kinds: dict[str, str], names: Sequence[str]) -> list[Row]:
-    """One row a rating and probe: its mean, its paired difference to the real pieces, the verdict."""
+    """One row per rating and probe: its mean, its paired difference to the real pieces, the verdict."""
     rows = []
     for column in names:
         real = rated["real pieces"][column]
@@ -381,7 +390,7 @@ def _shown(rows: Sequence[Row]) -> str:
 
 
 def _draw(stem: Path, rows: Sequence[Row], names: Sequence[str]) -> None:
-    """The paired differences with their intervals, a panel a rating."""
+    """Draw the paired differences with their intervals, one panel per rating."""
     from matplotlib.figure import Figure
 
     probes = list(dict.fromkeys(row["probe"] for row in rows if row["kind"] != REAL))

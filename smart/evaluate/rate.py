@@ -1,15 +1,15 @@
-"""Ratings of any audio or MIDI file, beside silence and white noise (paper table 1).
+"""Ratings of audio and MIDI files, next to those of silence and white noise (paper table 1).
 
     python -m smart.evaluate rate my-clips/*.wav --reward ce_proxy
 
-A file is cut into windows of ten seconds, the receptive field of Audiobox Aesthetics; its rating is their mean,
-weighted by length, as its own predictor does. Where there are several windows, the interval is Student's t over
-them: it says how even one file is, not how files differ.
+A file is cut into windows of ten seconds, the receptive field of Audiobox Aesthetics. Its rating is the mean over
+windows, weighted by length, as in Audiobox's own predictor. With several windows, the interval is Student's t over
+them: it shows how much the ratings vary within the file, not between files.
 
-With the published weights of ``audiobox`` silence and noise check the whole scorer, since the paper prints their
-ratings. The verdict needs to know whether the weights are the published ones: they are if they came from the hub under
-their published id. Any other folder or file might hold anything, so there only agreement says something: weights
-that are not the published ones do not give eight numbers of the paper by chance.
+With the published weights of ``audiobox``, silence and noise test the whole scorer, because the paper prints their
+ratings. Weights count as published if they came from the hub under their published id. Weights from any other folder or
+file are unknown: if they agree with the paper's eight numbers the scorer is right, since that does not happen by
+chance; if they do not agree, there is no verdict.
 """
 
 import math
@@ -45,7 +45,7 @@ from smart.run import progress
 
 WINDOW_SECONDS = 10
 SILENCE, NOISE = "silence", "white noise"
-BUILT_IN_RATE = 16000  # Hz of the two rows
+BUILT_IN_RATE = 16000  # Hz, of silence and noise
 NOISE_LEVEL = 0.1  # standard deviation
 PAPER = {name: dict(zip(AXES, TABLE_1[name], strict=True)) for name in (SILENCE, NOISE)}
 TOLERANCE = {name: tolerance(name) for name in PAPER}
@@ -59,20 +59,20 @@ class Unreadable(NamedTuple):
 
 
 def windows(audio: Audio, sample_rate: int) -> list[Audio]:
-    """(S,) as parts of ten seconds, the last one shorter; none for no samples."""
+    """Cut audio (S,) into parts of ten seconds, the last one possibly shorter. No samples give no parts."""
     size = WINDOW_SECONDS * sample_rate
     return [audio[start : start + size] for start in range(0, len(audio), size)]
 
 
 def summarise(ratings: npt.NDArray[np.float64], lengths: Sequence[int]) -> dict[str, float]:
-    """Mean of windows weighted by length, and its 95% interval by Student's t, NaN for fewer than two windows."""
+    """Mean over windows weighted by length, and its 95% interval by Student's t (NaN for fewer than two windows)."""
     known = np.isfinite(ratings)
     if not known.any():
         return {"mean": math.nan, "low": math.nan, "high": math.nan}
     values, weights = ratings[known], np.asarray(lengths, float)[known]
     weights = weights / weights.sum()
     mean = float(weights @ values)
-    count = 1 / float((weights**2).sum())  # of equally long windows that would say as much
+    count = 1 / float((weights**2).sum())  # effective number of windows
     half = math.nan
     if len(values) > 1 and count > 1:
         error = math.sqrt(float(weights @ (values - mean) ** 2) / (count - 1))
@@ -88,7 +88,7 @@ def built_in(seed: int) -> Iterator[tuple[str, Audio, int]]:
 
 
 def read(path: Path, pool: RenderPool | None, seconds: float) -> tuple[Audio, int]:
-    """Mono audio and its rate, of an audio file, or of a MIDI file rendered by ``pool``. Raises ``UserError``."""
+    """Read an audio file, or render a MIDI file with ``pool``: mono audio and its rate. Raises ``UserError``."""
     if path.suffix.lower() not in MIDI:
         return read_audio(path, seconds)
     assert pool is not None
@@ -100,7 +100,7 @@ def read(path: Path, pool: RenderPool | None, seconds: float) -> tuple[Audio, in
 
 
 def verdict(reward: Reward, found: dict[str, dict[str, float]]) -> str:
-    """Whether the ratings of silence and noise, row -> axis -> rating, are the paper's; one line."""
+    """One line that compares the ratings of silence and noise, name -> axis -> rating, with the paper's."""
     off = {
         f"{axis} of {name}": found[name][axis] - value
         for name, expected in PAPER.items()
@@ -109,36 +109,36 @@ def verdict(reward: Reward, found: dict[str, dict[str, float]]) -> str:
     }
     tolerance = ", ".join(f"±{value:g} for {name}" for name, value in TOLERANCE.items())
     if not off:
-        return (
-            f"audiobox: silence and white noise are rated as in the paper's table 1 ({tolerance}): the scorer is right"
-        )
+        return f"audiobox: silence and white noise rate as in the paper's table 1 ({tolerance}): the scorer is right"
     if not getattr(reward, "is_published", False):
         return (
-            "audiobox: no verdict is possible: silence and white noise are not rated as in the paper's table 1, but "
-            f"these weights did not come from the hub as {HUB_ID}, so they may be others (random ones, say)"
+            "audiobox: no verdict is possible: silence and white noise do not rate as in the paper's table 1, "
+            f"but these weights did not come from the hub as {HUB_ID}, so they may not be the published ones"
         )
     worst = max(off, key=lambda key: abs(off[key]) if math.isfinite(off[key]) else math.inf)
     return (
-        f"audiobox: {len(off)} of 8 ratings are not the paper's ({tolerance}), the worst is {worst}, "
-        f"{off[worst]:+.2f}: "
-        "the published weights rate otherwise here than in the paper"
+        f"audiobox: {len(off)} of 8 ratings differ from the paper's ({tolerance}), most of all {worst} "
+        f"({off[worst]:+.2f}): with the published weights the scorer should agree"
     )
 
 
 @click.command()
 @click.argument("files", nargs=-1, type=click.Path(path_type=Path))
 @reward_options
-@click.option("--soundfont", default="timgm", show_default=True, help="What renders MIDI files: short name or path.")
+@click.option("--soundfont", default="timgm", show_default=True, help="Soundfont for MIDI files: short name or path.")
 @click.option(
-    "--sample-rate", default=44100, show_default=True, type=click.IntRange(8000, 192_000), help="Of MIDI files."
-)
+    "--sample-rate", default=44100, show_default=True, type=click.IntRange(8000, 192_000),
+    help="Sample rate in Hz at which MIDI files are rendered.",
+)  # fmt: skip
 @click.option(
     "--seconds", default=3600.0, show_default=True, type=click.FloatRange(0, 3600, min_open=True),
-    help="Rate no more than the beginning of each file.",
+    help="Seconds to rate at most, from the beginning of each file.",
 )  # fmt: skip
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Of the white noise.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="CSV file for the ratings.")
-@click.option("--overwrite", is_flag=True, help="Replace --out if it is there.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Seed of the white noise."
+)
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the ratings to this CSV file.")
+@click.option("--overwrite", is_flag=True, help="Replace the file --out if it exists.")
 def main(
     files: tuple[Path, ...],
     kinds: tuple[str, ...],
@@ -151,11 +151,11 @@ def main(
     out: Path | None,
     overwrite: bool,
 ) -> None:
-    """Rate FILES (wav, flac, mp3, ogg, mid), silence and white noise, ten seconds at a time."""
+    """Rate FILES (wav, flac, mp3, ogg, mid), silence and white noise, in windows of ten seconds."""
     if out is not None and out.exists() and not overwrite:
-        raise UserError(f"--out {out}: is there already; choose another, or add --overwrite")
+        raise UserError(f"--out {out} already exists; choose another file, or add --overwrite")
     if out is not None and not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}; make it first")
+        raise UserError(f"--out {out}: the folder {out.parent} does not exist; create it first")
     with_midi = any(path.suffix.lower() in MIDI for path in files)
 
     def sound() -> Path | None:
@@ -171,7 +171,7 @@ def main(
 
     def add(name: str, audio: Audio, rate_of_audio: int) -> None:
         parts = windows(audio, rate_of_audio)
-        # a few at a time: an hour holds 360 windows
+        # a few at a time: an hour has 360 windows
         rated = [rate(rewards, parts[start : start + 8], rate_of_audio) for start in range(0, len(parts), 8)]
         for column in columns(rewards):
             values = np.concatenate([np.empty(0), *(part[column] for part in rated)])
@@ -207,7 +207,7 @@ def main(
                 kind, _, axis = row["rating"].partition(".")
                 if row["file"] in PAPER and kind == reward.name:
                     ours[row["file"]][axis] = row["mean"]
-            click.echo(_beside_the_paper(ours))
+            click.echo(_against_the_paper(ours))
             click.echo(verdict(reward, ours))
     if out is not None:
         with writing(out):
@@ -220,7 +220,7 @@ def main(
 
 
 def _shown(rows: Sequence[Row]) -> str:
-    """A line a file, a column a rating."""
+    """One line per file, one column per rating."""
     by_file: dict[str, Row] = {}
     for row in rows:
         first = {"file": row["file"], "seconds": f"{row['seconds']:.1f}", "windows": row["windows"]}
@@ -228,7 +228,7 @@ def _shown(rows: Sequence[Row]) -> str:
     return table(list(by_file.values()))
 
 
-def _beside_the_paper(ours: dict[str, dict[str, float]]) -> str:
+def _against_the_paper(ours: dict[str, dict[str, float]]) -> str:
     return table(
         [
             {"": name, **{axis: f"{ours[name][axis]:.2f} (paper {value:.2f})" for axis, value in expected.items()}}

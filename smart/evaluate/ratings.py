@@ -1,4 +1,4 @@
-"""What the commands share: rewards by their options, ratings of audio and of scores, tables."""
+"""What the commands share: options, ratings of audio and of scores, saved ratings, tables."""
 
 import csv
 import io
@@ -29,32 +29,59 @@ Audio = npt.NDArray[np.float32]
 Row = dict[str, Any]
 
 MIDI = (".mid", ".midi")
-TOGETHER = 32  # clips that are in memory at a time
-MEAN = "mean"  # column of the mean over the axes of a reward that has several (the last row of the paper's table 2)
+TOGETHER = 32  # clips in memory at a time
+MEAN = "mean"  # name of the mean over a reward's axes, if it has several (the last row of the paper's table 2)
 
 
 def reward_options(function: Callable[..., None]) -> Callable[..., None]:
     """The options --reward, --reward-option and --device, for ``load_rewards``."""
     for option in (
-        click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"])),
+        click.option(
+            "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]),
+            help="Where models and rewards run; auto: on CUDA if available.",
+        ),
         click.option(
             "--reward-option", "options", multiple=True, metavar="[KIND.]KEY=VALUE",
-            help="Handed to the reward of that kind, or to the only one; repeatable.",
+            help="Setting of a reward, such as audiobox.model=FOLDER; KIND is needed with several rewards. Repeatable.",
         ),
         click.option(
             "--reward", "kinds", multiple=True, default=("ce_proxy",), show_default=True, metavar="KIND",
-            help="What rates; repeatable.",
+            help="Reward to use; repeatable.",
         ),
     ):  # fmt: skip
         function = option(function)
     return function
 
 
-def load_rewards(kinds: Sequence[str], options: Sequence[str], device: str) -> list[Reward]:
-    """The rewards of ``kinds``, each with its own ``options``.
+def clip_options(most_seconds: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The options --seconds (up to ``most_seconds``), --sample-rate and --workers, which say how clips are rendered."""
 
-    Raises ``UserError`` for a kind that is named twice or not there, and an option without a kind where there are
-    several.
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        for option in (
+            click.option(
+                "--workers", default=0, show_default=True, type=click.IntRange(min=0),
+                help="Render processes (0: one per core).",
+            ),
+            click.option(
+                "--sample-rate", default=44100, show_default=True, type=click.IntRange(8000, 192_000),
+                help="Sample rate of the rendered audio in Hz.",
+            ),
+            click.option(
+                "--seconds", default=10.0, show_default=True, type=click.FloatRange(0, most_seconds, min_open=True),
+                help="Seconds to render and rate, from the beginning of each piece.",
+            ),
+        ):  # fmt: skip
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def load_rewards(kinds: Sequence[str], options: Sequence[str], device: str) -> list[Reward]:
+    """Load the rewards of ``kinds``, each with its own ``options``.
+
+    Raises ``UserError`` for a kind that is unknown or named twice, and for an option that does not name its kind where
+    there are several.
     """
     if len(set(kinds)) < len(kinds):
         raise UserError(f"--reward: expected each kind once, got {', '.join(kinds)}")
@@ -66,20 +93,20 @@ def load_rewards(kinds: Sequence[str], options: Sequence[str], device: str) -> l
         elif len(kinds) == 1:
             given[kinds[0]].append(text)
         else:
-            raise UserError(f"--reward-option {text!r}: say for which reward, as in {kinds[0]}.{text}")
+            raise UserError(f"--reward-option {text!r}: say for which reward it is, as in {kinds[0]}.{text}")
     where = str(pick_device(device))
     return [load_reward(kind, device=where, **read_options(texts)) for kind, texts in given.items()]
 
 
 def announce(rewards: Sequence[Reward]) -> None:
-    """Say which weights rate, and which rewards are stand-ins."""
+    """Print where each reward's weights come from, and which rewards are approximations."""
     for reward in rewards:
-        note = " (a stand-in, not the aesthetic model)" if reward.is_stand_in else ""
+        note = " (an approximation, not the aesthetic model)" if reward.is_stand_in else ""
         click.echo(f"{reward.name}{note}: {reward.provenance}", err=True)
 
 
 def columns(rewards: Sequence[Reward]) -> list[str]:
-    """Names of what is rated, "reward.axis"; after several axes of one reward their mean."""
+    """Column names, "reward.axis"; a reward with several axes has one more column, for their mean."""
     return [
         f"{reward.name}.{axis}" for reward in rewards for axis in (*reward.axes, *([MEAN] * (len(reward.axes) > 1)))
     ]
@@ -88,7 +115,7 @@ def columns(rewards: Sequence[Reward]) -> list[str]:
 def rate(
     rewards: Sequence[Reward], clips: Sequence[Audio | None], sample_rate: int
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """Ratings (N,) by column, of mono or stereo clips, (S,) or (2, S); NaN for None and what cannot be rated."""
+    """Rate mono or stereo clips, (S,) or (2, S): column -> (N,). None and clips that cannot be rated give NaN."""
     rated = {name: np.full(len(clips), math.nan) for name in columns(rewards)}
     heard = [row for row, clip in enumerate(clips) if clip is not None]
     if not heard:
@@ -113,16 +140,16 @@ def rate_scores(
     change: Callable[[Audio], Audio] | None = None,
     label: str = "",
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """Ratings (N,) by column of scores or note arrays, rendered by ``pool``; NaN for None and what cannot be rendered.
+    """Render scores or note arrays with ``pool`` and rate them: column -> (N,). None and failed clips give NaN.
 
-    ``change`` is done to the audio (2, S) of each clip before it is rated.
+    ``change`` is applied to the audio (2, S) of each clip before it is rated.
     """
     parts = []
     for start in progress(range(0, len(scores), TOGETHER), desc=label, unit="batch"):
         futures = [None if score is None else pool.submit(score) for score in scores[start : start + TOGETHER]]
         clips: list[Audio | None] = []
         for future in futures:
-            # asked, not caught: the traceback of an error would hold this frame, and so the audio of the whole batch
+            # not raised and caught: the traceback would keep this frame alive, and with it the audio of the whole batch
             if future is None or isinstance(future.exception(), RenderError):
                 clips.append(None)
             else:
@@ -132,10 +159,10 @@ def rate_scores(
 
 
 class Kept:
-    """Ratings of a long job, kept in ``<folder>/ratings.csv`` so that the same command goes on where it was stopped.
+    """Ratings of a long job, saved in ``<folder>/ratings.csv`` so that the same command continues where it stopped.
 
-    One line a unit of work (a probe, a soundfont), piece and column. Raises ``UserError`` where the folder holds the
-    ratings of other ``settings``, or something else.
+    The file has one line per unit of work (a probe, a soundfont), piece and column. Raises ``UserError`` if the folder
+    holds ratings made with other ``settings``, or other files.
     """
 
     FILES = ("settings.json", "ratings.csv")
@@ -163,8 +190,8 @@ class Kept:
     def get(
         self, unit: str, work: Callable[[], dict[str, npt.NDArray[np.float64]]]
     ) -> dict[str, npt.NDArray[np.float64]]:
-        """The ratings of ``unit``, (pieces,) by column: those kept, or else what ``work`` gives, which are kept."""
-        unit = plots.plain(unit)  # as it stands in the table
+        """The ratings of ``unit``, column -> (pieces,): loaded if they were saved, else made by ``work`` and saved."""
+        unit = plots.plain(unit)  # as the table has it
         if unit not in self.units:
             self.units[unit] = work()
             rows = [
@@ -179,16 +206,16 @@ class Kept:
 
 
 def read_score(path: Path) -> ScoreTick:
-    """The music of a MIDI file. Raises ``UserError`` where it is missing, too large, damaged or no MIDI file."""
+    """Read a MIDI file. Raises ``UserError`` if it is missing, too large, damaged or not a MIDI file."""
     limits = Limits()
     try:
         if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
-            raise Reject("not a regular file")  # opening a pipe would wait for its other end
+            raise Reject("not a regular file")  # opening a pipe would wait for a writer
         with path.open("rb") as file:
             data = file.read(limits.max_bytes + 1)
         if len(data) > limits.max_bytes:
             raise Reject("too large", f"over {limits.max_bytes} bytes")
-        check_structure(data, limits)  # the parser would take a truncated file for a short one
+        check_structure(data, limits)  # the parser would accept a truncated file as a short one
         score = ScoreTick.from_midi(data)
         if (notes := sum(len(track.notes) for track in score.tracks)) > limits.max_notes:
             raise Reject("too many notes", f"{notes}, expected at most {limits.max_notes}")
@@ -205,7 +232,7 @@ def read_score(path: Path) -> ScoreTick:
 
 
 def estimate(values: npt.NDArray[np.float64]) -> dict[str, float | int]:
-    """Mean, 95% interval over pieces and n of the values that are numbers, as columns of a table."""
+    """Mean, 95% interval over pieces, and n of the finite values, as columns of a table."""
     found = statistics.mean(values)
     return {"n": found.n, "mean": found.value, "low": found.low, "high": found.high}
 
@@ -214,14 +241,14 @@ def estimate(values: npt.NDArray[np.float64]) -> dict[str, float | int]:
 
 
 def cell(value: Any) -> str:
-    """A value of a table; a number that is none is a dash."""
+    """A value as it is printed in a table; NaN is a dash."""
     if isinstance(value, float):
         return f"{value:.3f}" if math.isfinite(value) else "-"
     return str(value)
 
 
 def with_interval(found: Mapping[str, float], digits: int = 2, sign: bool = False) -> str:
-    """``mean [low, high]`` of an ``estimate``, without the interval where there is none."""
+    """``mean [low, high]`` of an ``estimate``; only the mean if it has no interval."""
     form = f"{'+' if sign else ''}.{digits}f"
     if not math.isfinite(found["mean"]):
         return "-"
@@ -232,7 +259,7 @@ def with_interval(found: Mapping[str, float], digits: int = 2, sign: bool = Fals
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of one shape as aligned text, the first column to the left, the others to the right."""
+    """Rows with the same keys as a text table; the first column is aligned left, the others right."""
     if not rows:
         return ""
     lines = [list(rows[0]), *([cell(value) for value in row.values()] for row in rows)]
@@ -248,7 +275,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Turns a failure to write into a ``UserError`` that names ``folder``."""
+    """Turn a failure to write into a ``UserError`` that names ``folder``."""
     try:
         yield
     except OSError as error:

@@ -1,9 +1,10 @@
 """``smart evaluate report TABLE... --out FOLDER``: the paper's figures and their numbers, on one page.
 
-Of each table that ``smart evaluate sample`` wrote: histograms of every rating (paper figures 3 and 7), of the eight
-MIDI features (4 and 7), of the first rating beside average piano rolls (6); means, comparisons of each system with
-the first, diversity, and what went wrong. Of each ``--run``: its reward by iteration (2). Every number has its n and a
-95% interval; every figure is a PNG and a PDF with its data as CSV beside it; ``index.html`` needs nothing but itself.
+For each table from ``smart evaluate sample`` it draws histograms of every rating (paper figures 3 and 7), of the eight
+MIDI features (4 and 7), and of the first rating with average piano rolls (6), and computes means, comparisons of each
+system with the first, diversity, and counts of failures. For each ``--run`` it draws the reward by iteration (2). Every
+number has its n and a 95% interval; every figure is saved as PNG and PDF, with its data as CSV. ``index.html`` is a
+single file that loads nothing else.
 """
 
 import base64
@@ -33,12 +34,12 @@ Floats = npt.NDArray[np.float64]
 
 
 class Measure(NamedTuple):
-    """One number of a piece: how tables and figures call it, and which way the paper saw it go (+1, -1, 0: unsaid)."""
+    """One number per piece: its name in tables and figures, and its change in the paper (+1, -1, 0: not mentioned)."""
 
     title: str
     unit: str
     paper: int = 0
-    words: str = ""  # what the paper says
+    words: str = ""  # the paper's words for it
 
 
 FEATURES = {
@@ -51,7 +52,8 @@ FEATURES = {
     "mean_velocity": Measure("Mean velocity", "MIDI velocity", -1, "lower velocities"),
     "velocity_range": Measure("Velocity range", "MIDI velocity", 1, "a larger range"),
 }
-SOUNDING = ("polyphony_rate", "pitch_range", "scale_consistency", "velocity_range")  # undefined without notes
+# undefined for a piece without notes
+SOUNDING = ("polyphony_rate", "pitch_range", "scale_consistency", "velocity_range")
 RATINGS = {
     "CE": "raised; published clips 4.5 to 7.5, tuned 7.1 to 7.9",
     "CU": "raised, though not optimised",
@@ -61,12 +63,12 @@ RATINGS = {
 DIVERSITY = {
     "vendi": "Vendi score of the notes (effective number of different pieces)",
     "vendi_audio": "Vendi score of the audio",
-    "distance": "Mean distance of two piano rolls (0 to 1)",
-    "distinct_4grams": "Share of different note 4-grams",
+    "distance": "Mean distance between two piano rolls (0 to 1)",
+    "distinct_4grams": "Share of note 4-grams that are distinct",
     "empty_rate": "Share of pieces without notes",
-    "nearest": "Similarity of the opening to the nearest training piece (0 to 1, in its best transposition)",
-    "copied": "Share of runs of nine notes that stand in a training piece",
-    "longest": "Notes of the longest passage that stands in one training piece",
+    "nearest": "Similarity of the opening to the nearest training piece (0 to 1, in the best transposition)",
+    "copied": "Share of nine-note passages that also occur in a training piece",
+    "longest": "Length in notes of the longest passage that also occurs in one training piece",
 }
 KINDS = {
     "procedural": "Procedural prompts",
@@ -77,13 +79,13 @@ KINDS = {
 
 
 class Sample(NamedTuple):
-    """One table, by system, each column in the order of the prompts."""
+    """One table, split by system; every list is in the order of the prompts."""
 
     path: Path
     provenance: dict[str, Any]
     systems: list[str]
     axes: list[str]  # "reward.axis"
-    measures: dict[str, dict[str, Floats]]  # system -> measure -> (N,), NaN where it has none
+    measures: dict[str, dict[str, Floats]]  # system -> measure -> (N,), NaN where undefined
     columns: dict[str, dict[str, list[Any]]]  # system -> column -> N values
     scores: dict[str, list[Any]]  # system -> N symusic.Score
 
@@ -98,7 +100,7 @@ class Sample(NamedTuple):
 
 
 def read(path: Path) -> Sample:
-    """A table, decoded. Raises ``UserError`` where it is none, or holds not the same prompts for every system."""
+    """Read and decode a table. Raises ``UserError`` if it is not one, or if a system lacks some of the prompts."""
     provenance = read_settings(path)
     table = pq.read_table(path)
     settings = provenance["settings"]
@@ -112,7 +114,9 @@ def read(path: Path) -> Sample:
             mine = table.filter(names == system)
             columns[system] = {name: mine[name].to_pylist() for name in mine.column_names}
             if columns[system]["prompt"] != list(range(settings["count"])):
-                raise UserError(f"{path}: {system} has not the prompts 0 to {settings['count'] - 1}; sample it again")
+                raise UserError(
+                    f"{path}: {system} does not have the prompts 0 to {settings['count'] - 1}; sample it again"
+                )
             Path(folder, FILE_NAME).write_text(provenance["tokenizers"][system], encoding="utf-8")
             tokenizer = load_tokenizer(folder)
             scores[system] = []
@@ -158,7 +162,7 @@ class Picture(NamedTuple):
 
     @property
     def width(self) -> float:
-        """Of the figure as it was drawn, in rem (16 pixels): from the PNG's header."""
+        """Width of the figure as drawn, in rem (16 pixels), from the PNG's header."""
         (pixels,) = struct.unpack(">I", self.path.read_bytes()[16:20])
         return round(pixels / plots.DPI * 6, 2)
 
@@ -179,7 +183,7 @@ def _rating_panel(sample: Sample, axis: str) -> plots.Panel:
 
 
 def _feature_panels(sample: Sample) -> list[plots.Panel]:
-    """The paper's eight, in its order; of pitches and velocities the distribution over all notes."""
+    """The paper's eight features in its order; for pitch and velocity the distribution over all notes."""
     panels = []
     for name, measure in FEATURES.items():
         if name.startswith("mean_"):
@@ -193,14 +197,14 @@ def _feature_panels(sample: Sample) -> list[plots.Panel]:
             panels.append(plots.Panel(title, measure.unit, "share of notes", values, edges))
         else:
             values = _by_system(sample, name)
-            # velocities lie 4 apart, and so do their differences
+            # the vocabulary's velocities are 4 apart, and so are their differences
             edges = np.arange(-2.0, 131, 4.0) if name == "velocity_range" else plots.edges_of(values.values())
             panels.append(plots.Panel(measure.title, measure.unit, "share of pieces", values, edges))
     return panels
 
 
 def draw(sample: Sample, out: Path) -> dict[str, Picture]:
-    """The three figures of a table."""
+    """Draw the three figures of a table."""
     dataset = sample.settings["prompts"] == "dataset"
     count = sample.settings["count"]
     pictures = {}
@@ -209,13 +213,13 @@ def draw(sample: Sample, out: Path) -> dict[str, Picture]:
         path = plots.histograms(panels, out / f"{sample.name}-ratings")[0]
         alt = "; ".join(f"histogram of {axis}, {_means(sample, axis)}" for axis in sample.axes)
         pictures["ratings"] = Picture(
-            "Ratings", path, alt, f"Ratings of {count} pieces a system (the paper's figure {7 if dataset else 3})."
+            "Ratings", path, alt, f"Ratings of {count} pieces per system (the paper's figure {7 if dataset else 3})."
         )
     path = plots.histograms(_feature_panels(sample), out / f"{sample.name}-features")[0]
     alt = "; ".join(f"{measure.title}, {_means(sample, name)}" for name, measure in FEATURES.items())
     pictures["features"] = Picture(
         "MIDI features", path, f"eight histograms: {alt}",
-        f"The eight MIDI features of {count} pieces a system (the paper's figure {7 if dataset else 4}).",
+        f"The eight MIDI features of {count} pieces per system (the paper's figure {7 if dataset else 4}).",
     )  # fmt: skip
     if sample.axes:
         rolls = {name: np.mean([piano_roll(score) for score in sample.scores[name]], axis=0) for name in sample.systems}
@@ -224,13 +228,14 @@ def draw(sample: Sample, out: Path) -> dict[str, Picture]:
         )[0]
         alt = f"histograms of {sample.axes[0]}, {_means(sample, sample.axes[0])}; below them average piano rolls: " + (
             "; ".join(
-                f"{name} has at most {100 * roll.max():.0f}% of pieces on one pitch" for name, roll in rolls.items()
+                f"in {name} at most {100 * roll.max():.0f}% of pieces share a pitch at one time"
+                for name, roll in rolls.items()
             )
         )
         pictures["rolls"] = Picture(
             "Rating and average piano roll", path, alt,
-            f"Above, {sample.axes[0]}; below, the share of pieces in which a pitch sounds, in the first {BEATS} "
-            "quarter notes (the paper's figure 6). The more distinct the pattern, the more alike are the pieces.",
+            f"Top: {sample.axes[0]}. Bottom: the share of pieces in which a pitch sounds, in the first {BEATS} "
+            "quarter notes (the paper's figure 6). A sharper pattern means that the pieces are more alike.",
         )  # fmt: skip
     return pictures
 
@@ -239,7 +244,7 @@ def draw(sample: Sample, out: Path) -> dict[str, Picture]:
 
 
 class Comparison(NamedTuple):
-    """One system against the first, on one measure; p-values are corrected within ratings and within features."""
+    """A system against the first on one measure; p-values are corrected within ratings and within features."""
 
     before: str
     after: str
@@ -250,7 +255,7 @@ class Comparison(NamedTuple):
 
 
 def compare(sample: Sample, *, seed: int = 1) -> list[Comparison]:
-    """Every other system against the first one, prompt by prompt, on every measure."""
+    """Compare every other system with the first, prompt by prompt, on every measure."""
     first, *others = sample.systems
     found = []
     for other in others:
@@ -262,7 +267,7 @@ def compare(sample: Sample, *, seed: int = 1) -> list[Comparison]:
 
 
 def diversity(sample: Sample, system: str) -> dict[str, Estimate]:
-    """How varied a system's pieces are, with intervals from a jackknife."""
+    """Measures of how varied a system's pieces are, with jackknife intervals."""
     scores, clips = sample.scores[system], sample.columns[system]["audio_vector"]
 
     def measure(rows: Sequence[int]) -> dict[str, float]:
@@ -275,7 +280,7 @@ def diversity(sample: Sample, system: str) -> dict[str, Estimate]:
 
 
 def closeness(sample: Sample, corpus: Corpus, out: Path, *, seed: int = 1) -> dict[str, dict[str, Estimate]]:
-    """How near each system's pieces are to those of the corpus's train split; a row a piece is written into ``out``."""
+    """How similar each system's pieces are to the corpus's train split; writes a row per piece into ``out``."""
     scores = [score for system in sample.systems for score in sample.scores[system]]
     owners = [(system, row) for system in sample.systems for row in range(len(sample.scores[system]))]
     tokenizer, pieces = corpus.tokenizer, corpus.split("train")
@@ -302,7 +307,7 @@ def closeness(sample: Sample, corpus: Corpus, out: Path, *, seed: int = 1) -> di
 
 
 def verdict(sign: int, difference: Estimate) -> str:
-    """Whether what was measured goes the paper's way, by the interval of the difference."""
+    """Whether the difference goes the same way as in the paper (``sign``), by its interval."""
     if not math.isfinite(difference.low):
         return "cannot be told"
     if difference.low <= 0 <= difference.high:
@@ -315,7 +320,7 @@ def title_of(measure: str) -> str:
 
 
 def paper_rows(comparisons: Sequence[Comparison], means: Mapping[str, Mapping[str, Estimate]]) -> list[dict[str, Any]]:
-    """What the paper saw, beside what was measured here."""
+    """The paper's findings next to those here, one row per comparison that the paper makes."""
     rows = []
     for c in comparisons:
         axis = c.measure.rpartition(".")[2]
@@ -340,7 +345,7 @@ def paper_rows(comparisons: Sequence[Comparison], means: Mapping[str, Mapping[st
 
 
 def number(value: float, largest: float | None = None) -> str:
-    """Rounded by the ``largest`` of the numbers that stand together; a dash for what is not defined."""
+    """``value`` rounded to suit the ``largest`` number of its group; a dash if it is not finite."""
     if not math.isfinite(value):
         return "–"
     size = abs(value) if largest is None else largest
@@ -349,7 +354,7 @@ def number(value: float, largest: float | None = None) -> str:
 
 
 def interval(estimate: Estimate) -> str:
-    """value [low, high]."""
+    """The estimate as "value [low, high]"."""
     if not math.isfinite(estimate.low):
         return number(estimate.value)
     largest = max(map(abs, estimate[:3]))
@@ -366,7 +371,7 @@ def _flat(prefix: str, estimate: Estimate) -> dict[str, float]:
 
 
 def section(sample: Sample, out: Path, *, seed: int = 1, corpus: Corpus | None = None) -> dict[str, Any]:
-    """All that the page shows of a table; its figures and CSV files are written into ``out``."""
+    """Everything that the page shows about a table; writes its figures and CSV files into ``out``."""
     names = [*sample.axes, *FEATURES]
     means = {
         measure: {system: mean(sample.measures[system][measure], seed=seed) for system in sample.systems}
@@ -436,13 +441,13 @@ def section(sample: Sample, out: Path, *, seed: int = 1, corpus: Corpus | None =
 
 
 def run_picture(runs: Sequence[Path], out: Path) -> Picture:
-    """The paper's figure 2, of one or several runs."""
+    """Draw the paper's figure 2 for one or more runs."""
     metrics = {run.resolve().name: read_metrics(run) for run in runs}
     if len(metrics) < len(runs):
-        raise UserError("--run: two runs have one name; rename the folder of one")
+        raise UserError("--run: two runs have the same name; rename one of the folders")
     for name, rows in metrics.items():
         if not any(row.get("reward/mean") is not None for row in rows):
-            raise UserError(f"--run {name}: its metrics hold no reward; expected a run of smart.grpo")
+            raise UserError(f"--run {name}: its metrics have no reward; expected a tuning run, made by smart.grpo")
     path = plots.rewards_by_iteration(metrics, out / "reward-by-iteration", "reward (1 to 10)")[0]
     parts = []
     for name, rows in metrics.items():
@@ -452,20 +457,24 @@ def run_picture(runs: Sequence[Path], out: Path) -> Picture:
         "Reward by iteration",
         path,
         f"curves of the mean reward by iteration (means of the first and last five): {'; '.join(parts)}",
-        "Mean reward of each iteration's completions, and one standard deviation about it (the paper's figure 2).",
+        "Mean reward of each iteration's completions, plus and minus one standard deviation (the paper's figure 2).",
     )
 
 
 @click.command()
 @click.argument("tables", nargs=-1, type=click.Path(path_type=Path), metavar="TABLE...")
-@click.option("--run", "runs", multiple=True, type=click.Path(path_type=Path), help="Run of smart.grpo; repeatable.")
-@click.option("--corpus", type=click.Path(path_type=Path), help="Its train split: was a piece composed, or copied?")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for figures, numbers and the page.")
-@click.option("--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Of the bootstrap.")
+@click.option(
+    "--run", "runs", multiple=True, type=click.Path(path_type=Path), help="Tuning run whose reward to plot; repeatable."
+)
+@click.option(
+    "--corpus", type=click.Path(path_type=Path), help="Check how much the pieces copy from this corpus's train split."
+)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the page, figures and numbers.")
+@click.option("--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Seed of the bootstrap.")
 def main(tables: tuple[Path, ...], runs: tuple[Path, ...], corpus: Path | None, out: Path, seed: int) -> None:
-    """Figures, statistics and one page from TABLEs of `smart evaluate sample`, and from runs."""
+    """Write a page of figures and statistics from TABLEs of `smart evaluate sample`, and from runs."""
     if not tables and not runs:
-        raise UserError("nothing to report: give a TABLE of `smart evaluate sample`, or --run FOLDER")
+        raise UserError("nothing to report: give a TABLE written by `smart evaluate sample`, or --run FOLDER")
     stems = [path.stem for path in tables]
     for stem in stems:
         if stems.count(stem) > 1:
@@ -480,12 +489,12 @@ def main(tables: tuple[Path, ...], runs: tuple[Path, ...], corpus: Path | None, 
         page = render([section(read(path), out, seed=seed, corpus=opened) for path in tables], picture)
         write_atomically(out / "index.html", page.encode())
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error})") from None
+        raise UserError(f"--out {out} cannot be written ({error})") from None
     click.echo(f"report in {out / 'index.html'}")
 
 
 def render(sections: Sequence[Mapping[str, Any]], runs: Picture | None) -> str:
-    """The page."""
+    """The page as HTML."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

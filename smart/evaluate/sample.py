@@ -1,11 +1,11 @@
-"""``smart evaluate sample MODEL... --out TABLE.parquet``: what several models write for the same prompts, in one table.
+"""``smart evaluate sample MODEL... --out TABLE.parquet``: pieces of several models for the same prompts, in one table.
 
-A row is a piece: system, prompt, seed, tokens, how likely they were, how long the clip is and whether it failed or is
-silent, the paper's eight MIDI features, and the rating on every axis of every reward. The schema's metadata, under
-``smart``, says what made it: settings, checksums, and each system's tokenizer.
+Each row is a piece: system, prompt, seed, tokens and their log-probability, the length of the clip and whether it
+failed or is silent, the paper's eight MIDI features, and the rating on every axis of every reward. The schema's
+metadata, under ``smart``, records the settings, checksums, and each system's tokenizer.
 
-The table appears whole, in one rename. Until then finished blocks of prompts wait beside it in
-``TABLE.parquet.parts``; a command that was killed goes on from there and writes the same bytes.
+The table is written with a single rename. Until then, finished blocks of prompts are kept in ``TABLE.parquet.parts``;
+after a kill the same command continues from there and writes the same bytes.
 """
 
 import json
@@ -35,11 +35,11 @@ from smart.run import alone, changes, claim, in_one_line, progress
 from smart.tokens import FILE_NAME
 
 METADATA = b"smart"
-WHOLE = ("number_of_notes", "pitch_range", "velocity_range")  # of the features
+WHOLE = ("number_of_notes", "pitch_range", "velocity_range")  # features that are whole numbers
 
 
 def schema(axes: Sequence[str]) -> pa.Schema:
-    """Columns of a table whose rewards have these axes, each "reward.axis"."""
+    """Columns of a table with these rating axes, each "reward.axis"."""
     return pa.schema(
         [
             ("system", pa.string()),
@@ -63,7 +63,7 @@ def schema(axes: Sequence[str]) -> pa.Schema:
 
 
 def row(piece: Piece, sample_rate: int) -> dict[str, Any]:
-    """One piece as a row; what a clip that failed cannot say is NaN or null."""
+    """One piece as a row; values that need the audio are NaN or null if the clip failed."""
     audio = piece.audio
     return {
         **{name: getattr(piece, name) for name in ("system", "prompt", "seed", "tokens", "prompt_length")},
@@ -80,7 +80,7 @@ def row(piece: Piece, sample_rate: int) -> dict[str, Any]:
 
 
 def read_settings(table: Path) -> dict[str, Any]:
-    """What made a table. Raises ``UserError`` where it is none of ours."""
+    """The metadata of a table. Raises ``UserError`` if it was not written by this command."""
     try:
         found = (pq.read_schema(table).metadata or {})[METADATA]
         provenance: dict[str, Any] = parse_json(found)
@@ -91,19 +91,19 @@ def read_settings(table: Path) -> dict[str, Any]:
 
 
 def is_whole(part: Path) -> bool:
-    """Whether a block was drawn before. One that cannot be read is named on stderr: it is drawn again."""
+    """Whether a block is complete. One that cannot be read is reported on stderr, and will be sampled again."""
     if not part.is_file():
         return False
     try:
         pq.read_table(part)
     except (OSError, pa.ArrowException):
-        click.echo(f"Warning: {part} is damaged, and drawn again", err=True)
+        click.echo(f"Warning: {part} is damaged and will be sampled again", err=True)
         return False
     return True
 
 
 def finish(parts: Sequence[Path], out: Path, names: Sequence[str], metadata: Mapping[str, Any]) -> pa.Table:
-    """Put the parts together, system after system, each by prompt, and write ``out``."""
+    """Join the parts, sorted by system and prompt, and write ``out``."""
     table = pa.concat_tables([pq.read_table(part) for part in parts])
     systems = np.array([names.index(name) for name in table["system"].to_pylist()])
     table = table.take(np.lexsort((table["prompt"].to_numpy(), systems))).combine_chunks()
@@ -113,7 +113,7 @@ def finish(parts: Sequence[Path], out: Path, names: Sequence[str], metadata: Map
 
 
 def describe(table: pa.Table, names: Sequence[str], axes: Sequence[str]) -> str:
-    """A line a system: its mean ratings and what went wrong."""
+    """One line per system: mean ratings, and how many pieces failed, are silent, or have no notes."""
     lines = []
     for name in names:
         mine = table.filter(pa.compute.equal(table["system"], name))
@@ -132,32 +132,64 @@ def describe(table: pa.Table, names: Sequence[str], axes: Sequence[str]) -> str:
 
 @click.command()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The table, a Parquet file.")
-@click.option("--prompts", default="procedural", show_default=True, type=click.Choice(KINDS))
-@click.option("--corpus", type=click.Path(path_type=Path), help="Folder of smart corpus, for --prompts dataset.")
-@click.option("--split", default="test", show_default=True, type=click.Choice(SPLITS), help="Of the corpus.")
-@click.option("-n", "--n", "count", default=1000, show_default=True, type=click.IntRange(min=1), help="Prompts.")
-@click.option("--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1))
-@click.option("--soundfont", default="timgm", show_default=True, help="Short name or path.")
-@click.option("--sample-rate", default=44100, show_default=True, type=click.IntRange(8000, 192_000))
-@click.option("--seconds", default=10.0, show_default=True, type=click.FloatRange(0, 600, min_open=True))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Parquet file for the table.")
 @click.option(
-    "--tokens", default=256, show_default=True, type=click.IntRange(min=1), help="New tokens of each piece, at most."
+    "--prompts", default="procedural", show_default=True, type=click.Choice(KINDS),
+    help="What pieces start from: a random time signature and tempo (procedural), these and a first note, nothing "
+    "(bos), or a time signature and tempo from a corpus (dataset).",
+)  # fmt: skip
+@click.option(
+    "--corpus", type=click.Path(path_type=Path), help="Folder written by `smart corpus build`, for --prompts dataset."
 )
-@click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(0, 100, min_open=True))
-@click.option("--top-k", default=0, show_default=True, type=click.IntRange(min=0), help="0: all tokens.")
-@click.option("--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True))
-@click.option("--audio", type=click.Path(path_type=Path), help="Folder for every piece as MIDI and WAV.")
-@click.option("--backend", default="pool", show_default=True, type=click.Choice(["pool", "bank"]), help="Renderer.")
-@click.option("--workers", default=0, show_default=True, type=click.IntRange(0, 1024), help="Renderers; 0: one a core.")
+@click.option(
+    "--split", default="test", show_default=True, type=click.Choice(SPLITS), help="Split of the corpus to use."
+)
+@click.option(
+    "-n", "--n", "count", default=1000, show_default=True, type=click.IntRange(min=1), help="Number of prompts."
+)
+@click.option(
+    "--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Seed of prompts and sampling."
+)
+@click.option("--soundfont", default="timgm", show_default=True, help="Soundfont: short name or path.")
+@click.option(
+    "--sample-rate", default=44100, show_default=True, type=click.IntRange(8000, 192_000),
+    help="Sample rate of the audio in Hz.",
+)  # fmt: skip
+@click.option(
+    "--seconds", default=10.0, show_default=True, type=click.FloatRange(0, 600, min_open=True),
+    help="Seconds to render and rate, from the beginning of each piece.",
+)  # fmt: skip
+@click.option(
+    "--tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Maximum new tokens per piece."
+)
+@click.option(
+    "--temperature", default=1.0, show_default=True, type=click.FloatRange(0, 100, min_open=True),
+    help="Sampling temperature.",
+)  # fmt: skip
+@click.option(
+    "--top-k", default=0, show_default=True, type=click.IntRange(min=0),
+    help="Sample only from the K most likely tokens (0: from all).",
+)  # fmt: skip
+@click.option(
+    "--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True),
+    help="Sample only from the most likely tokens that together have this probability (1: from all).",
+)  # fmt: skip
+@click.option("--audio", type=click.Path(path_type=Path), help="Folder to save every piece in, as MIDI and WAV.")
+@click.option(
+    "--backend", default="pool", show_default=True, type=click.Choice(["pool", "bank"]),
+    help="Renderer: worker processes (pool), or sums of notes that were rendered in advance (bank).",
+)  # fmt: skip
+@click.option(
+    "--workers", default=0, show_default=True, type=click.IntRange(0, 1024), help="Render processes (0: one per core)."
+)
 @reward_options
 def main(**given: Any) -> None:
-    """Have each MODEL write a piece for the same prompts and seeds; rate the pieces; put them into one table.
+    """Sample a piece from each MODEL for the same prompts and seeds, rate the pieces, and write one table.
 
-    A MODEL is a run (its tuned model), RUN@base, RUN@STEP, a base's folder, shipped name or hub id; NAME=MODEL gives
-    the name that tables show. The same command goes on after an interruption.
+    A MODEL is a run (its tuned model), RUN@base, RUN@STEP, or a base's folder, shipped name or hub id. NAME=MODEL sets
+    the name shown in tables. If interrupted, run the same command again to continue.
     """
-    with in_one_line("the table", "the same command goes on from here", RenderError):
+    with in_one_line("the table", "run the same command again to continue", RenderError):
         sample(**given)
 
 
@@ -184,7 +216,7 @@ def sample(
     workers: int,
     device: str,
 ) -> None:
-    """Write the table ``out``: see the command's help. Raises ``UserError`` for what the user can mend."""
+    """Write the table ``out``. Arguments as in the command's help; raises ``UserError`` for mistakes in them."""
 
     def sound() -> Path:
         path = find_soundfont(soundfont)
@@ -195,7 +227,7 @@ def sample(
         if prompts != "dataset":
             return None
         if corpus is None:
-            raise UserError("--prompts dataset: needs --corpus, a folder written by `smart corpus build`")
+            raise UserError("--prompts dataset needs --corpus, a folder written by `smart corpus build`")
         return sha256(Corpus(corpus).folder / MANIFEST)
 
     where = pick_device(device)
@@ -241,13 +273,13 @@ def sample(
         changed = changes(read_settings(out)["settings"], settings)
         if changed:
             raise UserError(
-                f"--out {out}: holds pieces made with other settings ({'; '.join(changed)}); give another file"
+                f"--out {out}: holds pieces made with other settings ({'; '.join(changed)}); choose another file"
             )
-        shutil.rmtree(parts, ignore_errors=True)  # whoever finished it may have been killed at once
-        click.echo(f"{out} is finished; nothing was drawn")
+        shutil.rmtree(parts, ignore_errors=True)  # left over if the process was killed right after writing the table
+        click.echo(f"{out} is already complete: nothing to do")
         return
     if not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}")
+        raise UserError(f"--out {out}: the folder {out.parent} does not exist; create it first")
     claim(parts, settings)
     with alone(parts):
         batch = drawing["batch"]
@@ -287,5 +319,5 @@ def sample(
     click.echo(describe(table, names, axes))
     for reward in rewards:
         if reward.is_stand_in:
-            click.echo(f"{reward.name} is a stand-in, not the aesthetic model: see docs/rewards.md")
+            click.echo(f"{reward.name} is an approximation, not the aesthetic model: see docs/rewards.md")
     click.echo(f"{table.num_rows} pieces in {out}")

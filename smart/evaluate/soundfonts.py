@@ -1,11 +1,11 @@
-"""How ratings depend on the soundfont (paper table 2): the same pieces, rendered with each, and rated.
+"""How ratings depend on the soundfont (paper table 2): the same pieces are rendered with each soundfont and rated.
 
     python -m smart.evaluate soundfonts --out fonts --soundfonts timgm fluidr3 my-midi/*.mid
 
-Two questions: how far apart the soundfonts are in the mean, and whether they agree on which piece is better than which,
-which is all that a reward normalised within a group can use. Agreement is Spearman's rank correlation of the ratings of
-the pieces for each two soundfonts, and Kendall's W over all. Intervals are 95% bootstraps over pieces. All soundfonts
-get the same pieces, so their differences, to the first soundfont, are taken piece by piece.
+It answers two questions: how much the mean ratings differ between soundfonts, and whether soundfonts agree on the
+ranking of the pieces, which is all that a reward normalised within a group can use. Agreement is Spearman's rank
+correlation of the ratings for each pair of soundfonts, and Kendall's W over all of them. Intervals are 95%, by a
+bootstrap over pieces. Differences to the first soundfont are taken piece by piece.
 """
 
 import math
@@ -28,6 +28,7 @@ from smart.evaluate.ratings import (
     Kept,
     Row,
     announce,
+    clip_options,
     columns,
     estimate,
     load_rewards,
@@ -50,7 +51,7 @@ PAPER = {name: dict(zip((*AXES, MEAN), means, strict=True)) for name, means in T
 
 
 class Font(NamedTuple):
-    """A soundfont, the name that tables show, and its short name if it is one of the paper's or of ours."""
+    """A soundfont, the name that tables show, and its short name if it has one."""
 
     name: str
     file: Path
@@ -58,7 +59,7 @@ class Font(NamedTuple):
 
 
 def find_fonts(names: Sequence[str]) -> list[Font]:
-    """The soundfonts of ``names``, each with a name of its own. Raises ``UserError`` for one that is not here."""
+    """Find the soundfonts of ``names`` and give each a unique name. Raises ``UserError`` for a missing one."""
     fonts = []
     for text in names:
         file = find_soundfont(text)
@@ -67,21 +68,21 @@ def find_fonts(names: Sequence[str]) -> list[Font]:
     shown = [font.name for font in fonts]
     return [
         font._replace(name=str(font.file)) if shown.count(font.name) > 1 else font for font in fonts
-    ]  # two of one name: by their paths
+    ]  # soundfonts with the same name are shown by path
 
 
 def from_corpus(folder: Path, split: str, count: int, seed: int) -> dict[str, Any]:
-    """``count`` different pieces of a corpus by name, drawn from ``seed``; all where it has fewer."""
+    """``count`` different pieces of a corpus, chosen at random by ``seed``, by name; all if it has fewer."""
     corpus = Corpus(folder)
     pieces, tokenizer = corpus.split(split), corpus.tokenizer
     if not len(pieces):
-        raise UserError(f"corpus {folder}: its split {split!r} has no pieces")
+        raise UserError(f"corpus {folder}: its split {split!r} has no pieces; choose another --split")
     chosen = np.random.default_rng(seed).permutation(len(pieces))[:count]
     return {f"{split} {row}": decode(tokenizer, pieces[row]) for row in sorted(chosen.tolist())}
 
 
 def spearman(a: Ratings, b: Ratings) -> Ratings:
-    """Rank correlation along the last axis of (..., n) arrays; NaN where one is constant."""
+    """Rank correlation along the last axis of (..., n) arrays; NaN if one is constant."""
     a, b = (stats.rankdata(values, axis=-1) for values in (a, b))
     a, b = a - a.mean(axis=-1, keepdims=True), b - b.mean(axis=-1, keepdims=True)
     size = np.sqrt((a**2).sum(axis=-1) * (b**2).sum(axis=-1))
@@ -93,22 +94,22 @@ def _spearman_of(ratings: Ratings, one: int, two: int) -> Ratings:
 
 
 def kendall_w(ratings: Ratings) -> Ratings:
-    """Kendall's coefficient of concordance of m judges over n pieces (..., m, n), 0 to 1, corrected for ties.
+    """Kendall's coefficient of concordance of m raters over n pieces (..., m, n), 0 to 1, corrected for ties.
 
-    NaN where no judge tells pieces apart. W = 12 S / (m^2 (n^3 - n) - m sum(t^3 - t)).
+    NaN if every rater gives all pieces the same rating. W = 12 S / (m^2 (n^3 - n) - m sum(t^3 - t)).
     """
-    judges, count = ratings.shape[-2:]
+    raters, count = ratings.shape[-2:]
     ranks = stats.rankdata(ratings, axis=-1)
-    spread = ((ranks.sum(axis=-2) - judges * (count + 1) / 2) ** 2).sum(axis=-1)
-    # sum over pieces of (t^2 - 1), t pieces tied with it, is the sum over groups of ties of t^3 - t
+    spread = ((ranks.sum(axis=-2) - raters * (count + 1) / 2) ** 2).sum(axis=-1)
+    # t: how many pieces tie with a piece, itself included; t^2 - 1 over pieces sums to t^3 - t over groups of ties
     tied = (ratings[..., :, None] == ratings[..., None, :]).sum(axis=-1).astype(float)
-    whole = judges**2 * (count**3 - count) - judges * (tied**2 - 1).sum(axis=(-2, -1))
+    whole = raters**2 * (count**3 - count) - raters * (tied**2 - 1).sum(axis=(-2, -1))
     return np.divide(12 * spread, whole, out=np.full(np.shape(whole), math.nan), where=whole > 0)
 
 
 def agreement(fonts: Sequence[Font], column: str, ratings: Ratings) -> list[Row]:
-    """Spearman of each two soundfonts, and Kendall's W of all; ``ratings`` is (fonts, pieces)."""
-    known = ratings[:, np.isfinite(ratings).all(axis=0)]  # (fonts, n): pieces that all could rate
+    """Spearman's correlation of each pair of soundfonts, and Kendall's W of all; ``ratings`` is (fonts, pieces)."""
+    known = ratings[:, np.isfinite(ratings).all(axis=0)]  # (fonts, n): the pieces rated with every soundfont
     rows = []
 
     def add(what: str, a: str, b: str, measure: Callable[[Ratings], Ratings]) -> None:
@@ -136,19 +137,22 @@ def agreement(fonts: Sequence[Font], column: str, ratings: Ratings) -> list[Row]
 @click.argument("files", nargs=-1)
 @click.option(
     "--soundfonts", "given", multiple=True, required=True, metavar="SOUNDFONT...",
-    help="Short names or paths; those that follow, up to the MIDI files, are taken too.",
+    help="Soundfonts to compare: short names or paths, as in --soundfonts timgm fluidr3.",
 )  # fmt: skip
-@click.option("--corpus", type=click.Path(path_type=Path), help="Corpus to draw pieces from, instead of MIDI files.")
-@click.option("--split", default="train", show_default=True, type=click.Choice(SPLITS))
-@click.option("--n", "count", default=10, show_default=True, type=click.IntRange(min=1), help="Pieces of the corpus.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Which pieces.")
-@reward_options
-@click.option("--seconds", default=10.0, show_default=True, type=click.FloatRange(0, 3600, min_open=True))
-@click.option("--sample-rate", default=44100, show_default=True, type=click.IntRange(8000, 192_000))
+@click.option("--corpus", type=click.Path(path_type=Path), help="Corpus to take pieces from, instead of MIDI files.")
 @click.option(
-    "--workers", default=0, show_default=True, type=click.IntRange(min=0), help="That render; 0: one for each core."
+    "--split", default="train", show_default=True, type=click.Choice(SPLITS), help="Split of the corpus to use."
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for tables and figures.")
+@click.option(
+    "--n", "count", default=10, show_default=True, type=click.IntRange(min=1), help="Pieces to take from the corpus."
+)
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1),
+    help="Seed of the choice of pieces from the corpus.",
+)  # fmt: skip
+@reward_options
+@clip_options(most_seconds=3600)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the tables and the figure.")
 def main(
     files: tuple[str, ...],
     given: tuple[str, ...],
@@ -164,11 +168,11 @@ def main(
     workers: int,
     out: Path,
 ) -> None:
-    """Rate the same pieces with several soundfonts: MIDI FILES, or pieces of a corpus."""
+    """Rate the same pieces with several soundfonts: MIDI FILES, or pieces from a corpus."""
     midi = [Path(text) for text in files if text.lower().endswith(MIDI)]
     names = [*given, *(text for text in files if not text.lower().endswith(MIDI))]
     if bool(midi) == (corpus is not None):
-        raise UserError("give either MIDI files or --corpus, and not both")
+        raise UserError("give either MIDI files or --corpus, not both")
 
     def pieces() -> dict[str, Any]:
         if corpus is not None:
@@ -222,22 +226,22 @@ def main(
         plots.write_csv(out / "agreement.csv", agreed)
         _draw(out / "soundfonts", fonts, columns(rewards), means, agreed)
     click.echo(f"{len(scores)} pieces, the first {seconds:g} s; 95% intervals over pieces")
-    click.echo(f"means, and differences to {fonts[0].name} piece by piece:")
+    click.echo(f"means, and mean differences to {fonts[0].name} piece by piece:")
     click.echo(_means_shown(means))
     if len(fonts) > 1:
         click.echo("agreement on the ranking of the pieces:")
         click.echo(_agreement_shown(agreed))
-    click.echo(f"wrote soundfonts.csv, agreement.csv, ratings.csv and soundfonts.png and .pdf into {out}")
+    click.echo(f"wrote soundfonts.csv, agreement.csv, ratings.csv, soundfonts.png and soundfonts.pdf to {out}")
 
 
 def _paper(font: Font, column: str) -> float:
-    """What the paper's table 2 gives; NaN where it gives nothing."""
+    """The mean in the paper's table 2; NaN if it has none."""
     kind, _, axis = column.partition(".")
     return PAPER.get(font.known or "", {}).get(axis, math.nan) if kind == "audiobox" else math.nan
 
 
 def _means_shown(rows: Sequence[Row]) -> str:
-    """A line a soundfont, a column a rating."""
+    """One line per soundfont, one column per rating."""
     lines: dict[str, Row] = {}
     for row in rows:
         line = lines.setdefault(row["soundfont"], {"soundfont": row["soundfont"]})
@@ -266,7 +270,7 @@ def _agreement_shown(rows: Sequence[Row]) -> str:
 
 
 def _draw(stem: Path, fonts: Sequence[Font], names: Sequence[str], means: list[Row], agreed: list[Row]) -> None:
-    """Above, each rating's mean by soundfont; below, the Spearman matrix of each."""
+    """Draw each rating's mean by soundfont (top) and its matrix of Spearman correlations (bottom)."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(3.2 * len(names), 5), 6.5), layout="constrained")

@@ -1,8 +1,8 @@
-"""Numbers with their uncertainty: means, paired differences and their tests, over pieces that share prompts.
+"""Means, paired differences and tests over pieces that share prompts, with 95% intervals.
 
-Every interval is 95%. Those of means and effects are percentiles of a bootstrap over prompts; those of measures that
-belong to a set of pieces, such as diversity, come from a jackknife, since a resample would hold copies. A value that is
-not finite (a clip that failed) is left out; of a pair, both are. The draws come from a seeded generator.
+Intervals of means and effects are percentiles of a seeded bootstrap over prompts. Measures of a whole set of pieces,
+such as diversity, use a jackknife instead, since a bootstrap resample contains copies. Values that are not finite (a
+clip that failed) are left out, and with them their partners in pairs.
 
 Axes: N pieces of a system or pairs of pieces, R resamples.
 """
@@ -19,11 +19,11 @@ from scipy import stats
 Floats = npt.NDArray[np.float64]
 
 RESAMPLES = 2000
-GROUPS = 10  # of the jackknife
+GROUPS = 10  # groups of the jackknife
 
 
 class Estimate(NamedTuple):
-    """A number, its 95% interval (NaN where there is none), and of how many pieces or pairs it is."""
+    """A number, its 95% interval (NaN if undefined), and how many pieces or pairs it is based on."""
 
     value: float
     low: float
@@ -35,20 +35,20 @@ class Paired(NamedTuple):
     """How ``after`` differs from ``before``, prompt by prompt."""
 
     difference: Estimate  # mean of after - before
-    cohen: Estimate  # Cohen's d of the differences: their mean in their standard deviations
+    cohen: Estimate  # Cohen's d of the differences: their mean over their standard deviation
     cliff: Estimate  # Cliff's delta of the pairs: share that rises minus share that falls
-    t_test: float  # p of the paired t-test; NaN below two pairs, or where all differences are equal
-    wilcoxon: float  # p of Wilcoxon's signed-rank test; 1 where nothing differs
+    t_test: float  # p of the paired t-test; NaN for fewer than two pairs, or if all differences are equal
+    wilcoxon: float  # p of Wilcoxon's signed-rank test; 1 if nothing differs
 
 
 @lru_cache(maxsize=8)
 def _resamples(count: int, seed: int) -> npt.NDArray[np.int32]:
-    """(R, N) which pieces each resample holds."""
+    """Indices (R, N) of the pieces in each resample."""
     return np.random.default_rng([seed, count]).integers(count, size=(RESAMPLES, count), dtype=np.int32)
 
 
 def bootstrap(values: Floats, measure: Callable[[Floats], Floats], seed: int) -> Estimate:
-    """Of ``values`` (N,), resampled; ``measure`` maps (..., N) to (...)."""
+    """``measure`` of ``values`` (N,) with its bootstrap interval; it maps (..., N) to (...)."""
     count = len(values)
     if not count:
         return Estimate(math.nan, math.nan, math.nan, 0)
@@ -78,7 +78,7 @@ def _cliff(values: Floats) -> Floats:
 
 
 def mean(values: npt.ArrayLike, *, seed: int = 1) -> Estimate:
-    """Of the finite ones of ``values`` (N,)."""
+    """Mean of the finite ``values`` of (N,), with its interval."""
     array = np.asarray(values, np.float64)
     return bootstrap(array[np.isfinite(array)], _mean, seed)
 
@@ -104,7 +104,7 @@ def _wilcoxon(difference: Floats) -> float:
 
 
 def holm(p: npt.ArrayLike) -> Floats:
-    """p-values (M,) of one family, corrected by Holm (1979); NaN stays and does not count."""
+    """p-values (M,) of one family, corrected by Holm (1979); NaN stays NaN and is not counted."""
     given = np.asarray(p, np.float64)
     out, known = given.copy(), np.flatnonzero(np.isfinite(given))
     order = known[np.argsort(given[known], kind="stable")]
@@ -114,7 +114,7 @@ def holm(p: npt.ArrayLike) -> Floats:
 
 
 def jackknife(measure: Callable[[Sequence[int]], Mapping[str, float]], count: int) -> dict[str, Estimate]:
-    """What ``measure(rows)`` finds in pieces 0 .. count-1, with normal intervals from leaving out a tenth at a time."""
+    """``measure(rows)`` of pieces 0 .. count-1, with normal intervals from leaving out a tenth of them at a time."""
     whole = measure(range(count))
     groups = min(GROUPS, count)
     if groups < 2:

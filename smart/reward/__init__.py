@@ -1,12 +1,12 @@
-"""Rewards: what audio is worth, on named axes of a 1-10 scale.
+"""Rewards: they rate audio on named axes, each on a scale from 1 to 10.
 
-A reward rates clips of mono audio (N, S), float32 at the reward's own sample rate, and answers with one
-(N,) float32 tensor per axis. ``load_reward`` finds one by name: the built-in ``audiobox`` and ``ce_proxy``,
-or any that an installed package registers in the entry-point group ``smart.rewards``.
+A reward takes clips of mono audio (N, S), float32 at the reward's own sample rate, and returns one (N,)
+float32 tensor per axis. ``load_reward`` finds one by name: the built-in ``audiobox`` and ``ce_proxy``, or
+any that an installed package registers in the entry-point group ``smart.rewards``.
 
-A rating that could not be computed is NaN, never 0: whoever averages can leave it out and count it. That is
-the case for a clip without samples, for a clip that holds a NaN or an infinity, and for whatever a reward
-itself gives up on (an infinite rating is taken as given up, too). Its neighbours in the batch are unaffected.
+A rating that could not be computed is NaN, never 0, so that averages can leave it out and count it. A clip
+is rated NaN if it has no samples, if it holds a NaN or an infinity, or if the reward could not rate it (an
+infinite rating counts as NaN, too). Other clips of the batch are unaffected.
 """
 
 import functools
@@ -27,13 +27,13 @@ from smart.files import parse_json
 __all__ = ["ENTRY_POINT_GROUP", "Reward", "available_rewards", "load_reward", "read_options", "resample"]
 
 ENTRY_POINT_GROUP = "smart.rewards"
-# value of an entry point: imported only when its reward is asked for
+# entry points, so that a reward's module is imported only when that reward is loaded
 BUILT_IN = {
     "audiobox": EntryPoint("audiobox", "smart.reward.audiobox:Audiobox", ENTRY_POINT_GROUP),
     "ce_proxy": EntryPoint("ce_proxy", "smart.reward.ce_proxy:CEProxy", ENTRY_POINT_GROUP),
 }
 
-# the defaults of torchaudio.functional.resample, by which the published models were fed
+# the defaults of torchaudio.functional.resample, which prepared the audio for the published models
 LOWPASS_WIDTH = 6  # zero crossings of the sinc kept on either side
 ROLLOFF = 0.99  # cut-off as a fraction of the lower Nyquist frequency
 MAX_KERNEL = 1 << 25  # entries; 128 MiB in float32
@@ -43,13 +43,13 @@ class Reward:
     """Base class of every reward; a subclass sets the attributes and implements ``rate``.
 
     Attributes:
-        axes: names of what is rated, most important first; ``combine`` optimises the first by default.
-        sample_rate: Hz at which audio must come (``resample`` converts).
+        axes: names of the ratings, most important first; ``combine`` uses the first alone by default.
+        sample_rate: the sample rate in Hz that ``score`` expects (``resample`` converts).
         provenance: one line for the log: which weights, from where, which revision or hash.
-        is_stand_in: True for an approximation that must be announced as such in every log.
-        name: what messages call this reward; ``load_reward`` sets it to the kind that was asked for.
-        device: where ``rate`` gets its audio.
-        weights: axis -> weight of ``combine``.
+        is_stand_in: True for an approximation of another rating; every log then says so.
+        name: the reward's name in messages; ``load_reward`` sets it to the requested kind.
+        device: the device on which ``rate`` gets its audio.
+        weights: axis -> its weight in ``combine``.
     """
 
     axes: tuple[str, ...] = ()
@@ -67,7 +67,7 @@ class Reward:
         self.weights: dict[str, float] = {self.axes[0]: 1.0}
 
     def rate(self, audio: torch.Tensor, lengths: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """The hook of a subclass: rate clips that are known to be sound.
+        """Rate clips that ``score`` has checked; a subclass implements this.
 
         Args:
             audio: (N, S) float32 on ``self.device``, N >= 1, finite; samples past a clip's length are 0.
@@ -84,16 +84,16 @@ class Reward:
 
         Args:
             audio: (N, S) float32, mono, at ``self.sample_rate``, on any device.
-            lengths: (N,) int64, samples that belong to each clip, 0 to S; None: all S. What lies beyond is
-                ignored, whatever it holds.
+            lengths: (N,) int64, samples that belong to each clip, 0 to S; None: all S. Samples past a clip's
+                length are ignored.
 
         Returns:
             axis -> (N,) float32 on the device of ``audio``; NaN for a clip of length 0, for one that holds a
             NaN or an infinity, and for one that the reward could not rate.
 
         Raises:
-            TypeError, ValueError: the arguments are not of these types and shapes, or the reward's own
-                ``rate`` returned something else than it must.
+            TypeError, ValueError: an argument has another type or shape, or the reward's ``rate`` returned
+                something other than documented.
         """
         lengths = _check_clips(audio, lengths)
         clips, sound = _silence_beyond(audio, lengths)
@@ -112,10 +112,10 @@ class Reward:
         return scores
 
     def combine(self, scores: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The number that is optimised: sum(w * s) / sum(|w|) over the weighted axes, (N,) float32.
+        """The value that training optimises: sum(w * s) / sum(|w|) over the weighted axes, (N,) float32.
 
-        ``scores`` is what ``score`` returned. A clip with a NaN on a weighted axis is NaN; axes of weight 0
-        play no part.
+        ``scores`` is the result of ``score``. A clip with a NaN on a weighted axis is NaN; axes with weight 0
+        are ignored.
         """
         weights = {axis: w for axis, w in self.weights.items() if w != 0}
         absent = [axis for axis in weights if axis not in scores]
@@ -126,17 +126,17 @@ class Reward:
         return combined.sum(dim=0)
 
     def set_weights(self, weights: Mapping[str, float] | None) -> None:
-        """Choose what ``combine`` optimises; None: the first axis alone.
+        """Set the weights of ``combine``; None: the first axis alone.
 
-        A negative weight asks for less of its axis.
+        A negative weight rewards low ratings on its axis.
 
         Raises:
-            UserError: an unknown axis, a weight that is no finite number, or no weight other than 0.
+            UserError: an unknown axis, a weight that is not a finite number, or no weight other than 0.
         """
         self.weights = _check_weights(self.name, self.axes, {self.axes[0]: 1.0} if weights is None else weights)
 
     def _check_rated(self, rated: Any, count: int) -> Mapping[str, torch.Tensor]:
-        """What a subclass returned, or an error that names the reward."""
+        """The result of a subclass's ``rate``; an error names the reward if it is malformed."""
         if not isinstance(rated, Mapping) or set(rated) != set(self.axes):
             got = sorted(rated) if isinstance(rated, Mapping) else type(rated).__name__
             raise ValueError(f"reward {self.name}: rate must return a mapping of the axes {list(self.axes)}, got {got}")
@@ -163,12 +163,12 @@ def load_reward(
     Args:
         kind: ``audiobox``, ``ce_proxy``, or a name that an installed package registers.
         weights: axis -> weight of ``Reward.combine``; None: the reward's first axis.
-        device: where the reward computes.
-        options: passed on to the reward, for example ``model=`` and ``dtype=`` of ``audiobox``.
+        device: the device on which the reward computes.
+        options: passed to the reward, for example ``model=`` and ``dtype=`` of ``audiobox``.
 
     Raises:
-        UserError: no such kind, axis, option or device; a third-party reward that cannot be imported or is
-            not a ``Reward``; or the reward's own reason for not being available, such as missing weights.
+        UserError: no such kind, axis, option or device; a third-party reward cannot be imported or is not a
+            ``Reward``; or the reward itself is not available, for example because its weights are missing.
     """
     factory = _find_factory(kind)
     _check_options(kind, factory, options)
@@ -177,7 +177,7 @@ def load_reward(
     if not isinstance(reward, Reward):
         raise UserError(
             f'reward "{kind}" built a {type(reward).__name__}, expected a smart.reward.Reward; '
-            "this is a fault of the package that registers it"
+            "this is a bug in the package that registers it"
         )
     reward.name = kind
     reward.set_weights(weights)
@@ -185,9 +185,10 @@ def load_reward(
 
 
 def read_options(texts: Sequence[str]) -> dict[str, Any]:
-    """Options for ``load_reward`` from KEY=VALUE, as they are given to ``--reward-option`` on a command line.
+    """Options for ``load_reward`` from texts of the form KEY=VALUE, as ``--reward-option`` takes them.
 
-    A value that reads as JSON (a number, true) is that, any other is text. Raises ``UserError`` for another form.
+    A value that parses as JSON (a number, true) becomes that value; any other stays text. Raises ``UserError`` if
+    a text has another form.
     """
     options = {}
     for text in texts:
@@ -202,7 +203,7 @@ def read_options(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def available_rewards() -> dict[str, str]:
-    """Every kind that ``load_reward`` knows -> the package that it comes from."""
+    """Every kind that ``load_reward`` knows -> the package that provides it."""
     found = dict.fromkeys(BUILT_IN, "smart")
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         found.setdefault(entry.name, _package(entry))
@@ -214,20 +215,20 @@ def resample(audio: torch.Tensor, from_rate: int, to_rate: int) -> torch.Tensor:
 
     With f and t the two rates divided by their greatest common divisor and B = 0.99 min(f, t), output j is
     sum_i x[i] h(j/t - i/f), where h(u) = (B/f) sinc(B u) cos^2(pi B u / 12) for |B u| < 6 and 0 beyond, and
-    x is 0 outside of its range (band-limited interpolation: J. O. Smith, "Digital Audio Resampling"). The
-    filter is symmetric, so nothing is delayed.
+    x is 0 outside its range (band-limited interpolation: J. O. Smith, "Digital Audio Resampling"). The
+    filter is symmetric, so it adds no delay.
 
     Args:
         audio: (..., S) float32 or float64, any device.
-        from_rate: Hz of ``audio``.
-        to_rate: Hz wanted.
+        from_rate: sample rate of ``audio`` in Hz.
+        to_rate: sample rate of the result in Hz.
 
     Returns:
         (..., ceil(S * to_rate / from_rate)), same type and device; ``audio`` itself if the rates are equal.
 
     Raises:
-        TypeError, ValueError: audio that is no float tensor, or a rate that is no positive whole number.
-        UserError: two rates with so small a common divisor that the filter bank would not fit in memory.
+        TypeError, ValueError: ``audio`` is not a float tensor, or a rate is not a positive whole number.
+        UserError: the rates' common divisor is so small that the filter bank would not fit in memory.
     """
     if not isinstance(audio, torch.Tensor) or audio.dtype not in (torch.float32, torch.float64) or audio.ndim < 1:
         got = f"{audio.dtype} {tuple(audio.shape)}" if isinstance(audio, torch.Tensor) else type(audio).__name__
@@ -241,7 +242,7 @@ def resample(audio: torch.Tensor, from_rate: int, to_rate: int) -> torch.Tensor:
     target = -(-samples * to_rate // from_rate)
     if audio.numel() == 0:
         return audio.new_zeros((*audio.shape[:-1], target))
-    # cuDNN rounds float32 convolutions to TensorFloat-32, 10 bits, too few for audio; it leaves float64 alone
+    # cuDNN rounds float32 convolutions to TensorFloat-32: 10 bits, too few for audio; float64 stays exact
     exact = torch.float64 if audio.is_cuda else audio.dtype
     kernel, stride, width = _resampling_kernel(from_rate, to_rate, exact, audio.device)
     padded = torch.nn.functional.pad(audio.reshape(-1, 1, samples).to(exact), (width, width + stride))
@@ -254,7 +255,7 @@ def resample(audio: torch.Tensor, from_rate: int, to_rate: int) -> torch.Tensor:
 def _resampling_kernel(
     from_rate: int, to_rate: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, int, int]:
-    """The filter bank (t, 1, f + 2 width) of ``resample``, its stride f, and width: taps before a frame."""
+    """The filter bank (t, 1, f + 2 width) of ``resample``, its stride f, and width: the taps before a frame."""
     divisor = math.gcd(from_rate, to_rate)
     f, t = from_rate // divisor, to_rate // divisor
     band = min(f, t) * ROLLOFF
@@ -272,30 +273,30 @@ def _resampling_kernel(
 
 
 def _find_factory(kind: str) -> Callable[..., Reward]:
-    """The callable behind a kind; built-in names come first and cannot be taken over."""
+    """The callable that builds a kind; built-in names come first and cannot be replaced."""
     third_party = [e for e in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP) if e.name == kind]
     packages = ", ".join(sorted(_package(e) for e in third_party))
     if kind in BUILT_IN:
         if third_party:
             warnings.warn(
-                f'package {packages} registers a reward "{kind}", a built-in name: it is ignored',
+                f'package {packages} registers a reward "{kind}", but that name is built in; it is ignored',
                 stacklevel=3,
             )
         return BUILT_IN[kind].load()
     if not third_party:
         known = ", ".join(f"{name} ({package})" for name, package in available_rewards().items())
         raise UserError(
-            f'there is no reward "{kind}"; choose one of: {known}; others come from packages that '
-            f'register in the entry-point group "{ENTRY_POINT_GROUP}"'
+            f'there is no reward "{kind}"; choose one of: {known}; installed packages can add more '
+            f'in the entry-point group "{ENTRY_POINT_GROUP}"'
         )
     if len(third_party) > 1:
         raise UserError(f'reward "{kind}" is registered by several packages ({packages}); uninstall all but one')
     try:
         factory = third_party[0].load()
-    except Exception as error:  # whatever someone else's module does at import is worth one clear line
+    except Exception as error:  # another package's module may raise anything when it is imported
         raise UserError(
             f'reward "{kind}" of package {packages} could not be imported ({type(error).__name__}: {error}); '
-            "mend or reinstall that package"
+            "fix or reinstall that package"
         ) from error
     if not callable(factory):
         raise UserError(
@@ -310,7 +311,7 @@ def _package(entry: EntryPoint) -> str:
 
 
 def _check_options(kind: str, factory: Callable[..., Reward], options: Mapping[str, Any]) -> None:
-    """Refuse options that the reward does not take, and the lack of one that it must have."""
+    """Raise ``UserError`` for an option that the reward does not take, or if a required one is missing."""
     parameters = inspect.signature(factory).parameters.values()
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "device"]
     taken = ", ".join(p.name for p in named) or "none"
@@ -324,21 +325,21 @@ def _check_options(kind: str, factory: Callable[..., Reward], options: Mapping[s
 
 
 def _check_device(device: str | torch.device) -> torch.device:
-    """The device, if it is one that this machine has."""
+    """The device; ``UserError`` if this machine does not have it."""
     try:
         checked = torch.device(device)
     except RuntimeError:
         raise UserError(f'there is no device "{device}"; write cpu, cuda or cuda:0') from None
     if checked.type == "cuda" and (not torch.cuda.is_available() or (checked.index or 0) >= torch.cuda.device_count()):
         raise UserError(
-            f'device "{device}" is not here ({torch.cuda.device_count()} CUDA devices are visible); '
+            f'device "{device}" is not available ({torch.cuda.device_count()} CUDA devices are visible); '
             "choose cpu or another one"
         )
     return checked
 
 
 def _check_weights(name: str, axes: tuple[str, ...], weights: Any) -> dict[str, float]:
-    """The weights as floats, or a UserError that names the axis and the choices."""
+    """The weights as floats; a ``UserError`` names the wrong axis and the possible ones."""
     choices = ", ".join(axes)
     if not isinstance(weights, Mapping):
         raise UserError(
@@ -346,7 +347,7 @@ def _check_weights(name: str, axes: tuple[str, ...], weights: Any) -> dict[str, 
         )
     for axis, weight in weights.items():
         if axis not in axes:
-            raise UserError(f'reward "{name}" has no axis "{axis}" to weigh; its axes are: {choices}')
+            raise UserError(f'reward "{name}" has no axis "{axis}"; its axes are: {choices}')
         number = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
         if not number or not math.isfinite(weight):
             raise UserError(f'the weight of axis {axis} of reward "{name}" must be a finite number, got {weight!r}')
@@ -377,7 +378,7 @@ def _check_clips(audio: Any, lengths: Any) -> torch.Tensor:
 
 
 def _silence_beyond(audio: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Audio (N, S) with zeros past each clip's length, and which clips can be rated, (N,) bool on the CPU."""
+    """Audio (N, S) with zeros past each clip's length, and which clips can be rated: (N,) bool on the CPU."""
     samples = audio.shape[1]
     if bool((lengths < samples).any()):
         beyond = torch.arange(samples, device=audio.device) >= lengths.to(audio.device)[:, None]

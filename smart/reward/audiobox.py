@@ -1,10 +1,10 @@
 """The reward of the paper: Meta Audiobox Aesthetics (Tjandra et al. 2025), with the axes CE, CU, PC and PQ.
 
-The network is ``audiobox_aesthetics.model.aes.AesMultiOutput``; around it this file does what the package's
-``AesPredictor`` does, without its import of torchaudio: a clip is cut into windows of 10 s at 16 kHz, the
-last one zero-padded with a mask, and its rating is the mean over windows, weighted by their length and
-de-normalised with the checkpoint's mean and standard deviation. Padding to 10 s is kept even where all clips
-of a batch are shorter: the encoder's first layer normalises over time, so the zeros take part in the rating.
+The network is ``audiobox_aesthetics.model.aes.AesMultiOutput``. This module wraps it as the package's
+``AesPredictor`` does, but without importing torchaudio: it cuts a clip into windows of 10 s at 16 kHz, pads the
+last one with zeros and masks them, and averages the windows' ratings, weighted by their length and
+de-normalised with the checkpoint's mean and standard deviation. Windows are padded to 10 s even if all clips
+of a batch are shorter: the encoder's first layer normalises over time, so the zeros affect the rating.
 """
 
 import hashlib
@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from smart import UserError, hub
+from smart import UserError, brief, hub
 from smart.files import parse_json
-from smart.hub import brief
 from smart.reward import Reward
 
 __all__ = ["Audiobox", "check"]
@@ -34,7 +33,7 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # as PyTorchMode
 AXES = ("CE", "CU", "PC", "PQ")
 SAMPLE_RATE = 16_000
 WINDOW = 10 * SAMPLE_RATE  # samples; also the hop
-FEATURES_AT_A_TIME = 32  # of the 499 of a window, on a CPU: 2,000 frames x 512 in the first layer
+FEATURES_AT_A_TIME = 32  # of a window's 499, on a CPU: the first layer then holds 2,000 frames x 512
 
 # the arguments of AesMultiOutput that the original checkpoint stores; its loader ignores the others
 CHECKPOINT_ARGUMENTS = (
@@ -48,7 +47,7 @@ CHECKPOINT_ARGUMENTS = (
     "normalize_embed",
     "output_dim",
 )
-# the two names that torch has had for the halves of a weight-normalised convolution
+# the old and new names of torch for the two parts of a weight-normalised convolution
 WEIGHT_NORM_NAMES = (
     (".weight_g", ".parametrizations.weight.original0"),
     (".weight_v", ".parametrizations.weight.original1"),
@@ -60,14 +59,13 @@ class Audiobox(Reward):
 
     Args:
         model: a hub id, a folder with config.json and model.safetensors, or the original checkpoint.pt.
-        dtype: "float32", as the official predictor computes, or "bfloat16" (autocast: parameters stay
-            float32).
-        batch_size: windows of 10 s in one forward; memory grows with it, the ratings do not change. None: 8 on a
-            GPU, 1 on a CPU, which has nothing to gain from more, and whose caches have something to lose.
-        device: where the network lives.
+        dtype: "float32", like the official predictor, or "bfloat16" (autocast: parameters stay float32).
+        batch_size: windows of 10 s per forward pass; a larger one takes more memory and gives the same ratings.
+            None: 8 on a GPU, 1 on a CPU, where more would only fill the caches and gain nothing.
+        device: the device that holds the network.
 
     Raises:
-        UserError: the weights cannot be had (the line says where they come from) or an option is wrong.
+        UserError: the weights are not available (the message says where to get them) or an option is wrong.
     """
 
     axes = AXES
@@ -91,7 +89,7 @@ class Audiobox(Reward):
         files = _find_local(model) or _find_cached(str(model)) or _download(str(model))
         network = _build(_read(files), files)
         self.batch_size = batch_size
-        self.is_published = files.hub_id == HUB_ID  # fetched under that id; of a folder or a file nobody can know
+        self.is_published = files.hub_id == HUB_ID  # by hub id; the origin of a folder or file is unknown
         self.provenance = f"Audiobox Aesthetics, {_provenance(files)}, {dtype}"
         self._network = network.to(self.device).eval().requires_grad_(False)
         precision = torch.bfloat16 if dtype == "bfloat16" else torch.float32
@@ -101,7 +99,7 @@ class Audiobox(Reward):
         if self.device.type == "cpu":
             self._convolutions = _Convolutions(self._network.wavlm_model.feature_extractor, precision)
             encoder = self._network.wavlm_model.encoder
-            convolution, _, activation = encoder.pos_conv  # between them: what an even number of taps adds is cut off
+            convolution, _, activation = encoder.pos_conv  # the one between cuts off what an even number of taps adds
             frames = (WINDOW - self._convolutions.reach) // self._convolutions.hop + 1
             encoder.pos_conv = torch.nn.Sequential(_PositionalConvolution(convolution, frames), activation)
         self._padded = True
@@ -137,7 +135,7 @@ class Audiobox(Reward):
         network = self._network
         padding = torch.arange(WINDOW, device=wav.device) >= valid.to(wav.device)[:, None]
         self._padded = bool((valid < WINDOW).any())
-        # left to itself cuDNN rounds float32 to TensorFloat-32, 10 bits
+        # by default cuDNN rounds float32 to TensorFloat-32, 10 bits
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if self._exact else nullcontext()
         with self._autocast, _numpy_state_kept(), exact:
             if self._convolutions is not None:
@@ -151,7 +149,7 @@ class Audiobox(Reward):
             layers = network.wavlm_model.encoder(features, padding, layer=network.nth_layer - 1)[1]
         kept = (~padding).float().t()[:, :, None]  # (F, B, 1)
         count = kept.sum(dim=0).clamp(min=1)
-        # means over time before the weighted sum over layers: the same number, from a 500th of the memory
+        # means over time before the weighted sum over layers: the same result with a 500th of the memory
         means = torch.stack([(x.float() * kept).sum(dim=0) / count for x, _ in layers])  # (L, B, D)
         ratings = []
         for axis in AXES:
@@ -165,9 +163,9 @@ class Audiobox(Reward):
     def _float_mask(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Give attention its padding mask as numbers, or none at all where no window is padded.
+        """Pass attention its padding mask as floats, or no mask if no window is padded.
 
-        torch adds the mask to the (float) position bias either way; a boolean one costs a warning per layer.
+        torch adds the mask to the (float) position bias either way; a boolean mask raises a warning per layer.
         """
         padding = kwargs["key_padding_mask"]
         zeros = torch.zeros(padding.shape, device=padding.device)
@@ -177,20 +175,20 @@ class Audiobox(Reward):
 class _Convolutions:
     """The encoder's convolutions (``ConvFeatureExtractionModel``) as matrix products on channels-last frames.
 
-    This is for CPUs; a GPU has cuDNN. A window of 10 s goes through in pieces that fit a cache, where a whole one is
-    32,000 frames x 512 after the first layer alone. That needs the normalisation over time of that layer folded into
-    its weights: the mean and variance of a linear function of the samples follow from the samples' own. Nothing is
-    approximated.
+    This is for CPUs; a GPU has cuDNN. A window of 10 s is processed in pieces that fit a cache: the whole window
+    would be 32,000 frames x 512 after the first layer. For this the first layer's normalisation over time is folded
+    into its weights, since the mean and variance of a linear function of the samples follow from those of the
+    samples. Nothing is approximated.
     """
 
     def __init__(self, extractor: Any, dtype: torch.dtype) -> None:
         convolutions = [layer[0] for layer in extractor.conv_layers]
         self.first, self.norm, self.dtype = convolutions[0], extractor.conv_layers[0][2], dtype
-        # of each other layer: stride, number of taps, weights (taps x channels in, channels out)
+        # for each other layer: stride, number of taps, weights (taps x channels in, channels out)
         self.others = [
             (c.stride[0], c.kernel_size[0], c.weight.permute(2, 1, 0).flatten(0, 1).to(dtype)) for c in convolutions[1:]
         ]
-        self.hop, self.reach = 1, 1  # samples from one feature to the next, and that one feature looks at
+        self.hop, self.reach = 1, 1  # samples from one feature to the next, and samples that one feature sees
         for convolution in convolutions:
             self.reach += (convolution.kernel_size[0] - 1) * self.hop
             self.hop *= convolution.stride[0]
@@ -211,26 +209,26 @@ class _Convolutions:
         return torch.cat(pieces)
 
     def _frames(self, wav: torch.Tensor) -> torch.Tensor:
-        """What the first layer looks at: (S,) -> (frames, taps)."""
+        """The input of the first layer: (S,) -> (frames, taps)."""
         return wav.unfold(0, self.first.kernel_size[0], self.first.stride[0])
 
     def _piece(self, frames: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """All layers on some frames, the first one with these weights (taps, C) and bias (C,)."""
+        """All layers on these frames; ``weight`` (taps, C) and ``bias`` (C,) are the first layer's."""
         x = torch.addmm(bias, frames.to(self.dtype), weight)
         for stride, taps, weights in self.others:
             x = torch.nn.functional.gelu(x)
             count, width = (len(x) - taps) // stride + 1, x.shape[1]
             y = x.new_empty(count, weights.shape[1])
-            for tap in range(0, taps, stride):  # as many taps as one stride holds, read where they lie
+            for tap in range(0, taps, stride):  # as many taps as one stride holds, without a copy
                 many = min(stride, taps - tap) * width
                 part = x[tap:].as_strided((count, many), (stride * width, 1))
                 rows = weights[tap * width : tap * width + many]
-                y.addmm_(part, rows, beta=min(tap, 1))  # with beta 0 what y holds is not read
+                y.addmm_(part, rows, beta=min(tap, 1))  # with beta 0 the old content of y is ignored
             x = y
         return torch.nn.functional.gelu(x)
 
     def _normalised(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights (taps, C) and bias (C,) of the first layer with its normalisation, for these frames (F, taps)."""
+        """The first layer's weights (taps, C) and bias (C,) with its normalisation over these frames (F, taps)."""
         exact = frames.double()
         mean = exact.mean(dim=0)
         centred = exact - mean
@@ -242,17 +240,17 @@ class _Convolutions:
 
 
 class _PositionalConvolution(torch.nn.Module):
-    """The encoder's positional convolution, 128 taps in 16 groups of channels, by Fourier transforms; for CPUs.
+    """The encoder's positional convolution (128 taps, 16 groups of channels) by Fourier transforms; for CPUs.
 
-    A product of channels for each frequency takes a fortieth of the operations. It is computed in float32 always.
+    One product of channels per frequency takes a fortieth of the operations. It always computes in float32.
     """
 
     def __init__(self, convolution: Any, frames: int) -> None:
         super().__init__()
         taps, groups = convolution.kernel_size[0], convolution.groups
         with torch.no_grad():
-            convolution(torch.zeros(1, convolution.in_channels, 1))  # which normalises its weights
-            self.size = -(-(frames + taps - 1) // 64) * 64  # of the transforms: nothing comes around to the other end
+            convolution(torch.zeros(1, convolution.in_channels, 1))  # this normalises its weights
+            self.size = -(-(frames + taps - 1) // 64) * 64  # of the transforms: long enough that nothing wraps around
             weight = torch.nn.functional.pad(convolution.weight, (0, self.size - taps))
             weight = torch.fft.rfft(weight.roll(-convolution.padding[0], dims=-1)).conj_physical()
         # (frequencies, groups, channels in, channels out) and (C, 1)
@@ -267,10 +265,10 @@ class _PositionalConvolution(torch.nn.Module):
 
 
 def check(model: str | os.PathLike[str] = HUB_ID) -> None:
-    """Raise the UserError that building ``Audiobox(model=model)`` would, without building it or downloading.
+    """Raise the ``UserError`` that building ``Audiobox(model=model)`` would, without building or downloading it.
 
-    Files that are here are opened and their contents listed; a hub id that is not in the cache is looked up,
-    which takes seconds at most where nobody answers.
+    Local files are opened and their contents checked. A hub id that is not in the cache is looked up, which
+    takes a few seconds at most if the hub does not answer.
     """
     files = _find_local(model) or _find_cached(str(model))
     if files is None:
@@ -284,7 +282,7 @@ def check(model: str | os.PathLike[str] = HUB_ID) -> None:
 
 
 class _Files(NamedTuple):
-    """Where weights lie: no ``config`` for the original checkpoint, no ``revision`` for local files."""
+    """Paths of the weights; the original checkpoint has no ``config``, local files have no ``revision``."""
 
     weights: Path
     config: Path | None
@@ -293,26 +291,26 @@ class _Files(NamedTuple):
 
 
 class _Contents(NamedTuple):
-    """What files hold: the arguments of AesMultiOutput and its named tensors, not yet copied into memory."""
+    """What the files contain: the arguments of AesMultiOutput and its named tensors, not yet copied into memory."""
 
     arguments: dict[str, Any]
     state: dict[str, torch.Tensor]
 
 
 def _unavailable(model: object, reason: str) -> UserError:
-    """The one line that says what is wrong with ``model``, where weights come from and how to use a copy."""
+    """An error that says what is wrong with ``model``, where to get the weights and how to use a copy."""
     return UserError(
         f'no Audiobox Aesthetics weights from "{model}": {reason}. They are published as the Hugging Face '
-        f"model {HUB_ID} ({CONFIG_FILE} and {WEIGHTS_FILE}) and as {CHECKPOINT_URL}; fetch either one and "
-        'point at the folder or at the file: [reward.options] model = "PATH"'
+        f"model {HUB_ID} ({CONFIG_FILE} and {WEIGHTS_FILE}) and as {CHECKPOINT_URL}; download either one and "
+        'set the folder or the file: [reward.options] model = "PATH"'
     )
 
 
 def _find_local(model: str | os.PathLike[str]) -> _Files | None:
-    """The files of a folder or checkpoint; None where ``model`` can only be a hub id."""
+    """The files of a folder or checkpoint; None if ``model`` can only be a hub id."""
     if not isinstance(model, (str, os.PathLike)) or not str(model):
         raise UserError(f'model of reward "audiobox" must be a hub id, a folder or a file, got {model!r}')
-    path = Path(os.path.expanduser(model))  # unlike pathlib's, it lets a ~user whom nobody knows stand
+    path = Path(os.path.expanduser(model))  # unlike pathlib's, it leaves an unknown ~user as it is
     if path.is_dir():
         absent = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (path / name).is_file()]
         if absent:
@@ -320,7 +318,7 @@ def _find_local(model: str | os.PathLike[str]) -> _Files | None:
         return _Files(path / WEIGHTS_FILE, path / CONFIG_FILE)
     if path.is_file():
         if path.suffix == ".safetensors":
-            raise _unavailable(model, f"name its folder instead, which must hold {CONFIG_FILE} too")
+            raise _unavailable(model, f"give its folder instead, which must also hold {CONFIG_FILE}")
         return _Files(path, None)
     if not hub.is_hub_id(str(model)) or path.suffix in (".pt", ".pth", ".ckpt", ".safetensors"):
         raise _unavailable(model, "there is no such folder or file")
@@ -328,7 +326,7 @@ def _find_local(model: str | os.PathLike[str]) -> _Files | None:
 
 
 def _find_cached(hub_id: str) -> _Files | None:
-    """The files of a hub model that an earlier download left in the hub's cache."""
+    """The files of a hub model if they are in the hub's cache, else None."""
     paths = hub.find_cached(hub_id, (WEIGHTS_FILE, CONFIG_FILE))
     return None if paths is None else _Files(paths[0], paths[1], paths[0].parent.name, hub_id)
 
@@ -351,12 +349,12 @@ def _read(files: _Files) -> _Contents:
         raise _unavailable(shown, f"target_transform must hold mean and std of {', '.join(AXES)}, got {transform}")
     for prefix in ("wavlm_model.", *(f"{part}.{axis}" for axis in AXES for part in ("proj_layer", "layer_weights"))):
         if not any(name.startswith(prefix) for name in contents.state):
-            raise _unavailable(shown, f"it is another model: there are no tensors {prefix}*")
+            raise _unavailable(shown, f"it is a different model: it has no tensors {prefix}*")
     return contents
 
 
 def _read_folder(files: _Files) -> _Contents:
-    """config.json and model.safetensors; what the configuration does not say keeps the class's default."""
+    """Read config.json and model.safetensors; missing settings keep the class's defaults."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -371,17 +369,17 @@ def _read_folder(files: _Files) -> _Contents:
     try:
         state = load_file(files.weights)
     except (OSError, SafetensorError) as error:
-        raise _unavailable(shown, f"{WEIGHTS_FILE} is damaged or no safetensors file ({brief(error)})") from error
+        raise _unavailable(shown, f"{WEIGHTS_FILE} is damaged or not a safetensors file ({brief(error)})") from error
     fields = _network_class().__dataclass_fields__
     return _Contents({key: value for key, value in config.items() if key in fields}, state)
 
 
 def _read_checkpoint(path: Path) -> _Contents:
-    """The original checkpoint.pt: state_dict with the prefix "model.", model_cfg, target_transform."""
+    """Read the original checkpoint.pt: state_dict with the prefix "model.", model_cfg, target_transform."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # damaged pickles fail in every way there is
-        raise _unavailable(path, f"it is damaged or no checkpoint of plain tensors ({brief(error)})") from error
+    except Exception as error:  # a damaged pickle may raise anything
+        raise _unavailable(path, f"it is damaged or not a checkpoint of plain tensors ({brief(error)})") from error
     parts = ("state_dict", "model_cfg", "target_transform")
     absent = [key for key in parts if not isinstance(saved, dict) or not isinstance(saved.get(key), dict)]
     if absent:
@@ -404,7 +402,7 @@ def _is_transform(transform: Any) -> bool:
 
 
 def _network_class() -> Any:
-    """AesMultiOutput, whose module needs no torchaudio (``audiobox_aesthetics.infer`` does)."""
+    """Import AesMultiOutput; its module needs no torchaudio, unlike ``audiobox_aesthetics.infer``."""
     try:
         from audiobox_aesthetics.model.aes import AesMultiOutput
     except ImportError as error:
@@ -416,16 +414,16 @@ def _network_class() -> Any:
 
 
 def _build(contents: _Contents, files: _Files) -> Any:
-    """The network with the weights of ``contents``, where every tensor must be there, fit and be finite.
+    """The network with the weights of ``contents``; every tensor must be present, of the right shape, and finite.
 
-    Tensors that the network does not have are an error in a checkpoint and ignored in a folder, as in the
-    official loaders of either.
+    Extra tensors are an error in a checkpoint and ignored in a folder, as in the official loader of each.
     """
     shown = files.hub_id or files.weights
     for name, value in contents.arguments.items():
-        if isinstance(value, int) and value > len(contents.state):  # layers and outputs: it would build them for ever
+        # so many layers or outputs would never be built
+        if isinstance(value, int) and value > len(contents.state):
             raise _unavailable(shown, f"its configuration is not usable ({name} = {value})")
-    # its constructor draws random weights; whoever relies on the global generators must not notice
+    # its constructor draws random weights: keep the global generators as they were
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*weight_norm", category=FutureWarning)
         try:
@@ -436,10 +434,10 @@ def _build(contents: _Contents, files: _Files) -> Any:
     state = {_known_name(name, wanted): tensor for name, tensor in contents.state.items()}
     unfit = [n for n, t in wanted.items() if n not in state or state[n].shape != t.shape]
     if unfit:
-        raise _unavailable(shown, f"{len(unfit)} of {len(wanted)} tensors lack or misfit, e.g. {unfit[0]}")
+        raise _unavailable(shown, f"{len(unfit)} of {len(wanted)} tensors are missing or misshapen, e.g. {unfit[0]}")
     extra = sorted(set(state) - set(wanted))
     if extra and files.config is None:
-        raise _unavailable(shown, f"{len(extra)} tensors are not the model's, e.g. {extra[0]}")
+        raise _unavailable(shown, f"{len(extra)} tensors do not belong to the model, e.g. {extra[0]}")
     damaged = next((n for n in wanted if not bool(state[n].isfinite().all())), None)
     if damaged:
         raise _unavailable(shown, f"it is damaged: tensor {damaged} holds NaN or infinite values")
@@ -448,7 +446,7 @@ def _build(contents: _Contents, files: _Files) -> Any:
 
 
 def _known_name(name: str, wanted: Mapping[str, Any]) -> str:
-    """The name by which the installed torch knows a tensor: weight normalisation has had two."""
+    """A tensor's name in the installed torch: versions name weight normalisation differently."""
     for pair in WEIGHT_NORM_NAMES:
         for old, new in (pair, pair[::-1]):
             if name not in wanted and name.endswith(old) and name.removesuffix(old) + new in wanted:
@@ -457,7 +455,7 @@ def _known_name(name: str, wanted: Mapping[str, Any]) -> str:
 
 
 def _provenance(files: _Files) -> str:
-    """Which weights these are: hub id and revision, or path and the start of their SHA-256."""
+    """Which weights these are: hub id and revision, or path and the first digits of their SHA-256."""
     if files.hub_id:
         return f"{files.hub_id} from the Hugging Face hub, revision {files.revision}"
     with files.weights.open("rb") as stream:
@@ -466,7 +464,7 @@ def _provenance(files: _Files) -> str:
 
 @contextmanager
 def _numpy_state_kept() -> Iterator[None]:
-    """Leave numpy's global generator as it was: the encoder draws from it (layer drop) even in eval mode."""
+    """Restore numpy's global generator: the encoder draws from it (layer drop) even in eval mode."""
     state = np.random.get_state()  # noqa: NPY002 -- the encoder draws from the legacy generator
     try:
         yield

@@ -1,15 +1,15 @@
-"""Fit the coefficients of ``ce_proxy`` to clips whose Content Enjoyment somebody rated.
+"""Fit the coefficients of ``ce_proxy`` to clips that were rated for Content Enjoyment.
 
     python -m smart.reward.calibrate --audio DIR --scores CSV
 
 Ridge regression on standardised descriptors: with z the descriptors of n clips, centred and divided by their
 standard deviation, and y the ratings, the weights w minimise mean((y - mean(y) - z w)^2) + ridge |w|^2. The
-range that each descriptor covers over the n clips is kept too: ``ce_proxy`` clamps to it.
+range of each descriptor over the n clips is stored too, because ``ce_proxy`` clamps to it.
 
-The figures are those of repeated K-fold cross-validation: fitting, standardisation and clamping see only the
-other folds. Clips of one group (one prompt, say) are more alike than clips of different ones, so where the
-CSV has groups the same is also done with whole groups per fold, and each pair of clips within a group is
-ordered by a fit that saw nothing of that group.
+The reported figures come from repeated K-fold cross-validation: fitting, standardisation and clamping see only
+the other folds. Clips of one group (one prompt, for example) are more alike than clips of different groups.
+So if the CSV has groups, cross-validation is repeated with whole groups per fold, and each pair of clips within a
+group is ordered by a fit to the other groups.
 """
 
 import csv
@@ -51,18 +51,18 @@ from smart.run import progress
 __all__ = ["Clip", "cross_validate", "fit", "main", "order_pairs", "read_clip", "read_scores", "spearman"]
 
 MIN_CLIPS = 8
-LOWEST_RATE = 4000  # Hz; a header that says 1 Hz would make 64 KB of each byte
-LONGEST = 600  # seconds of a clip
-DIGITS = 6  # of what is written: descriptors computed on another machine differ further down
-CONSTANT = 1e-4  # standard deviation under which a descriptor, 0 to 1.4, is left unscaled: it says nothing
+LOWEST_RATE = 4000  # Hz; resampling from 1 Hz, as a damaged header may say, would turn each byte into 64 KB
+LONGEST = 600  # seconds per clip
+DIGITS = 6  # decimals in the file; further ones differ between machines
+CONSTANT = 1e-4  # a descriptor (0 to 1.4) with a smaller standard deviation counts as constant and is not scaled
 DEFAULT_GROUP = "sample"
-SCORE_ALIASES = {"CE": "content_enjoyment"}  # the axis by its full name
+SCORE_ALIASES = {"CE": "content_enjoyment"}  # the axis's full name, also accepted as column
 DEFAULT_SOURCE = "clips and ratings supplied by the user of the calibration program"
 
 
 @dataclass(frozen=True)
 class Clip:
-    """One row of the CSV: the audio file's name, its rating, and its group ("" where there are none)."""
+    """One row of the CSV: the audio file's name, its rating, and its group ("" if it has none)."""
 
     name: str
     score: float
@@ -75,14 +75,14 @@ def fit(descriptors: torch.Tensor, scores: torch.Tensor, ridge: float) -> Coeffi
     Args:
         descriptors: (n, 4) float64, in the order of ``DESCRIPTORS``.
         scores: (n,) float64.
-        ridge: strength, at least 0, against a mean squared error of descriptors of variance 1.
+        ridge: strength of the penalty, at least 0, on weights of descriptors with variance 1.
     """
     low, high = descriptors.min(dim=0).values, descriptors.max(dim=0).values
     mean, scale = descriptors.mean(dim=0), descriptors.std(dim=0, correction=0)
     scale = torch.where(scale > CONSTANT, scale, torch.ones_like(scale))
     z = (descriptors - mean) / scale
     n, count = z.shape
-    # a whisker of ridge keeps a constant descriptor solvable where none was asked for
+    # even for ridge 0 a tiny penalty keeps the system solvable if a descriptor is constant
     gram = z.T @ z / n + max(ridge, 1e-9) * torch.eye(count, dtype=z.dtype)
     weights = torch.linalg.solve(gram, z.T @ (scores - scores.mean()) / n)
     columns = zip(*(v.tolist() for v in (weights, mean, scale, low, high)), strict=True)
@@ -105,7 +105,7 @@ def cross_validate(
     Args:
         descriptors: (n, 4) float64.
         scores: (n,) float64.
-        groups: n names; clips of one group share a fold. All different: ordinary K-fold.
+        groups: n names; clips of one group share a fold. If all names differ, this is ordinary K-fold.
         folds: at least 2 and at most the number of groups.
     """
     names, member = np.unique(np.asarray(groups), return_inverse=True)
@@ -127,7 +127,7 @@ def cross_validate(
 def order_pairs(
     descriptors: torch.Tensor, scores: torch.Tensor, groups: Sequence[str], ridge: float
 ) -> tuple[int, int]:
-    """(pairs ordered rightly, pairs): clips of a group with unequal ratings, by a fit without that group."""
+    """(pairs in the right order, pairs): clips of one group with unequal ratings, ordered by a fit to the others."""
     member = np.asarray(groups)
     right = total = 0
     for group in np.unique(member):
@@ -145,24 +145,24 @@ def order_pairs(
 
 
 def spearman(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Rank correlation of two (n,) tensors, ties at their mean rank; 0 where one of them is constant."""
+    """Rank correlation of two (n,) tensors, ties at their mean rank; 0 if one of them is constant."""
     return _pearson(_ranks(a), _ranks(b))
 
 
 def read_scores(
     path: Path, *, clip_column: str, score_column: str, group_column: str | None
 ) -> tuple[list[Clip], str | None]:
-    """Rows of a CSV and the column that groups came from.
+    """The rated clips of a CSV and the column that holds their groups.
 
     Args:
         path: CSV in UTF-8 with a header.
         clip_column: column with the audio file's name, relative to the audio folder.
-        score_column: column with the rating, 1 to 10; for "CE", "content_enjoyment" does as well.
-        group_column: column with the group; None: "sample" where there is such a column, else no groups.
+        score_column: column with the rating, 1 to 10; for "CE", "content_enjoyment" is accepted, too.
+        group_column: column with the group; None: "sample" if there is such a column, else no groups.
 
     Raises:
-        UserError: the file or a column is missing, or a row lacks a name, repeats one, names a file outside of the
-            audio folder, or has no rating from 1 to 10.
+        UserError: the file or a column is missing, or a row lacks a file name, repeats one, names a file outside
+            the audio folder, or has no rating from 1 to 10.
     """
     columns, rows = _read_csv(path)
     alias = SCORE_ALIASES.get(score_column, score_column)
@@ -175,7 +175,7 @@ def read_scores(
     for option, column in wanted:
         if column not in columns:
             raise UserError(
-                f'{path} has no column "{column}", only {", ".join(columns)}; name the right one with {option}'
+                f'{path} has no column "{column}", only {", ".join(columns)}; choose one of them with {option}'
             )
     clips: list[Clip] = []
     names: set[str] = set()
@@ -184,7 +184,7 @@ def read_scores(
         if not name:
             raise UserError(f'{path}, line {line}: no file name in column "{clip_column}"')
         if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
-            raise UserError(f'{path}, line {line}: clip "{name:.60}" is not inside of --audio; name it from there')
+            raise UserError(f'{path}, line {line}: clip "{name:.60}" is not inside --audio; give its path from there')
         if name in names:
             raise UserError(f'{path}, line {line}: clip "{name}" is listed twice; keep one rating per clip')
         names.add(name)
@@ -197,14 +197,14 @@ def read_clip(path: Path) -> torch.Tensor:
     """Mono audio (S,) float32 at ``SAMPLE_RATE``: the mean of the channels of a wav, flac, mp3 or ogg file.
 
     Raises:
-        UserError: the file is missing, unreadable, empty, not finite, of fewer than ``LOWEST_RATE`` samples a second or
+        UserError: the file is missing, unreadable, empty, not finite, has a sample rate below ``LOWEST_RATE`` or is
             longer than ``LONGEST``, or the soundfile package is missing.
     """
     if not path.is_file():
         raise UserError(f"audio file {path} is missing; it is listed in the scores")
     audio, rate = read_audio(path, LONGEST + 1)
     if rate < LOWEST_RATE:
-        raise UserError(f"audio file {path} has {rate} samples a second, at least {LOWEST_RATE} are needed")
+        raise UserError(f"audio file {path} has a sample rate of {rate} Hz, at least {LOWEST_RATE} are needed")
     if len(audio) > LONGEST * rate:
         raise UserError(f"audio file {path} is longer than {LONGEST} s; cut it, or remove it from the scores")
     mono = torch.from_numpy(audio)
@@ -214,28 +214,28 @@ def read_clip(path: Path) -> torch.Tensor:
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--audio", required=True, type=click.Path(path_type=Path), help="Folder of the audio files.")
+@click.option("--audio", required=True, type=click.Path(path_type=Path), help="Folder with the audio files.")
 @click.option("--scores", required=True, type=click.Path(path_type=Path), help="CSV with one rated clip per row.")
 @click.option(
     "--out",
     default="ce_proxy.json",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="JSON file to write.",
+    help="JSON file to write the coefficients to.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace --out if it is there.")
-@click.option("--clip-column", default="clip", help="Column with the file name, relative to --audio.")
-@click.option("--score-column", default=AXIS, help="Column with the rating, 1 to 10; for CE also content_enjoyment.")
+@click.option("--overwrite", is_flag=True, help="Replace --out if it exists.")
+@click.option("--clip-column", default="clip", help="Column with the file names, relative to --audio.")
+@click.option("--score-column", default=AXIS, help="Column with ratings from 1 to 10; CE also finds content_enjoyment.")
 @click.option(
     "--group-column",
     default=None,
-    show_default=f"{DEFAULT_GROUP}, where there is one",
-    help="Column that clips to be held out together share.",
+    show_default=f"{DEFAULT_GROUP}, if there is such a column",
+    help="Column with the groups; clips of one group are held out together.",
 )
-@click.option("--ridge", default=0.5, type=click.FloatRange(min=0), help="Ridge strength.")
-@click.option("--folds", default=4, type=click.IntRange(min=2), help="Folds of the cross-validation.")
-@click.option("--repeats", default=50, type=click.IntRange(min=1), help="Repeats of the cross-validation.")
-@click.option("--seed", default=0, type=click.IntRange(min=0), help="Seed of the cross-validation's folds.")
-@click.option("--source", default=DEFAULT_SOURCE, help="What the clips are; kept in --out.")
+@click.option("--ridge", default=0.5, type=click.FloatRange(min=0), help="Strength of the ridge penalty.")
+@click.option("--folds", default=4, type=click.IntRange(min=2), help="Number of folds in the cross-validation.")
+@click.option("--repeats", default=50, type=click.IntRange(min=1), help="How often the cross-validation is repeated.")
+@click.option("--seed", default=0, type=click.IntRange(min=0), help="Seed that assigns clips to folds.")
+@click.option("--source", default=DEFAULT_SOURCE, help="Where the clips and ratings come from; stored in --out.")
 def main(
     audio: Path,
     scores: Path,
@@ -250,13 +250,16 @@ def main(
     seed: int,
     source: str,
 ) -> None:
-    """Fit ce_proxy to clips that you rated, for load_reward("ce_proxy", coefficients=OUT)."""
+    """Fit the ce_proxy reward to clips that you rated, and write its coefficients to a file.
+
+    To tune with them: --set reward.kind=ce_proxy --set reward.options.coefficients=OUT
+    """
     if not math.isfinite(ridge):
         raise UserError(f"--ridge must be a finite number, got {ridge}")
     if out.exists() and not overwrite:
-        raise UserError(f"{out} is there already; choose another --out or add --overwrite")
+        raise UserError(f"{out} already exists; choose another --out or add --overwrite")
     if not out.parent.is_dir():
-        raise UserError(f"folder {out.parent} of --out does not exist; make it first")
+        raise UserError(f"folder {out.parent} of --out does not exist; create it first")
     if not audio.is_dir():
         raise UserError(f"--audio {audio} is not a folder")
     clips, group_column = read_scores(
@@ -268,9 +271,7 @@ def main(
     x = torch.stack(described).double()
     y = torch.tensor([clip.score for clip in clips], dtype=torch.float64)
     if float(x.std(dim=0, correction=0).max()) <= CONSTANT:
-        raise UserError(
-            f"all {len(clips)} clips have the same descriptors (silent, or copies?); there is nothing to fit"
-        )
+        raise UserError(f"all {len(clips)} clips have the same descriptors (silent, or copies?); use clips that differ")
     coefficients = fit(x, y, ridge)
     validation = _validate(x, y, clips, folds=folds, repeats=repeats, ridge=ridge, seed=seed)
     univariate = {name: spearman(x[:, column], y) for column, name in enumerate(DESCRIPTORS)}
@@ -310,10 +311,10 @@ def _validate(
     ridge: float,
     seed: int,
 ) -> dict[str, Any]:
-    """The cross-validated figures of the report; "grouped" and "pairs" only where groups allow them."""
+    """The cross-validated figures of the report; "grouped" and "pairs" only if the groups allow them."""
     result: dict[str, Any] = {"folds": folds, "repeats": repeats, "seed": seed}
     ways = {"ungrouped": [clip.name for clip in clips]}
-    # a clip without a group stands for itself
+    # a clip without a group is a group by itself
     groups = [f"group {clip.group}" if clip.group else f"clip {clip.name}" for clip in clips]
     if folds <= len(set(groups)) < len(clips):
         ways["grouped"] = groups
@@ -327,7 +328,7 @@ def _validate(
 
 
 def _table(report: dict[str, Any], group_column: str | None) -> str:
-    """The report for people."""
+    """The report as text for the terminal."""
     validation = report["cross_validation"]
     lines = [
         f"{report['clips']} clips, ridge {report['ridge']:g}, {validation['repeats']} x "
@@ -352,7 +353,7 @@ def _table(report: dict[str, Any], group_column: str | None) -> str:
 
 
 def _provenance(clips: Sequence[Clip], audio: Path, source: str, group_column: str | None) -> dict[str, Any]:
-    """Where the coefficients come from; paths of this machine stay out of it."""
+    """Where the coefficients come from, without paths of this machine."""
     files, ratings = hashlib.sha256(), hashlib.sha256()
     for clip in sorted(clips, key=lambda clip: clip.name):
         content = hashlib.sha256((audio / clip.name).read_bytes()).hexdigest()
@@ -373,7 +374,7 @@ def _provenance(clips: Sequence[Clip], audio: Path, source: str, group_column: s
 
 
 def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str | None]]]]:
-    """The columns of a CSV, and its rows with the line that each ends on."""
+    """The columns of a CSV, and its rows with the line number on which each ends."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
@@ -388,7 +389,7 @@ def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str | No
 
 
 def _rating(text: str | None, column: str, where: str) -> float:
-    """One rating, or a UserError that says where it is wrong."""
+    """One rating; a ``UserError`` says which line is wrong."""
     try:
         score = float(text or "")
     except ValueError:
@@ -402,32 +403,32 @@ def _rating(text: str | None, column: str, where: str) -> float:
 
 def _check_ratings(clips: Sequence[Clip], path: Path, folds: int) -> None:
     if len(clips) < MIN_CLIPS:
-        raise UserError(f"{path} rates {len(clips)} clips, at least {MIN_CLIPS} are needed; rate more")
+        raise UserError(f"{path} rates {len(clips)} clips, at least {MIN_CLIPS} are needed; rate more clips")
     if len({clip.score for clip in clips}) == 1:
-        raise UserError(f"{path} gives every clip the rating {clips[0].score:g}; there is nothing to fit")
+        raise UserError(f"{path} gives every clip the rating {clips[0].score:g}; ratings must differ")
     if folds > len(clips):
-        raise UserError(f"--folds {folds} is more than the {len(clips)} clips of {path}")
+        raise UserError(f"--folds {folds} is more than the {len(clips)} clips in {path}; use fewer folds")
 
 
 def _check_files(clips: Sequence[Clip], audio: Path) -> None:
-    """Name what is missing before anything is computed."""
-    # unlike pathlib's, os.path's takes a name that is too long for one that is not there
+    """Name missing files before anything is computed."""
+    # unlike pathlib's, this isfile returns False for a name that is too long
     absent = [clip.name for clip in clips if not os.path.isfile(audio / clip.name)]
     if absent:
         shown = ", ".join(f"{name:.80}" for name in absent[:3]) + (
             f" and {len(absent) - 3} more" if len(absent) > 3 else ""
         )
-        raise UserError(f"missing from {audio}, though listed in the scores: {shown}")
+        raise UserError(f"missing from {audio}, but listed in the scores: {shown}")
 
 
 def _ranks(values: torch.Tensor) -> torch.Tensor:
-    """Ranks (n,) float64, equal values at the mean of theirs."""
+    """Ranks (n,) float64; equal values share their mean rank."""
     _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
     return (counts.cumsum(0) - (counts - 1) / 2).double()[inverse]
 
 
 def _pearson(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Correlation of two (n,) tensors; 0 where one of them is constant, as it then says nothing."""
+    """Correlation of two (n,) tensors; 0 if one of them is constant."""
     a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
     size = float(a.norm() * b.norm())
     return float(a @ b) / size if size > 1e-12 else 0.0
@@ -443,7 +444,7 @@ def _rounded(value: Any) -> Any:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write the whole file or nothing."""
+    """Write the whole file, or nothing."""
     try:
         write_atomically(path, text.encode())
     except OSError as error:

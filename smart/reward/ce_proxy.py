@@ -1,24 +1,24 @@
-"""ce_proxy: a stand-in for Audiobox Aesthetics' Content Enjoyment (CE) that needs no download.
+"""ce_proxy: an approximation of Audiobox Aesthetics' Content Enjoyment (CE) that needs no download.
 
     CE = b + sum_d w_d (clamp(x_d, low_d, high_d) - mean_d) / scale_d
 
-with four descriptors x_d of a clip, listed in ``DESCRIPTORS``. Coefficients come from a JSON file that
-``python -m smart.reward.calibrate`` writes; the one beside this module was fitted to published piano clips
-whose CE is known, and records its data and its cross-validated figures. A linear model of four numbers is
-not the aesthetic model: it knows gaps, stagnation, thinness and missing bass, and nothing of consonance,
-rhythm or form (random notes that fill the clip score as high as music does).
+with four descriptors x_d of a clip, listed in ``DESCRIPTORS``. Coefficients come from a JSON file written by
+``python -m smart.reward.calibrate``; the shipped one was fitted to published piano clips whose CE is known, and
+records its data and its cross-validated figures. A linear model of four numbers is not the aesthetic model: it
+notices gaps, stagnation, thinness and missing bass, but not consonance, rhythm or form (random notes that
+fill the clip score as high as music).
 
-Because reinforcement learning seeks out whatever a reward overlooks:
+Reinforcement learning exploits whatever a reward overlooks, therefore:
 
-* each descriptor is clamped to the range that calibration saw: the score saturates and never extrapolates;
-* all four count only frames in which there is music: loud enough (against the clip's own loudest frame),
-  tonal (noise and clicks are not), and with the harmony changing within reach (a held chord or one repeated
-  note is not). Silence, noise and a drone therefore score alike, at the bottom;
-* levels are relative to the clip and every threshold is a ramp, so that gain does not matter, and small
-  changes of timbre matter little.
+* each descriptor is clamped to its range in calibration: the score saturates and never extrapolates;
+* all four count only frames that contain music: loud enough (compared with the clip's loudest frame), tonal
+  (noise and clicks are not), and with a change of harmony nearby (a held chord or a repeated note has none).
+  Silence, noise and a drone therefore all get the lowest score;
+* levels are relative to the clip and every threshold is a ramp, so gain does not matter, and small changes
+  of timbre matter little.
 
-Clips are described one at a time: a score cannot depend on its neighbours, on padding or on the batch size,
-and memory stays that of one clip.
+Clips are described one at a time: a score cannot depend on other clips, on padding or on the batch size, and
+memory is that of one clip.
 """
 
 import functools
@@ -43,24 +43,24 @@ AXIS = "CE"
 LOWEST, HIGHEST = 1.0, 10.0  # the scale of the ratings
 SHIPPED = Path(__file__).with_name("ce_proxy.json")
 
-SAMPLE_RATE = 16000  # Hz, as Audiobox itself listens
+SAMPLE_RATE = 16000  # Hz, the same as Audiobox
 FRAME = 2048  # samples, 128 ms
 HOP = 512  # samples, 32 ms
-LAG = 16  # frames, 0.5 s: over which harmony is compared
+LAG = 16  # frames, 0.5 s: harmony is compared over this distance
 REACH = 46  # frames, 1.5 s: how far to either side a change of harmony keeps a frame musical
 
-LEVEL_DB = (-50.0, -35.0)  # frame energy against the loudest frame: silent .. sounding
+LEVEL_DB = (-50.0, -35.0)  # frame energy relative to the loudest frame: silent .. sounding
 TONALITY_DB = (3.0, 6.0)  # arithmetic over geometric mean of a spectrum; 2.5 for any Gaussian noise
 CHANGE = (0.4, 0.7)  # distance of chroma vectors, at most sqrt(2): stagnant .. moving
-CELL_DB = (-60.0, -40.0)  # mel cell against the clip's strongest: empty .. filled
-BASS_DB = (-40.0, -10.0)  # energy under BASS_HZ against the loudest frame: absent .. present
+CELL_DB = (-60.0, -40.0)  # mel cell relative to the clip's strongest: empty .. filled
+BASS_DB = (-40.0, -10.0)  # energy under BASS_HZ relative to the loudest frame: absent .. present
 BASS_HZ = 200.0
-LOWEST_HZ = 40.0  # constant offset and rumble below it are not heard
+LOWEST_HZ = 40.0  # constant offset and rumble below this are inaudible
 MEL_BANDS, MEL_HZ = 64, (50.0, 6000.0)
 CHROMA_PITCHES = (36, 108)  # MIDI, C2 to B7
 OCTAVES_HZ = (LOWEST_HZ, 125.0, 250.0, 500.0, 1000.0, 2000.0, 4000.0, SAMPLE_RATE / 2 + 1)
-FAINT = 1e-7  # -70 dB, energies against the loudest frame: softer than this has no harmony
-INAUDIBLE = 1e-8  # -80 dB, frame energy against a sine of the clip's peak: softer than this is no sound
+FAINT = 1e-7  # -70 dB, energy relative to the loudest frame: below this there is no harmony
+INAUDIBLE = 1e-8  # -80 dB, frame energy relative to a sine with the clip's peak: below this is silence
 
 DESCRIPTORS: dict[str, str] = {
     "active": "mean over frames of m, the music in a frame: the product of three ramps in 0..1, of frame "
@@ -87,9 +87,9 @@ class Term:
 
 @dataclass(frozen=True)
 class Coefficients:
-    """What calibration finds: ``intercept`` and one ``Term`` per name in ``DESCRIPTORS``.
+    """The result of calibration: ``intercept`` and one ``Term`` per name in ``DESCRIPTORS``.
 
-    ``clips`` and ``spearman`` (cross-validated; None where unknown) are only for the line in the log.
+    ``clips`` and ``spearman`` (cross-validated; None if unknown) are only used in the log.
     """
 
     intercept: float
@@ -102,11 +102,11 @@ class CEProxy(Reward):
     """Content Enjoyment on the 1-10 scale, approximated from four audio descriptors (see the module).
 
     Args:
-        coefficients: JSON file of ``python -m smart.reward.calibrate``; None: the one that ships with us.
-        device: where descriptors are computed.
+        coefficients: JSON file written by ``python -m smart.reward.calibrate``; None: the shipped one.
+        device: the device on which descriptors are computed.
 
     Raises:
-        UserError: the file is missing or not what the calibration program writes.
+        UserError: the file is missing or was not written by the calibration program.
     """
 
     axes = (AXIS,)
@@ -125,7 +125,7 @@ class CEProxy(Reward):
 
 
 def predict(descriptors: torch.Tensor, coefficients: Coefficients) -> torch.Tensor:
-    """Scores (N,) of descriptors (N, 4), float64: the equation at the top, kept within 1-10."""
+    """Scores (N,) of descriptors (N, 4), float64: the module's equation, clamped to 1-10."""
     score = torch.full((len(descriptors),), coefficients.intercept, dtype=torch.float64)
     for column, name in enumerate(DESCRIPTORS):
         term = coefficients.terms[name]
@@ -159,7 +159,7 @@ def describe(clip: torch.Tensor) -> torch.Tensor:
     cells = power @ banks.mel
     filled = _ramp(_decibels(cells / cells.max().clamp(min=1e-30)), *CELL_DB).mean(dim=1)
     bass = _ramp(_decibels(power @ banks.bass / loudest), *BASS_DB)
-    # the first frames have no past to differ from: leave them out, or short clips would seem static
+    # the first frames have no earlier frame to compare with: with them short clips would seem static
     moved = (music * change)[LAG:]
     return torch.stack(
         [
@@ -175,14 +175,14 @@ def load_coefficients(path: str | Path) -> Coefficients:
     """Read and check a calibration file.
 
     Raises:
-        UserError: no such file, not JSON, another version, an unknown or missing descriptor, or a number that
-            is not finite or makes no sense; it names the file and the entry.
+        UserError: no such file, not JSON, another version, an unknown or missing descriptor, or an invalid
+            number; it names the file and the entry.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"coefficients {path} cannot be read ({_reason(error)}); make them with: "
+            f"coefficients {path} cannot be read ({_reason(error)}); create them with: "
             "python -m smart.reward.calibrate --audio DIR --scores CSV"
         ) from error
     try:
@@ -195,7 +195,7 @@ def load_coefficients(path: str | Path) -> Coefficients:
 
 @dataclass(frozen=True)
 class _Banks:
-    """Matrices that turn a power spectrum (frames, bins) into what the descriptors look at."""
+    """Matrices that turn a power spectrum (frames, bins) into the descriptors' inputs."""
 
     audible: torch.Tensor  # (bins,) 0 or 1
     mel: torch.Tensor  # (bins, 64)
@@ -210,7 +210,7 @@ def _banks(device: torch.device) -> _Banks:
     pitch = 69 + 12 * torch.log2(hz.clamp(min=1.0) / 440)
     semitones = torch.arange(*CHROMA_PITCHES)
     triangles = (1 - (pitch[:, None] - semitones).abs()).clamp(min=0)  # one semitone to either side
-    chroma = triangles.reshape(len(hz), -1, 12).sum(dim=1)  # C2 is the first, so column 0 is C
+    chroma = triangles.reshape(len(hz), -1, 12).sum(dim=1)  # the first pitch is C2, so column 0 is C
     bounds = [int(torch.searchsorted(hz, edge)) for edge in torch.tensor(OCTAVES_HZ, dtype=torch.float64)]
     return _Banks(
         audible=(hz >= LOWEST_HZ).to(device, torch.float32),
@@ -232,7 +232,7 @@ def _mel_bank(hz: torch.Tensor) -> torch.Tensor:
 
 
 def _power(clip: torch.Tensor) -> torch.Tensor:
-    """Power spectra (frames, bins) of the clip scaled to a peak of 1; frames lie wholly inside the clip."""
+    """Power spectra (frames, bins) of the clip scaled to a peak of 1; all frames lie inside the clip."""
     clip = clip / clip.abs().max().clamp(min=1e-30)
     if len(clip) < FRAME:
         clip = torch.nn.functional.pad(clip, (0, FRAME - len(clip)))
@@ -241,9 +241,9 @@ def _power(clip: torch.Tensor) -> torch.Tensor:
 
 
 def _chroma_change(chroma: torch.Tensor, loudest: torch.Tensor) -> torch.Tensor:
-    """Distance (frames,) of each frame's harmony from that LAG frames before; 0 for the first LAG frames.
+    """Distance (frames,) of each frame's harmony from the one LAG frames before; 0 for the first LAG frames.
 
-    The harmony is the square root of the 12 pitch-class shares: of length 1, and shrinking to 0 in silence.
+    The harmony is the square root of the 12 pitch-class shares: a vector of length 1 that shrinks to 0 in silence.
     """
     shares = (chroma / (chroma.sum(dim=1, keepdim=True) + FAINT * loudest)).sqrt()
     change = torch.zeros_like(shares[:, 0])
@@ -258,10 +258,10 @@ def _within_reach(change: torch.Tensor) -> torch.Tensor:
 
 
 def _tonality(power: torch.Tensor, octaves: tuple[slice, ...]) -> torch.Tensor:
-    """Decibels (frames,) by which the mean power exceeds its geometric mean, per octave, weighted by energy.
+    """By how many decibels (frames,) the mean power exceeds its geometric mean; octaves weighted by energy.
 
-    Per octave, so that coloured noise is as little tonal as white noise: 10 log10(e) x Euler's constant,
-    2.5 dB.
+    Measuring each octave by itself gives coloured noise the same low value as white noise: 10 log10(e) x
+    Euler's constant, 2.5 dB.
     """
     total = power.sum(dim=1)
     floor = 1e-12 * total[:, None] + 1e-20
@@ -273,7 +273,7 @@ def _tonality(power: torch.Tensor, octaves: tuple[slice, ...]) -> torch.Tensor:
 
 
 def _ramp(value: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """0 up to low, 1 from high on, a straight line between."""
+    """0 up to ``low``, 1 from ``high``, linear between them."""
     return ((value - low) / (high - low)).clamp(0, 1)
 
 
@@ -295,13 +295,11 @@ def _provenance(coefficients: Coefficients, path: str | Path | None) -> str:
 
 
 def _parse(data: Any, path: str) -> Coefficients:
-    """Coefficients from decoded JSON, or a UserError that names the entry."""
+    """Coefficients from decoded JSON; a ``UserError`` names a wrong entry."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise UserError(f'coefficients {path}: expected a JSON object with "format": "{FORMAT}"')
     if type(data.get("version")) is not int or data["version"] != VERSION:
-        raise UserError(
-            f"coefficients {path}: version {data.get('version')!r}, this program reads {VERSION}; calibrate again"
-        )
+        raise UserError(f"coefficients {path}: version {data.get('version')!r}, expected {VERSION}; calibrate again")
     if data.get("axis") != AXIS or data.get("sample_rate") != SAMPLE_RATE:
         raise UserError(f'coefficients {path}: expected "axis": "{AXIS}" and "sample_rate": {SAMPLE_RATE}')
     entries = data.get("descriptors")
@@ -336,7 +334,7 @@ def _parse_clips(clips: Any, path: str) -> int | None:
 
 
 def _parse_spearman(validation: Any, path: str) -> float | None:
-    """The ungrouped figure that calibration reached, where the file has one."""
+    """The ungrouped Spearman correlation, or None if the file has no cross-validation."""
     if validation is None:
         return None
     try:
@@ -351,12 +349,12 @@ def _parse_spearman(validation: Any, path: str) -> float | None:
 def _number(entry: Mapping[str, Any], key: str, path: str, prefix: str) -> float:
     value: Any = entry.get(key)
     usable = isinstance(value, int | float) and not isinstance(value, bool)
-    # compared before it is converted: a whole number of 400 digits is valid JSON and no float
+    # compared before the conversion: an integer of 400 digits is valid JSON but too large for a float
     if not usable or not -1e12 <= value <= 1e12:
         raise UserError(f"coefficients {path}: {prefix}{key} must be a finite number, got {value!r:.40}")
     return float(value)
 
 
 def _reason(error: Exception) -> str:
-    """What the operating system says, without the path, which the message has already."""
+    """The operating system's reason, without the path, which the message already has."""
     return getattr(error, "strerror", None) or str(error)

@@ -23,9 +23,10 @@ from smart.model import load_base, pick_device, pick_precision
 from smart.prompts import draw
 from smart.render import RenderError, open_renderer
 from smart.reward import Reward
+from smart.rollout.batch import write
 from smart.rollout.scorer import Scorer
 from smart.rollout.systems import System
-from smart.sampler import Sampler
+from smart.sampler import Rollout, Sampler
 from smart.tokens import decode, load_tokenizer, vocabulary
 from smart.workers import usable_cores
 
@@ -198,18 +199,15 @@ def _draw(
 ) -> _Drawn:
     """Draw a whole block and have those of ``indices`` rendered, each as soon as it has settled."""
     rows = [row for row, index in enumerate(block) if index in indices]
-    clips = voice.scorers[0].listen()
-
-    def look(tokens: torch.Tensor, ended: torch.Tensor) -> None:
-        clips.look(tokens[rows], ended[rows])
-
-    rollout = voice.sampler.sample(
+    rollout, clips = write(
+        voice.sampler,
+        voice.scorers[0],
         torch.tensor([[voice.vocab[token] for token in prompt] for prompt, _ in starts]),
+        rows=rows,
         generator=[generator for _, generator in starts],
-        watch=look,
         **options,
     )
-    rollout = type(rollout)(*(part[rows].cpu() for part in rollout))
+    rollout = Rollout(*(part.cpu() for part in rollout))
     prompt_length = len(starts[0][0])
     lengths = rollout.mask.sum(dim=1).tolist()
     return _Drawn(
@@ -218,7 +216,7 @@ def _draw(
         tokens=[row[: prompt_length + length] for row, length in zip(rollout.tokens.tolist(), lengths, strict=True)],
         prompt_length=prompt_length,
         logprobs=rollout.logprobs.double().sum(dim=1).tolist(),
-        clips=clips.finish(rollout),
+        clips=clips.in_order(),
     )
 
 

@@ -25,8 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from smart import Failure
-from smart.hub import brief
+from smart import Failure, brief
 from smart.render import Renderer, RenderError
 from smart.reward import Reward, resample
 from smart.rollout.horizon import Horizon
@@ -119,13 +118,18 @@ class Clips:
         tokens = rollout.tokens.cpu()
         for row in range(len(tokens)):
             self._submit(row, tokens[row])
-        return self._in_order()
+        return self.in_order()
 
     def rate(self, *, keep: Iterable[int] = ()) -> Rated:
         """``Scorer.collect`` of all clips."""
-        return self.scorer.collect(self._in_order(), keep=keep, stopwatch=self.stopwatch)
+        return self.scorer.collect(self.in_order(), keep=keep, stopwatch=self.stopwatch)
 
-    def _in_order(self) -> list[Future[Audio]]:
+    def forget(self) -> None:
+        """Let go of the audio."""
+        self.futures.clear()
+
+    def in_order(self) -> list[Future[Audio]]:
+        """The clips by row."""
         return [self.futures[row] for row in range(len(self.futures))]
 
     def _submit(self, row: int, tokens: torch.Tensor) -> None:

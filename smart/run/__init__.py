@@ -5,6 +5,7 @@
 
 from smart.run.command import in_one_line, progress, run_command
 from smart.run.folder import CONFIG, NEEDED, SETTINGS, alone, changes, check_packages, claim, prepare
+from smart.run.run import Run
 from smart.run.stop import StopRequest
 from smart.run.stopwatch import Stopwatch
 from smart.run.tracker import METRICS, Onlooker, Tracker, read_metrics, summarise
@@ -15,6 +16,7 @@ __all__ = [
     "NEEDED",
     "SETTINGS",
     "Onlooker",
+    "Run",
     "StopRequest",
     "Stopwatch",
     "Tracker",

@@ -5,20 +5,23 @@ folder beside it, flushed to the disk, listed with their SHA-256 in ``manifest.j
 crash at any instant leaves the previous checkpoint as it was. Only safetensors and JSON are read back.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
 from smart import UserError
 from smart.files import parse_json, sha256, sync
+
+if TYPE_CHECKING:
+    import torch
 
 MANIFEST = "manifest.json"
 STATE = "state.safetensors"
@@ -128,6 +131,8 @@ def write_state(
     folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, **generators: torch.Generator
 ) -> None:
     """Write the optimiser's moments (by parameter name) and the generators' states beside the model's weights."""
+    from safetensors.torch import save_file  # it imports torch, which finding a checkpoint does without
+
     tensors = {f"rng.{name}": generator.get_state() for name, generator in generators.items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -158,6 +163,8 @@ def read_state(
 
 def read_tensors(path: Path) -> Mapping[str, torch.Tensor]:
     """All tensors of a safetensors file; ``UserError`` where it cannot be read."""
+    from safetensors.torch import load_file
+
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

@@ -1,4 +1,4 @@
-"""smart.demo: what stands in the page is what was drawn, rendered and rated; bad input ends with one line."""
+"""smart.demo: the page has what was sampled, rendered and rated; bad input ends with a one-line message."""
 
 import base64
 import hashlib
@@ -80,7 +80,7 @@ def decode85(text: str) -> bytes:
 
 
 def pcm(flac: bytes) -> npt.NDArray[np.int16]:
-    """(C, S) as another decoder than the page's reads it."""
+    """Audio (C, S), read by a different decoder than the page's."""
     file = soundfile.SoundFile(io.BytesIO(flac))
     assert (file.format, file.subtype, file.samplerate) == ("FLAC", "PCM_16", RATE)
     levels: npt.NDArray[np.int16] = file.read(dtype="int16").T
@@ -94,7 +94,7 @@ def parsed(demo: Demo) -> Parsed:
 
 @pytest.fixture(scope="module")
 def pieces(demo: Demo) -> dict[tuple[str, int], Piece]:
-    """The same pieces, drawn and rated without the page."""
+    """The same pieces, sampled and rated without the page."""
     systems = [find_system("piano-small"), find_system(f"{demo.run}@1"), find_system(str(demo.run))]
     drawn = compose(
         systems, count=COUNT, soundfont="timgm", rewards=[load_reward("ce_proxy")], max_new_tokens=48, seconds=3.0,
@@ -108,7 +108,7 @@ def test_the_page_holds_every_piece(parsed: Parsed, pieces: dict[tuple[str, int]
     assert set(parsed.pieces()) == set(pieces) and len(pieces) == 3 * COUNT
     (section,) = parsed.data["sections"]
     assert section["first"] == "piano-small"
-    # checkpoint 2 is the tuned model itself: it is there once
+    # checkpoint 2 is the tuned model itself, so it appears only once
     assert [(other["name"], other["step"]) for other in section["others"]] == [
         ("perturbed at 1", 1),
         ("perturbed", Config().grpo.iterations),
@@ -125,7 +125,7 @@ def test_its_audio_is_what_was_rendered_to_half_a_step_of_16_bits(
         assert rendered is not None and heard.shape == rendered.shape
         assert clip["seconds"] == rendered.shape[1] / RATE
         assert np.abs(heard - np.minimum(rendered * 32768.0, 32767)).max() <= 0.5
-        assert np.abs(heard.astype(int)).max() >= 32766  # as loud as it was
+        assert np.abs(heard.astype(int)).max() >= 32766  # still at full scale
 
 
 def test_its_ratings_are_those_of_its_audio(parsed: Parsed, pieces: dict[tuple[str, int], Piece]) -> None:
@@ -173,7 +173,7 @@ def test_it_says_where_it_comes_from(demo: Demo, parsed: Parsed) -> None:
     assert str(demo.run.parent) not in parsed.words
     assert "TimGM6mb.sf2, SHA-256 " in parsed.words and "prompts are numbers 0 to 1 of seed 1" in parsed.words
     assert dumps(Config()) in parsed.words
-    assert "ce_proxy is a stand-in" in parsed.words
+    assert "ce_proxy is an approximation, not the aesthetic model" in parsed.words
 
 
 def test_it_is_small_and_the_same_again(demo: Demo, parsed: Parsed) -> None:
@@ -181,7 +181,9 @@ def test_it_is_small_and_the_same_again(demo: Demo, parsed: Parsed) -> None:
     fixed = 60_000 + 30 * sum(len(clip["notes"]) for clip in parsed.data["clips"])
     assert len(before) < 1.26 * sum(map(len, parsed.audio)) + fixed
     result = CliRunner().invoke(main, [*demo.arguments, "--out", str(demo.page)])
-    assert result.exit_code == 2 and "exists already; replace it with --overwrite" in result.output
+    assert (
+        result.exit_code == 2 and "already exists; choose another file, or replace it with --overwrite" in result.output
+    )
     assert demo.page.read_bytes() == before
     result = CliRunner().invoke(main, [*demo.arguments, "--out", str(demo.page), "--overwrite"])
     assert result.exit_code == 0, result.output
@@ -230,7 +232,7 @@ def test_sections_share_audio() -> None:
 
 
 def test_choices_are_saved_without_formulas() -> None:
-    """The very lines of the page that write a cell of the CSV, in node."""
+    """Runs the page's own lines that write a CSV cell, in node."""
     if shutil.which("node") is None:
         pytest.skip("no node")
     script = files("smart.demo").joinpath("page.js").read_text(encoding="utf-8")
@@ -247,13 +249,13 @@ def test_full_scale_does_not_wrap_around() -> None:
 
 
 WRONG: dict[str, tuple[Callable[[Path], list[str]], str]] = {
-    "nothing": (lambda run: [], "give what to compare"),
-    "both": (lambda run: ["--runs", "piano-small", str(run), "--section", "A", "a", "b"], "give what to compare"),
+    "nothing": (lambda run: [], "give the models to compare"),
+    "both": (lambda run: ["--runs", "piano-small", str(run), "--section", "A", "a", "b"], "give the models to compare"),
     "no run": (lambda run: ["--runs", "piano-small", "runs/none"], "runs/none"),
     "one twice": (lambda run: ["--runs", str(run), str(run)], "both are called perturbed"),
     "no such step": (lambda run: ["--runs", "piano-small", str(run), "--steps", "1,7"], "7"),
     "no number": (lambda run: ["--runs", "piano-small", str(run), "--steps", "one"], "--steps one: expected all"),
-    "no steps": (lambda run: ["--runs", str(run), "piano-small", "--steps", "all"], "it has no checkpoints"),
+    "no steps": (lambda run: ["--runs", str(run), "piano-small", "--steps", "all"], "piano-small has no checkpoints"),
     "no corpus": (lambda run: ["--runs", "piano-small", str(run), "--kind", "dataset"], "as --corpus"),
     "no reward": (lambda run: ["--runs", "piano-small", str(run), "--reward", "loudness"], "loudness"),
     "option": (lambda run: ["--runs", "piano-small", str(run), "--reward-option", "model=x"], "no option"),

@@ -1,4 +1,4 @@
-"""The demo page in a real browser (Debian's Chromium, without a screen), opened from file://."""
+"""The demo page in a real browser (Debian's Chromium, headless), opened from file://."""
 
 import csv
 import io
@@ -39,7 +39,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(params=[{}])
 def page(browser: Any, demo: Demo, request: pytest.FixtureRequest) -> Iterator[Any]:
-    """The page, watched: it may not say an error, nor ask for anything but itself."""
+    """The opened page. It must log no errors and request nothing but itself."""
     context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | request.param))
     opened, heard, asked = context.new_page(), [], []
     opened.on("console", lambda message: heard.append(message.text))
@@ -114,7 +114,7 @@ def test_seeking_by_click_and_by_key(page: Any, parsed: Parsed) -> None:
     clip.locator("svg").click(position={"x": box["width"] * 0.25, "y": 20})
     position = clip.get_by_role("slider", name="Position in piano-small, prompt 0")
     assert float(position.input_value()) == pytest.approx(axis / 4, abs=0.06)
-    clip.locator("button.play").click()  # it begins there
+    clip.locator("button.play").click()  # it starts there
     wait(page, clip, f"audio.currentTime > {axis / 4 + 0.1}")
     clip.locator("button.play").click()
     assert audio(clip, "paused") and audio(clip, "currentTime") < axis / 4 + 1.5
@@ -138,7 +138,7 @@ def test_blind_listening_records_before_it_reveals(page: Any, parsed: Parsed) ->
     first, second = clips(page).all()
     choose = pair.get_by_role("button", name="I prefer B, prompt 0")
     assert choose.get_attribute("aria-disabled") == "true"
-    choose.press("Enter")  # before anything was heard: no
+    choose.press("Enter")  # not allowed before both were heard
     assert page.get_by_role("status").inner_text() == "Play both pieces before you choose."
     assert pair.locator(".reveal").count() == 0
     for clip in (first, second):
@@ -157,10 +157,10 @@ def test_blind_listening_records_before_it_reveals(page: Any, parsed: Parsed) ->
     assert page.get_by_role("status").inner_text() == f"Prompt 0: {said}"
     assert page.evaluate("document.activeElement.className") == "reveal"
     agrees = int(ratings[1] > ratings[0])
-    assert "1 chosen. You preferred" in page.locator("#tally").inner_text()
+    assert "1 choice. You preferred" in page.locator("#tally").inner_text()
     assert f"CE agrees with you in {agrees} of 1." in page.locator("#tally").inner_text()
 
-    page.reload()  # it is kept
+    page.reload()  # choices survive it
     assert page.get_by_role("checkbox", name="Blind listening").is_checked()
     assert page.locator(".pair").first.locator(".reveal").inner_text() == said
     assert clips(page, 1).first.locator("h4").inner_text() == "A"
@@ -172,8 +172,8 @@ def test_blind_listening_records_before_it_reveals(page: Any, parsed: Parsed) ->
     with page.expect_download() as download:
         page.get_by_role("button", name="Save choices as JSON").click()
     assert json.loads(download.value.path().read_text(encoding="utf-8")) == {"page": row["page"], "choices": [choice]}
-    page.get_by_role("button", name="Forget choices").click()
-    assert page.locator("#tally").inner_text() == "You have chosen nothing yet."
+    page.get_by_role("button", name="Delete choices").click()
+    assert page.locator("#tally").inner_text() == "You have made no choices yet."
     assert page.locator(".reveal").count() == 0
 
 
@@ -214,7 +214,7 @@ def test_downloads_are_whole(page: Any, parsed: Parsed) -> None:
 
 
 def test_the_keyboard_is_enough(page: Any) -> None:
-    """From the top of the page, by Tab, Space and Enter alone: blind, both played, chosen."""
+    """From the top of the page with Tab, Space and Enter alone: go blind, play both pieces, choose."""
 
     def go_to(name: str) -> None:
         for _ in range(60):
@@ -293,7 +293,7 @@ def test_what_failed_or_is_silent_can_be_looked_at(browser: Any, tmp_path: Path)
     assert "could not be rendered" in clips(page).nth(0).inner_text()
     assert "No notes in 1.0 seconds. The clip is silent." in clips(page).nth(1).inner_text()
     page.get_by_role("checkbox", name="Blind listening").check()
-    page.locator("button.play").click()  # the one that there is
+    page.locator("button.play").click()  # the only one that has audio
     page.get_by_role("button", name="I prefer A").click()
     assert page.locator(".reveal").count() == 1 and errors == []
     context.close()

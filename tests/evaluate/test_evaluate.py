@@ -1,4 +1,4 @@
-"""smart.evaluate's rate, soundfonts and hacks: real files, a real soundfont, references by scipy."""
+"""smart.evaluate's rate, soundfonts and hacks, on real files and a real soundfont, with scipy as the reference."""
 
 import csv
 import json
@@ -56,7 +56,7 @@ def music(seed: int, beats: int = 16) -> Any:
 
 
 def melody(seconds: float, rate_: int) -> np.ndarray:
-    """Sines that change every quarter of a second: something that ce_proxy takes for music."""
+    """Sines that change every quarter of a second, which ce_proxy rates like music."""
     time = np.arange(round(seconds * rate_)) / rate_
     step = (time * 4).astype(int)
     voices = [np.sin(2 * np.pi * 110 * 2 ** (((step * factor) % 24) / 12) * time) for factor in (5, 7, 11)]
@@ -156,8 +156,8 @@ class Published(Reward):
         (0.05, True, "the scorer is right"),
         (0.05, False, "the scorer is right"),
         (0.2, False, "no verdict is possible"),
-        (0.2, True, "4 of 8 ratings are not the paper's"),
-        (-1.0, True, "8 of 8 ratings are not the paper's"),
+        (0.2, True, "4 of 8 ratings differ from the paper's"),
+        (-1.0, True, "8 of 8 ratings differ from the paper's"),
     ],
 )
 def test_the_verdict_on_the_papers_silence_and_noise(
@@ -198,9 +198,9 @@ def test_options_go_to_their_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rank_statistics_are_scipys() -> None:
     random = np.random.default_rng(0)
-    for judges, count in ((2, 5), (4, 9), (3, 20)):
-        values = np.round(random.normal(size=(judges, count)) + random.normal(size=count), 1)  # with ties
-        expected = stats.friedmanchisquare(*values.T).statistic / (judges * (count - 1))
+    for raters, count in ((2, 5), (4, 9), (3, 20)):
+        values = np.round(random.normal(size=(raters, count)) + random.normal(size=count), 1)  # with ties
+        expected = stats.friedmanchisquare(*values.T).statistic / (raters * (count - 1))
         assert float(soundfonts.kendall_w(values)) == pytest.approx(expected, abs=1e-12)
         expected = stats.spearmanr(values[0], values[1]).statistic
         assert float(soundfonts.spearman(values[0], values[1])) == pytest.approx(expected, abs=1e-12)
@@ -228,7 +228,7 @@ def test_soundfonts_compares_the_same_pieces_and_goes_on_where_it_was(
     scored = load_reward("ce_proxy").score(torch.stack([torch.from_numpy(clip.mean(axis=0)) for clip in clips]))["CE"]
     assert float(means[0]["mean"]) == pytest.approx(float(scored.mean()), abs=1e-5)
 
-    # as if it had been stopped after the first soundfont
+    # as if it had stopped after the first soundfont
     table = (out / "ratings.csv").read_text().splitlines(keepends=True)
     write_atomically(out / "ratings.csv", "".join(line for line in table if not line.startswith("other")).encode())
     started = []
@@ -254,7 +254,7 @@ def test_the_papers_soundfonts_are_known_by_their_files() -> None:
     assert soundfonts._paper(font, "audiobox.CE") == 6.602 and soundfonts._paper(font, "audiobox.mean") == 6.123
     assert math.isnan(soundfonts._paper(font, "ce_proxy.CE"))
     assert math.isnan(soundfonts._paper(font._replace(known=None), "audiobox.CE"))
-    for axes in soundfonts.PAPER.values():  # the printed averages are those of the printed axes
+    for axes in soundfonts.PAPER.values():  # the paper's averages match its axes
         assert np.mean([axes[axis] for axis in ("CE", "CU", "PC", "PQ")]) == pytest.approx(axes["mean"], abs=0.002)
     assert soundfonts.find_fonts(["timgm"])[0].known == "timgm"
 
@@ -299,7 +299,7 @@ def made(name: str, piece: hacks.Real) -> np.ndarray:
 
 
 def in_bars(notes: np.ndarray, bar: float) -> list[bytes]:
-    """Each bar's notes, the bars in order."""
+    """The notes of each bar, in order."""
     number = (notes[:, 0] // bar).astype(int)
     bars = [notes[number == place] - np.eye(6)[0] * place * bar for place in range(5)]
     return [np.round(part[np.lexsort(part.T)], 9).tobytes() for part in bars]
@@ -349,7 +349,7 @@ def test_the_rule_of_the_verdict(kind: str, mean: float, low: float, high: float
     assert hacks.verdict(kind, {"mean": mean, "low": low, "high": high}) == expected
 
 
-def test_hacks_beside_midi_files(midi: list[Path], tmp_path: Path) -> None:
+def test_hacks_on_midi_files(midi: list[Path], tmp_path: Path) -> None:
     words = ["hacks", *midi, "--seconds", 5, "--sample-rate", RATE, "--soundfont", "timgm", "--workers", 1, "--out"]
     output = run(*words, tmp_path / "one").output
     rows = {row["probe"]: row for row in read(tmp_path / "one" / "hacks.csv")}
@@ -357,14 +357,14 @@ def test_hacks_beside_midi_files(midi: list[Path], tmp_path: Path) -> None:
         "real pieces", *hacks.WITHOUT_NOTES, *hacks.FROM_NOTES, *hacks.FROM_AUDIO,
     ]  # fmt: skip
     assert rows["silence"]["verdict"] == "rates it lower" and float(rows["silence"]["difference"]) < -0.3
-    assert rows["20 dB softer"]["verdict"] == "unmoved"  # ce_proxy measures levels against the clip's own
+    assert rows["20 dB softer"]["verdict"] == "unmoved"  # ce_proxy measures levels relative to the clip's own
     for row in rows.values():
         assert row["n"] == row["pairs"] == "4"
         assert float(row["difference"]) == pytest.approx(
             float(row["mean"]) - float(rows["real pieces"]["mean"]), abs=1e-6
         )
-    assert "4 pieces, the first 5 s" in output and "stand-in for real music" not in output
-    # as if it had been stopped before two of the probes: they are made again, the same
+    assert "4 pieces, the first 5 s" in output and "instead of real music" not in output
+    # as if it had stopped before two of the probes: they are made again, with the same results
     kept = {name: (tmp_path / "one" / name).read_text() for name in ("ratings.csv", "hacks.csv")}
     again = [line for line in kept["ratings.csv"].splitlines(keepends=True) if not line.startswith(("white", "random"))]
     (tmp_path / "one" / "ratings.csv").write_text("".join(again))
@@ -375,7 +375,7 @@ def test_hacks_beside_midi_files(midi: list[Path], tmp_path: Path) -> None:
     )
 
 
-def test_hacks_beside_what_a_model_writes(tmp_path: Path) -> None:
+def test_hacks_on_pieces_of_a_model(tmp_path: Path) -> None:
     output = run(
         "hacks",
         "-n",
@@ -393,12 +393,12 @@ def test_hacks_beside_what_a_model_writes(tmp_path: Path) -> None:
         "--out",
         tmp_path,
     ).output
-    assert "written by piano-small as a stand-in for real music" in output
+    assert "2 pieces by piano-small instead of real music" in output
     assert {row["name"] for row in read(tmp_path / "ratings.csv")} == {"piano-small, prompt 0", "piano-small, prompt 1"}
 
 
 def test_a_clip_that_failed_is_asked_for_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Raised, the error would hold the frame that rates, and the audio of its batch."""
+    """If the error were raised, its traceback would keep the rating frame alive, with the audio of its batch."""
     lost: Future[Any] = Future()
     lost.set_exception(RenderError("twice"))
     with RenderPool("timgm", sample_rate=RATE, seconds=1.0, workers=1) as pool:
@@ -414,7 +414,7 @@ def test_midi_files_that_would_hang_or_swell_the_reader(tmp_path: Path, monkeypa
     os.mkfifo(tmp_path / "pipe.mid")
     (tmp_path / "zero.mid").symlink_to("/dev/zero")
     with open(tmp_path / "large.mid", "wb") as file:
-        file.truncate(1 << 30)  # without a byte on the disk
+        file.truncate(1 << 30)  # sparse: takes no space on the disk
     music(0).dump_midi(tmp_path / "good.mid")
     for name, reason in (("pipe", "not a regular file"), ("zero", "not a regular file"), ("large", "too large")):
         with pytest.raises(UserError, match=rf"{name}\.mid: {reason}"):
@@ -432,11 +432,11 @@ def test_two_processes_do_not_sample_into_one_table(tmp_path: Path) -> None:
     run(*words)
     made, parts = out.read_bytes(), tmp_path / "out.parquet.parts"
     folder.claim(parts, read_settings(out)["settings"])
-    assert "nothing was drawn" in run(*words).output and not parts.exists()  # left by a kill at the very end
+    assert "nothing to do" in run(*words).output and not parts.exists()  # as left by a kill at the very end
     folder.claim(parts, read_settings(out)["settings"])
     out.unlink()
     with hold(parts):
         assert "another process is working in it" in run(*words, code=2).output
     (parts / "000000.parquet").write_bytes(made[: len(made) // 2])
-    assert "000000.parquet is damaged, and drawn again" in run(*words).output
+    assert "000000.parquet is damaged and will be sampled again" in run(*words).output
     assert out.read_bytes() == made and not parts.exists()

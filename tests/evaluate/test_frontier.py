@@ -1,4 +1,4 @@
-"""The frontier report: estimators against brute force and numbers worked by hand, laws with planted coefficients."""
+"""The frontier report: estimators against brute force and hand-worked numbers, laws with known coefficients."""
 
 import itertools
 import json
@@ -15,7 +15,7 @@ import torch
 
 from smart import UserError
 from smart.config import dumps, load
-from smart.evaluate import frontier
+from smart.evaluate import points
 from smart.evaluate.frontier import (
     RULE,
     best_of_n,
@@ -63,7 +63,7 @@ def test_best_of_n_is_the_mean_over_all_subsets(n: int) -> None:
 def test_best_of_n_with_ties_and_with_clips_that_failed() -> None:
     rewards = np.array([[1.0, 2.0, 2.0, math.nan], [1.0, math.nan, math.nan, math.nan]])
     judge = np.array([[0.0, 3.0, 5.0, 100.0], [7.0, 0.0, 0.0, 0.0]])
-    # of three rated samples the pairs are (1,2), (1,2'), (2,2'); in the last either is the best
+    # the pairs of three rated samples are (1,2), (1,2'), (2,2'); in the last one either may be the best
     assert best_of_n(rewards, judge, 2) == pytest.approx([(3 + 5 + 4) / 3, math.nan], nan_ok=True)
     assert best_of_n(rewards, rewards, 1) == pytest.approx([5 / 3, 1])
 
@@ -147,13 +147,13 @@ def test_the_interval_of_what_could_not_be_measured_is_unknown() -> None:
 
 # --- The report, on real checkpoints ------------------------------------------------------------------------------
 
-SHARPER = {2: 1.3, 4: 1.8, 6: 1e3}  # checkpoints: the base, its logits multiplied; the last one is greedy
+SHARPER = {2: 1.3, 4: 1.8, 6: 1e3}  # checkpoint -> factor on the base's logits; the last one is greedy
 OPTIONS: dict[str, Any] = {"prompts": 6, "samples": 2, "checkpoints": 9, "best_of": 4, "judge": None, "seed": 1}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tuning run's folder, with checkpoints whose distance from the base is known in direction."""
+    """A tuning run's folder, with checkpoints that move ever further from the base."""
     folder = tmp_path_factory.mktemp("runs") / "sharp"
     settings = ("sampling.max_new_tokens=40", "render.seconds=2.0", "render.workers=1", "grpo.beta=0.5")
     folder.mkdir()
@@ -231,9 +231,9 @@ def test_a_report_that_was_cut_short_goes_on(run: Path, made: Path, monkeypatch:
     (block,) = (made / "pieces" / "sharp@4").iterdir()
     block.write_bytes(block.read_bytes()[:100])
     drawn = []
-    compose = frontier.compose
+    compose = points.compose
     monkeypatch.setattr(
-        frontier, "compose", lambda systems, **more: drawn.append(systems[0].name) or compose(systems, **more)
+        points, "compose", lambda systems, **more: drawn.append(systems[0].name) or compose(systems, **more)
     )
     with hold(made), pytest.raises(UserError, match="another process is working in it"):
         report(runs=[run], out=made, device="cpu", **OPTIONS)
@@ -250,7 +250,7 @@ def test_what_cannot_be_compared_is_named(run: Path, tmp_path: Path) -> None:
     (other / "config.toml").write_text((run / "config.toml").read_text().replace('"timgm"', '"fluidr3"'))
     with pytest.raises(UserError, match=r"cannot be compared .* render\.soundfont was 'timgm' and is 'fluidr3'"):
         report(runs=[run, other], out=tmp_path / "out", device="cpu", **OPTIONS)
-    with pytest.raises(UserError, match="is what the runs optimise"):
+    with pytest.raises(UserError, match="the runs optimise this reward"):
         report(runs=[run], out=tmp_path / "out", device="cpu", **OPTIONS | {"judge": "ce_proxy"})
     with pytest.raises(UserError, match="expected the folder of a tuning run"):
         report(runs=[tmp_path], out=tmp_path / "out", device="cpu", **OPTIONS)

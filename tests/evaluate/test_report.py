@@ -1,4 +1,4 @@
-"""smart.evaluate: statistics by hand, tables that survive a kill, and a page that needs nothing but itself."""
+"""smart.evaluate: statistics checked by hand, tables that survive a kill, and a self-contained page."""
 
 import csv
 import math
@@ -62,7 +62,7 @@ def test_paired_differences_by_hand() -> None:
     assert found.cohen.value == pytest.approx(1.75 / math.sqrt(35 / 12))
     assert found.cliff.value == 0.75
     assert found.t_test == pytest.approx(stats.ttest_rel([2, 4, 3, 8], [1, 2, 3, 4]).pvalue)
-    assert found.wilcoxon == pytest.approx(0.25)  # three positive ranks: 2 of 8 signs are as far from the middle
+    assert found.wilcoxon == pytest.approx(0.25)  # three positive ranks: 2 of the 8 sign patterns are as extreme
     back = paired(after, before)
     assert back.difference.value == -1.75 and back.cliff.value == -0.75
     assert (back.t_test, back.wilcoxon) == pytest.approx((found.t_test, found.wilcoxon))
@@ -75,7 +75,7 @@ def test_a_known_effect_is_found() -> None:
     noise = (noise - noise.mean()) / noise.std(ddof=1)
     found = paired(before, before + 0.5 + noise)
     assert found.cohen.value == pytest.approx(0.5) and found.difference.value == pytest.approx(0.5)
-    error = 1.96 * math.sqrt(1 / 1000 + 0.5**2 / 2000)  # of d, for normal differences
+    error = 1.96 * math.sqrt(1 / 1000 + 0.5**2 / 2000)  # standard error of d for normal differences, times 1.96
     assert (found.cohen.low, found.cohen.high) == pytest.approx((0.5 - error, 0.5 + error), abs=0.01)
     expected = 2 * stats.norm.cdf(0.5) - 1  # the share above zero minus the share below
     assert found.cliff.low < expected < found.cliff.high
@@ -115,7 +115,7 @@ def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
 
 
 def piece(system: str, prompt: int, notes: Sequence[tuple[int, int, int]], rating: float | None) -> Piece:
-    """Notes (beat, pitch, velocity); without a rating the clip failed."""
+    """A piece with notes (beat, pitch, velocity); without a rating its clip failed."""
     score = Score(12)
     score.tempos.append(Tempo(0, 120))
     score.time_signatures.append(TimeSignature(0, 4, 4))
@@ -157,7 +157,7 @@ def make(tmp_path: Path) -> Make:
 
 
 def two_systems(count: int = 12) -> dict[str, list[Piece]]:
-    """ "a<b" writes ever higher notes; "tuned" adds a low one and rates 1 higher, but on prompt 3, where it failed."""
+    """ "a<b" writes ever higher notes; "tuned" adds a low one and rates 1 higher, but failed on prompt 3."""
     draws = np.random.default_rng(0)
     base, tuned = [], []
     for prompt in range(count):
@@ -204,7 +204,7 @@ def test_comparisons_of_a_table(make: Make) -> None:
     rating = found["ce_proxy.CE"]
     assert rating.found.difference.n == 11 and rating.found.difference.value == pytest.approx(1, abs=0.15)
     assert rating.found.cohen.value > 5 and rating.found.cliff.value == 1
-    assert rating.t_test == rating.found.t_test  # the other axis never differs, so it has no p to correct for
+    assert rating.t_test == rating.found.t_test  # the other axis never differs, so it adds no p-value to the correction
     assert rating.wilcoxon == pytest.approx(2 * rating.found.wilcoxon)
     assert found["number_of_notes"].found.difference.value == pytest.approx((11 * 1 + 5) / 12)
     assert found["pitch_range"].found.difference.n == 11  # the empty piece has none
@@ -238,7 +238,7 @@ def test_a_verdict_goes_by_the_interval() -> None:
 def test_the_report_of_tables_and_a_run(make: Make, tmp_path: Path) -> None:
     (tmp_path / "first").mkdir()
     lines = [f'{{"step": {step}, "reward/mean": {5 + step / 10}, "reward/std": 0.5}}\n' for step in range(1, 9)]
-    (tmp_path / "first" / "metrics.jsonl").write_text("".join(lines) + '{"step": 9, "rew')  # a crash cut it
+    (tmp_path / "first" / "metrics.jsonl").write_text("".join(lines) + '{"step": 9, "rew')  # cut off by a crash
     out = tmp_path / "out"
     result = run("report", make("t", two_systems()), "--run", tmp_path / "first", "--out", out)
     assert result.exit_code == 0, result.output
@@ -255,12 +255,12 @@ def test_the_report_of_tables_and_a_run(make: Make, tmp_path: Path) -> None:
     assert {float(row["share"]) for row in rolls if row["system"] == "tuned" and row["pitch"] == "30"} == {1.0}
     means = {(row["system"], row["measure"]): row for row in rows_of(out / "t-means.csv")}
     assert means["tuned", "ce_proxy.CE"]["n"] == "11" and float(means["tuned", "ce_proxy.PQ"]["mean"]) == 5
-    # nothing is fetched, everything is named
+    # nothing is fetched, everything has a name
     assert not re.search(r"(src|href)=\"(?!data:|#)", page) and "url(" not in page and "<script" not in page
     images, captions = re.findall(r"<img [^>]*>", page), page.count("<caption>")
     assert len(images) == 4 and all(re.search(r'alt="[^"]{40,}"', image) for image in images)
     assert captions == page.count("<table") and "<th>" not in page
-    assert "a&lt;b" in page and "a<b" not in page and "by &lt;hand&gt;" in page and "stand-in" in page
+    assert "a&lt;b" in page and "a<b" not in page and "by &lt;hand&gt;" in page and "is an approximation" in page
     assert all(f"figure {number})" in page for number in (2, 3, 4, 6)) and "prefers-color-scheme: dark" in page
 
 
@@ -275,7 +275,7 @@ def test_a_figure_has_the_same_bytes_every_time(tmp_path: Path) -> None:
 
 
 def test_names_of_systems_and_people_are_drawn_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither as mathematics, nor left out of the legend."""
+    """They are not read as mathematics, nor left out of the legend."""
     odd, panels = r"$\foo$", {r"$\foo$": np.array([1.0]), "_x": np.array([2.0])}
     panel = plots.Panel(odd, "x", "y", panels, plots.edges_of(panels.values(), bins=2))
     plots.histograms([panel], tmp_path / "histograms")
@@ -336,7 +336,7 @@ def test_mistakes_are_one_line(make: Make, tmp_path: Path) -> None:
         ([tmp_path / "letter.parquet"], "expected a table written by"),
         ([table, tmp_path / "twin" / "t.parquet"], "two tables are called 't'"),
         (["--run", tmp_path / "nowhere"], "has no metrics.jsonl"),
-        (["--run", tmp_path / "empty"], "hold no reward"),
+        (["--run", tmp_path / "empty"], "have no reward"),
     ):
         result = run("report", *arguments, "--out", tmp_path / "out")
         assert result.exit_code == 2 and text in result.output and "Traceback" not in result.output, result.output
@@ -352,7 +352,9 @@ def test_a_killed_command_goes_on_to_the_same_bytes_and_a_report(tmp_path: Path)
     arguments = ["piano-small", tmp_path / "tiny", "-n", 70, "--tokens", 16, "--seconds", 1, "--sample-rate", 16000]
     arguments += ["--workers", 1, "--device", "cpu"]  # two blocks
     result = run("sample", *arguments, "--out", tmp_path / "whole.parquet")
-    assert result.exit_code == 0 and "140 pieces in" in result.output and "stand-in" in result.output, result.output
+    assert result.exit_code == 0 and "140 pieces in" in result.output and "is an approximation" in result.output, (
+        result.output
+    )
     out = tmp_path / "out.parquet"
     process = subprocess.Popen(
         [sys.executable, "-m", "smart.evaluate", "sample", *map(str, arguments), "--out", str(out)],
@@ -373,7 +375,7 @@ def test_a_killed_command_goes_on_to_the_same_bytes_and_a_report(tmp_path: Path)
     assert out.read_bytes() == (tmp_path / "whole.parquet").read_bytes()
     assert not first.parent.exists() and begun
     again = run("sample", *arguments, "--out", out)
-    assert again.exit_code == 0 and "nothing was drawn" in again.output
+    assert again.exit_code == 0 and "nothing to do" in again.output
     refused = run("sample", *arguments, "--temperature", 0.5, "--out", out)
     assert refused.exit_code == 2 and "temperature was 1.0 and is 0.5" in refused.output
     table = pq.read_table(out)
@@ -385,7 +387,7 @@ def test_a_killed_command_goes_on_to_the_same_bytes_and_a_report(tmp_path: Path)
     assert len(rows_of(tmp_path / "report" / "out-comparisons.csv")) == 9
 
 
-def test_audio_comes_beside_the_table(tmp_path: Path) -> None:
+def test_audio_is_saved_next_to_the_table(tmp_path: Path) -> None:
     import soundfile
 
     result = run(
@@ -412,7 +414,7 @@ def test_audio_comes_beside_the_table(tmp_path: Path) -> None:
         (["piano-small", "--reward", "applause"], 'no reward "applause"'),
         (["piano-small", "--reward-option", "loud=1"], 'no option "loud"'),
         (["piano-small", "--soundfont", "absent.sf2"], "does not exist"),
-        (["piano-small", "--out", "no/such/folder/t.parquet"], "there is no folder"),
+        (["piano-small", "--out", "no/such/folder/t.parquet"], "does not exist; create it first"),
     ],
 )
 def test_what_cannot_be_sampled_is_one_line(arguments: list[str], text: str, tmp_path: Path) -> None:

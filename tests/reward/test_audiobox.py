@@ -33,7 +33,7 @@ TRANSFORM = {
 
 
 class Weights(NamedTuple):
-    """One random model as both official formats, and the official predictor over it."""
+    """One random model in both official formats, and the official predictor with it."""
 
     folder: Path
     checkpoint: Path
@@ -72,7 +72,7 @@ def save_both(network: Any, folder: Path) -> tuple[Path, Path]:
 
 
 def official_predictor(checkpoint: Path) -> Any:
-    """AesPredictor; its file imports torchaudio, of which it needs only a resampling between equal rates."""
+    """AesPredictor; its file imports torchaudio, but only uses it to resample between equal rates."""
 
     def resample(wav: torch.Tensor, orig_freq: int, new_freq: int) -> torch.Tensor:
         assert orig_freq == new_freq
@@ -85,7 +85,7 @@ def official_predictor(checkpoint: Path) -> Any:
     try:
         with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
             warnings.simplefilter("ignore")  # of its imports and of weight_norm
-            patch.setattr(torch.cuda, "is_available", lambda: False)  # it would move there by itself
+            patch.setattr(torch.cuda, "is_available", lambda: False)  # it would choose that device by itself
             patch.setattr(torch.backends.mps, "is_available", lambda: False)
             from audiobox_aesthetics.infer import AesPredictor
 
@@ -98,7 +98,7 @@ def official_predictor(checkpoint: Path) -> Any:
 
 
 def official_scores(predictor: Any, clips: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the official forward says of clips (S,) at 16 kHz; axis -> (N,)."""
+    """The official ratings of clips (S,) at 16 kHz; axis -> (N,)."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
         rows = predictor.forward([{"path": clip[None], "sample_rate": RATE} for clip in clips])
@@ -131,7 +131,7 @@ def difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) ->
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Weights]:
-    """The same architecture, made thin: 3 layers of 48 channels over 32-channel convolutions."""
+    """The same architecture, but thin: 3 layers of 48 channels over 32-channel convolutions."""
     config = dict(vars(aes.DEFAULT_AUDIO_CFG)) | {
         "encoder_layers": 3,
         "encoder_embed_dim": 48,
@@ -161,7 +161,7 @@ def test_full_size_equals_the_official_predictor(tmp_path: Path) -> None:
     clips = make_clips(10.0, 2.7)
     expected = official_scores(official_predictor(checkpoint), clips)
     spread = [float(values.std()) for values in expected.values()]
-    assert min(spread) > 2e-3  # the clips are told apart
+    assert min(spread) > 2e-3  # the clips get different ratings
     assert max(spread) > 0.1
     for model in (folder, checkpoint):
         reward = load_reward("audiobox", model=str(model))
@@ -191,7 +191,7 @@ def test_lengths_at_the_edges_of_frames_and_windows(small: Weights, samples: int
 
 
 def test_faint_loud_shifted_and_silent_clips(small: Weights) -> None:
-    """The first layer normalises over time; its mean and variance must be right where they are extreme."""
+    """The first layer normalises over time; its mean and variance must be right even if they are extreme."""
     clip = make_clips(10.0)[0]
     clips = [clip * 1e-4, clip * 30, clip * 0.1 + 0.8, torch.zeros(10 * RATE)]
     scores = load_reward("audiobox", model=str(small.folder)).score(torch.stack(clips))
@@ -269,7 +269,7 @@ def test_cuda_agrees_with_the_official_predictor(small: Weights) -> None:
     assert difference(scores, expected) < 1e-3
 
 
-# --- no traces left
+# --- no side effects
 
 
 def numpy_key() -> tuple[list[int], int]:
@@ -280,7 +280,7 @@ def numpy_key() -> tuple[list[int], int]:
 
 def test_no_generator_is_consumed_and_nothing_is_in_training_mode(small: Weights) -> None:
     torch.manual_seed(5)
-    np.random.seed(5)  # noqa: NPY002 -- the global generator is what must stay untouched
+    np.random.seed(5)  # noqa: NPY002 -- the global generator must not change
     random.seed(5)
     states = torch.get_rng_state(), numpy_key(), random.getstate()
     reward = load_reward("audiobox", model=str(small.folder))
@@ -320,7 +320,7 @@ def test_a_broken_torchaudio_is_never_imported(small: Weights, tmp_path: Path) -
 
 
 def test_both_names_of_weight_normalisation_load(small: Weights, tmp_path: Path) -> None:
-    """torch has called its halves weight_g and weight_v, and parametrizations.weight.original0 and 1."""
+    """torch has named the two parts weight_g and weight_v, or parametrizations.weight.original0 and 1."""
     saved = torch.load(small.checkpoint, weights_only=True)
     names = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
     state = saved["state_dict"]
@@ -339,7 +339,7 @@ def test_both_names_of_weight_normalisation_load(small: Weights, tmp_path: Path)
 def test_half_precision_files_compute_in_float32(small: Weights, tmp_path: Path) -> None:
     saved = torch.load(small.checkpoint, weights_only=True)
     saved["state_dict"] = {key: value.half() for key, value in saved["state_dict"].items()}
-    torch.save(saved, tmp_path / "half.pt", _use_new_zipfile_serialization=False)  # an older container, too
+    torch.save(saved, tmp_path / "half.pt", _use_new_zipfile_serialization=False)  # and an older container
     clips = batch(make_clips(2.0))
     scores = load_reward("audiobox", model=str(tmp_path / "half.pt")).score(*clips)
     expected = load_reward("audiobox", model=str(small.checkpoint)).score(*clips)
@@ -404,7 +404,7 @@ def test_missing_files_are_named(small: Weights, tmp_path: Path) -> None:
     refused(str(tmp_path), "the folder has no config.json and no model.safetensors")
     shutil.copy(small.folder / "config.json", tmp_path)
     refused(str(tmp_path), "the folder has no model.safetensors")
-    refused(str(small.folder / "model.safetensors"), "name its folder")
+    refused(str(small.folder / "model.safetensors"), "give its folder")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
@@ -415,8 +415,8 @@ def test_damaged_files_are_named(small: Weights, tmp_path: Path, damage: str) ->
     for path in (folder / "model.safetensors", checkpoint):
         whole = path.read_bytes()
         path.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"<html>404</html>"}[damage])
-    refused(str(folder), "model.safetensors is damaged or no safetensors file")
-    refused(str(checkpoint), "damaged or no checkpoint of plain tensors")
+    refused(str(folder), "model.safetensors is damaged or not a safetensors file")
+    refused(str(checkpoint), "damaged or not a checkpoint of plain tensors")
 
 
 @pytest.mark.parametrize(
@@ -438,7 +438,7 @@ def test_a_configuration_of_another_size_is_named(small: Weights, tmp_path: Path
     shutil.copy(small.folder / "model.safetensors", tmp_path)
     config = {"target_transform": TRANSFORM, "proj_num_layer": 2}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    refused(str(tmp_path), "tensors lack or misfit, e.g. proj_layer.CE", built_only=True)
+    refused(str(tmp_path), "tensors are missing or misshapen, e.g. proj_layer.CE", built_only=True)
     (tmp_path / "config.json").write_text(json.dumps(config | {"proj_num_layer": 10**12}))
     refused(str(tmp_path), "its configuration is not usable (proj_num_layer = 1000000000000)", built_only=True)
     (tmp_path / "config.json").write_text(json.dumps(config | {"proj_act_fn": "swish"}))
@@ -457,15 +457,15 @@ def test_other_checkpoints_are_named(small: Weights, tmp_path: Path) -> None:
     some = next(iter(state))
     refused(changed(model_cfg=None, target_transform=None), "has no model_cfg, no target_transform")
     refused(changed(model_cfg={"precision": "32"}), "model_cfg of the checkpoint has no proj_num_layer")
-    refused(changed(state_dict={"encoder.weight": torch.zeros(2)}), "it is another model")
+    refused(changed(state_dict={"encoder.weight": torch.zeros(2)}), "it is a different model")
     refused(
         changed(state_dict=state | {"model.more": torch.zeros(2)}),
-        "not the model's, e.g. more",
+        "do not belong to the model, e.g. more",
         built_only=True,
     )
     refused(
         changed(state_dict={key: value for key, value in state.items() if key != some}),
-        f"1 of {len(state)} tensors lack or misfit, e.g. {some.removeprefix('model.')}",
+        f"1 of {len(state)} tensors are missing or misshapen, e.g. {some.removeprefix('model.')}",
         built_only=True,
     )
     refused(
@@ -481,7 +481,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
             return (Path.touch, (tmp_path / "sprung",))
 
     torch.save({"state_dict": Trap()}, tmp_path / "checkpoint.pt")
-    refused(str(tmp_path / "checkpoint.pt"), "no checkpoint of plain tensors")
+    refused(str(tmp_path / "checkpoint.pt"), "not a checkpoint of plain tensors")
     assert not (tmp_path / "sprung").exists()
 
 
@@ -502,7 +502,7 @@ def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
 
 
 def ask_a_hub_at(port: int, cache: Path) -> tuple[str, float]:
-    """What a fresh process says of the default model when the hub is this local port; message and seconds."""
+    """The error of a new process for the default model if the hub is this local port, and its seconds."""
     code = (
         "import time, smart.reward.audiobox as audiobox, huggingface_hub.hf_api\n"
         "start = time.perf_counter()\n"
@@ -529,9 +529,9 @@ def test_an_unreachable_hub_is_given_up_on_within_seconds(hub: str, tmp_path: Pa
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         if hub == "is silent":
-            server.listen(8)  # connections are accepted by the kernel, and nobody ever answers
+            server.listen(8)  # the kernel accepts connections, but no answer comes
         message, seconds = ask_a_hub_at(server.getsockname()[1], tmp_path)
-    assert "Hugging Face hub does not give it" in message
+    assert "Hugging Face hub cannot provide it" in message
     assert audiobox.CHECKPOINT_URL in message
     assert "[reward.options] model =" in message
     assert "\n" not in message

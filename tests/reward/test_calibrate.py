@@ -29,7 +29,7 @@ FORMATS = (("wav", 44100, 2), ("flac", 16000, 1), ("ogg", 48000, 2), ("mp3", 441
 
 
 def tone_clip(number: int, rate: int, channels: int) -> np.ndarray[Any, Any]:
-    """Four seconds of changing harmonic tones, of some brightness, that fill some part of each second."""
+    """Four seconds of changing harmonic tones, of a given brightness, that fill a given part of each second."""
     draw = np.random.default_rng(number)
     time = np.arange(4 * rate) / rate
     pitch = draw.choice([82.4, 110.0, 164.8, 220.0, 311.1, 440.0, 622.3], size=16)[(time / 0.25).astype(int)]
@@ -43,7 +43,7 @@ def tone_clip(number: int, rate: int, channels: int) -> np.ndarray[Any, Any]:
 
 @pytest.fixture(scope="module")
 def audio(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Clips in four formats, three rates, mono and stereo; one in a folder below."""
+    """Clips in four formats, three rates, mono and stereo; one in a subfolder."""
     folder = tmp_path_factory.mktemp("clips")
     (folder / "more").mkdir()
     for number in range(CLIPS):
@@ -198,7 +198,7 @@ def test_an_existing_file_is_kept_unless_told(audio: Path, scores: Path, tmp_pat
     assert result.exit_code == 2 and "--overwrite" in result.output and out.read_text() == "precious"
     write_csv(scores, rows_of(scores)[:3])
     assert calibrate(audio, scores, out, "--overwrite").exit_code == 2
-    assert out.read_text() == "precious"  # a run that fails takes nothing away
+    assert out.read_text() == "precious"  # a run that fails changes no file
 
 
 def test_overwriting_leaves_one_whole_file(audio: Path, scores: Path, tmp_path: Path) -> None:
@@ -235,8 +235,8 @@ def _set(row: int, column: str, value: str) -> Callable[[list[dict[str, str]]], 
     ("change", "message"),
     [
         (_set(3, "clip", "nowhere.wav"), "nowhere.wav"),
-        (_set(3, "clip", "/etc/x.wav"), 'line 5: clip "/etc/x.wav" is not inside of --audio'),
-        (_set(3, "clip", "../x.wav"), 'line 5: clip "../x.wav" is not inside of --audio'),
+        (_set(3, "clip", "/etc/x.wav"), 'line 5: clip "/etc/x.wav" is not inside --audio'),
+        (_set(3, "clip", "../x.wav"), 'line 5: clip "../x.wav" is not inside --audio'),
         (_set(3, "clip", "x" * 300), "missing from"),
         (_set(3, "clip", ""), 'line 5: no file name in column "clip"'),
         (_set(3, "clip", "0.wav"), 'clip "0.wav" is listed twice'),
@@ -250,7 +250,7 @@ def _set(row: int, column: str, value: str) -> Callable[[list[dict[str, str]]], 
         (lambda rows: [row.update(clips=row.pop("clip")) for row in rows], '"clip", only CE, sample, clips'),
         (
             lambda rows: [row.pop("CE") for row in rows],
-            'no column "CE", only clip, sample; name the right one',
+            'no column "CE", only clip, sample; choose one of them',
         ),
     ],
 )
@@ -322,10 +322,10 @@ def test_audio_that_cannot_be_used_is_named(tmp_path: Path, content: bytes | str
 
 
 def test_a_header_of_few_samples_a_second_and_a_clip_of_many_minutes_are_refused(tmp_path: Path) -> None:
-    """Resampled, the first would take four gigabytes."""
+    """After resampling the first would take four gigabytes."""
     path = tmp_path / "clip.wav"
     soundfile.write(path, np.zeros(65536), 1, subtype="PCM_U8")
-    with pytest.raises(UserError, match="1 samples a second, at least 4000"):
+    with pytest.raises(UserError, match="a sample rate of 1 Hz, at least 4000"):
         read_clip(path)
     soundfile.write(path, np.zeros(601 * 4000), 4000, subtype="PCM_U8")
     with pytest.raises(UserError, match="longer than 600 s"):
@@ -408,7 +408,7 @@ def test_spearman_of_worked_examples() -> None:
 
 
 def test_held_out_clips_are_predicted_by_the_others_alone() -> None:
-    """As many folds as clips: the mean absolute error is that of leaving one out, worked out here."""
+    """As many folds as clips: the mean absolute error is the leave-one-out error, computed here."""
     draw = torch.Generator().manual_seed(1)
     x, y = (torch.rand(*shape, generator=draw, dtype=torch.float64) * 4 + 3 for shape in ((9, 4), (9,)))
     errors = []
@@ -422,7 +422,7 @@ def test_held_out_clips_are_predicted_by_the_others_alone() -> None:
 
 
 def test_clips_of_one_group_never_part() -> None:
-    """Twins rated alike at random: a fold that held the other twin would predict this one."""
+    """Twins with the same random rating: a fold that contains the other twin would predict it."""
     draw = torch.Generator().manual_seed(2)
     x = torch.rand(6, 4, generator=draw, dtype=torch.float64).repeat_interleave(2, 0)
     y = torch.tensor([2.0, 9.0, 4.0, 7.0, 3.0, 8.0], dtype=torch.float64).repeat_interleave(2)
@@ -449,12 +449,12 @@ def test_more_folds_than_groups_is_an_error() -> None:
 
 
 def test_pairs_are_ordered_by_a_fit_that_did_not_see_them() -> None:
-    """Ratings follow the first descriptor, except in group c, which is reversed: only c is got wrong."""
+    """Ratings follow the first descriptor, except in group c, which is reversed: only c is predicted wrongly."""
     first = torch.tensor([0.1, 0.9, 0.2, 0.7, 0.3, 0.8, 0.0, 0.5], dtype=torch.float64)
     x = torch.zeros(8, 4, dtype=torch.float64)
     x[:, 0] = first
     y = 2 + 5 * first
     y[4], y[5] = 5.0, 4.0
     assert order_pairs(x, y, list("aabbccde"), 0.1) == (2, 3)
-    y[0] = y[1]  # equal ratings are no pair
+    y[0] = y[1]  # equal ratings do not count as a pair
     assert order_pairs(x, y, list("aabbccde"), 0.1)[1] == 2

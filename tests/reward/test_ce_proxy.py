@@ -1,4 +1,4 @@
-"""smart.reward.ce_proxy: what it hears, what it ignores, and the files it accepts."""
+"""smart.reward.ce_proxy: what it reacts to, what it ignores, and the files it accepts."""
 
 import itertools
 import json
@@ -41,7 +41,7 @@ def reward() -> CEProxy:
 
 @pytest.fixture(scope="module")
 def play() -> Player:
-    """Notes -> mono (S,) at 16 kHz, by way of TimGM6mb."""
+    """Notes -> mono (S,) at 16 kHz, rendered with TimGM6mb."""
     soundfont = load_soundfont("timgm")
 
     def render(notes: list[Note], rate: int = 44100) -> torch.Tensor:
@@ -67,7 +67,7 @@ def piano_piece(seed: int = 0) -> list[Note]:
 
 
 def with_pauses(notes: list[Note], share: float) -> list[Note]:
-    """The same without the last part of every 2.5 seconds; the last note stays, so that it lasts as long."""
+    """The same without the last part of every 2.5 seconds; the last note stays, so that the length is the same."""
     return [n for n in notes if n[0] % 2.5 < 2.5 * (1 - share)] + [max(notes)]
 
 
@@ -117,12 +117,12 @@ def test_shipped_coefficients_say_where_they_come_from() -> None:
 
 
 def test_every_shipped_weight_is_positive(reward: CEProxy) -> None:
-    """More music, movement, fullness and bass can only help, so the reward has no dip to be caught in."""
+    """More music, movement, fullness and bass can only help, so the reward has no local dip."""
     assert all(term.weight > 0 for term in reward.coefficients.terms.values())
     assert all(term.high - term.low > 2 * term.scale for term in reward.coefficients.terms.values())
 
 
-# --- what it hears
+# --- what it reacts to
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -144,7 +144,7 @@ def test_two_hands_beat_one(reward: CEProxy, play: Player, seed: int) -> None:
 def test_music_of_the_default_soundfont_lies_inside_the_calibrated_ranges(
     reward: CEProxy, play: Player, seed: int
 ) -> None:
-    notes = [n for n in piano_piece(seed) if n[0] % 0.5 == 0 and not 48 <= n[2] < 60]  # four notes a second
+    notes = [n for n in piano_piece(seed) if n[0] % 0.5 == 0 and not 48 <= n[2] < 60]  # four notes per second
     for share in (0.2, 0.4):  # without pauses fullness is at its clamp, as it should be
         found = named(play(with_pauses(notes, share)))
         for name, term in reward.coefficients.terms.items():
@@ -178,11 +178,11 @@ def test_what_is_not_music_scores_at_the_bottom(reward: CEProxy, play: Player, w
     clip = play(STATIC[what]) if what in STATIC else UNMUSICAL[what]()
     floor = bottom(reward.coefficients)
     assert score(reward, clip) == pytest.approx(floor, abs=0.05)
-    assert floor < score(reward, play(with_pauses(piano_piece(), 0.75))) - 0.1  # even sparse music is above
+    assert floor < score(reward, play(with_pauses(piano_piece(), 0.75))) - 0.1  # even sparse music scores higher
 
 
 def test_descriptors_of_tones_are_those_worked_out_by_hand() -> None:
-    """A and E flat in turn: the chroma has moved by sqrt(2), of frames wholly inside a tone."""
+    """A and E flat in turn: the chroma has moved by sqrt(2), if both frames are inside a tone."""
     low, high = named(tones(10, 110.0, 155.563)), named(tones(10, 880.0, 1244.51))
     assert low["active"] == pytest.approx(1, abs=0.03) and high["active"] == pytest.approx(1, abs=0.03)
     assert low["bass"] == pytest.approx(low["active"], abs=1e-3) and high["bass"] < 0.03
@@ -360,7 +360,7 @@ def test_scores_stay_on_the_scale(play: Player, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=2), "version 2, this program reads 1"),
+        (lambda d: d.update(version=2), "version 2, expected 1"),
         (lambda d: d.update(version=True), "version True"),
         (lambda d: d.pop("format"), "smart.ce_proxy"),
         (lambda d: d.update(sample_rate=44100), "sample_rate"),

@@ -24,7 +24,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "rewards.md"
 
 
 class Level(Reward):
-    """Mean and peak of |x| over a clip; the third axis is whatever a test asks for."""
+    """Mean and peak of |x| over a clip; a test chooses the third axis."""
 
     axes = ("MEAN", "PEAK", "EXTRA")
     sample_rate = 8000
@@ -59,7 +59,7 @@ def test_a_clip_is_rated_by_its_own_samples_only(lengths: list[int], garbage: fl
             torch.tensor(expected, dtype=torch.float32),
             equal_nan=True,
         )
-    torch.testing.assert_close(audio, before, equal_nan=True, rtol=0, atol=0)  # the caller's audio is untouched
+    torch.testing.assert_close(audio, before, equal_nan=True, rtol=0, atol=0)  # the caller's audio does not change
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -179,7 +179,7 @@ def test_combine_defaults_to_the_first_axis_and_keeps_nan() -> None:
     }
     assert torch.equal(reward.combine(scores), scores["MEAN"])
     reward.set_weights({"MEAN": 1.0, "PEAK": 0.0})
-    assert torch.equal(reward.combine(scores), scores["MEAN"])  # an axis of weight 0 plays no part
+    assert torch.equal(reward.combine(scores), scores["MEAN"])  # an axis with weight 0 is ignored
     reward.set_weights({"MEAN": 1, "PEAK": 1})
     assert reward.combine(scores).isnan().tolist() == [True, False]
     with pytest.raises(ValueError, match=r"Level.*PEAK"):
@@ -208,7 +208,7 @@ def test_wrong_weights_are_named(weights: Any, message: str) -> None:
 
 
 def install(folder: Path, name: str, entry_points: Mapping[str, str], version: str = "1.0") -> None:
-    """What an installer leaves behind for a distribution with these rewards, apart from its module."""
+    """The metadata that an installer writes for a distribution with these rewards."""
     info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
@@ -219,7 +219,7 @@ def install(folder: Path, name: str, entry_points: Mapping[str, str], version: s
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder on the import path; modules imported from it are forgotten afterwards."""
+    """A folder on the import path; modules imported from it are removed again afterwards."""
     folder = tmp_path / "site"
     folder.mkdir()
     monkeypatch.syspath_prepend(str(folder))
@@ -315,7 +315,7 @@ def test_built_in_rewards_refuse_what_they_do_not_know() -> None:
         load_reward("ce_proxy", weights={"PQ": 1.0})
     with pytest.raises(UserError, match='no device "gpu"'):
         load_reward("ce_proxy", device="gpu")
-    with pytest.raises(UserError, match='device "cuda:99" is not here'):
+    with pytest.raises(UserError, match='device "cuda:99" is not available'):
         load_reward("ce_proxy", device="cuda:99")
 
 
@@ -381,10 +381,10 @@ def test_resample_reproduces_tones_without_delay(from_rate: int) -> None:
     to_rate, hz = 16000, torch.tensor([60.0, 440.0, 2000.0, 5000.0], dtype=torch.float64)[:, None]
     old = torch.sin(2 * math.pi * hz * torch.arange(from_rate // 2) / from_rate + 0.3)
     new = torch.sin(2 * math.pi * hz * torch.arange(to_rate // 2) / to_rate + 0.3)
-    middle = slice(50, -50)  # the ends know of a signal that stops
+    middle = slice(50, -50)  # near the ends the signal's edge is visible
     error = (resample(old, from_rate, to_rate) - new)[:, middle].abs().amax(1)
     assert error[:3].max() < 1e-3
-    assert error[3] < 1e-2  # so short a filter ripples near its cut-off
+    assert error[3] < 1e-2  # such a short filter ripples near its cut-off
     steady = resample(torch.ones(from_rate), from_rate, to_rate)[middle]
     assert (steady - 1).abs().max() < 1e-3
 

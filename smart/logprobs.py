@@ -1,0 +1,83 @@
+"""How likely a model finds the tokens of completions.
+
+Axes: N sequences, P prompt length, T completion length, V vocabulary.
+"""
+
+import copy
+from typing import Any
+
+import torch
+
+from smart.sampler import Rollout
+
+
+def completion_logits(
+    model: Any, tokens: torch.Tensor, prompt_length: int, *, temperature: float = 1.0
+) -> torch.Tensor:
+    """Logits (N, T, V) in float32 of the T tokens after the prompt in ``tokens`` (N, P+T), left padding masked."""
+    pad = model.config.pad_token_id
+    # only padding in front matters: no token looks back at what follows the end of its sequence
+    real = (tokens != (-1 if pad is None else pad)).cumsum(dim=1) > 0
+    padding = {}
+    if not real[:, 0].all():
+        positions = (real.cumsum(dim=1) - 1).clamp(min=0)
+        padding = {"attention_mask": real.long(), "position_ids": positions}
+    logits = model(input_ids=tokens, use_cache=False, **padding).logits[:, prompt_length - 1 : -1]
+    logits = logits.float()
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def token_logprobs(
+    model: Any,
+    tokens: torch.Tensor,
+    prompt_length: int,
+    *,
+    temperature: float = 1.0,
+    micro_batch: int | None = None,
+) -> torch.Tensor:
+    """Log-probability (N, T) of every token after the prompt in ``tokens`` (N, P+T), under the full softmax.
+
+    ``micro_batch`` rows at a time (None: all), so that N x T x V numbers never exist at once.
+    """
+    parts = []
+    for rows in tokens.split(micro_batch or len(tokens)):
+        logits = completion_logits(model, rows, prompt_length, temperature=temperature)
+        parts.append(_gather(logits.log_softmax(dim=-1), rows[:, prompt_length:]))
+    return torch.cat(parts)
+
+
+def logprobs_and_entropy(logits: torch.Tensor, drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of the drawn tokens, and entropy, (N, T) each; one (N, T, V) stays, which the gradient needs."""
+    logp = logits.log_softmax(dim=-1)
+    with torch.no_grad():
+        entropy = -logp.exp().mul_(logp).sum(dim=-1)
+    return _gather(logp, drawn), entropy
+
+
+def _gather(logp: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+    return logp.gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
+
+
+class Reference:
+    """The frozen base that the KL term holds the policy near: a copy of ``model``.
+
+    ``autocast`` is the precision it runs in, ``micro_batch`` how many rows it takes at a time.
+    """
+
+    def __init__(self, model: Any, *, temperature: float, micro_batch: int, autocast: torch.autocast) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.temperature = temperature
+        self.micro_batch = micro_batch
+        self.autocast = autocast
+
+    def logprobs(self, rollout: Rollout) -> torch.Tensor:
+        """Log-probability (N, T) of every token of the completions."""
+        prompt_length = rollout.tokens.shape[1] - rollout.mask.shape[1]
+        with torch.no_grad(), self.autocast:
+            return token_logprobs(
+                self.model,
+                rollout.tokens,
+                prompt_length,
+                temperature=self.temperature,
+                micro_batch=self.micro_batch,
+            )

@@ -1,0 +1,122 @@
+"""One batch of completions, from prompts to rewards: written, rendered while it is written, rated, gathered.
+
+Training, held-out measurements and the comparison at the end of a run all take this way.
+
+Axes: B prompts, G completions per prompt, N = B x G sequences, of which this process has n; P prompt length, T
+completion length.
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+
+from smart.distributed import World
+from smart.rollout.scorer import Clips, Rated, Scorer
+from smart.run import Stopwatch
+from smart.sampler import Rollout, Sampler
+from smart.tokens import vocabulary
+
+
+class Drawn(NamedTuple):
+    """This process's share of a batch: written, and being rendered."""
+
+    rollout: Rollout  # n rows
+    clips: Clips  # n
+    first: int  # place of the first row in the whole batch
+
+
+class Batch(NamedTuple):
+    """A whole batch, rated; every process has the same."""
+
+    rollout: Rollout  # tokens (N, P+T), mask (N, T), logprobs (N, T)
+    ref_logp: torch.Tensor  # (N, T)
+    rated: Rated  # rewards (N,), scores, audio
+
+
+def write(
+    sampler: Sampler,
+    scorer: Scorer,
+    prompts: torch.Tensor,
+    *,
+    rows: list[int] | None = None,
+    stopwatch: Stopwatch | None = None,
+    **options: Any,
+) -> tuple[Rollout, Clips]:
+    """Have ``sampler`` write completions of ``prompts``; each is submitted for rendering as soon as it has settled.
+
+    ``rows`` are those to keep and to render (None: all); ``options`` go to ``Sampler.sample``.
+    """
+    clips = scorer.listen(stopwatch)
+    if rows is None:
+        rollout = sampler.sample(prompts, watch=clips.look, **options)
+    else:
+        rollout = sampler.sample(prompts, watch=lambda tokens, ended: clips.look(tokens[rows], ended[rows]), **options)
+        rollout = Rollout(*(part[rows] for part in rollout))
+    clips.finish(rollout)
+    return rollout, clips
+
+
+class Batches:
+    """Writes and rates whole batches, of which each process of ``world`` does its share.
+
+    ``options`` go to ``Sampler.sample``: max_new_tokens, temperature, top_k, top_p.
+    """
+
+    def __init__(self, scorer: Scorer, world: World, **options: Any) -> None:
+        self.scorer = scorer
+        self.world = world
+        self.options = options
+
+    def draw(
+        self,
+        sampler: Sampler,
+        prompts: torch.Tensor,
+        *,
+        group_size: int = 1,
+        generator: torch.Generator,
+        stopwatch: Stopwatch | None = None,
+    ) -> Drawn:
+        """Write this process's share of ``group_size`` completions for each of ``prompts`` (B, P).
+
+        What comes out, over all processes, is what one process would write.
+        """
+        mine = self.world.share(len(prompts))
+        first = mine.start * group_size
+        rollout, clips = write(
+            sampler,
+            self.scorer,
+            prompts[mine.start : mine.stop],
+            stopwatch=stopwatch,
+            group_size=group_size,
+            generator=generator,
+            share=(first, len(prompts) * group_size),
+            **self.options,
+        )
+        return Drawn(rollout, clips, first)
+
+    def rate(self, drawn: Drawn, ref_logp: torch.Tensor, *, keep: Iterable[int] = ()) -> Batch:
+        """Rate the clips as they arrive, and gather the whole batch.
+
+        ``ref_logp`` (n, T) is the base's, like the rollout's log-probabilities. The audio of the rows in ``keep``,
+        counted in the whole batch, is kept.
+        """
+        rated = drawn.clips.rate(keep=[row - drawn.first for row in keep])
+        if self.world.size == 1:
+            return Batch(drawn.rollout, ref_logp, rated)
+        return Batch(self.gather(drawn.rollout), self.world.gather_rows(ref_logp), _merge(self.world.gather(rated)))
+
+    def gather(self, rollout: Rollout) -> Rollout:
+        """The whole batch, of which each process has a share; by rank, padded to the longest completion."""
+        tokens = self.world.gather_rows(rollout.tokens, vocabulary(self.scorer.tokenizer).pad_id)
+        return Rollout(tokens, self.world.gather_rows(rollout.mask), self.world.gather_rows(rollout.logprobs))
+
+
+def _merge(shares: list[Rated]) -> Rated:
+    return Rated(
+        rewards=torch.cat([share.rewards for share in shares]),
+        scores={axis: torch.cat([share.scores[axis] for share in shares]) for axis in shares[0].scores},
+        audio=[clip for share in shares for clip in share.audio],
+        failed=sum(share.failed for share in shares),
+        silent=sum(share.silent for share in shares),
+    )

@@ -1,0 +1,466 @@
+"""What surrounds the algorithm in a run of GRPO: find and check its parts, build, resume, measure, save, finish.
+
+``smart.grpo.train`` holds the algorithm and asks a ``Tuning`` for everything else.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+
+from smart import Failure, UserError, require
+from smart.config import Config, RewardConfig, dumps
+from smart.corpus import Corpus
+from smart.distributed import World, join
+from smart.diversity import alikeness, distinct_rewards
+from smart.files import replace_files
+from smart.guard import Guard, HeldOut, Judge
+from smart.logprobs import Reference
+from smart.model import find_base, load_base, pick_device, pick_precision, save_base
+from smart.plots import curves, timeline
+from smart.prompts import Pieces, draw
+from smart.render import check_soundfont, find_soundfont, open_renderer
+from smart.render.bank_pool import BankPool
+from smart.reward import Reward, load_reward
+from smart.rollout import Batch, Batches, Drawn, Scorer, completion_metrics
+from smart.run import Run, Stopwatch, check_packages, checkpoint, summarise
+from smart.sampler import Rollout, Sampler
+from smart.tokens import build_grammar, decode, vocabulary
+from smart.workers import usable_cores
+
+AHEAD = "ahead.safetensors"  # in a checkpoint: the batch that was drawn ahead
+
+
+class Parts(NamedTuple):
+    """What a run needs from outside, found before any work starts."""
+
+    base: Path
+    soundfont: Path
+    reward: Reward
+    judge: Reward | None  # rates held-out completions, where it is not the run's own reward
+    pieces: Pieces | None  # for prompts of kind "dataset"
+    unseen: Pieces | None  # the same, for held-out prompts
+
+
+def preflight(config: Config, world: World, reward: Reward | None = None) -> Parts:
+    """Find everything that a run needs; ``reward`` replaces the configured one.
+
+    Raises one ``UserError`` that lists all that is missing.
+    """
+    found = require(
+        lambda: find_base(config.model.base),
+        lambda: _find_soundfont(config.render.soundfont),
+        lambda: reward or _load_reward(config.reward, world),
+        lambda: _find_judge(config, world),
+        lambda: _find_pieces(config, config.prompts.split),
+        lambda: _find_unseen(config),
+        check_packages,
+    )
+    return Parts(*found[:6])
+
+
+def _find_soundfont(name: str) -> Path:
+    path = find_soundfont(name)
+    check_soundfont(path)
+    return path
+
+
+def _load_reward(wanted: RewardConfig, world: World) -> Reward:
+    return load_reward(wanted.kind, weights=wanted.weights or None, device=world.device, **wanted.options)
+
+
+def _find_judge(config: Config, world: World) -> Reward | None:
+    if config.guard.judge.kind == "auto" or not config.track.held_out_every:
+        return None
+    return _load_reward(config.guard.judge, world)
+
+
+def _find_pieces(config: Config, split: str) -> Pieces | None:
+    if config.prompts.kind != "dataset":
+        return None
+    if not config.prompts.corpus:
+        raise UserError("prompts.corpus is empty: set it to a folder written by `smart corpus build`")
+    return Corpus(Path(config.prompts.corpus)).split(split)
+
+
+def _find_unseen(config: Config) -> Pieces | None:
+    if not config.track.held_out_every:
+        return None
+    split = "train" if config.prompts.split == "validation" else "validation"
+    found = _find_pieces(config, split)
+    if found is not None and not len(found):
+        raise UserError(f"the corpus has no {split} pieces for held-out prompts: set track.held_out_every = 0")
+    return found
+
+
+def check_sizes(config: Config, world: World) -> None:
+    """Raise ``UserError`` for settings that contradict each other or the number of processes."""
+    settings, track = config.grpo, config.track
+    if not track.held_out_every and (settings.kl_budget or settings.stop_on_collapse):
+        raise UserError("grpo.kl_budget and grpo.stop_on_collapse need measurements: set track.held_out_every above 0")
+    shared = {"grpo.prompts": settings.prompts, "track.final_prompts": track.final_prompts}
+    if track.held_out_every:
+        shared["track.held_out_prompts"] = track.held_out_prompts
+    for name, count in shared.items():
+        if count < world.size:
+            raise UserError(f"{name} = {count}: expected at least one for each of {world.size} processes")
+
+
+class Tuning:
+    """A run of GRPO around its algorithm; use it as a context manager, which builds, or resumes, the run.
+
+    ``reward`` replaces the configured one. Entering raises ``UserError`` for what the user can correct, before any
+    work; ``Failure`` says why training cannot continue.
+
+    Attributes: ``policy``, ``optimizer``, ``reference``, ``autocast`` (the precision the policy runs in), ``world``
+    (this process among all), ``folder`` of the run.
+    """
+
+    def __init__(
+        self, config: Config, *, reward: Reward | None = None, resume: bool = False, overwrite: bool = False
+    ) -> None:
+        if reward is not None:  # the run's configuration names it, so that nothing resumes with another
+            given = replace(config.reward, kind=reward.name, weights=reward.weights, options={})
+            config = replace(config, reward=given)
+        self.config = config
+        self.folder = Path(config.run.folder) / config.run.name
+        self.learning: int | None = None  # the iteration that has not changed the weights yet
+        self._reward, self._resume, self._overwrite = reward, resume, overwrite
+        self._opened = ExitStack()
+
+    def __enter__(self) -> "Tuning":
+        with ExitStack() as opened:
+            self.world = opened.enter_context(join(pick_device(self.config.run.device)))
+            self._prepare(opened)
+            self._build()
+            self._open(opened)
+            self._begin()
+            self._opened = opened.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._opened.__exit__(kind, error, trace)
+        if isinstance(error, FloatingPointError | Failure) and self.learning is not None:
+            raise Failure(
+                f"iteration {self.learning} stopped before it changed the weights: {error}. "
+                f"The last good checkpoint is {checkpoint.latest(self.run.checkpoints)}."
+            ) from None
+
+    # --- Building -----------------------------------------------------------------------------------------------------
+
+    def _prepare(self, opened: ExitStack) -> None:
+        """Find everything, load the policy, and hold the run's folder."""
+        config, world = self.config, self.world
+        self.parts = preflight(config, world, self._reward)
+        check_sizes(config, world)
+        self.policy, self.tokenizer = load_base(self.parts.base, device=world.device)
+        longest = self.policy.config.max_position_embeddings - 8  # the longest prompt has seven tokens
+        if (wanted := config.sampling.max_new_tokens) > longest:
+            raise UserError(f"sampling.max_new_tokens = {wanted}: this base has room for {longest}")
+        run = Run(
+            self.folder,
+            dumps(config),
+            program="smart.grpo",
+            world=world,
+            resume=self._resume,
+            overwrite=self._overwrite,
+            keep=config.track.keep_checkpoints,
+        )
+        self.run = opened.enter_context(run)
+
+    def _build(self) -> None:
+        """What is learnt with and sampled from; of a run that is resumed, as the last checkpoint holds it."""
+        settings, sampling, device = self.config.grpo, self.config.sampling, self.world.device
+        precision = pick_precision(settings.precision, device)
+        self.autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+        self.reference = Reference(
+            self.policy, temperature=sampling.temperature, micro_batch=settings.micro_batch, autocast=self.autocast
+        )
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), weight_decay=0.0, fused=device.type == "cuda")
+        self.generators = {
+            "prompts": torch.Generator().manual_seed(self.config.run.seed),
+            "sampler": torch.Generator(device).manual_seed(self.config.run.seed),
+        }
+        facts, dtype = vocabulary(self.tokenizer), pick_precision(sampling.dtype, device)
+        self._eos_id, self._grammar = facts.eos_id, build_grammar(self.tokenizer)
+        self.samplers = {
+            name: Sampler(model, pad_id=facts.pad_id, eos_id=facts.eos_id, dtype=dtype)
+            for name, model in (("base", self.reference.model), ("tuned", self.policy))
+        }
+        last = self.run.last
+        self.done = 0 if last is None else int(last.name)
+        self._restored = None if last is None else self._restore(last)
+
+    def _restore(self, last: Path) -> Rollout | None:
+        """Put back what checkpoint ``last`` holds; returns this process's share of the batch drawn ahead, if any."""
+        self.policy.load_state_dict(load_base(last, device=self.world.device)[0].state_dict())
+        checkpoint.read_state(last, self.policy, self.optimizer, **self.generators)
+        if not (last / AHEAD).is_file():
+            return None
+        groups, size = self.world.share(self.config.grpo.prompts), self.config.grpo.group_size
+        try:
+            whole = Rollout(**checkpoint.read_tensors(last / AHEAD))
+            share = whole.rows(slice(groups.start * size, groups.stop * size))
+        except TypeError as error:
+            raise UserError(f"checkpoint {last}: {AHEAD} is not what a run writes ({error})") from None
+        return Rollout(*(part.to(self.world.device) for part in share))
+
+    def _open(self, opened: ExitStack) -> None:
+        """The run's files, its renderer, and what measures it."""
+        render, sampling = self.config.render, self.config.sampling
+        self.run.open(self.done, self.config.grpo.iterations, "iteration")
+        pool = open_renderer(
+            render.backend,
+            self.parts.soundfont,
+            sample_rate=render.sample_rate,
+            seconds=render.seconds,
+            workers=render.workers or max(usable_cores() // self.world.neighbours, 1),
+            deadline=render.deadline,
+            device=self.world.device,
+        )
+        opened.enter_context(pool)
+        scorer = Scorer(
+            self.tokenizer,
+            pool,
+            self.parts.reward,
+            sample_rate=render.sample_rate,
+            seconds=render.seconds,
+            deadline=self.config.reward.deadline,
+        )
+        self.batches = Batches(
+            scorer,
+            self.world,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+        )
+        self.guard = self._open_guard()
+        self.watch = Stopwatch()
+        self._ahead = None if self._restored is None else self._render(self._restored)
+        self._extra: dict[str, float] = {}  # metrics of the batch that is being learnt from
+
+    def _open_guard(self) -> Guard:
+        """The measurements on held-out prompts, which are drawn separately, with a generator used for nothing else."""
+        track, settings, held_out = self.config.track, self.config.grpo, None
+        if track.held_out_every:
+            seed = self.config.run.seed + 2**32
+            held_out = HeldOut(
+                self._prompts(track.held_out_prompts, torch.Generator().manual_seed(seed), self.parts.unseen),
+                seed=seed,
+                batches=self.batches,
+                judge=Judge(self.parts.reward, self.parts.judge),
+                reference=self.reference,
+            )
+        guard = Guard(
+            held_out,
+            every=track.held_out_every,
+            kl_budget=settings.kl_budget,
+            stop_on_collapse=settings.stop_on_collapse,
+        )
+        if self.run.last is not None:
+            guard.read(self.run.last)
+            self.run.settle(self.done, best=guard.best)
+        return guard
+
+    def _begin(self) -> None:
+        """Say what is about to happen, and measure the base where a run is new."""
+        say, device = self.run.say, self.world.device
+        iterations = self.config.grpo.iterations
+        say(f"run {self.folder}: base {self.parts.base} on {device}, {self.done} of {iterations} iterations done")
+        say(f"reward: {self.parts.reward.provenance or self.parts.reward.name}")
+        if self.guard.held_out:
+            say(f"held-out judge: {self.guard.held_out.judge.name}")
+        if self.run.stopping():
+            self.run.leave()
+        if not self.done and (measured := self.guard.look(0, self.samplers["base"])):
+            self.run.files.metrics(0, measured)
+
+    def _prompts(self, count: int, generator: torch.Generator, pieces: Pieces | None) -> torch.Tensor:
+        return draw(self.config.prompts.kind, count, self.tokenizer, generator, pieces=pieces).to(self.world.device)
+
+    # --- One iteration ------------------------------------------------------------------------------------------------
+
+    def steps(self) -> Iterator[int]:
+        """The iterations that are still to be done, from 1; they end early where the guard says so."""
+        for step in self.run.steps(self.done, self.config.grpo.iterations, unless=lambda: self.guard.stop):
+            self.watch.restart()
+            self.learning = step
+            yield step
+
+    def draw(self, step: int) -> Drawn:
+        """Have the policy write this process's share of a batch; workers render each completion once it has settled.
+
+        With ``rollouts_ahead`` = 1 that is the batch drawn one iteration ago, and the next one is drawn meanwhile.
+        """
+        drawn = self._ahead or self._draw()
+        more = self.config.grpo.rollouts_ahead and step < self.config.grpo.iterations
+        self._ahead = self._draw() if more else None  # while the workers render ``drawn``
+        self.watch.lap("generate")
+        return drawn
+
+    def _draw(self) -> Drawn:
+        settings = self.config.grpo
+        return self.batches.draw(
+            self.samplers["tuned"],
+            self._prompts(settings.prompts, self.generators["prompts"], self.parts.pieces),
+            group_size=settings.group_size,
+            generator=self.generators["sampler"],
+            stopwatch=self.watch,
+        )
+
+    def _render(self, rollout: Rollout) -> Drawn:
+        """What ``_draw`` gives, of a rollout that a checkpoint held."""
+        clips = self.batches.scorer.listen(self.watch)
+        clips.finish(rollout)
+        return Drawn(rollout, clips, self.world.share(self.config.grpo.prompts).start * self.config.grpo.group_size)
+
+    def rate(self, step: int, drawn: Drawn, ref_logp: torch.Tensor) -> Batch:
+        """The whole batch with its rewards, in every process. Raises ``FloatingPointError`` where no clip has one."""
+        self.watch.lap("reference")
+        pool = self.batches.scorer.pool
+        batch = self.batches.rate(drawn, ref_logp, keep=self._heard(step))
+        self._extra = {}
+        if isinstance(pool, BankPool):
+            self._extra["render/fallback_fraction"] = pool.fallback_fraction(drawn.clips.in_order())
+        drawn.clips.forget()  # before anything is learnt, which takes its own memory
+        batch.rated.check()
+        self.watch.lap("score")
+        return batch
+
+    def _heard(self, step: int) -> range:
+        """Rows of the batch that are kept as MIDI and WAV."""
+        track = self.config.track
+        return range(track.samples) if step % track.samples_every == 0 else range(0)
+
+    def rewards(self, batch: Batch) -> torch.Tensor:
+        """The rewards (N,) to learn from: ratings, with a bonus for diversity where ``grpo.diversity`` asks for it."""
+        settings = self.config.grpo
+        if not settings.diversity:
+            return batch.rated.rewards
+        pieces = [decode(self.tokenizer, row) for row in batch.rollout.tokens.cpu()]
+        return distinct_rewards(batch.rated.rewards, alikeness(pieces, settings.group_size), weight=settings.diversity)
+
+    def record(self, step: int, batch: Batch, advantages: torch.Tensor, stats: dict[str, float]) -> None:
+        """Measure, log and, where it is due, save the iteration; then end, if a signal asked for it."""
+        self.watch.lap("learn")
+        self.learning = None
+        run, track, group_size = self.run, self.config.track, self.config.grpo.group_size
+        metrics = {
+            **batch.rated.metrics(group_size),
+            **{f"policy/{key}": value for key, value in stats.items()},
+            "policy/learning_rate": self.optimizer.param_groups[0]["lr"],
+            **completion_metrics(batch.rollout, self._eos_id, self._grammar),
+            **self._extra,
+            **self.watch.metrics(),
+            **(measured := self.guard.look(step, self.samplers["tuned"])),
+        }
+        run.files.metrics(step, metrics)
+        if measured and self.guard.collapse:
+            run.say(f"iteration {step}: the pieces have become alike: {self.guard.collapse}")
+        if self.world.lead and track.trace_every and step % track.trace_every == 0:
+            timeline(self.watch.write(self.folder / "traces" / f"{step:08d}.json"))
+        run.files.completions(
+            row | {"step": step, "advantage": advantage}
+            for row, advantage in zip(batch.rated.rows(batch.rollout, group_size), advantages.tolist(), strict=True)
+        )
+        self._listen(f"samples/{step:08d}/{{:02d}}", batch, self._heard(step))
+        run.bar.update()
+        run.bar.set_postfix(reward=f"{metrics['reward/mean']:.3f}", kl=f"{stats['kl']:.4f}")
+        stopping = run.stopping()
+        last, best = self.config.grpo.iterations, self.guard.best
+        if step % track.checkpoint_every == 0 or step in (last, best) or self.guard.stop or stopping:
+            self._save(step, metrics)
+        if stopping:
+            run.leave()
+
+    def _listen(self, name: str, batch: Batch, rows: range) -> None:
+        for row in rows:
+            score = decode(self.tokenizer, batch.rollout.tokens[row])
+            audio = batch.rated.audio[row]
+            self.run.files.listen(name.format(row), score, audio, self.config.render.sample_rate)
+
+    def _save(self, step: int, metrics: dict[str, float]) -> None:
+        ahead = None if self._ahead is None else self.batches.gather(self._ahead.rollout)
+        if self.world.lead:
+            self.run.save(step, partial(self._write, ahead), best=self.guard.best)
+            curves(self.folder, ("reward/mean",), "reward")
+            self.run.say(
+                f"iteration {step}: reward {metrics['reward/mean']:.3f}, KL {metrics['policy/kl']:.4f}, "
+                f"{metrics['seconds/iteration']:.1f} s"
+            )
+
+    def _write(self, ahead: Rollout | None, target: Path) -> None:
+        save_base(self.policy, self.tokenizer, target)
+        checkpoint.write_state(target, self.policy, self.optimizer, **self.generators)
+        self.guard.write(target)
+        if ahead is not None:
+            save_file(ahead._asdict(), target / AHEAD)
+
+    # --- The end ------------------------------------------------------------------------------------------------------
+
+    def finish(self) -> None:
+        """Write ``tuned/``, compare it with the base on fresh prompts, and say how they differ."""
+        run = self.run
+        if self.guard.stop:
+            self.world.sum(0)  # the best checkpoint is there
+            why, best = self.guard.stop, self._best_whole()
+            self.policy.load_state_dict(load_base(best, device=self.world.device)[0].state_dict())
+            run.say(f"stopped early: {why}; tuned/ is iteration {int(best.name)}, the best by the held-out judge")
+        rewards = self._compare()
+        if self.world.lead:
+            # one that is there already, of a run that is resumed once more, stays whole
+            replace_files(
+                self.folder / "tuned", partial(save_base, self.policy, self.tokenizer), last="model.safetensors"
+            )
+            curves(self.folder, ("reward/mean",), "reward")  # the process that saved last may not have come to it
+            run.say(summarise(self.folder, rewards))
+        if self.parts.reward.is_stand_in:
+            run.say(f"{self.parts.reward.name} is a stand-in, not the aesthetic model: see docs/rewards.md")
+
+    def _best_whole(self) -> Path:
+        """The best checkpoint that is as it was written; a better one that is damaged is named.
+
+        What the guard has measured of those passed over is forgotten. Raises ``UserError`` where all are damaged.
+        """
+        guard, root = self.guard, self.run.checkpoints
+        while (best := guard.best) is not None:
+            folder = root / f"{best:08d}"
+            try:
+                checkpoint.verify(folder)
+                return folder
+            except UserError as error:
+                if folder.exists():  # not all are kept
+                    self.run.say(f"Warning: {error.message}; taking the next best")
+                guard.history = [one for one in guard.history if one.step != best]
+        newest = checkpoint.latest(root)
+        if newest is None:
+            raise UserError(f"{root} holds no checkpoint any more; start anew with --overwrite")
+        return newest
+
+    def _compare(self) -> dict[str, Any]:
+        """Rewards of fresh samples of base and tuned model, for the same prompts and from the same seed."""
+        track, device = self.config.track, self.world.device
+        self.run.bar.set_description("base against tuned")
+        seed = self.config.run.seed + 2**31
+        prompts = self._prompts(track.final_prompts, torch.Generator().manual_seed(seed), self.parts.pieces)
+        heard = range(min(track.final_listen, len(prompts)))
+        rewards = {}
+        for name, sampler in self.samplers.items():
+            if self.run.stopping():
+                self.run.leave()
+            drawn = self.batches.draw(sampler, prompts, generator=torch.Generator(device).manual_seed(seed))
+            if self.run.stopping():  # rating many takes long, too
+                self.run.leave()
+            batch = self.batches.rate(drawn, drawn.rollout.logprobs, keep=heard)
+            rewards[name] = batch.rated.rewards[batch.rated.rewards.isfinite()].numpy()
+            self._listen(f"final/{{:02d}}-{name}", batch, heard)
+        return rewards
