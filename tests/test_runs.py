@@ -150,6 +150,9 @@ class Late:
                 self.arrive(number)
         return late
 
+    def fallback_fraction(self, clips: Any) -> None:
+        return None
+
     def arrive(self, number: int) -> None:
         for late, clip in self.asked[max(number, 0) * self.batch : (number + 1) * self.batch]:
             audio = clip.result()
