@@ -18,6 +18,7 @@ from smart import UserError
 from smart.tokens import Vocabulary, vocabulary
 
 KINDS = ("procedural", "first_note", "bos", "dataset")
+LONGEST = 8  # tokens of the longest prompt: a first note with its program
 
 
 class Pieces(Protocol):

@@ -230,7 +230,7 @@ def test_one_that_is_asked_to_stop_stops_all(base: Path, tmp_path: Path) -> None
     codes, output = finish(processes)
     assert codes == 2 * [128 + signal.SIGTERM], output
     assert "lost contact with another" not in output and "Traceback" not in output
-    assert f"stopped; to go on: python -m smart.grpo --config {tmp_path}/r/config.toml --resume" in output
+    assert f"Continue with: {sys.executable} -m smart.grpo --config {tmp_path}/r/config.toml --resume" in output
     assert [int(folder.name) for folder in (tmp_path / "r" / "checkpoints").glob("0*")][-1] < 500
 
 

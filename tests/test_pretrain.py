@@ -35,7 +35,7 @@ def test_short_pieces_are_whole_and_padded(tokenizer: Any) -> None:
 
 
 def test_a_split_without_pieces_is_a_users_mistake(tokenizer: Any) -> None:
-    with pytest.raises(UserError, match="corpus somewhere: a split that training needs has no pieces"):
+    with pytest.raises(UserError, match="corpus somewhere: a split that training needs is empty"):
         Crops([], vocabulary(tokenizer), Data(corpus="somewhere"))
 
 
@@ -165,7 +165,7 @@ def test_pretraining_asked_to_stop_saves_and_goes_on_with_the_same_curve(corpus:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM and "to go on: python -m smart.pretrain" in output
+    assert process.returncode == 128 + signal.SIGTERM and f"Continue with: {sys.executable} -m smart.pretrain" in output
     (last,) = sorted((folder / "checkpoints").iterdir())[-1:]
     assert 100 < int(last.name) < 400 and int(last.name) % 100  # within a stretch between two evaluations
     status, output = run("pretrain", "--config", str(folder / "config.toml"), "--resume")

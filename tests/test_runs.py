@@ -150,6 +150,9 @@ class Late:
                 self.arrive(number)
         return late
 
+    def fallback_fraction(self, clips: Any) -> None:
+        return None
+
     def arrive(self, number: int) -> None:
         for late, clip in self.asked[max(number, 0) * self.batch : (number + 1) * self.batch]:
             audio = clip.result()
@@ -260,7 +263,7 @@ def test_a_spent_budget_ends_the_run_with_the_best(base: Path, tmp_path: Path) -
     assert within and all(row["held_out/kl"] < budget for row in within) and over["held_out/kl"] >= budget
     assert over is rows[-1] and over["step"] < 8
     best = max(within, key=lambda row: row["held_out/judge"])["step"]
-    assert f"tuned/ is iteration {best}, the best by the held-out judge" in output and f"{budget:g}" in output
+    assert f"tuned/ is iteration {best}, the best by the held-out score" in output and f"{budget:g}" in output
     kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert kept == [f"{best:08d}", f"{over['step']:08d}", "best"]
     tuned = (folder / "tuned" / "model.safetensors").read_bytes()

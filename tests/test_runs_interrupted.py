@@ -221,7 +221,7 @@ def test_a_batch_drawn_ahead_that_is_none_is_refused(base: Path, either: list[Pa
     rewrite(newest, AHEAD, (tmp_path / "other").read_bytes())
     args = arguments(base, tmp_path, **{"grpo.rollouts_ahead": 1})
     status, output = run("grpo", "--config", "quickstart.toml", *args, "--resume")
-    assert status == 2 and f"{AHEAD} is not what a run writes" in output and "Traceback" not in output, output
+    assert status == 2 and f"{AHEAD} does not hold a batch" in output and "Traceback" not in output, output
 
 
 def test_a_disk_that_takes_no_more_ends_the_run_in_one_line(base: Path, tmp_path: Path) -> None:
