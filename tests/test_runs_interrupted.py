@@ -42,6 +42,7 @@ def test_an_existing_run_is_kept(finished: Path, base: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.slow
 def test_killed_again_and_again_then_resumed_is_the_same_run(
     base: Path, either: list[Path], tmp_path: Path, ahead: int
 ) -> None:

@@ -250,6 +250,7 @@ def test_every_step_is_a_command_that_its_program_takes(tmp_path: Path) -> None:
             assert any(str(tmp_path) in str(value) for value in parsed.params.values()), "it writes into OUT"
 
 
+@pytest.mark.slow
 def test_what_the_base_writes_becomes_a_corpus_and_survives_a_kill(tmp_path: Path) -> None:
     """The first steps of the smoke test as a user starts them, killed while the second one works, and again."""
     out = tmp_path / "out"
