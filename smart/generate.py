@@ -23,8 +23,7 @@ import torch
 from symusic.core import NoteTick, ScoreTick, TempoTick, TimeSignatureTick, TrackTick
 
 from smart import UserError, require
-from smart.corpus.piece import Limits
-from smart.corpus.readers import Pool
+from smart.corpus import Limits, ReaderPool
 from smart.files import sha256, write_atomically
 from smart.model import load_base, pick_device
 from smart.render import RenderError, RenderPool, check_soundfont, find_soundfont, score_notes, write_midi, write_wav
@@ -144,7 +143,7 @@ def read_song(path: Path, tokenizer: Any, tokenizer_file: Path) -> Song:
     Raises ``UserError`` with the reason if it cannot be read, or contains nothing that the model can represent.
     """
     limits = Limits(max_empty_bars=1.0, min_bars=1)
-    with Pool(tokenizer_file, limits, 1) as pool:
+    with ReaderPool(tokenizer_file, limits, 1) as pool:
         ((_, answer),) = pool.answers(iter([(b"song", os.fsencode(path))]))
     if isinstance(answer, tuple):
         raise UserError(f"--continue {path}: {': '.join(filter(None, answer))}")

@@ -1,10 +1,24 @@
-"""Folders of MIDI files -> shards of tokens: the public names of this package.
+"""Folders of MIDI files -> shards of tokens: the public names of this package, which import neither MidiTok nor torch.
 
-``Corpus`` reads what ``smart corpus build`` wrote. The other modules build it: ``build`` walks the
-folders, ``readers`` gives each file to a worker process, ``piece`` is one file there, ``remi`` tokenises
-it, ``shards`` keeps it.
+``Corpus`` reads what ``smart corpus build`` wrote. The other modules build it: ``build`` walks the folders, ``readers``
+gives each file to a worker process (``ReaderPool``), ``midi`` and ``piece`` are one file there, ``remi`` tokenises it,
+``shards`` keeps it.
 """
 
+from smart.corpus.midi import Limits, Piece, Reject, check_structure
+from smart.corpus.readers import ReaderPool
 from smart.corpus.shards import MANIFEST, SPLITS, Corpus, ShardWriter, Split, read_manifest
 
-__all__ = ["MANIFEST", "SPLITS", "Corpus", "ShardWriter", "Split", "read_manifest"]
+__all__ = [
+    "MANIFEST",
+    "SPLITS",
+    "Corpus",
+    "Limits",
+    "Piece",
+    "ReaderPool",
+    "Reject",
+    "ShardWriter",
+    "Split",
+    "check_structure",
+    "read_manifest",
+]

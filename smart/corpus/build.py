@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from smart import UserError
-from smart.corpus.piece import Limits, Piece
-from smart.corpus.readers import Pool
+from smart.corpus.midi import Limits, Piece
+from smart.corpus.readers import ReaderPool
 from smart.corpus.shards import DTYPE, FORMAT, MANIFEST, SHARD_TOKENS, SPLITS, ShardWriter
 from smart.files import hold, is_leftover, sha256, write_atomically
 from smart.run import progress
@@ -254,7 +254,7 @@ def build(
         if not state.count("1"):
             raise UserError(f"--midi {', '.join(map(str, folders))}: no .mid or .midi file that was asked for")
         summary = Summary()
-        with Pool(tokenizer_file, limits, min(workers, max(state.count("reason IS NULL"), 1))) as pool:
+        with ReaderPool(tokenizer_file, limits, min(workers, max(state.count("reason IS NULL"), 1))) as pool:
             summary.read = _read_all(state, {os.fsencode(root.name): os.fsencode(root) for root in roots}, pool)
         _write(state, out, settings, summary)
         (out / ".work").rename(out / ".work.tmp")  # at once, so that a kill leaves no half of a state
@@ -289,7 +289,7 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise UserError(f"--out {out}: holds a finished corpus; give another folder, or --overwrite")
 
 
-def _read_all(state: State, roots: dict[bytes, bytes], pool: Pool) -> int:
+def _read_all(state: State, roots: dict[bytes, bytes], pool: ReaderPool) -> int:
     """Have every unread file read; returns how many these were."""
 
     def tasks() -> Iterator[tuple[bytes, bytes]]:

@@ -10,7 +10,7 @@ import click
 
 from smart import UserError
 from smart.corpus.build import DAMAGED, build
-from smart.corpus.piece import Limits
+from smart.corpus.midi import Limits
 from smart.corpus.shards import SPLITS, Corpus
 from smart.corpus.stats import describe, measure, plot
 from smart.run import in_one_line

@@ -1,106 +1,139 @@
-"""Worker processes that read MIDI files which nobody trusts: each may crash, hang or swell a native parser.
+"""Worker processes that read MIDI files from strangers: each file may crash, hang or swell a native parser.
 
-``Pool`` gives files to a few processes (``smart.corpus.piece.serve``) with a limit on time and memory for each file. A
-worker that dies is replaced, and costs the file that it was working on and no other.
+``ReaderPool`` gives files to a few processes, with a limit on time and memory for each file. A worker that dies is
+replaced, and costs the file that it was working on and no other. It is no sandbox: code that a file manages to run has
+all rights of the user.
 """
 
-import contextlib
 import math
 import os
+import resource
 import signal
-import socket
-import struct
-import subprocess
-import sys
+import stat
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from multiprocessing.connection import Connection, wait
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from smart import Failure
-from smart.corpus.piece import CRASHED_BY_MEMORY, Limits, Piece
-from smart.workers import die_with_parent
+from smart.corpus.midi import Limits, Piece, Reject
+from smart.workers import STARTS, Answer, GarbledAnswer, NoAnswer, Worker, WorkerFailure, answering
+
+if TYPE_CHECKING:
+    from smart.corpus.piece import PieceReader
+
+AHEAD = 8  # files that a worker is given before it has answered: it never waits for the next
+SERVES = 2000  # files after which a worker is replaced: parsers leak, and memory is limited
+GRACE = 10.0  # seconds past the limit on a file after which a worker that did not end itself is killed
+START = 120.0  # seconds from its start after which a worker that is not ready is killed
+CRASHED_BY_MEMORY = 77  # exit status of a worker that ran out of memory
+
+# MidiTok imports torch, for data loaders that we do not use, wherever it is installed; a worker that hides it starts
+# three times as fast and takes a quarter of the memory
+PROGRAM = """
+sys.modules["torch"] = None
+from smart.corpus.readers import prepare
+from smart.workers import serve
+serve(int(sys.argv[1]), prepare)
+"""
 
 
-class Worker:
-    """A process that reads files one after another; ``pending`` are those that it has not answered yet."""
+# The process ------------------------------------------------------------------------------------------------
 
-    GRACE = 10.0  # seconds past the limit on a file after which a worker that did not end itself is killed
-    START = 120.0  # seconds from its start after which a worker that is not ready is killed
-    SERVES = 2000  # files, after which a worker is replaced: parsers leak, and memory is limited
+
+def prepare(tokenizer_file: str, limits: dict[str, Any]) -> Callable[[bytes], Answer]:
+    """What a worker process does with a path, under a limit on memory that holds from here on."""
+    from smart.corpus.piece import PieceReader
+    from smart.tokens import load_tokenizer
+
+    reader = PieceReader(load_tokenizer(tokenizer_file), Limits(**limits))
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    bound = in_use + (reader.limits.megabytes << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
+    return partial(_answer, reader)
+
+
+def _answer(reader: "PieceReader", path: bytes) -> Answer:
+    # the default action of SIGALRM ends the process even inside native code that never returns
+    signal.setitimer(signal.ITIMER_REAL, reader.limits.seconds)
+    try:
+        if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
+            raise Reject("cannot be read", "not a regular file")  # opening a pipe would wait for its other end
+        with open(path, "rb") as file:  # for a folder an error: that it is one, or that it may not be listed
+            data = file.read(reader.limits.max_bytes + 1)
+        if len(data) > reader.limits.max_bytes:
+            raise Reject("too large", f"over {reader.limits.max_bytes} bytes")
+        piece = reader.read(data)
+        numbers = {"notes": piece.notes, "bars": piece.bars, "seconds": piece.seconds}
+        return {"digest": piece.digest.hex(), **numbers}, piece.tokens
+    except Reject as reject:
+        reason, detail = reject.reason, reject.detail
+    except MemoryError:
+        os._exit(CRASHED_BY_MEMORY)  # its heap may be in pieces: a fresh process decides
+    except OSError as error:
+        reason, detail = "cannot be read", str(error.strerror)
+    except Exception as error:  # a parser's or tokenizer's bug on this file: a reject with its text, never silence
+        reason, detail = "cannot be tokenised", f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return {"reason": reason, "detail": detail}, b""
+
+
+# The caller -------------------------------------------------------------------------------------------------
+
+
+def _understand(fields: dict[str, Any], tokens: bytes) -> Piece | tuple[str, str]:
+    """What a worker says of a file. Raises ``GarbledAnswer`` for what it cannot have meant."""
+    try:
+        match fields:
+            case {"reason": str(reason), "detail": str(detail)} if (reason + detail).encode():
+                return reason, detail
+            case {"digest": str(digest), "notes": int(notes), "bars": int(bars), "seconds": float(seconds)} if (
+                len(digest) == 32 and 0 <= notes < 2**31 and 0 <= bars < 2**31 and math.isfinite(seconds)
+            ):
+                return Piece(bytes.fromhex(digest), tokens, notes, bars, seconds)
+    except ValueError:  # no hexadecimal number, or no text
+        pass
+    raise GarbledAnswer(fields)
+
+
+class _FileWorker(Worker):
+    """A worker that reads files one after another; ``pending`` are those that it has not answered yet."""
 
     def __init__(self, tokenizer_file: Path, limits: Limits) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    die_with_parent() + f"from smart.corpus.piece import serve; serve({theirs.fileno()})",
-                ],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env={
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-                    "OMP_NUM_THREADS": "1",
-                    "SMART_MIDI_WORKER": "1",
-                },
-                start_new_session=True,  # Ctrl-C is for the build, which then ends its workers
-            )
-        # one who stands still within an answer would be waited for for ever: reading it fails after so long
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", math.ceil(self.GRACE), 0))
-        self.connection = Connection(ours.detach())
+        settings = {"tokenizer_file": str(tokenizer_file), "limits": asdict(limits)}
+        # no piece has more tokens, of two bytes each: six for a note, two for a tempo, which takes seven bytes of the
+        # file, and two for a bar, of which a quarter note holds 16 at most
+        longest = 12 * limits.max_notes + limits.max_bytes + 64 * limits.max_quarters
+        super().__init__(PROGRAM, settings, longest=longest)
         self.limits = limits
         self.pending: deque[tuple[bytes, bytes]] = deque()  # (key, path)
-        self.ready = False
-        self.started = self.since = time.monotonic()  # since: when the first of ``pending`` was begun
+        self.since = time.monotonic()  # when the first of ``pending`` was begun
         self.served = 0
-        self.timed_out = self.of_no_use = False
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # noticed as its end when it is read
-            self.connection.send((str(tokenizer_file), asdict(limits)))
 
     def give(self, key: bytes, path: bytes) -> None:
         if not self.pending:
             self.since = time.monotonic()
         self.pending.append((key, path))
         self.served += 1
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.connection.send(path)
+        self.send(path)
 
-    def end_if_overdue(self) -> None:
-        """Kill the process if it neither answers nor ends itself. An answer that nobody has read yet is one."""
-        now = time.monotonic()
-        if self.ready:
-            overdue = bool(self.pending) and now - self.since > self.limits.seconds + self.GRACE
-        else:
-            overdue = now - self.started > self.START
-        if overdue and not self.connection.poll():
-            self.timed_out = True
-            self.process.kill()
-
-    def close(self) -> int:
-        """End the process, if it has not; its exit code, negative for a signal."""
-        self.connection.close()
-        if self.process.poll() is None and not self.pending:
-            with contextlib.suppress(subprocess.TimeoutExpired):  # it ends by itself when the connection does
-                return self.process.wait(timeout=1)
-        self.process.kill()
-        return self.process.wait()
+    def overdue(self) -> bool:
+        """Whether it neither answers nor ends itself. An answer that nobody has read yet is one."""
+        limit = self.limits.seconds + GRACE if self.ready else START
+        return bool(self.pending) and time.monotonic() - self.since > limit and not answering([self], 0)
 
 
-class Pool:
+class ReaderPool:
     """``count`` workers; ``answers`` runs tasks through them and replaces those that die.
 
     The file that a worker was reading when it died, or ran out of time, or answered nonsense, is read once more by
     another, in case it was no fault of the file: a machine that slept, an administrator, a leak. The second time
     rejects the file. A worker dies with the thread that started it, so one thread makes a pool and asks for answers.
     """
-
-    AHEAD = 8  # tasks a worker is given before it has answered: it never waits for the next
-    STARTS = 3  # how many workers may die in a row before they are ready
 
     def __init__(self, tokenizer_file: Path, limits: Limits, count: int) -> None:
         self.tokenizer_file, self.limits = tokenizer_file, limits
@@ -109,72 +142,61 @@ class Pool:
         self.failed_starts = 0
         self.workers = [self._start() for _ in range(count)]
 
-    def __enter__(self) -> "Pool":
+    def __enter__(self) -> "ReaderPool":
         return self
 
     def __exit__(self, *_: object) -> None:
         for worker in self.workers:
-            worker.process.kill()
+            worker.kill()
         for worker in self.workers:
             worker.close()
 
     def answers(self, tasks: Iterator[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, Piece | tuple[str, str]]]:
-        """(key, answer) for every (key, path) of ``tasks``, in the order in which they are done."""
+        """(key, answer) for every (key, path) of ``tasks``, in the order in which they are done.
+
+        An answer is a piece, or the reason and the detail of a rejected file.
+        """
         while True:
+            for worker in [worker for worker in self.workers if worker.overdue()]:
+                yield from self._bury(worker, NoAnswer())
             for place, worker in enumerate(self.workers):
-                if worker.served >= worker.SERVES and not worker.pending:
-                    worker.close()
+                if worker.served >= SERVES and not worker.pending:
+                    worker.close(patience=1.0)  # it ends by itself when its connection does
                     self.workers[place] = worker = self._start()
-                while len(worker.pending) < self.AHEAD and worker.served < worker.SERVES:
+                while len(worker.pending) < AHEAD and worker.served < SERVES:
                     task = self.again.popleft() if self.again else next(tasks, None)
                     if task is None:
                         break
                     worker.give(*task)
-                worker.end_if_overdue()
             if not any(worker.pending for worker in self.workers):
                 return
-            by_connection = {worker.connection: worker for worker in self.workers}
-            for connection in wait(by_connection, timeout=1.0):
-                yield from self._read(by_connection[connection])  # type: ignore[index]  # one of those given
+            for worker in answering(self.workers, 1.0):
+                yield from self._read(worker)
 
-    def _start(self) -> Worker:
-        return Worker(self.tokenizer_file, self.limits)
+    def _start(self) -> _FileWorker:
+        return _FileWorker(self.tokenizer_file, self.limits)
 
-    def _read(self, worker: Worker) -> Iterator[tuple[bytes, Piece | tuple[str, str]]]:
+    def _read(self, worker: _FileWorker) -> Iterator[tuple[bytes, Piece | tuple[str, str]]]:
+        was_ready = worker.ready
         try:
-            answer = worker.connection.recv()
-        except BlockingIOError:  # it stands still within its answer
-            worker.timed_out = True
-            answer = None
-        except (EOFError, OSError):  # ConnectionResetError, or an answer of which only a part was sent
-            yield from self._bury(worker)
+            fields, tokens = worker.receive(GRACE)  # one that hangs within an answer is not waited for for ever
+            answer = _understand(fields, tokens) if was_ready else None
+        except WorkerFailure as failure:
+            yield from self._bury(worker, failure)
             return
-        except Exception:  # whatever unpickling raises
-            answer = None
         worker.since = time.monotonic()
-        if answer == "ready":
-            worker.ready, self.failed_starts = True, 0
-            return
-        path, what = answer if isinstance(answer, tuple) and len(answer) == 2 else (None, None)
-        if worker.pending and path == worker.pending[0][1] and isinstance(what, Piece | tuple):
-            yield worker.pending.popleft()[0], what
-        else:  # nonsense, or an answer too many: nothing is taken from this one any more
-            worker.of_no_use = True
-            worker.process.kill()
-            yield from self._bury(worker)
+        if answer is None:
+            self.failed_starts = 0
+        else:
+            yield worker.pending.popleft()[0], answer
 
-    def _bury(self, worker: Worker) -> Iterator[tuple[bytes, tuple[str, str]]]:
-        """Account for a worker that died, or is of no more use, and put another in its place."""
-        worker.connection.close()
-        try:
-            code = worker.process.wait(timeout=1)  # one that is ending has a reason to give
-        except subprocess.TimeoutExpired:
-            worker.process.kill()
-            code = worker.process.wait()
+    def _bury(self, worker: _FileWorker, failure: WorkerFailure) -> Iterator[tuple[bytes, tuple[str, str]]]:
+        """Account for a worker that failed, and put another in its place."""
+        status = worker.close()
         if not worker.ready:
             self.failed_starts += 1
-            if self.failed_starts >= self.STARTS:
-                raise Failure(f"worker processes end with exit code {code} before they are ready")
+            if self.failed_starts >= STARTS:
+                raise Failure(f"the MIDI workers do not start: {failure}")
         elif worker.pending:
             key, path = worker.pending.popleft()
             if key not in self.died_on:
@@ -182,15 +204,12 @@ class Pool:
                 self.again.append((key, path))
             else:
                 self.died_on.remove(key)
-                if worker.timed_out or code == -signal.SIGALRM:
+                if isinstance(failure, NoAnswer) or status == -signal.SIGALRM:
                     yield key, ("time limit", f"over {self.limits.seconds:g} s")
-                elif code == CRASHED_BY_MEMORY:
+                elif status == CRASHED_BY_MEMORY:
                     yield key, ("memory limit", f"over {self.limits.megabytes} MB")
-                elif worker.of_no_use:
-                    yield key, ("crash", "its worker twice gave a garbled answer")
                 else:
-                    what = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-                    yield key, ("crash", f"its worker died twice, by {what}")
+                    yield key, ("crash", f"its worker failed twice: {failure}")
         self.again.extend(worker.pending)
         worker.pending.clear()
         self.workers[self.workers.index(worker)] = self._start()

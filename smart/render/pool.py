@@ -7,17 +7,11 @@ which the synthesiser keeps as 32-bit floats (twice the size of an sf2, 12 to 15
 import contextlib
 import os
 import queue
-import resource
 import signal
-import socket
-import struct
-import subprocess
-import sys
 import tempfile
 import threading
-import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,12 +23,19 @@ from smart import Failure, UserError
 from smart.render.notes import NOTE_COLUMNS, Notes, most_samples, to_notes
 from smart.render.soundfonts import check_soundfont, check_unchanged, file_state, find_soundfont
 from smart.render.synth import Audio, RenderError, render_notes
-from smart.workers import die_with_parent, usable_cores
+from smart.workers import STARTS, Answer, Died, GarbledAnswer, Refused, Worker, WorkerFailure, usable_cores
 
 GIVE_UP = 16  # clips that fail in a row, each of them twice, before a pool stops trying
-STARTS = 3  # workers that may die while they load, one after the other, before that counts as a failure
 # seconds between attempts to start a worker: what the system lacks may come back
 PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+# what a synthesiser does to itself that follows a damaged soundfont
+_CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+
+PROGRAM = """
+from smart.render.pool import prepare
+from smart.workers import serve
+serve(int(sys.argv[1]), prepare)
+"""
 
 
 class Renderer(Protocol):
@@ -44,93 +45,31 @@ class Renderer(Protocol):
         """Start rendering a ``symusic.Score`` or a note array; the future's result is float32 audio (2, S)."""
         ...
 
-
-# A message is a header, its kind and length, and a body. The audio itself comes back through a file in memory
-# that both sides hold open: it has no name, so nothing is left behind however either side dies. The header of a request
-# holds its number, too, and its answer has the same: an answer too many is not taken for that to the next request.
-_HEADER = struct.Struct("<cQQ")  # kind, number, length
-_LOADED, _CANNOT_LOAD, _NOTES, _AUDIO, _ERROR = b"L", b"X", b"N", b"A", b"E"
-_LONGEST_ANSWER = 1 << 16
+    def fallback_fraction(self, clips: Collection[Future[Audio]]) -> float | None:
+        """Share of these clips that were not rendered the fast way; None for a renderer that knows one way only."""
+        ...
 
 
-def _send(connection: socket.socket, kind: bytes, number: int, body: bytes = b"") -> None:
-    connection.sendall(_HEADER.pack(kind, number, len(body)) + body)
+# The process ------------------------------------------------------------------------------------------------
 
 
-def _receive(
-    connection: socket.socket, *, longest: int | None = None, until: float | None = None
-) -> tuple[bytes, int, bytes]:
-    """Kind, number, body; ``EOFError`` when the other side is gone, ``TimeoutError`` past ``until`` (monotonic)."""
-    kind, number, length = _HEADER.unpack(_read(connection, _HEADER.size, until))
-    if longest is not None and length > longest:
-        raise ValueError(f"a message of {length} bytes, at most {longest} expected")
-    return kind, number, _read(connection, length, until)
+def prepare(soundfont: str, sample_rate: int, seconds: float, audio_fd: int) -> Callable[[bytes], Answer]:
+    """What a worker process does with a request, once it has loaded the soundfont.
 
+    The audio goes back through a file in memory that both sides hold open: it has no name, so nothing is left behind
+    however either side dies.
+    """
+    loaded = tsf.SoundFont(soundfont)
 
-def _read(connection: socket.socket, length: int, until: float | None) -> bytes:
-    data = bytearray()
-    while len(data) < length:
-        if until is not None:
-            left = until - time.monotonic()
-            if left <= 0:
-                raise TimeoutError
-            connection.settimeout(left)
-        part = connection.recv(min(length - len(data), 1 << 20))
-        if not part:
-            raise EOFError
-        data += part
-    return bytes(data)
+    def render(data: bytes) -> Answer:
+        notes = np.frombuffer(data, np.float64).reshape(-1, len(NOTE_COLUMNS))
+        audio = render_notes(loaded, notes, sample_rate=sample_rate, seconds=seconds)
+        left, done = audio.reshape(-1).view(np.uint8).data, 0
+        while done < len(left):
+            done += os.pwrite(audio_fd, left[done:], done)
+        return {"samples": audio.shape[1]}, b""
 
-
-def _work(connection_fd: str, audio_fd: str, soundfont: str, sample_rate: str, seconds: str) -> None:
-    """What a worker process runs: load the soundfont, then render clips until the other side is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to act on
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is expected and handled: no core file
-    try:
-        with socket.socket(fileno=int(connection_fd)) as connection:
-            _serve(connection, int(audio_fd), soundfont, int(sample_rate), float(seconds))
-    except (EOFError, ConnectionError):
-        return  # the pool is closed, or its process is dead
-
-
-def _serve(connection: socket.socket, audio_fd: int, path: str, sample_rate: int, seconds: float) -> None:
-    try:
-        soundfont = tsf.SoundFont(path)
-    except (RuntimeError, MemoryError, UnicodeError) as error:
-        _send(connection, _CANNOT_LOAD, 0, _one_line(error))
-        return
-    _send(connection, _LOADED, 0)
-    while True:
-        _, number, body = _receive(connection)
-        try:
-            notes = np.frombuffer(body, np.float64).reshape(-1, len(NOTE_COLUMNS))
-            audio = render_notes(soundfont, notes, sample_rate=sample_rate, seconds=seconds)
-            _write_all(audio_fd, audio)
-        except Exception as error:  # whatever it is, the parent tells the caller
-            _send(connection, _ERROR, number, _one_line(error))
-        else:
-            _send(connection, _AUDIO, number, struct.pack("<Q", audio.shape[1]))
-
-
-def _one_line(error: BaseException) -> bytes:
-    return " ".join(f"{type(error).__name__}: {error}".split()).encode(errors="replace")[:1000]
-
-
-def _write_all(file: int, audio: Audio) -> None:
-    data, done = audio.reshape(-1).view(np.uint8).data, 0
-    while done < len(data):
-        done += os.pwrite(file, data[done:], done)
-
-
-def _read_audio(file: int, samples: int) -> Audio:
-    audio = np.empty((2, samples), np.float32)
-    data, done = audio.reshape(-1).view(np.uint8).data, 0
-    while done < len(data):
-        many = os.preadv(file, [data[done:]], done)
-        if not many:
-            raise ValueError(f"{done} bytes of audio, {len(data)} announced")
-        done += many
-    return audio
+    return render
 
 
 def _anonymous_file() -> int:
@@ -142,100 +81,48 @@ def _anonymous_file() -> int:
         return os.dup(file.fileno())
 
 
-# sys.path is handed over, so that a worker finds this package just as its parent did
-_BOOT = "import sys; sys.path[:] = sys.argv[6:]; from smart.render.pool import _work; _work(*sys.argv[1:6])"
-# what a synthesiser does to itself that follows a damaged soundfont
-_CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
-_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+# The caller -------------------------------------------------------------------------------------------------
 
 
-class _WorkerFailure(Exception):
-    """Why a worker did not render a clip; whatever it was, the worker may be of no more use."""
-
-
-class _NotStarted(_WorkerFailure):
+class _NotStarted(WorkerFailure):
     """The system gives no process, or not what one needs."""
 
 
-class _CannotLoad(_WorkerFailure):
+class _CannotLoad(WorkerFailure):
     """A worker that did not load the soundfont, and no other is likely to."""
 
 
-class _Worker:
-    """A worker process as seen by the one thread that feeds it; any thread may ``kill`` it."""
+class _ClipWorker(Worker):
+    """A worker that renders clips, and the file through which their audio comes."""
 
     def __init__(self, soundfont: Path, sample_rate: int, seconds: float) -> None:
         self.limit = most_samples(sample_rate, seconds)
-        self.number = 0  # of the last request
-        with contextlib.ExitStack() as files:
-            self.audio_fd = _anonymous_file()
-            files.callback(os.close, self.audio_fd)
-            self.connection, theirs = socket.socketpair()
-            files.callback(self.connection.close)
-            with theirs:
-                fds = (theirs.fileno(), self.audio_fd)
-                settings = (*fds, soundfont, sample_rate, float(seconds))
-                path = [os.path.abspath(place) for place in sys.path]
-                self.process = subprocess.Popen(
-                    [sys.executable, "-P", "-c", die_with_parent() + _BOOT, *map(str, settings), *path],
-                    pass_fds=fds,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    env=os.environ | _ONE_THREAD,
-                )
-            self._files = files.pop_all()
-
-    def kill(self) -> None:
-        self.process.kill()
-
-    def close(self) -> None:
-        """Kill and reap the process, and close what belongs to it."""
-        self.kill()
-        self.process.wait()
-        self._files.close()
-
-    def alive(self) -> bool:
-        return self.process.poll() is None
-
-    def answer(self, seconds: float, kind: bytes = b"", body: bytes = b"") -> tuple[bytes, bytes]:
-        """Send a request, if any, and wait for its answer, ``seconds`` at most; else ``_WorkerFailure``."""
-        until = time.monotonic() + seconds
+        self.audio_fd = _anonymous_file()
+        settings = {"soundfont": str(soundfont), "sample_rate": sample_rate, "seconds": seconds}
         try:
-            if kind:
-                self.connection.settimeout(seconds)
-                self.number += 1
-                _send(self.connection, kind, self.number, body)
-            kind, number, body = _receive(self.connection, longest=_LONGEST_ANSWER, until=until)
-            if number != self.number:
-                raise ValueError(f"it is to request {number}, not to {self.number}")
-            return kind, body
-        except TimeoutError:
-            raise _WorkerFailure(f"no answer within {seconds:g} s") from None
-        except (EOFError, ConnectionError):
-            raise _WorkerFailure(self._how_it_died()) from None
-        except ValueError as error:
-            raise _WorkerFailure(f"a garbled answer ({error})") from None
+            super().__init__(PROGRAM, settings | {"audio_fd": self.audio_fd}, files=(self.audio_fd,))
+        except BaseException:
+            os.close(self.audio_fd)
+            raise
 
-    def _how_it_died(self) -> str:
-        try:
-            status = self.process.wait(1)
-        except subprocess.TimeoutExpired:
-            return "it closed its connection"
-        if status < 0:
-            return f"it died of signal {-status}, {signal.strsignal(-status)}"
-        return f"it ended with exit status {status}"
+    def close(self, patience: float = 0.0) -> int:
+        status = super().close(patience)
+        os.close(self.audio_fd)
+        return status
 
     def render(self, notes: Notes, deadline: float) -> Audio:
-        kind, body = self.answer(deadline, _NOTES, notes.tobytes())
-        if kind == _ERROR:
-            raise _WorkerFailure(body.decode(errors="replace"))
-        try:
-            (samples,) = struct.unpack("<Q", body)
-            if kind != _AUDIO or not 1 <= samples <= self.limit:
-                raise ValueError(f"kind {kind!r}, {samples} samples")
-            return _read_audio(self.audio_fd, samples)
-        except (struct.error, ValueError) as error:
-            raise _WorkerFailure(f"a garbled answer ({error})") from None
+        fields, _ = self.ask(notes.tobytes(), deadline)
+        samples = fields.get("samples")
+        if not isinstance(samples, int) or not 1 <= samples <= self.limit:
+            raise GarbledAnswer(fields)
+        audio = np.empty((2, samples), np.float32)
+        left, done = audio.reshape(-1).view(np.uint8).data, 0
+        while done < len(left):
+            many = os.preadv(self.audio_fd, [left[done:]], done)
+            if not many:
+                raise GarbledAnswer(f"{done} bytes of audio, {len(left)} announced")
+            done += many
+        return audio
 
 
 class RenderPool:
@@ -288,7 +175,7 @@ class RenderPool:
         self._lock = threading.Lock()  # of the counters, _closed and _workers
         self._closed = False
         self._ending = threading.Event()  # wakes up who waits to start a worker
-        self._workers: list[_Worker | None] = [None] * workers
+        self._workers: list[_ClipWorker | None] = [None] * workers
         self._jobs: queue.SimpleQueue[tuple[Future[Audio], Notes] | None] = queue.SimpleQueue()
         ready: list[Future[None]] = [Future() for _ in range(workers)]
         # Linux kills a worker when the *thread* that started it ends: each worker has a thread of its own,
@@ -331,6 +218,9 @@ class RenderPool:
             self._jobs.put((future, notes))
         return future
 
+    def fallback_fraction(self, clips: Collection[Future[Audio]]) -> None:
+        """None: there is no other way than this one."""
+
     def map(self, scores: Iterable[Any]) -> Iterator[Audio]:
         """Audio of each score, in order; submits a few ahead of the one waited for, so that memory is
         bounded.
@@ -366,8 +256,6 @@ class RenderPool:
 
     def _feed(self, place: int, ready: "Future[None]") -> None:
         """The life of the thread that owns the worker at ``place``."""
-        # a worker inherits the mask: Ctrl-C cannot hit it before it has learnt to ignore it
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self._start(place, replaces=False)
         except BaseException as error:
@@ -392,18 +280,18 @@ class RenderPool:
             else:
                 future.set_result(audio)
 
-    def _start(self, place: int, *, replaces: bool) -> _Worker:
+    def _start(self, place: int, *, replaces: bool) -> _ClipWorker:
         """Start the worker at ``place`` and wait until it has loaded the soundfont; several attempts, with pauses.
 
         That the system has no room for a process, or kills one that loads, is no fault of the clip's that waits for it,
         and may pass.
         """
-        deaths, failure = 0, _WorkerFailure()
+        deaths, failure = 0, WorkerFailure()
         for pause in (*PAUSES, 0.0):
             self._discard(place)
             try:
                 return self._try_to_start(place, replaces or deaths > 0)
-            except _WorkerFailure as error:
+            except WorkerFailure as error:
                 failure, deaths = error, deaths + 1
                 if deaths == STARTS or (isinstance(error, _CannotLoad) and not replaces):
                     break
@@ -413,23 +301,22 @@ class RenderPool:
                 break
         raise failure
 
-    def _try_to_start(self, place: int, again: bool) -> _Worker:
-        worker = _Worker(self.soundfont, self.sample_rate, self.seconds)
+    def _try_to_start(self, place: int, again: bool) -> _ClipWorker:
+        worker = _ClipWorker(self.soundfont, self.sample_rate, self.seconds)
         with self._lock:
             self._workers[place] = worker
             self.restarts += again
             if self._closed:
                 worker.kill()
         try:
-            kind, body = worker.answer(self.load_deadline)
-            if kind != _LOADED:
-                raise _CannotLoad(f"the synthesiser refused it ({body.decode(errors='replace')})")
-        except _WorkerFailure as error:
+            worker.receive(self.load_deadline)
+        except WorkerFailure as error:
             check_unchanged(self.soundfont, self._state)
-            died_of = -(worker.process.poll() or 0)
-            if worker.alive() or died_of in _CRASHES:  # alive: after all that time, or with a garbled answer
-                raise _CannotLoad(str(error)) from None
-            raise
+            if isinstance(error, Refused):
+                raise _CannotLoad(f"the synthesiser refused it ({error})") from None
+            if isinstance(error, Died) and error.status is not None and -error.status not in _CRASHES:
+                raise  # the system killed it, for want of memory, say
+            raise _CannotLoad(str(error)) from None
         try:
             check_unchanged(self.soundfont, self._state)
         except Failure:
@@ -449,7 +336,7 @@ class RenderPool:
                 f"soundfont {self.soundfont} cannot be loaded (the render worker: {error}): "
                 "download it again, or choose another"
             )
-        return Failure(f"the render workers do not start: {error}") if isinstance(error, _WorkerFailure) else error
+        return Failure(f"the render workers do not start: {error}") if isinstance(error, WorkerFailure) else error
 
     def _render(self, place: int, notes: Notes) -> Audio:
         """Render with the worker at ``place``, and once more if that fails."""
@@ -463,7 +350,7 @@ class RenderPool:
                 with self._lock:
                     self._failed_in_a_row = 0
                 return audio
-            except (_WorkerFailure, OSError) as error:  # OSError: its audio cannot be read
+            except (WorkerFailure, OSError) as error:  # OSError: its audio cannot be read
                 reasons.append(str(error))
                 advice = "" if isinstance(error, _NotStarted) else "; choose another soundfont"
                 self._discard(place)
@@ -481,7 +368,7 @@ class RenderPool:
                     )
         raise RenderError(f"this clip could not be rendered: {reasons[0]}; again: {reasons[1]}")
 
-    def _living_worker(self, place: int) -> _Worker:
+    def _living_worker(self, place: int) -> _ClipWorker:
         worker = self._workers[place]
         if worker is not None and worker.alive():
             return worker

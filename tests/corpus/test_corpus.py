@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,10 @@ from hypothesis import strategies as st
 from symusic.core import NoteTick, ScoreTick, TempoTick, TimeSignatureTick, TrackTick
 
 from smart import UserError
-from smart.corpus import Corpus, ShardWriter, Split, shards
+from smart.corpus import Corpus, Limits, Piece, ReaderPool, Reject, ShardWriter, Split, readers, shards
 from smart.corpus.build import State, build, find_files, split_of
 from smart.corpus.command import main
-from smart.corpus.piece import Limits, Piece, PieceReader, Reject, content_hash, seconds_at
-from smart.corpus.readers import Pool
+from smart.corpus.piece import PieceReader, content_hash, seconds_at
 from smart.corpus.stats import measure
 from smart.files import sha256
 from smart.tokens import FILE_NAME, decode, encode, merge_piano, save_tokenizer, vocabulary
@@ -425,29 +424,26 @@ def test_no_piece_is_in_two_splits_whatever_its_file(tmp_path: Path) -> None:
     assert {row["path"] for row in table(tmp_path / "out" / "pieces.csv")} == {f"midi/0-{n}.mid" for n in range(6)}
 
 
-SLOW = """
-import os, time
-if os.environ.get("SMART_MIDI_WORKER"):
-    import smart.corpus.piece as midi
-    read = midi.PieceReader.read
-    def slow(self, data):
-        {body}
-        return read(self, data)
-    midi.PieceReader.read = slow
+HOOK = """
+import time
+sys.modules["torch"] = None
+from smart.corpus import piece
+read = piece.PieceReader.read
+def hooked(self, data):
+    {body}
+    return read(self, data)
+piece.PieceReader.read = hooked
 """
 
 
 @pytest.fixture
-def hook(tmp_path: Path, monkeypatch: Any) -> Iterator[Any]:
+def hook(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Python code to run in every worker before it reads a file: faults that no known file provokes any more."""
 
-    def install(body: str) -> Path:
-        folder = tmp_path / "hook"
-        folder.mkdir(exist_ok=True)
-        (folder / "sitecustomize.py").write_text(SLOW.format(body=body))
-        monkeypatch.syspath_prepend(folder)
-        return folder
+    def install(body: str) -> None:
+        monkeypatch.setattr(readers, "PROGRAM", HOOK.format(body=body) + program)
 
+    program = readers.PROGRAM
     return install
 
 
@@ -456,17 +452,13 @@ def test_killed_and_continued_is_bit_identical(tmp_path: Path, hook: Any) -> Non
     write_songs(tmp_path / "midi", range(40))
     (tmp_path / "midi" / "bad.mid").write_bytes(b"")
     build([tmp_path / "midi"], tmp_path / "whole")
-    folder = hook("time.sleep(0.03)")
-    command = [
-        sys.executable,
-        "-c",
-        "import smart.corpus.build as c; from smart.corpus.command import main; c.COMMIT_SECONDS = 0.1; main()",
-    ]
+    hook("time.sleep(0.03)")
+    code = "from smart.corpus import build, command, readers; build.COMMIT_SECONDS = 0.1; "
+    command = [sys.executable, "-c", code + f"readers.PROGRAM = {readers.PROGRAM!r}; command.main()"]
     command += ["build", "--midi", str(tmp_path / "midi"), "--out", str(tmp_path / "out"), "--workers", "2"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, sys.path)])}
     reached = [0]
     for blow in (signal.SIGKILL, signal.SIGINT):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         spool = tmp_path / "out" / ".work" / "spool.bin"
         while process.poll() is None and not (spool.exists() and spool.stat().st_size > reached[-1] + 1000):
             time.sleep(0.02)
@@ -481,7 +473,7 @@ def test_killed_and_continued_is_bit_identical(tmp_path: Path, hook: Any) -> Non
             Corpus(tmp_path / "out")
         reached.append(spool.stat().st_size)
     assert reached[1] < reached[2]
-    (tmp_path / "hook" / "sitecustomize.py").unlink()
+    hook("pass")
     summary = build([tmp_path / "midi"], tmp_path / "out", workers=2)
     assert 0 < summary.read < 41, "it began from the start"
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -509,8 +501,8 @@ def _alive(pid: int) -> bool:
     ("fault", "reason", "detail"),
     [
         ("while True: pass", "time limit", "over 2 s"),
-        ("import ctypes; ctypes.string_at(0)", "crash", "SIGSEGV"),
-        ("os._exit(3)", "crash", "exit code 3"),
+        ("import ctypes; ctypes.string_at(0)", "crash", "died of signal 11"),
+        ("os._exit(3)", "crash", "ended with exit status 3"),
         ("hold = [bytes(1 << 20) for _ in range(200)]", "memory limit", "over 100 MB"),
         ("raise SystemError('a bug')", "cannot be tokenised", "SystemError: a bug"),
     ],
@@ -519,8 +511,8 @@ def test_a_worker_that_dies_costs_one_file(tmp_path: Path, hook: Any, fault: str
     write_songs(tmp_path / "midi", range(10))
     victim = song(4).dumps_midi()
     hook(f"""
-        if data == {bytes(victim)!r}:
-            {fault}""")
+    if data == {bytes(victim)!r}:
+        {fault}""")
     summary = build([tmp_path / "midi"], tmp_path / "out", limits=Limits(seconds=2.0, megabytes=100))
     assert summary.counts == {"kept": 9, reason: 1}
     (row,) = table(tmp_path / "out" / "rejects.csv")
@@ -561,7 +553,7 @@ def test_any_file_is_read_or_rejected_for_what_it_is(tokenizer: Any, tmp_path_fa
         sources = bad if number % 2 else good
         path.write_bytes(damaged(sources[random.integers(len(sources))] or GOOD, random))
         tasks.append((str(number).encode(), str(path).encode()))
-    with Pool(folder / FILE_NAME, Limits(), 1) as pool:
+    with ReaderPool(folder / FILE_NAME, Limits(), 1) as pool:
         answers = dict(pool.answers(iter(tasks)))
     assert len(answers) == len(tasks)
     reasons = Counter("kept" if isinstance(answer, Piece) else answer[0] for answer in answers.values())
@@ -574,9 +566,9 @@ def test_a_worker_killed_from_outside_costs_nothing(tmp_path: Path, hook: Any) -
     write_songs(tmp_path / "midi", range(10))
     mark = tmp_path / "mark"
     hook(f"""
-        if data == {bytes(song(4).dumps_midi())!r} and not os.path.exists({str(mark)!r}):
-            open({str(mark)!r}, 'w').close()
-            os.kill(os.getpid(), 9)""")
+    if data == {bytes(song(4).dumps_midi())!r} and not os.path.exists({str(mark)!r}):
+        open({str(mark)!r}, 'w').close()
+        os.kill(os.getpid(), 9)""")
     assert build([tmp_path / "midi"], tmp_path / "out").counts == {"kept": 10}
     assert mark.exists()
 
@@ -587,14 +579,13 @@ def test_a_worker_killed_within_an_answer_costs_nothing(tmp_path: Path, hook: An
     write_songs(tmp_path / "midi", seeds)
     mark = tmp_path / "mark"
     hook(f"""
-        if data == {bytes(song(4).dumps_midi())!r} and not os.path.exists({str(mark)!r}):
-            open({str(mark)!r}, 'w').close()
-            import struct
-            from multiprocessing.connection import Connection
-            def half(self, answer):
-                self._send(struct.pack("!i", 1000) + b"half")
-                os.kill(os.getpid(), 9)
-            Connection.send = half""")
+    if data == {bytes(song(4).dumps_midi())!r} and not os.path.exists({str(mark)!r}):
+        open({str(mark)!r}, 'w').close()
+        from smart import workers
+        def half(connection, *rest):
+            connection.sendall(bytes(10))
+            os.kill(os.getpid(), 9)
+        workers._send = half""")
     assert build([tmp_path / "midi"], tmp_path / "out").counts == {"kept": len(seeds)}
     assert mark.exists()
 
@@ -604,29 +595,25 @@ def test_a_pause_costs_no_file(tmp_path: Path, hook: Any) -> None:
     write_songs(tmp_path / "midi", range(10))
     mark = tmp_path / "mark"
     hook(f"""
-        if data == {bytes(song(4).dumps_midi())!r} and not os.path.exists({str(mark)!r}):
-            open({str(mark)!r}, 'w').close()
-            import subprocess
-            subprocess.Popen(["sh", "-c", f"kill -STOP {{os.getpid()}}; sleep 1.5; kill -CONT {{os.getpid()}}"])
-            time.sleep(0.2)""")
+    if data == {bytes(song(4).dumps_midi())!r} and not os.path.exists({str(mark)!r}):
+        open({str(mark)!r}, 'w').close()
+        import subprocess
+        subprocess.Popen(["sh", "-c", f"kill -STOP {{os.getpid()}}; sleep 1.5; kill -CONT {{os.getpid()}}"])
+        time.sleep(0.2)""")
     assert build([tmp_path / "midi"], tmp_path / "out", limits=Limits(seconds=1.0)).counts == {"kept": 10}
     assert mark.exists()
 
 
 def test_workers_that_cannot_start_stop_the_build(tmp_path: Path, monkeypatch: Any) -> None:
     write_songs(tmp_path / "midi", range(2))
-    (tmp_path / "hook").mkdir()
-    (tmp_path / "hook" / "sitecustomize.py").write_text(
-        "import os\nif os.environ.get('SMART_MIDI_WORKER'): os._exit(5)"
-    )
-    monkeypatch.syspath_prepend(tmp_path / "hook")
-    with pytest.raises(RuntimeError, match="exit code 5 before they are ready"):
+    monkeypatch.setattr(readers, "PROGRAM", "os._exit(5)")
+    with pytest.raises(RuntimeError, match="MIDI workers do not start: it ended with exit status 5"):
         build([tmp_path / "midi"], tmp_path / "out")
 
 
 def test_workers_are_replaced_after_a_while(tmp_path: Path, monkeypatch: Any) -> None:
     write_songs(tmp_path / "midi", range(10))
-    monkeypatch.setattr("smart.corpus.readers.Worker.SERVES", 4)
+    monkeypatch.setattr(readers, "SERVES", 4)
     assert build([tmp_path / "midi"], tmp_path / "out", workers=2).counts == {"kept": 10}
 
 
@@ -984,48 +971,97 @@ def test_no_corpus_at_all(tmp_path: Path) -> None:
 
 def test_a_worker_that_never_gets_ready_is_replaced(tmp_path: Path, monkeypatch: Any) -> None:
     write_songs(tmp_path / "midi", range(4))
-    mark, folder = tmp_path / "mark", tmp_path / "hook"
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(f"""
-import os, signal
-if os.environ.get("SMART_MIDI_WORKER") and not os.path.exists({str(mark)!r}):
-    open({str(mark)!r}, "w").close()
-    os.kill(os.getpid(), signal.SIGSTOP)
-""")
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.setattr("smart.corpus.readers.Worker.START", 3.0)
+    mark = tmp_path / "mark"
+    hang = f"os.path.exists({str(mark)!r}) or (open({str(mark)!r}, 'w').close(), os.kill(os.getpid(), signal.SIGSTOP))"
+    monkeypatch.setattr(readers, "PROGRAM", hang + readers.PROGRAM)
+    monkeypatch.setattr(readers, "START", 3.0)
     assert build([tmp_path / "midi"], tmp_path / "out", workers=1).counts == {"kept": 4}
     assert mark.exists()
 
 
 @pytest.mark.parametrize(
-    "send",
+    "answer",
     [
-        'self._send(struct.pack("!i", 1000) + b"half"), os.kill(os.getpid(), signal.SIGSTOP)',
-        "send(self, answer), send(self, answer)",
-        'self._send_bytes(b"nonsense")',
-        'send(self, (b"another file", answer[1]))',
-        "send(self, 5)",
+        "connection.sendall(header(number, 2, 0)), os.kill(os.getpid(), signal.SIGSTOP)",
+        "send(connection, number, *rest), send(connection, number, *rest)",
+        "connection.sendall(b'nonsense' * 10)",
+        "connection.sendall(header(number, 2, 0) + b'[]')",
+        "connection.sendall(header(number, 2, 2**40) + b'{}')",  # more than any piece has
+        "connection.sendall(header(number, 2**30, 0))",
+        "send(connection, number + 1, *rest)",
+        "send(connection, number, {})",
+        "send(connection, number, {'reason': 5, 'detail': ''})",
+        "send(connection, number, {'reason': chr(0xd800), 'detail': ''})",
+        "send(connection, number, {**rest[0], 'digest': 'x' * 32}, rest[1])",
+        "send(connection, number, {**rest[0], 'notes': 10**30}, rest[1])",
+        "send(connection, number, {**rest[0], 'seconds': float('nan')}, rest[1])",
+        "send(connection, number, {'error': 'a bug'})",
     ],
 )
-def test_a_worker_that_answers_nonsense_costs_nothing(tmp_path: Path, hook: Any, monkeypatch: Any, send: str) -> None:
+def test_a_worker_that_answers_nonsense_costs_nothing(tmp_path: Path, hook: Any, monkeypatch: Any, answer: str) -> None:
     """Once, at a certain file: it stops within its answer, answers twice, or something else."""
     write_songs(tmp_path / "midi", range(10))
     build([tmp_path / "midi"], tmp_path / "whole")
     mark = tmp_path / "mark"
-    hook(f"""
-        if data == {bytes(song(4).dumps_midi())!r} and not os.path.exists({str(mark)!r}):
-            open({str(mark)!r}, 'w').close()
-            import signal, struct
-            from multiprocessing.connection import Connection
-            send = Connection.send
-            def wrong(self, answer):
-                Connection.send = send
-                {send}
-            Connection.send = wrong""")
-    monkeypatch.setattr("smart.corpus.readers.Worker.GRACE", 1.0)
+    answer_once(hook, mark, answer)
+    monkeypatch.setattr(readers, "GRACE", 1.0)
     assert build([tmp_path / "midi"], tmp_path / "out", workers=1).counts == {"kept": 10}
     assert mark.exists() and contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def answer_once(hook: Any, mark: Path, answer: str) -> None:
+    """Have the first worker that reads song 4 make the file ``mark`` and do ``answer`` in place of its own answer."""
+    hook(f"""
+    if data == {bytes(song(4).dumps_midi())!r} and not os.path.exists({str(mark)!r}):
+        open({str(mark)!r}, 'w').close()
+        from smart import workers
+        header, send = workers._HEADER.pack, workers._send
+        def wrong(connection, number, *rest):
+            workers._send = send
+            {answer}
+        workers._send = wrong""")
+
+
+class Opener:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> Any:
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "connection.sendall({crafted!r})",
+        "connection.sendall(len({crafted!r}).to_bytes(4, 'big') + {crafted!r})",  # as multiprocessing frames it
+        "connection.sendall(header(number, len({crafted!r}), 0) + {crafted!r})",
+        "connection.sendall(header(number, 2, len({crafted!r})) + b'{{}}' + {crafted!r})",
+        "send(connection, number, {{'reason': {crafted!r}.decode('latin-1'), 'detail': 7}})",
+    ],
+)
+def test_nothing_that_a_worker_answers_is_unpickled(tmp_path: Path, hook: Any, monkeypatch: Any, answer: str) -> None:
+    crafted, made, mark = pickle.dumps(Opener(tmp_path / "made"), 0), tmp_path / "made", tmp_path / "mark"
+    pickle.loads(crafted).close()
+    made.unlink()
+    write_songs(tmp_path / "midi", range(6))
+    answer_once(hook, mark, answer.format(crafted=crafted))
+    monkeypatch.setattr(readers, "GRACE", 1.0)
+    assert build([tmp_path / "midi"], tmp_path / "out", workers=1).counts == {"kept": 6}
+    assert mark.exists() and not made.exists()
+
+
+def test_a_worker_that_twice_answers_nonsense_costs_its_file(tmp_path: Path, hook: Any) -> None:
+    write_songs(tmp_path / "midi", range(6))
+    hook(f"""
+    if data == {bytes(song(4).dumps_midi())!r}:
+        from smart import workers
+        workers._send = lambda connection, *_: connection.sendall(b'nonsense' * 10)""")
+    assert build([tmp_path / "midi"], tmp_path / "out", workers=1).counts == {"kept": 5, "crash": 1}
+    (row,) = table(tmp_path / "out" / "rejects.csv")
+    assert row["path"] == "midi/1/song 004.mid" and "a garbled answer" in row["detail"]
 
 
 def test_a_stopped_worker_dies_with_its_parent(tmp_path: Path, tokenizer: Any) -> None:
@@ -1033,10 +1069,10 @@ def test_a_stopped_worker_dies_with_its_parent(tmp_path: Path, tokenizer: Any) -
     code = f"""
 import os, signal, time
 from pathlib import Path
-from smart.corpus.piece import Limits
-from smart.corpus.readers import Worker
-worker = Worker(Path({str(tmp_path / FILE_NAME)!r}), Limits())
-worker.connection.recv()
+from smart.corpus import Limits, ReaderPool
+pool = ReaderPool(Path({str(tmp_path / FILE_NAME)!r}), Limits(), 1)
+(worker,) = pool.workers
+worker.receive(60)
 os.kill(worker.process.pid, signal.SIGSTOP)
 print(worker.process.pid, flush=True)
 time.sleep(60)

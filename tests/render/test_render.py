@@ -669,9 +669,9 @@ def test_a_stopped_worker_is_replaced_after_the_deadline(sine_file: Path, sine: 
         assert (one.retries, one.failures, one.restarts) == (2, 0, 2)
 
 
-POISON = """
-import os, signal, sys, time
-sys.path[:] = sys.argv[6:]
+POISON = (
+    """
+import time
 from smart.render import pool
 clean = pool.render_notes
 def poisoned(soundfont, notes, **settings):
@@ -679,8 +679,9 @@ def poisoned(soundfont, notes, **settings):
         {effect}
     return clean(soundfont, notes, **settings)
 pool.render_notes = poisoned
-pool._work(*sys.argv[1:6])
 """
+    + pool_file.PROGRAM
+)
 
 
 @pytest.mark.parametrize(
@@ -696,7 +697,7 @@ pool._work(*sys.argv[1:6])
 def test_a_clip_that_fails_twice_fails_alone(
     sine_file: Path, sine: Any, monkeypatch: pytest.MonkeyPatch, effect: str, reason: str, restarts: int
 ) -> None:
-    monkeypatch.setattr(pool_file, "_BOOT", POISON.format(effect=effect))
+    monkeypatch.setattr(pool_file, "PROGRAM", POISON.format(effect=effect))
     poison, good = notes((0, 1, 13)), notes((0, 1, 60))
     with RenderPool(sine_file, workers=1, deadline=1.0) as one:
         futures = [one.submit(rows) for rows in (good, poison, good)]
@@ -713,7 +714,7 @@ def test_a_worker_that_dies_while_it_starts_costs_no_clip(
     with RenderPool(sine_file, workers=1) as one:
         mark = tmp_path / "died"
         dies_once = f"import os; os.path.exists({str(mark)!r}) or (open({str(mark)!r}, 'w').close(), os._exit(9))\n"
-        monkeypatch.setattr(pool_file, "_BOOT", dies_once + pool_file._BOOT)
+        monkeypatch.setattr(pool_file, "PROGRAM", dies_once + pool_file.PROGRAM)
         os.kill(one.pids[0], signal.SIGKILL)
         wait_until(lambda: not running(one.pids[0]))
         rows = notes((0, 1, 60))
@@ -795,16 +796,16 @@ else:
 def test_the_loss_of_a_worker_that_starts_is_survived(
     sine_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    boot, mark = pool_file._BOOT, tmp_path / "died"
-    monkeypatch.setattr(pool_file, "_BOOT", DIES.format(mark=str(mark), signal=9) + boot)
+    boot, mark = pool_file.PROGRAM, tmp_path / "died"
+    monkeypatch.setattr(pool_file, "PROGRAM", DIES.format(mark=str(mark), signal=9) + boot)
     with RenderPool(sine_file, workers=2) as two:
         assert mark.exists() and two.submit(notes((0, 1, 60))).result(30).any()
         assert (two.retries, two.failures, two.restarts) == (0, 0, 1)
-    monkeypatch.setattr(pool_file, "_BOOT", "import os; os.kill(os.getpid(), 9)")
+    monkeypatch.setattr(pool_file, "PROGRAM", "import os; os.kill(os.getpid(), 9)")
     with pytest.raises(Failure, match="the render workers do not start: it died of signal 9"):
         RenderPool(sine_file, workers=1)
     mark.rmdir()  # but a synthesiser that crashes would do so again
-    monkeypatch.setattr(pool_file, "_BOOT", DIES.format(mark=str(mark), signal=11) + boot)
+    monkeypatch.setattr(pool_file, "PROGRAM", DIES.format(mark=str(mark), signal=11) + boot)
     with pytest.raises(UserError, match=r"sine\.sf2 cannot be loaded.*died of signal 11"):
         RenderPool(sine_file, workers=1)
 
@@ -824,20 +825,17 @@ def test_a_soundfont_that_is_replaced_is_noticed(tmp_path: Path) -> None:
 
 
 TWICE = """
-import sys
-sys.path[:] = sys.argv[6:]
-from smart.render import pool
-send = pool._send
-def twice(connection, kind, *rest):
-    for _ in range(1 + (kind == pool._AUDIO)):
-        send(connection, kind, *rest)
-pool._send = twice
-pool._work(*sys.argv[1:6])
+from smart import workers
+send = workers._send
+def twice(connection, number, fields, data=b""):
+    for _ in range(1 + ("samples" in fields)):
+        send(connection, number, fields, data)
+workers._send = twice
 """
 
 
 def test_an_answer_too_many_is_not_the_next_clip(sine_file: Path, sine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_file, "_BOOT", TWICE)
+    monkeypatch.setattr(pool_file, "PROGRAM", TWICE + pool_file.PROGRAM)
     with RenderPool(sine_file, workers=1) as one:
         for pitch in (60, 64, 67):
             rows = notes((0, 1, pitch))
@@ -846,7 +844,7 @@ def test_an_answer_too_many_is_not_the_next_clip(sine_file: Path, sine: Any, mon
 
 
 def test_a_clip_that_failed_is_freed_without_a_collection(sine_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_file, "_BOOT", POISON.format(effect="raise MemoryError('full')"))
+    monkeypatch.setattr(pool_file, "PROGRAM", POISON.format(effect="raise MemoryError('full')"))
     with RenderPool(sine_file, workers=1) as one:
         gc.collect()
         gc.disable()
@@ -872,7 +870,7 @@ def test_a_worker_out_of_memory_is_replaced(sine_file: Path, sine: Any) -> None:
 
 
 def test_a_pool_whose_every_clip_fails_stops_trying(sine_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_file, "_BOOT", POISON.format(effect="os.kill(os.getpid(), signal.SIGSEGV)"))
+    monkeypatch.setattr(pool_file, "PROGRAM", POISON.format(effect="os.kill(os.getpid(), signal.SIGSEGV)"))
     monkeypatch.setattr(pool_file, "GIVE_UP", 3)
     poison, good = notes((0, 1, 13)), notes((0, 1, 60))
     with RenderPool(sine_file, workers=1) as one:
@@ -890,11 +888,17 @@ def test_a_pool_whose_every_clip_fails_stops_trying(sine_file: Path, monkeypatch
 
 
 IMPOSTOR = """
-import os, socket, struct, sys, time
-connection, memory = socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])
-message = lambda kind, body=b"", number=1: connection.sendall(struct.pack("<cQQ", kind, number, len(body)) + body)
-message(b"L", number=0)
-connection.recv(1)
+import json, pickle, socket, struct, time
+connection = socket.socket(fileno=int(sys.argv[1]))
+def receive():
+    number, length, size = struct.unpack("<QIQ", connection.recv(20, socket.MSG_WAITALL))
+    return json.loads(connection.recv(length, socket.MSG_WAITALL)), connection.recv(size, socket.MSG_WAITALL)
+def message(fields, data=b"", number=2):
+    text = fields if isinstance(fields, bytes) else json.dumps(fields).encode()
+    connection.sendall(struct.pack("<QIQ", number, len(text), len(data)) + text + data)
+memory = receive()[0]["audio_fd"]
+message({{}}, number=1)
+receive()
 {answer}
 time.sleep(60)
 """
@@ -904,28 +908,42 @@ time.sleep(60)
     "answer",
     [
         "connection.sendall(b'nonsense' * 100)",
-        "message(b'A', struct.pack('<Q', 10**15))",
-        "message(b'A', struct.pack('<Q', 0))",
-        "message(b'A', struct.pack('<Q', 1000))",  # without having written them
-        "message(b'A', b'?')",
-        "message(b'?', struct.pack('<Q', 1))",
-        "os.pwrite(memory, bytes(8), 0); message(b'A', struct.pack('<Q', 1), number=0)",  # to no request
-        "connection.close()",
-        "sys.exit(3)",
+        "message({'samples': 10**15})",
+        "message({'samples': 0})",
+        "message({'samples': 1000})",  # without having written them
+        "message({'samples': '1'})",
+        "message({'samples': 1}, bytes(1))",  # more than was agreed
+        "message(b'?')",
+        "message(b'[1]')",
+        "message(b'[' * 60_000)",
+        "message({'text': 'x' * 2**16})",
+        "os.pwrite(memory, bytes(8), 0); message({'samples': 1}, number=3)",  # to no request
+        "os.pwrite(memory, bytes(8), 0); message({'samples': 1}, number=1)",
     ],
 )
 def test_nonsense_from_a_worker_fails_the_clip(sine_file: Path, monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
-    monkeypatch.setattr(pool_file, "_BOOT", IMPOSTOR.format(answer=answer))
+    monkeypatch.setattr(pool_file, "PROGRAM", IMPOSTOR.format(answer=answer))
     with RenderPool(sine_file, workers=1, deadline=10.0) as one:
         first = one.pids[0]
-        with pytest.raises(RenderError, match="again"):
+        with pytest.raises(RenderError, match=r"a garbled answer \(.*\); again: a garbled answer \("):
             one.submit(notes((0, 1, 60))).result(30)
         assert (one.retries, one.failures, one.restarts) == (1, 1, 1)
         assert not running(first)
 
 
+@pytest.mark.parametrize(
+    ("answer", "reason"), [("connection.close()", "it closed its connection"), ("sys.exit(3)", "exit status 3")]
+)
+def test_a_worker_that_leaves_fails_the_clip(
+    sine_file: Path, monkeypatch: pytest.MonkeyPatch, answer: str, reason: str
+) -> None:
+    monkeypatch.setattr(pool_file, "PROGRAM", IMPOSTOR.format(answer=answer))
+    with RenderPool(sine_file, workers=1, deadline=10.0) as one, pytest.raises(RenderError, match=f"{reason}; again"):
+        one.submit(notes((0, 1, 60))).result(30)
+
+
 def test_a_soundfont_that_takes_too_long(sine_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_file, "_BOOT", "import time; time.sleep(60)")
+    monkeypatch.setattr(pool_file, "PROGRAM", "import time; time.sleep(60)")
     with pytest.raises(UserError, match=r"sine\.sf2 cannot be loaded.*no answer within 0\.3 s"):
         RenderPool(sine_file, workers=2, load_deadline=0.3)
 
@@ -1081,7 +1099,7 @@ def test_a_worker_that_stands_still_in_its_imports_dies_with_its_parent(tmp_path
     code = f"""
 import os, threading, time
 from smart.render import pool
-pool._BOOT = "import os, signal; os.kill(os.getpid(), signal.SIGSTOP)"
+pool.PROGRAM = "os.kill(os.getpid(), signal.SIGSTOP)"
 threading.Thread(target=pool.RenderPool, args=({str(sine_file)!r},), kwargs=dict(workers=1), daemon=True).start()
 time.sleep(60)
 """
