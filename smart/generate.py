@@ -29,7 +29,7 @@ from smart.model import load_base, pick_device
 from smart.render import RenderError, RenderPool, check_soundfont, find_soundfont, score_notes, write_midi, write_wav
 from smart.reward import Reward, load_reward, read_options
 from smart.rollout import Scorer, find_system
-from smart.run import alone, check_packages, claim, in_one_line, progress
+from smart.run import check_packages, claim_folder, hold_folder, in_one_line, progress
 from smart.sampler import Sampler
 from smart.tokens import Grammar, Vocabulary, build_grammar, decode, unplayable, vocabulary
 
@@ -243,13 +243,13 @@ def read_table(folder: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
 
 @contextmanager
-def prepare(out: Path, settings: dict[str, Any], columns: Sequence[str]) -> Iterator[int]:
+def open_pieces(out: Path, settings: dict[str, Any], columns: Sequence[str]) -> Iterator[int]:
     """Create the folder ``out``, or continue one with the same settings; yields how many pieces it already has.
 
     Inside the ``with`` no other process can use the folder.
     """
-    claim(out, settings)
-    with alone(out):
+    claim_folder(out, settings)
+    with hold_folder(out):
         rows = read_table(out, columns)
         lines = [list(rows[0]), *(list(row.values()) for row in rows)] if rows else []
         try:
@@ -439,7 +439,7 @@ def generate(
         return writer.write(rows, tokens, torch.Generator().manual_seed(seed * 2**31 + batch), mask)
 
     with (
-        prepare(out, settings, columns) as done,
+        open_pieces(out, settings, columns) as done,
         RenderPool(soundfont_file, sample_rate=sample_rate, seconds=seconds) as pool,
         progress(total=count, initial=done, unit="piece") as bar,
         open(out / TABLE, "a", encoding="utf-8", newline="") as file,

@@ -67,7 +67,7 @@ from smart.model import load_base, pick_device
 from smart.render import RenderError, check_soundfont, find_soundfont
 from smart.reward import Reward, load_reward
 from smart.rollout import BLOCK, System, find_system
-from smart.run import CONFIG, alone, changes, checkpoint, claim, in_one_line, progress
+from smart.run import CONFIG, changes, checkpoint, claim_folder, hold_folder, in_one_line, progress
 
 __all__ = [
     "BEST_OF_N", "RULE", "Drawn", "Fit", "Point", "Setting", "average", "base_logprobs", "baseline", "best_of_n",
@@ -262,7 +262,7 @@ def report(
     network, tokenizer = load_base(base.model, device=where)
     setting = Setting(config, rates, other_rates, prompts, seed, device)
     models = [base, *itertools.chain(*systems)]
-    claim(
+    claim_folder(
         out,
         {
             "models": {model.name: sha256(model.model / "model.safetensors") for model in models},
@@ -280,7 +280,7 @@ def report(
     )
     many = max(best_of, samples)
     rows = resample(prompts, seed)
-    with alone(out), progress(total=prompts * (many + samples * (len(models) - 1)), unit="piece") as bar:
+    with hold_folder(out), progress(total=prompts * (many + samples * (len(models) - 1)), unit="piece") as bar:
         drawn = draw(base, many, setting, out / "pieces" / "base", network, bar)
         few = Drawn(
             [tokens for place, tokens in enumerate(drawn.tokens) if place % many < samples],

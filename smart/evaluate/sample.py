@@ -31,7 +31,7 @@ from smart.prompts import KINDS
 from smart.render import RenderError, check_soundfont, find_soundfont, write_midi, write_wav
 from smart.reward import Reward
 from smart.rollout import BLOCK, SILENT, Piece, System, compose, find_systems
-from smart.run import alone, changes, claim, in_one_line, progress
+from smart.run import changes, claim_folder, hold_folder, in_one_line, progress
 from smart.tokens import FILE_NAME
 
 METADATA = b"smart"
@@ -280,8 +280,8 @@ def sample(
         return
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.parent} does not exist; create it first")
-    claim(parts, settings)
-    with alone(parts):
+    claim_folder(parts, settings)
+    with hold_folder(parts):
         batch = drawing["batch"]
         blocks = [parts / f"{block:06d}.parquet" for block in range(-(-count // batch))]
         done = next((number for number, path in enumerate(blocks) if not is_whole(path)), len(blocks))

@@ -4,7 +4,16 @@
 """
 
 from smart.run.command import in_one_line, progress, run_command
-from smart.run.folder import CONFIG, NEEDED, SETTINGS, alone, changes, check_packages, claim, prepare
+from smart.run.folder import (
+    CONFIG,
+    NEEDED,
+    SETTINGS,
+    changes,
+    check_packages,
+    claim_folder,
+    hold_folder,
+    open_run_folder,
+)
 from smart.run.run import Run
 from smart.run.stop import StopRequest
 from smart.run.stopwatch import Stopwatch
@@ -20,12 +29,12 @@ __all__ = [
     "StopRequest",
     "Stopwatch",
     "Tracker",
-    "alone",
     "changes",
     "check_packages",
-    "claim",
+    "claim_folder",
+    "hold_folder",
     "in_one_line",
-    "prepare",
+    "open_run_folder",
     "progress",
     "read_metrics",
     "run_command",

@@ -431,9 +431,9 @@ def test_two_processes_do_not_sample_into_one_table(tmp_path: Path) -> None:
     words += ["--workers", 1, "--device", "cpu", "--out", out]
     run(*words)
     made, parts = out.read_bytes(), tmp_path / "out.parquet.parts"
-    folder.claim(parts, read_settings(out)["settings"])
+    folder.claim_folder(parts, read_settings(out)["settings"])
     assert "nothing to do" in run(*words).output and not parts.exists()  # as left by a kill at the very end
-    folder.claim(parts, read_settings(out)["settings"])
+    folder.claim_folder(parts, read_settings(out)["settings"])
     out.unlink()
     with hold(parts):
         assert "another process is working in it" in run(*words, code=2).output
