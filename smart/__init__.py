@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+__version__ = "0.1.0"
+
 
 class UserError(click.ClickException, ValueError):
     """A mistake that the user can fix: one line that names the thing, what was expected and what to do.

@@ -2,7 +2,7 @@
 
 import click
 
-from smart import LazyGroup
+from smart import LazyGroup, __version__
 
 PROGRAMS = {
     "grpo": "Tune a base model with a reward for how its music sounds.",
@@ -24,7 +24,7 @@ MODULES = {
 
 
 @click.group(cls=LazyGroup, programs=PROGRAMS, package="smart", modules=MODULES)
-@click.version_option(package_name="smart")
+@click.version_option(__version__)
 def main() -> None:
     """Tune symbolic music models with reinforcement learning from audio."""
 

@@ -134,3 +134,41 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delitem(sys.modules, "smart.evaluate.rate", raising=False)
     result = CliRunner().invoke(main, ["evaluate", "rate", "--help"])
     assert result.exit_code == 2 and "rate needs the package scipy, which is missing" in result.output
+
+
+def test_a_plain_checkout_needs_no_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found on PYTHONPATH, without an installation, the programs that record the version finish all the same."""
+    import importlib.metadata
+    import json
+
+    from click.testing import CliRunner
+    from symusic import Note, Score, Tempo, TimeSignature, Track
+
+    from smart.__main__ import main
+
+    installed = importlib.metadata.distribution
+
+    def distribution(name: str) -> importlib.metadata.Distribution:
+        if name in ("smart", "miditok"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr("importlib.metadata.distribution", distribution)
+    score = Score(480)
+    score.tempos.append(Tempo(0, qpm=120.0))
+    score.time_signatures.append(TimeSignature(0, 4, 4))
+    score.tracks.append(Track(program=0))
+    score.tracks[0].notes.extend(Note(480 * beat, 480, 60 + beat, 80) for beat in range(16))
+    (tmp_path / "midi").mkdir()
+    score.dump_midi(tmp_path / "midi" / "scale.mid")
+    corpus, table = tmp_path / "corpus", tmp_path / "pieces.parquet"
+    for words in (
+        ["--version"],
+        ["corpus", "build", "--midi", tmp_path / "midi", "--out", corpus, "--workers", "1"],
+        ["evaluate", "sample", "piano-small", "--out", table, "--n", "1", "--tokens", "8", "--workers", "1"],
+    ):
+        result = CliRunner().invoke(main, list(map(str, words)), catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    versions = json.loads((corpus / "manifest.json").read_text(encoding="utf-8"))["versions"]
+    assert versions["smart"] == smart.__version__ and versions["miditok"] is None
+    assert table.is_file()

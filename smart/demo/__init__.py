@@ -7,13 +7,12 @@ The pieces are not hand-picked: the page shows prompts 0 to n-1 of the seed, how
 
 import subprocess
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import click
 
-from smart import UserError, require
+from smart import UserError, __version__, require
 from smart.demo.page import Page, Section
 from smart.files import parse_toml, sha256, write_atomically
 from smart.model import pick_device
@@ -198,7 +197,7 @@ def demo(
         "Rendering": f"{sample_rate} Hz, stereo, at most {seconds:g} s, peak-normalised, 16 bits",
         "Soundfont": f"{font.name}, SHA-256 {sha256(font)}",
         "Reward": reward.provenance,
-        "Made by": f"smart {version('smart')}, {_commit()}",
+        "Made by": f"smart {__version__}, {_commit()}",
     }
     text = page.html(title=title, rule=rule, facts=settings, models=_models(chosen), configs=_configs(chosen)).encode()
     write_atomically(out, text)

@@ -24,7 +24,6 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from smart import UserError, plots, require
+from smart import UserError, __version__, plots, require
 from smart.config import Config, load, to_dict
 from smart.evaluate.laws import (
     Fit,
@@ -275,7 +274,7 @@ def report(
             "best_of": best_of,
             "judge": setting.judge,
             "seed": seed,
-            "version": version("smart"),
+            "version": __version__,
         },
     )
     many = max(best_of, samples)

@@ -11,7 +11,6 @@ after a kill the same command continues from there and writes the same bytes.
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from smart import UserError, require
+from smart import UserError, __version__, require
 from smart.corpus import MANIFEST, SPLITS, Corpus
 from smart.diversity import audio_vector
 from smart.evaluate.ratings import load_rewards, reward_options
@@ -266,7 +265,7 @@ def sample(
         "reward_options": list(options),
         "device": where.type,
         "audio": audio is not None,
-        "version": version("smart"),
+        "version": __version__,
     }
     parts = out.with_name(f"{out.name}.parts")
     if out.exists():

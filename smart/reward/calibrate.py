@@ -15,7 +15,6 @@ group is ordered by a fit to the other groups.
 import csv
 import datetime
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import math
@@ -29,7 +28,7 @@ import click
 import numpy as np
 import torch
 
-from smart import UserError
+from smart import UserError, __version__
 from smart.files import write_atomically
 from smart.render import load_soundfile, read_audio
 from smart.reward import resample
@@ -366,7 +365,7 @@ def _provenance(clips: Sequence[Clip], audio: Path, source: str, group_column: s
         "files_sha256": files.hexdigest(),
         "files_sha256_of": 'lines "SHA-256  NAME" of the audio files, sorted by name',
         "ratings_sha256": ratings.hexdigest(),
-        "program": f"smart {importlib.metadata.version('smart')}, torch {torch.__version__}, "
+        "program": f"smart {__version__}, torch {torch.__version__}, "
         f"libsndfile {load_soundfile().__libsndfile_version__}",
         "command": "python -m smart.reward.calibrate --audio DIR --scores CSV",
         "date": datetime.date.today().isoformat(),

@@ -18,7 +18,6 @@ import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,7 +26,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from smart import UserError
+from smart import UserError, __version__
 from smart.files import hold, sha256, sync, write_atomically
 from smart.render import check_soundfont, find_soundfont, write_wav
 from smart.run import progress
@@ -249,7 +248,7 @@ def write_texts(
         undefined=jinja2.StrictUndefined,
     )
     text = environment.from_string(template).render(
-        design=design, sources=sources, options=options, power=power, version=version("smart")
+        design=design, sources=sources, options=options, power=power, version=__version__
     )
     (folder / "preregistration.md").write_text(text, encoding="utf-8")
 
