@@ -327,7 +327,7 @@ class Pretraining:
                 f"step {done.step}: loss {metrics['loss']:.4f}, validation {value:.4f} (perplexity "
                 f"{metrics['validation_perplexity']:.2f}), {metrics['tokens_per_second']:,.0f} tokens/s"
             )
-            curves(self.folder, ("loss", "validation_loss"), "nats per token")
+            curves(self.folder, ("loss", "validation_loss"), "nats per token", step="step")
             if better:
                 _keep_best(self.folder, done.step, self.model, self.tokenizer)
         done.waited = 0 if better else done.waited + 1

@@ -388,7 +388,7 @@ class Tuning:
         ahead = None if self._ahead is None else self.batches.gather(self._ahead.rollout)
         if self.world.lead:
             self.run.save(step, partial(self._write, ahead), best=self.guard.best)
-            curves(self.folder, ("reward/mean",), "reward")
+            curves(self.folder, ("reward/mean",), "reward", step="iteration")
             self.run.say(
                 f"iteration {step}: reward {metrics['reward/mean']:.3f}, KL {metrics['policy/kl']:.4f}, "
                 f"{metrics['seconds/iteration']:.1f} s"
@@ -417,7 +417,8 @@ class Tuning:
             replace_files(
                 self.folder / "tuned", partial(save_base, self.policy, self.tokenizer), last="model.safetensors"
             )
-            curves(self.folder, ("reward/mean",), "reward")  # the process that saved last may not have come to it
+            # the process that saved last may not have come to it
+            curves(self.folder, ("reward/mean",), "reward", step="iteration")
             run.say(summarise(self.folder, rewards))
         if self.parts.reward.is_stand_in:
             run.say(f"{self.parts.reward.name} is a stand-in, not the aesthetic model: see docs/rewards.md")

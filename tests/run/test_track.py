@@ -221,11 +221,11 @@ def test_curves_are_drawn(tmp_path: Path) -> None:
     with Tracker(tmp_path) as run:
         for step in range(1, 30):
             run.metrics(step, {"reward/mean": math.sin(step)})
-    path = curves(tmp_path, ("reward/mean",), "reward")
+    path = curves(tmp_path, ("reward/mean",), "reward", step="iteration")
     assert path == tmp_path / "reward_mean.png"
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 5000
     with pytest.raises(UserError, match=r"has no metrics\.jsonl"):
-        curves(tmp_path / "nowhere", ("a",), "b")
+        curves(tmp_path / "nowhere", ("a",), "b", step="step")
 
 
 def test_stopwatch_adds_up() -> None:
