@@ -9,29 +9,35 @@ bars before it.
 Axes: N pieces that are written together, P prompt length, T completion length.
 """
 
+from __future__ import annotations
+
 import csv
 import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 import numpy as np
-import torch
-from symusic.core import NoteTick, ScoreTick, TempoTick, TimeSignatureTick, TrackTick
 
 from smart import UserError, require
 from smart.corpus import Limits, ReaderPool
 from smart.files import sha256, write_atomically
 from smart.model import load_base, pick_device
 from smart.render import RenderError, RenderPool, check_soundfont, find_soundfont, score_notes, write_midi, write_wav
-from smart.reward import Reward, load_reward, read_options
-from smart.rollout import Scorer, find_system
+from smart.reward import load_reward, read_options
 from smart.run import check_packages, claim_folder, hold_folder, in_one_line, progress
-from smart.sampler import Sampler
 from smart.tokens import Grammar, Vocabulary, build_grammar, decode, unplayable, vocabulary
+
+if TYPE_CHECKING:  # imported where they are used: the command line answers at once
+    import torch
+    from symusic.core import ScoreTick
+
+    from smart.reward import Reward
+    from smart.rollout import Scorer
+    from smart.sampler import Sampler
 
 WINDOW = 512  # tokens that the model sees at once: the length of its training rows (paper section 3.1)
 CONTEXT = WINDOW * 3 // 4  # at most this many of them are context for new tokens
@@ -89,6 +95,8 @@ class Writer(NamedTuple):
         self, prompts: Sequence[Sequence[int]], tokens: int, generator: torch.Generator, grammar: Grammar | None
     ) -> list[list[int]]:
         """Up to ``tokens`` new tokens after each of N prompts, one window at a time, without the end token."""
+        import torch
+
         written: list[list[int]] = [[] for _ in prompts]
         going = list(range(len(prompts)))
         done = 0
@@ -119,6 +127,8 @@ def unplayable_tokens(
     prompts: Sequence[Sequence[int]], written: Sequence[Sequence[int]], grammar: Grammar
 ) -> list[int]:
     """How many of each piece's new tokens cannot be played after its prompt."""
+    import torch
+
     counts = []
     for prompt, new in zip(prompts, written, strict=True):
         row = torch.tensor([[*prompt, *new]])
@@ -142,6 +152,8 @@ def read_song(path: Path, tokenizer: Any, tokenizer_file: Path) -> Song:
 
     Raises ``UserError`` with the reason if it cannot be read, or contains nothing that the model can represent.
     """
+    from symusic.core import ScoreTick
+
     limits = Limits(max_empty_bars=1.0, min_bars=1)
     with ReaderPool(tokenizer_file, limits, 1) as pool:
         ((_, answer),) = pool.answers(iter([(b"song", os.fsencode(path))]))
@@ -159,6 +171,8 @@ def continuation(song: Song, tokens: Sequence[int], tokenizer: Any, *, joined: b
 
     The song's own notes and times do not change; the continuation is added as new tracks.
     """
+    from symusic.core import NoteTick, ScoreTick, TempoTick, TimeSignatureTick, TrackTick
+
     whole = decode(tokenizer, [*song.tokens, *tokens])
     line = round(song.end * whole.ticks_per_quarter)
     score = song.score.copy() if joined else ScoreTick(whole.ticks_per_quarter)
@@ -167,7 +181,13 @@ def continuation(song: Song, tokens: Sequence[int], tokenizer: Any, *, joined: b
     def moved(tick: int) -> int:
         return start + round((tick - line) * score.ticks_per_quarter / whole.ticks_per_quarter)
 
-    for name, at in (("tempos", _tempo_at), ("time_signatures", _signature_at)):
+    def tempo_at(event: Any, tick: int) -> TempoTick:
+        return TempoTick(tick, mspq=event.mspq)
+
+    def signature_at(event: Any, tick: int) -> TimeSignatureTick:
+        return TimeSignatureTick(tick, event.numerator, event.denominator)
+
+    for name, at in (("tempos", tempo_at), ("time_signatures", signature_at)):
         events = list(getattr(whole, name))
         later = [at(event, moved(event.time)) for event in events if event.time >= line]
         if joined:
@@ -185,14 +205,6 @@ def continuation(song: Song, tokens: Sequence[int], tokenizer: Any, *, joined: b
             new.notes.append(NoteTick(moved(note.time), moved(note.end) - moved(note.time), note.pitch, note.velocity))
         score.tracks.append(new)
     return score
-
-
-def _tempo_at(event: Any, tick: int) -> TempoTick:
-    return TempoTick(tick, mspq=event.mspq)
-
-
-def _signature_at(event: Any, tick: int) -> TimeSignatureTick:
-    return TimeSignatureTick(tick, event.numerator, event.denominator)
 
 
 # --- Pieces -------------------------------------------------------------------------------------------------------
@@ -393,6 +405,10 @@ def generate(
     settings = {
         key: str(value) if isinstance(value, Path) else value for key, value in locals().items() if key != "out"
     }
+    import torch
+
+    from smart.rollout import Scorer, find_system
+    from smart.sampler import Sampler
 
     def reward() -> Reward | None:
         if best_of == 1:

@@ -13,8 +13,7 @@ mean over pieces of log pi(piece) - log base(piece), in nats per piece, and also
 percentiles of a bootstrap over prompts, paired across checkpoints. Diversity is a property of a set of pieces, so its
 intervals come from a jackknife that leaves out a tenth of the prompts at a time.
 
-``points`` samples and measures the models, ``laws`` has the estimators and fits; this module has the command and its
-report.
+``points`` samples and measures the models, ``laws`` has the estimators and fits; this module makes the report.
 
 Axes: B prompts, N samples per prompt, K checkpoints (the first is the base), R resamples.
 """
@@ -63,14 +62,14 @@ from smart.evaluate.points import (
 from smart.files import sha256, write_atomically
 from smart.guard import collapsed
 from smart.model import load_base, pick_device
-from smart.render import RenderError, check_soundfont, find_soundfont
+from smart.render import check_soundfont, find_soundfont
 from smart.reward import Reward, load_reward
-from smart.rollout import BLOCK, System, find_system
-from smart.run import CONFIG, changes, checkpoint, claim_folder, hold_folder, in_one_line, progress
+from smart.rollout import System, find_system
+from smart.run import CONFIG, changes, checkpoint, claim_folder, hold_folder, progress
 
 __all__ = [
     "BEST_OF_N", "RULE", "Drawn", "Fit", "Point", "Setting", "average", "base_logprobs", "baseline", "best_of_n",
-    "best_of_n_kl", "draw", "evenly", "fit_all", "fit_law", "interval", "keep", "main", "mean", "order_weights",
+    "best_of_n_kl", "draw", "evenly", "fit_all", "fit_law", "interval", "keep", "mean", "order_weights",
     "ratio", "report", "resample", "varied", "weigh",
 ]  # fmt: skip
 
@@ -168,44 +167,6 @@ def find_settings(runs: Sequence[Path]) -> list[Config]:
         if apart:
             raise UserError(f"{run} cannot be compared with {runs[0]}: {'; '.join(apart)}")
     return configs
-
-
-@click.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Folder for the report: new, or one to continue."
-)
-@click.option(
-    "-n", "--n", "prompts", default=128, show_default=True, type=click.IntRange(min=2),
-    help="Number of held-out prompts.",
-)  # fmt: skip
-@click.option(
-    "--samples", default=2, show_default=True, type=click.IntRange(1, BLOCK), help="Pieces per prompt and checkpoint."
-)
-@click.option(
-    "--checkpoints", default=10, show_default=True, type=click.IntRange(min=1),
-    help="Checkpoints to measure per run at most, evenly spaced up to the last.",
-)  # fmt: skip
-@click.option(
-    "--best-of", default=16, show_default=True, type=click.IntRange(1, BLOCK),
-    help="Pieces per prompt from the base, for best-of-n.",
-)  # fmt: skip
-@click.option("--judge", metavar="KIND", help="Reward to use as the judge.  [default: guard.judge of the run]")
-@click.option(
-    "--seed", default=2, show_default=True, type=click.IntRange(0, 2**31 - 1),
-    help="Seed of the prompts, the sampling and the bootstrap.",
-)  # fmt: skip
-@click.option(
-    "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]),
-    help="Where models and rewards run; auto: on CUDA if available.",
-)  # fmt: skip
-def main(**given: Any) -> None:
-    """Plot reward, a judge's score and diversity against KL to the base, over the checkpoints of each tuning RUN.
-
-    The judge is a second score that training does not optimise. If interrupted, run the same command again to continue.
-    """
-    with in_one_line("the report", "run the same command again to continue", RenderError):
-        report(**given)
 
 
 def report(

@@ -32,14 +32,12 @@ from smart.evaluate.ratings import (
     Kept,
     Row,
     announce,
-    clip_options,
     columns,
     estimate,
     load_rewards,
     rate,
     rate_scores,
     read_score,
-    reward_options,
     table,
     with_interval,
     writing,
@@ -213,7 +211,7 @@ def verdict(kind: str, difference: dict[str, float]) -> str:
     return "hardly tells it from music" if reaches_zero else "rates it lower"
 
 
-# The command ------------------------------------------------------------------------------------------------
+# All of it -------------------------------------------------------------------------------------------------
 
 
 def written_by(model: str, count: int, seed: int, soundfont: Path, device: str) -> dict[str, Any]:
@@ -224,27 +222,8 @@ def written_by(model: str, count: int, seed: int, soundfont: Path, device: str) 
     return {f"{model}, prompt {piece.prompt}": piece.score for piece in progress(pieces, total=count, unit="piece")}
 
 
-@click.command()
-@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
-@reward_options
-@click.option(
-    "--soundfont", "names", multiple=True, metavar="SOUNDFONT",
-    help="Soundfont, short name or path; repeatable. The first renders the probes, the others are compared with it.  "
-    "[default: timgm, then every other installed soundfont with a short name]",
-)  # fmt: skip
-@click.option(
-    "--model", default="piano-small", show_default=True, help="Model to sample pieces from if no MIDI FILES are given."
-)
-@click.option(
-    "-n", "--count", default=24, show_default=True, type=click.IntRange(min=2), help="Pieces to sample from --model."
-)
-@click.option(
-    "--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1),
-    help="Seed of the random probes and of the sampled pieces.",
-)  # fmt: skip
-@clip_options(most_seconds=600)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the tables and the figure.")
-def main(
+def run_probes(
+    *,
     files: tuple[Path, ...],
     kinds: tuple[str, ...],
     options: tuple[str, ...],
@@ -258,10 +237,7 @@ def main(
     workers: int,
     out: Path,
 ) -> None:
-    """Test whether a reward can be fooled: rate silence, noise, drones, loops and random notes next to real pieces.
-
-    The real pieces are MIDI FILES, or pieces sampled from a model.
-    """
+    """Write tables and figure into ``out``. Arguments as in the command's help; raises ``UserError`` for mistakes."""
 
     def fonts() -> list[Path]:
         found = [find_soundfont(name) for name in names or ("timgm",)]

@@ -32,7 +32,6 @@ from smart.evaluate.ratings import (
     load_rewards,
     rate,
     read_score,
-    reward_options,
     table,
     with_interval,
     writing,
@@ -122,24 +121,8 @@ def verdict(reward: Reward, found: dict[str, dict[str, float]]) -> str:
     )
 
 
-@click.command()
-@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
-@reward_options
-@click.option("--soundfont", default="timgm", show_default=True, help="Soundfont for MIDI files: short name or path.")
-@click.option(
-    "--sample-rate", default=44100, show_default=True, type=click.IntRange(8000, 192_000),
-    help="Sample rate in Hz at which MIDI files are rendered.",
-)  # fmt: skip
-@click.option(
-    "--seconds", default=3600.0, show_default=True, type=click.FloatRange(0, 3600, min_open=True),
-    help="Seconds to rate at most, from the beginning of each file.",
-)  # fmt: skip
-@click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Seed of the white noise."
-)
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the ratings to this CSV file.")
-@click.option("--overwrite", is_flag=True, help="Replace the file --out if it exists.")
-def main(
+def rate_files(
+    *,
     files: tuple[Path, ...],
     kinds: tuple[str, ...],
     options: tuple[str, ...],
@@ -151,7 +134,7 @@ def main(
     out: Path | None,
     overwrite: bool,
 ) -> None:
-    """Rate FILES (wav, flac, mp3, ogg, mid), silence and white noise, in windows of ten seconds."""
+    """Print the ratings. Arguments as in the command's help; raises ``UserError`` for mistakes in them."""
     if out is not None and out.exists() and not overwrite:
         raise UserError(f"--out {out} already exists; choose another file, or add --overwrite")
     if out is not None and not out.parent.is_dir():

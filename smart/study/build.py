@@ -343,84 +343,14 @@ def build(
     ]
 
 
-@click.command("build")
-@click.option(
-    "--runs", multiple=True, required=True, metavar="SYSTEM ...", help="Systems to compare; NAME=PATH names one."
-)
-@click.argument("more", nargs=-1, metavar="")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the study; must not exist yet.")
-@click.option("--prompts", default=15, show_default=True, type=click.IntRange(min=1), help="Rated excerpts per system.")
-@click.option(
-    "--practice",
-    default=2,
-    show_default=True,
-    type=click.IntRange(min=0),
-    help="Practice items per participant, not exported.",
-)
-@click.option(
-    "--repeats",
-    default=0,
-    show_default=True,
-    type=click.IntRange(min=0),
-    help="Excerpts that each participant hears a second time.",
-)
-@click.option(
-    "--silence", is_flag=True, help="Add one silent excerpt, to detect participants who rate without listening."
-)
-@click.option(
-    "--seconds",
-    default=10.0,
-    show_default=True,
-    type=click.FloatRange(min=0.1, max=600),
-    help="Length of an excerpt in seconds.",
-)
-@click.option(
-    "--sample-rate",
-    default=44100,
-    show_default=True,
-    type=click.IntRange(min=8000, max=192000),
-    help="Sample rate of the excerpts in Hz.",
-)
-@click.option(
-    "--lufs", default=loudness.TARGET, show_default=True, type=click.FloatRange(max=-5), help="Target loudness in LUFS."
-)
-@click.option("--seed", default=1, show_default=True, type=click.IntRange(min=0), help="Seed of prompts and music.")
-@click.option(
-    "--listeners",
-    default=20,
-    show_default=True,
-    type=click.IntRange(min=3),
-    help="Planned number of participants (for the power estimate).",
-)
-@click.option(
-    "--power",
-    default=100,
-    show_default=True,
-    type=click.IntRange(min=0),
-    help="Studies simulated for the power estimate (0: none).",
-)
-@click.option("--completion-code", is_flag=True, help="Show a personal code to each participant who finishes.")
-@click.option(
-    "--corpus",
-    type=click.Path(path_type=Path),
-    help="Corpus whose test split the prompts come from (default: procedural prompts).",
-)
-@click.option("--soundfont", default="timgm", show_default=True, help="Soundfont: a short name or a path.")
-@click.option(
-    "--tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Maximum new tokens per piece."
-)
-@click.option(
-    "--temperature",
-    default=1.0,
-    show_default=True,
-    type=click.FloatRange(0, 100, min_open=True),
-    help="Sampling temperature.",
-)
-@click.option(
-    "--workers", default=0, show_default=True, type=click.IntRange(0, 1024), help="Render processes (0: one per core)."
-)
-def main(runs: tuple[str, ...], more: tuple[str, ...], out: Path, **given: Any) -> None:
-    """Build a study. A SYSTEM is a run's folder, a model's folder or shipped name, or a folder of WAV files."""
+def build_study(
+    *,
+    runs: tuple[str, ...],
+    more: tuple[str, ...],
+    out: Path,
+    **given: Any,
+) -> None:
+    """Make the folder ``out``. Arguments as in the command's help; raises ``UserError`` for mistakes in them."""
     refuse(out)
     systems = [recordings(text) or find_model(text) for text in (*runs, *more)]
     names = [each.name for each in systems]

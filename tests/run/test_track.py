@@ -3,8 +3,12 @@
 import json
 import math
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import click
 import numpy as np
 import pytest
 import soundfile
@@ -135,6 +139,12 @@ def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tmp_path: Path) -> 
         assert [point.value for point in points] == pytest.approx([step / 3 for step in range(1, 7)])
 
 
+def program(train: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> click.Command:
+    """A program whose module has this ``train``."""
+    monkeypatch.setitem(sys.modules, "program_of_a_test", SimpleNamespace(train=train))
+    return run_command("program_of_a_test", lambda *_: None, default="quickstart.toml", help="")
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -148,31 +158,28 @@ def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tmp_path: Path) -> 
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )
-def test_memory_and_disk_that_do_not_suffice_are_one_line(error: Exception) -> None:
-    @run_command("quickstart.toml")
-    def program(*_: object) -> None:
+def test_memory_and_disk_that_do_not_suffice_are_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*_: object, **options: object) -> None:
         raise error
 
-    done = CliRunner().invoke(program, [])
+    done = CliRunner().invoke(program(train, monkeypatch), [])
     assert done.exit_code == 1 and done.output.count("\n") == 1
     assert ("did not suffice" in done.output) != ("the run could not be written" in done.output)
     assert done.output.endswith("; what was saved is kept: go on with --resume\n")
 
 
-def test_a_bug_is_not_taken_for_a_lack_of_memory() -> None:
-    @run_command("quickstart.toml")
-    def program(*_: object) -> None:
+def test_a_bug_is_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*_: object, **options: object) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    assert isinstance(CliRunner().invoke(program, []).exception, RuntimeError)
+    assert isinstance(CliRunner().invoke(program(train, monkeypatch), []).exception, RuntimeError)
 
 
-def test_a_home_of_nobody_is_one_line() -> None:
-    @run_command("quickstart.toml")
-    def program(*_: object) -> None:
+def test_a_home_of_nobody_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*_: object, **options: object) -> None:
         Path("~nobody-of-this-name/x.sf2").expanduser()
 
-    done = CliRunner().invoke(program, [])
+    done = CliRunner().invoke(program(train, monkeypatch), [])
     assert done.exit_code == 2 and done.output == (
         "Error: a path begins with ~ and means a home directory that is not known here\n"
     )
