@@ -26,9 +26,17 @@ from smart import UserError, require
 from smart.corpus import Limits, ReaderPool
 from smart.files import sha256, write_atomically
 from smart.model import load_base, pick_device
-from smart.render import RenderError, RenderPool, check_soundfont, find_soundfont, score_notes, write_midi, write_wav
+from smart.render import (
+    RenderError,
+    check_soundfont,
+    find_soundfont,
+    open_renderer,
+    score_notes,
+    write_midi,
+    write_wav,
+)
 from smart.reward import load_reward, read_options
-from smart.run import check_packages, claim_folder, hold_folder, in_one_line, progress
+from smart.run import backend_option, check_packages, claim_folder, hold_folder, in_one_line, progress
 from smart.tokens import Grammar, Vocabulary, build_grammar, decode, unplayable, vocabulary
 
 if TYPE_CHECKING:  # imported where they are used: the command line answers at once
@@ -352,6 +360,7 @@ COLUMNS = ("piece", "file", "notes", "seconds", "tokens", "unplayable", "candida
     type=click.FloatRange(0, 3600, min_open=True),
     help="Maximum length of a WAV file in seconds.",
 )
+@backend_option
 @click.option(
     "--device",
     default="auto",
@@ -396,6 +405,7 @@ def generate(
     soundfont: str,
     sample_rate: int,
     seconds: float,
+    backend: str,
     device: str,
 ) -> None:
     """Write ``count`` pieces into ``out``; the command's help explains the options.
@@ -456,7 +466,7 @@ def generate(
 
     with (
         open_pieces(out, settings, columns) as done,
-        RenderPool(soundfont_file, sample_rate=sample_rate, seconds=seconds) as pool,
+        open_renderer(backend, soundfont_file, sample_rate=sample_rate, seconds=seconds, device=where) as pool,
         progress(total=count, initial=done, unit="piece") as bar,
         open(out / TABLE, "a", encoding="utf-8", newline="") as file,
     ):

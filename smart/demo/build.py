@@ -47,6 +47,7 @@ def build(
     soundfont: str,
     sample_rate: int,
     seconds: float,
+    backend: str,
     workers: int,
     device: str,
 ) -> None:
@@ -99,6 +100,7 @@ def build(
                 seconds=seconds,
                 sample_rate=sample_rate,
                 workers=workers,
+                backend=backend,
                 device=device,
                 batch=TOGETHER,
             ):

@@ -7,7 +7,7 @@ import click
 
 from smart.prompts import KINDS
 from smart.render import RenderError
-from smart.run import in_one_line
+from smart.run import backend_option, in_one_line
 
 
 @click.command()
@@ -74,6 +74,7 @@ from smart.run import in_one_line
     "--seconds", default=10.0, show_default=True, type=click.FloatRange(0, 600, min_open=True),
     help="Seconds to render, from the beginning of each piece.",
 )  # fmt: skip
+@backend_option
 @click.option(
     "--workers", default=0, show_default=True, type=click.IntRange(min=0), help="Render processes (0: one per core)."
 )

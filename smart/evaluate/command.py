@@ -10,7 +10,7 @@ from smart import Group
 from smart.corpus import SPLITS
 from smart.prompts import KINDS
 from smart.render import RenderError
-from smart.run import in_one_line
+from smart.run import backend_option, in_one_line
 
 BLOCK = 64  # most pieces per prompt: as many as are sampled together (``smart.rollout.BLOCK``)
 
@@ -41,7 +41,7 @@ def reward_options(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def clip_options(most_seconds: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The options --seconds (up to ``most_seconds``), --sample-rate and --workers, which say how clips are rendered."""
+    """The options --seconds (up to ``most_seconds``), --sample-rate, --backend and --workers of clips to render."""
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         for option in (
@@ -49,6 +49,7 @@ def clip_options(most_seconds: float) -> Callable[[Callable[..., None]], Callabl
                 "--workers", default=0, show_default=True, type=click.IntRange(min=0),
                 help="Render processes (0: one per core).",
             ),
+            backend_option,
             click.option(
                 "--sample-rate", default=44100, show_default=True, type=click.IntRange(8000, 192_000),
                 help="Sample rate of the rendered audio in Hz.",
@@ -109,10 +110,7 @@ def clip_options(most_seconds: float) -> Callable[[Callable[..., None]], Callabl
     help="Sample only from the most likely tokens that together have this probability (1: from all).",
 )  # fmt: skip
 @click.option("--audio", type=click.Path(path_type=Path), help="Folder to save every piece in, as MIDI and WAV.")
-@click.option(
-    "--backend", default="pool", show_default=True, type=click.Choice(["pool", "bank"]),
-    help="Renderer: worker processes (pool), or sums of notes that were rendered in advance (bank).",
-)  # fmt: skip
+@backend_option
 @click.option(
     "--workers", default=0, show_default=True, type=click.IntRange(0, 1024), help="Render processes (0: one per core)."
 )
@@ -158,6 +156,7 @@ def report_command(**given: Any) -> None:
     "--seconds", default=3600.0, show_default=True, type=click.FloatRange(0, 3600, min_open=True),
     help="Seconds to rate at most, from the beginning of each file.",
 )  # fmt: skip
+@backend_option
 @click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Seed of the white noise."
 )
@@ -248,6 +247,11 @@ def hacks_command(**given: Any) -> None:
 @click.option(
     "--best-of", default=16, show_default=True, type=click.IntRange(1, BLOCK),
     help="Pieces per prompt from the base, for best-of-n.",
+)  # fmt: skip
+@click.option(
+    "--backend", type=click.Choice(["pool", "bank"]),
+    help="Renderer: worker processes (pool), or sums of notes that were rendered in advance (bank).  "
+    "[default: render.backend of the run]",
 )  # fmt: skip
 @click.option("--judge", metavar="KIND", help="Reward to use as the judge.  [default: guard.judge of the run]")
 @click.option(

@@ -23,6 +23,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,10 +181,13 @@ def report(
     judge: str | None,
     seed: int,
     device: str,
+    backend: str | None = None,
 ) -> None:
     """Write the report to ``out``. Arguments as in the command's help; raises ``UserError`` for mistakes in them."""
     configs = find_settings(runs)
     config, where = configs[0], pick_device(device)
+    if backend is not None:
+        config = replace(config, render=replace(config.render, backend=backend))
     names = [run.resolve().name for run in runs]
     for name in names:
         if names.count(name) > 1:
@@ -230,6 +234,7 @@ def report(
             "soundfont_sha256": sha256(find_soundfont(config.render.soundfont)),
             "seconds": config.render.seconds,
             "sample_rate": config.render.sample_rate,
+            "backend": config.render.backend,
             "n": prompts,
             "samples": samples,
             "best_of": best_of,

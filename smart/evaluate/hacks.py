@@ -43,13 +43,14 @@ from smart.evaluate.ratings import (
     writing,
 )
 from smart.files import sha256
+from smart.model import pick_device
 from smart.render import (
     NOTE_COLUMNS,
     Notes,
-    RenderPool,
     available_soundfonts,
     check_soundfont,
     find_soundfont,
+    open_renderer,
     score_notes,
     short_name,
 )
@@ -234,6 +235,7 @@ def run_probes(
     seed: int,
     seconds: float,
     sample_rate: int,
+    backend: str,
     workers: int,
     out: Path,
 ) -> None:
@@ -261,6 +263,7 @@ def run_probes(
         "seed": seed,
         "seconds": seconds,
         "sample_rate": sample_rate,
+        "backend": backend,
     }
     if not scores:
         click.echo(f"no MIDI files were given: using pieces by {model} instead of real music", err=True)
@@ -293,10 +296,16 @@ def run_probes(
 
     own = [piece.notes for piece in pieces]
     for place, path in enumerate(soundfonts):
-        with RenderPool(
-            path, sample_rate=sample_rate, seconds=seconds, workers=workers or None, deadline=60 + seconds
+        with open_renderer(
+            backend,
+            path,
+            sample_rate=sample_rate,
+            seconds=seconds,
+            workers=workers or None,
+            deadline=60 + seconds,
+            device=pick_device(device),
         ) as pool:
-            heard = partial(rate_scores, pool=pool, rewards=rewards)
+            heard = partial(rate_scores, pool=pool, rewards=rewards, sample_rate=sample_rate)
             if place:
                 name = f"soundfont {short_name(path) or path.stem}"
                 keep(name, HARMLESS, partial(heard, own, label=name))

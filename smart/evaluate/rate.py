@@ -12,6 +12,7 @@ file are unknown: if they agree with the paper's eight numbers the scorer is rig
 chance; if they do not agree, there is no verdict.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,8 +37,17 @@ from smart.evaluate.ratings import (
     with_interval,
     writing,
 )
+from smart.model import pick_device
 from smart.published import AXES, TABLE_1, tolerance
-from smart.render import RenderError, RenderPool, check_soundfont, find_soundfont, read_audio, score_notes
+from smart.render import (
+    Renderer,
+    RenderError,
+    check_soundfont,
+    find_soundfont,
+    open_renderer,
+    read_audio,
+    score_notes,
+)
 from smart.reward import Reward
 from smart.reward.audiobox import HUB_ID
 from smart.run import progress
@@ -86,8 +96,11 @@ def built_in(seed: int) -> Iterator[tuple[str, Audio, int]]:
     yield NOISE, noise.astype(np.float32), BUILT_IN_RATE
 
 
-def read(path: Path, pool: RenderPool | None, seconds: float) -> tuple[Audio, int]:
-    """Read an audio file, or render a MIDI file with ``pool``: mono audio and its rate. Raises ``UserError``."""
+def read(path: Path, pool: Renderer | None, sample_rate: int, seconds: float) -> tuple[Audio, int]:
+    """Read an audio file, or render a MIDI file with ``pool`` at ``sample_rate``: mono audio and its rate.
+
+    Raises ``UserError``.
+    """
     if path.suffix.lower() not in MIDI:
         return read_audio(path, seconds)
     assert pool is not None
@@ -95,7 +108,7 @@ def read(path: Path, pool: RenderPool | None, seconds: float) -> tuple[Audio, in
         audio = pool.submit(score_notes(read_score(path), max_beats=math.inf)).result()
     except (RenderError, ValueError) as error:  # ValueError: impossible notes
         raise UserError(f"MIDI file {path} cannot be rendered ({error})") from error
-    return audio.mean(axis=0), pool.sample_rate
+    return audio.mean(axis=0), sample_rate
 
 
 def verdict(reward: Reward, found: dict[str, dict[str, float]]) -> str:
@@ -130,6 +143,7 @@ def rate_files(
     soundfont: str,
     sample_rate: int,
     seconds: float,
+    backend: str,
     seed: int,
     out: Path | None,
     overwrite: bool,
@@ -170,18 +184,25 @@ def rate_files(
 
     for name, audio, rate_of_audio in built_in(seed):
         add(name, audio, rate_of_audio)
-    pool = None
-    try:
+    with contextlib.ExitStack() as opened:
+        pool: Renderer | None = None
         if soundfont_file is not None:
-            pool = RenderPool(soundfont_file, sample_rate=sample_rate, seconds=seconds, workers=1, deadline=600.0)
+            renderer = open_renderer(
+                backend,
+                soundfont_file,
+                sample_rate=sample_rate,
+                seconds=seconds,
+                workers=1,
+                deadline=600.0,
+                device=pick_device(device),
+            )
+            opened.enter_context(renderer)
+            pool = renderer
         for path in progress(files, desc="rating", unit="file"):
             try:
-                add(str(path), *read(path, pool, seconds))
+                add(str(path), *read(path, pool, sample_rate, seconds))
             except UserError as error:
                 failed.append(Unreadable(str(path), error.message))
-    finally:
-        if pool is not None:
-            pool.close()
     click.echo(_shown(rows))
     for reward in rewards:
         if reward.name == "audiobox":

@@ -21,7 +21,7 @@ from smart.corpus.piece import Limits, Reject, check_structure
 from smart.evaluate import statistics
 from smart.files import is_empty, write_atomically
 from smart.model import pick_device
-from smart.render import RenderError, RenderPool
+from smart.render import Renderer, RenderError
 from smart.reward import Reward, load_reward, read_options, resample
 from smart.run import progress
 
@@ -90,15 +90,16 @@ def rate(
 
 def rate_scores(
     scores: Sequence[Any],
-    pool: RenderPool,
+    pool: Renderer,
     rewards: Sequence[Reward],
+    sample_rate: int,
     *,
     change: Callable[[Audio], Audio] | None = None,
     label: str = "",
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """Render scores or note arrays with ``pool`` and rate them: column -> (N,). None and failed clips give NaN.
+    """Render scores or note arrays with ``pool``, which renders at ``sample_rate``, and rate them: column -> (N,).
 
-    ``change`` is applied to the audio (2, S) of each clip before it is rated.
+    None and failed clips give NaN. ``change`` is applied to the audio (2, S) of each clip before it is rated.
     """
     parts = []
     for start in progress(range(0, len(scores), TOGETHER), desc=label, unit="batch"):
@@ -110,7 +111,7 @@ def rate_scores(
                 clips.append(None)
             else:
                 clips.append(future.result() if change is None else change(future.result()))
-        parts.append(rate(rewards, clips, pool.sample_rate))
+        parts.append(rate(rewards, clips, sample_rate))
     return {name: np.concatenate([np.empty(0), *(part[name] for part in parts)]) for name in columns(rewards)}
 
 

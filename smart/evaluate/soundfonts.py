@@ -38,8 +38,9 @@ from smart.evaluate.ratings import (
     writing,
 )
 from smart.files import sha256
+from smart.model import pick_device
 from smart.published import AXES, TABLE_2
-from smart.render import RenderPool, check_soundfont, find_soundfont, short_name
+from smart.render import check_soundfont, find_soundfont, open_renderer, short_name
 from smart.run import check_packages
 from smart.tokens import decode
 
@@ -144,6 +145,7 @@ def compare_soundfonts(
     device: str,
     seconds: float,
     sample_rate: int,
+    backend: str,
     workers: int,
     out: Path,
 ) -> None:
@@ -168,16 +170,23 @@ def compare_soundfonts(
         "pieces": {str(path): sha256(path) for path in midi} or [str(corpus), split, count, seed],
         "seconds": seconds,
         "sample_rate": sample_rate,
+        "backend": backend,
     }
     kept = Kept(out, settings, list(scores))
     ratings: dict[str, dict[str, Ratings]] = {}
     for font in fonts:
 
         def work(font: Font = font) -> dict[str, Ratings]:
-            with RenderPool(
-                font.file, sample_rate=sample_rate, seconds=seconds, workers=workers or None, deadline=60 + seconds
+            with open_renderer(
+                backend,
+                font.file,
+                sample_rate=sample_rate,
+                seconds=seconds,
+                workers=workers or None,
+                deadline=60 + seconds,
+                device=pick_device(device),
             ) as pool:
-                return rate_scores(list(scores.values()), pool, rewards, label=font.name)
+                return rate_scores(list(scores.values()), pool, rewards, sample_rate, label=font.name)
 
         ratings[font.name] = kept.get(font.name, work)
     means = []

@@ -3,7 +3,7 @@
 ``smart.run.checkpoint`` is used as a module: ``checkpoint.save``, ``checkpoint.latest``.
 """
 
-from smart.run.command import in_one_line, progress, run_command
+from smart.run.command import backend_option, in_one_line, progress, run_command
 from smart.run.folder import (
     CONFIG,
     NEEDED,
@@ -29,6 +29,7 @@ __all__ = [
     "StopRequest",
     "Stopwatch",
     "Tracker",
+    "backend_option",
     "changes",
     "check_packages",
     "claim_folder",

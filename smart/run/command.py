@@ -49,6 +49,16 @@ def run_command(program: str, load: Callable[..., Any], *, default: str, help: s
     return main
 
 
+def backend_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The option ``--backend`` of a program that renders, for ``smart.render.open_renderer``."""
+    option = click.option(
+        "--backend", default="pool", show_default=True, type=click.Choice(["pool", "bank"]),
+        help="Renderer: worker processes (pool), or sums of notes that were rendered in advance (bank); clips that the "
+        "bank cannot play go to the pool.",
+    )  # fmt: skip
+    return option(function)
+
+
 # words for it: torch's, on CUDA and on a CPU, those of threads, of C++, and of CUDA's libraries
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "can't start new thread", "bad_alloc", "ALLOC_FAILED")
 

@@ -365,7 +365,7 @@ def build_study(
     options = {
         "prompts": "dataset" if given["corpus"] else "procedural", "corpus": given["corpus"] and str(given["corpus"]),
         "soundfont": str(soundfont), "max_new_tokens": given["tokens"], "temperature": given["temperature"],
-        "workers": given["workers"],
+        "backend": given["backend"], "workers": given["workers"],
     }  # fmt: skip
     design = Design(
         format=FORMAT, study=secrets.token_hex(8), question=QUESTION, low=LOW, high=HIGH, systems=names,

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from smart import Group
+from smart.run import backend_option
 from smart.study.loudness import TARGET
 from smart.study.ratings import HIGH, LOW
 
@@ -88,6 +89,7 @@ def main() -> None:
     type=click.FloatRange(0, 100, min_open=True),
     help="Sampling temperature.",
 )
+@backend_option
 @click.option(
     "--workers", default=0, show_default=True, type=click.IntRange(0, 1024), help="Render processes (0: one per core)."
 )
