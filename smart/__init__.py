@@ -1,4 +1,15 @@
-"""Tune symbolic music models with reinforcement learning from audio."""
+"""Tune symbolic music models with reinforcement learning from audio.
+
+       prompts       tokens (N, P)     time signature and tempo; each prompt repeated G times
+    -> sampler       tokens (N, P+T)   the policy writes up to T more; it keeps their log-probabilities (N, T)
+    -> render        audio (N, 2, S)   tokens become notes, and a soundfont plays them
+    -> reward        rewards (N,)      each clip is rated
+    -> advantages    (N,)              each completion is compared with the others for its prompt
+    -> loss          one number        with the log-probabilities (N, T) of the policy and of the frozen base
+    -> optimizer     new weights       the policy takes a step, then writes the next batch
+
+N = prompts x G; P, T: tokens of a prompt, of a completion; S: samples of a clip. ``smart.grpo`` is that loop.
+"""
 
 from collections.abc import Callable
 from typing import Any
