@@ -33,6 +33,12 @@ class Failure(click.ClickException, RuntimeError):
     """A failure that is not the user's mistake: it ends a program with one line and exit code 1; saved work is kept."""
 
 
+def brief(error: BaseException) -> str:
+    """An exception as one line of limited length."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}{'...' if len(text) > 160 else ''}"
+
+
 def require(*finders: Callable[[], Any]) -> list[Any]:
     """Call each of ``finders`` and return their results, or raise one ``UserError`` that lists everything missing."""
     found, problems = [], []

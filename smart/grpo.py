@@ -13,20 +13,21 @@ with its own group:
 
 How this differs from its sources, and why:
 - The paper prints (r_i + mean(r)) / std(r); the plus is a misprint.
-- Its equation 1 shows no clip. The clip is there for ``inner_epochs`` > 1: with one step a batch, drawn by the policy
-  that takes it, rho is 1.
-- pi_old is the distribution that the tokens were drawn from, as the sampler reports it, not a second forward pass.
-  With top-k or top-p that is the truncated distribution; with neither, both agree to rounding (``policy/dlogp_max``).
-- With ``rollouts_ahead`` = 1 the next batch is drawn before this one is learnt from, so that this one's clips are
-  rendered meanwhile: from the second iteration on pi_old is the policy as it was one iteration ago. The clip is then
-  around pi_start, the policy as this update found it, and a token's gain is weighted by pi_start/pi_old, 2 at most
-  (the decoupled objective of Hilton et al. 2022): a clip around pi_old would undo a part of the update before.
+- Its equation 1 shows no clip. With one step per batch, on the policy that drew it, rho is 1 and the clip never acts;
+  it matters for ``inner_epochs`` > 1.
+- pi_old is the distribution that the tokens were drawn from, as the sampler reports it; there is no second forward
+  pass. With top-k or top-p it is the truncated one; without them the two agree to rounding (``policy/dlogp_max``).
+- With ``rollouts_ahead`` = 1 the next batch is drawn before this one is learnt from, so that workers render meanwhile:
+  from the second iteration on pi_old is the policy of one iteration ago. The clip is then around pi_start, the policy
+  before this update, and each token's gain is weighted by pi_start/pi_old, at most 2 (the decoupled objective of
+  Hilton et al. 2022). A clip around pi_old would undo a part of the previous update.
 - A completion that could not be rated has reward NaN: it is left out of its group's mean and std, has advantage 0,
   and is counted. It is never rated 0.
-- One loss, with two choices: how it is averaged (``average``) and whether advantages are divided by the group's
-  standard deviation (``scale``; "none" with "constant" is Dr. GRPO).
+- One loss, two choices: how it is averaged (``average``), and whether advantages are divided by the group's standard
+  deviation (``scale``). "constant" with "none" is Dr. GRPO.
 
-Axes: B prompts, G completions a prompt, N = B x G sequences, P prompt length, T completion length, V vocabulary.
+Axes: B prompts, G completions per prompt, N = B x G sequences, P prompt length, T completion length, V vocabulary.
+What surrounds the algorithm in a run (finding parts, rendering, rating, logging, checkpoints) is in ``smart.tuning``.
 
     python -m smart.grpo --config quickstart.toml
 """
@@ -37,6 +38,7 @@ if __name__ == "__main__":  # before torch is imported: --help and a misspelt ke
     start("grpo")
 
 import math
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ from smart.reward import Reward
 from smart.sampler import Rollout
 from smart.tuning import Tuning
 
-__all__ = ["group_advantages", "grpo_loss", "kl_k3", "token_logprobs", "train", "update"]
+__all__ = ["group_advantages", "grpo_loss", "kl_k3", "token_logprobs", "token_weights", "train", "update"]
 
 MOST_WEIGHT = 2.0  # of a token that an older policy drew
 
@@ -83,6 +85,57 @@ def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
     return log_ratio.exp() - log_ratio - 1
 
 
+def token_weights(mask: torch.Tensor, average: str = "token", *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """How much each token counts in the loss: (N, T) from mask (N, T) bool, 0 where the mask is False.
+
+    ``average``: "token", all completion tokens of the batch alike; "sequence", all sequences alike; "constant",
+    1 / (N x T) per token (Dr. GRPO). Weights of a whole batch hold for any part of it, so that the losses of
+    micro-batches and processes simply add up.
+    """
+    counted = mask.to(dtype)
+    if average == "token":
+        return counted / counted.sum().clamp(min=1)
+    if average == "sequence":
+        return counted / (len(mask) * counted.sum(dim=1, keepdim=True).clamp(min=1))
+    if average == "constant":
+        return counted / mask.numel()
+    raise ValueError(f"average: expected 'token', 'sequence' or 'constant', got {average!r}")
+
+
+def token_losses(
+    logp: torch.Tensor,
+    old_logp: torch.Tensor,
+    ref_logp: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    clip: float = 0.2,
+    beta: float = 0.04,
+    start_logp: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The bracket of the loss above, negated, for each token (N, T), and what it was made of, (N, T) each.
+
+    ``logp``, ``old_logp``, ``ref_logp`` are (N, T): under the policy, the policy that sampled, and the reference.
+    ``advantages`` (N,); ``mask`` (N, T) bool is True on completion tokens. ``start_logp`` (N, T), under the policy
+    before the update, is given where an older one sampled; None: ``old_logp``.
+    """
+    if not logp.shape == old_logp.shape == ref_logp.shape == mask.shape or advantages.shape != logp.shape[:1]:
+        shapes = [tuple(part.shape) for part in (logp, old_logp, ref_logp, advantages, mask)]
+        raise ValueError(f"expected logp, old_logp, ref_logp and mask (N, T) and advantages (N,), got {shapes}")
+    logp, old_logp, ref_logp = (part.masked_fill(~mask, 0) for part in (logp, old_logp.detach(), ref_logp.detach()))
+    ratio, gain = (logp - old_logp).exp(), advantages[:, None]
+    step = ratio
+    if start_logp is not None:
+        start_logp = start_logp.masked_fill(~mask, 0)
+        step = (logp - start_logp).exp()
+        gain = gain * (start_logp - old_logp).exp().clamp(max=MOST_WEIGHT)
+    plain, clipped = step * gain, step.clamp(1 - clip, 1 + clip) * gain
+    kl = kl_k3(logp, ref_logp)
+    loss = beta * kl - torch.minimum(plain, clipped)
+    parts = {"kl": kl, "ratio": ratio, "clip_fraction": clipped < plain, "dlogp_mean": (logp - old_logp).abs()}
+    return loss, {name: part.detach() for name, part in parts.items()}
+
+
 def grpo_loss(
     logp: torch.Tensor,
     old_logp: torch.Tensor,
@@ -95,42 +148,15 @@ def grpo_loss(
     average: str = "token",
     start_logp: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """The loss above, a scalar, and what it was made of.
+    """The loss above, a scalar: ``token_losses`` weighted by ``token_weights``, which explain the arguments.
 
-    ``logp``, ``old_logp``, ``ref_logp`` are (N, T), of the policy, of the policy that sampled, and of the reference;
-    ``advantages`` (N,); ``mask`` (N, T) bool is True on completion tokens. ``average``: "token" over all completion
-    tokens of the batch, "sequence" the mean of each sequence's mean, "constant" the sum divided by N x T (Dr. GRPO).
-    ``start_logp`` (N, T), of the policy before the update, is given where an older one sampled; None: ``old_logp``.
     Stats, each a mean over completion tokens: kl, ratio, clip_fraction, dlogp_mean = |logp - old_logp|; and dlogp_max.
     """
-    if not logp.shape == old_logp.shape == ref_logp.shape == mask.shape or advantages.shape != logp.shape[:1]:
-        shapes = [tuple(part.shape) for part in (logp, old_logp, ref_logp, advantages, mask)]
-        raise ValueError(f"expected logp, old_logp, ref_logp and mask (N, T) and advantages (N,), got {shapes}")
-    log_ratio = (logp - old_logp.detach()).masked_fill(~mask, 0)
-    ratio, weighted = log_ratio.exp(), advantages[:, None]
-    step = ratio
-    if start_logp is not None:
-        step = (logp - start_logp).masked_fill(~mask, 0).exp()
-        weighted = weighted * (start_logp - old_logp).masked_fill(~mask, 0).exp().clamp(max=MOST_WEIGHT)
-    gain = step * weighted
-    clipped = step.clamp(1 - clip, 1 + clip) * weighted
-    kl = kl_k3(logp.masked_fill(~mask, 0), ref_logp.detach().masked_fill(~mask, 0))
-    loss = (beta * kl - torch.minimum(gain, clipped)).masked_fill(~mask, 0)
-    tokens = mask.sum().clamp(min=1)
-    stats = {
-        "kl": (kl.detach().sum() / tokens).item(),
-        "ratio": (ratio.detach().masked_fill(~mask, 0).sum() / tokens).item(),
-        "clip_fraction": ((clipped < gain) & mask).sum().item() / tokens.item(),
-        "dlogp_mean": (log_ratio.detach().abs().sum() / tokens).item(),
-        "dlogp_max": log_ratio.detach().abs().max().item() if log_ratio.numel() else 0.0,
-    }
-    if average == "token":
-        return loss.sum() / tokens, stats
-    if average == "sequence":
-        return (loss.sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean(), stats
-    if average == "constant":
-        return loss.sum() / mask.numel(), stats
-    raise ValueError(f"average: expected 'token', 'sequence' or 'constant', got {average!r}")
+    loss, parts = token_losses(logp, old_logp, ref_logp, advantages, mask, clip=clip, beta=beta, start_logp=start_logp)
+    evenly = token_weights(mask, dtype=loss.dtype)
+    stats = {name: (part * evenly).sum().item() for name, part in parts.items()}
+    stats["dlogp_max"] = parts["dlogp_mean"].max().item() if mask.numel() else 0.0
+    return (loss * token_weights(mask, average, dtype=loss.dtype)).sum(), stats
 
 
 def update(
@@ -148,56 +174,50 @@ def update(
 ) -> dict[str, float]:
     """``inner_epochs`` optimiser steps on one batch, in micro-batches whose size does not change the gradient.
 
-    ``behind`` says that an older policy drew the batch: the clip is then around the policy as it is now. Each process
-    of ``world`` (None: this one alone) has the whole batch, learns from its share of the rows, and steps on the sum of
-    all gradients. Returns the stats of the first epoch (before any step) and the last ``grad_norm`` before clipping.
-    Raises ``FloatingPointError`` before a step when the loss or the gradient is not finite.
+    ``behind`` says that an older policy drew the batch. Each process of ``world`` (None: this one alone) has the whole
+    batch, learns from its share of the rows, and steps on the sum of all gradients. Returns the stats of the first
+    epoch (before any step) and the last ``grad_norm`` before clipping. Raises ``FloatingPointError`` before a step
+    where the loss or the gradient is not finite.
     """
     tokens, mask, old_logp = rollout
     world = world or World(tokens.device)
-    length = mask.shape[1]
+    prompt_length = tokens.shape[1] - mask.shape[1]
+    weights, evenly = token_weights(mask, settings.average), token_weights(mask)
+    start_logp = torch.zeros_like(old_logp) if behind else old_logp
     first: dict[str, float] = {}
     norm = math.nan
-    start_logp = torch.zeros_like(old_logp) if behind else None
     for epoch in range(settings.inner_epochs):
         optimizer.zero_grad(set_to_none=True)
-        stats: dict[str, float] = {}
+        stats: dict[str, float] = defaultdict(float)
+        furthest = 0.0
         for rows in torch.tensor(world.share(len(tokens)), device=tokens.device).split(settings.micro_batch):
             with autocast:
-                logits = completion_logits(policy, tokens[rows], tokens.shape[1] - length, temperature=temperature)
-            logp, entropy = logprobs_and_entropy(logits, tokens[rows, -length:])
+                logits = completion_logits(policy, tokens[rows], prompt_length, temperature=temperature)
+            logp, entropy = logprobs_and_entropy(logits, tokens[rows, prompt_length:])
             del logits  # (n, T, V), before the gradient takes as much again
-            if start_logp is not None and not epoch:
+            if behind and not epoch:
                 start_logp[rows] = logp.detach()
-            loss, parts = grpo_loss(
-                logp,
-                old_logp[rows],
-                ref_logp[rows],
-                advantages[rows],
-                mask[rows],
-                clip=settings.clip,
-                beta=settings.beta,
-                average=settings.average,
-                start_logp=None if start_logp is None else start_logp[rows],
-            )
-            token_share = (mask[rows].sum() / mask.sum()).item()
-            share = token_share if settings.average == "token" else len(rows) / len(tokens)
-            (loss * share).backward()
-            parts |= {"loss": loss.item() * share / token_share, "entropy": entropy[mask[rows]].mean().item()}
-            dlogp = max(parts.pop("dlogp_max"), stats.get("dlogp_max", 0.0))
-            stats = {key: stats.get(key, 0.0) + value * token_share for key, value in parts.items()}
-            stats["dlogp_max"] = dlogp
+            loss, parts = token_losses(
+                logp, old_logp[rows], ref_logp[rows], advantages[rows], mask[rows],
+                clip=settings.clip, beta=settings.beta, start_logp=start_logp[rows] if behind else None,
+            )  # fmt: skip
+            weighted = (loss * weights[rows]).sum()
+            weighted.backward()
+            stats["loss"] += weighted.item()
+            for name, part in (*parts.items(), ("entropy", entropy)):
+                stats[name] += (part * evenly[rows]).sum().item()
+            furthest = max(furthest, parts["dlogp_mean"].max().item())
         world.sum_gradients(policy.parameters())
-        dlogp = max(world.gather(stats.pop("dlogp_max")))
-        stats = dict(zip(stats, world.sum(*stats.values()), strict=True)) | {"dlogp_max": dlogp}
+        total = dict(zip(stats, world.sum(*stats.values()), strict=True))
+        total["dlogp_max"] = max(world.gather(furthest))
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm).item()
-        if not math.isfinite(stats["loss"]) or not math.isfinite(norm):
-            found = ", ".join(f"{key} {value:g}" for key, value in stats.items())
+        if not math.isfinite(total["loss"]) or not math.isfinite(norm):
+            found = ", ".join(f"{name} {value:g}" for name, value in total.items())
             raise FloatingPointError(
                 f"epoch {epoch + 1} has gradient norm {norm:g}, {found}; try a lower grpo.learning_rate"
             )
         optimizer.step()
-        first = first or stats
+        first = first or total
     return first | {"grad_norm": norm}
 
 

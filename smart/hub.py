@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from smart import UserError
+from smart import UserError, brief
 
 SECONDS = 5.0  # time for the hub to answer; after that it counts as unreachable
 
@@ -58,9 +58,3 @@ def fetch(hub_id: str, files: Sequence[str]) -> list[Path]:
         return [Path(hf_hub_download(hub_id, name)) for name in files]
     except Exception as error:  # as in ask
         raise UserError(f"the download failed ({brief(error)})") from error
-
-
-def brief(error: BaseException) -> str:
-    """An exception as one line of limited length."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:160]}{'...' if len(text) > 160 else ''}"

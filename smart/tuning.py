@@ -5,6 +5,7 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -124,6 +125,9 @@ class Tuning:
     def __init__(
         self, config: Config, *, reward: Reward | None = None, resume: bool = False, overwrite: bool = False
     ) -> None:
+        if reward is not None:  # the run's configuration names it, so that nothing resumes with another
+            given = replace(config.reward, kind=reward.name, weights=reward.weights, options={})
+            config = replace(config, reward=given)
         self.config = config
         self.folder = Path(config.run.folder) / config.run.name
         self.learning: int | None = None  # the iteration that has not changed the weights yet
@@ -272,7 +276,7 @@ class Tuning:
         say, device = self.run.say, self.world.device
         iterations = self.config.grpo.iterations
         say(f"run {self.folder}: base {self.parts.base} on {device}, {self.done} of {iterations} iterations done")
-        say(f"reward: {self.parts.reward.provenance}")
+        say(f"reward: {self.parts.reward.provenance or self.parts.reward.name}")
         if self.guard.held_out:
             say(f"held-out judge: {self.guard.held_out.judge.name}")
         if self.run.stopping():

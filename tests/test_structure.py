@@ -86,6 +86,32 @@ def test_arrows_point_down(name: str) -> None:
         assert "config" not in used, "only programs read the configuration"
 
 
+DOORS = {"render", "corpus", "run", "rollout", "sampler"}
+MODULES = {"run.checkpoint"}  # used as a module: checkpoint.save
+
+
+@pytest.mark.parametrize("name", sorted(set(modules()) - {"", "__main__"}))
+def test_a_folder_is_entered_by_its_door(name: str) -> None:
+    inside = {each for each in imports(modules()[name]) if each.partition(".")[0] != name.partition(".")[0]}
+    passed = {
+        each for each in inside if "." in each and each.partition(".")[0] in DOORS and owner(each) not in PROGRAMS
+    }
+    assert not passed - MODULES
+
+
+def test_the_algorithm_is_read_in_one_sitting() -> None:
+    text = (PACKAGE / "grpo.py").read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    assert len(text.splitlines()) <= 300
+    assert max((node.end_lineno or 0) - node.lineno + 1 for node in functions) <= 60
+    inner = [
+        inside.name for node in functions for inside in ast.walk(node) if inside is not node and inside in functions
+    ]
+    assert not inner, "no function inside another"
+    assert len(imports(PACKAGE / "grpo.py")) <= 12
+
+
 def test_a_render_worker_imports_no_torch() -> None:
     code = "import sys, smart.render; print([m for m in ('torch', 'transformers', 'symusic') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

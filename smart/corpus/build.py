@@ -1,18 +1,16 @@
 """From folders of MIDI files, many of them broken, to tokenised pieces in shards: ``python -m smart.corpus build``.
 
-What a file must be to be kept is said in ``smart.corpus.piece`` (paper section 3.1). Of files with the same onsets
-and pitches one is kept, the first by path. A piece goes into ``train``, ``validation`` or ``test`` by the
-hash of its onsets and pitches alone, so that no piece is in two splits, and each stays where it is when files
-are added.
+``smart.corpus.piece`` decides which files are kept (paper section 3.1). Of files with the same onsets and pitches only
+the first by path is kept. A piece goes into ``train``, ``validation`` or ``test`` by the hash of its onsets and pitches
+alone, so that no piece is in two splits, and each stays in its split when files are added.
 
-Scraped files crash, hang or swell native parsers. Every file is therefore read by a worker process with a
-limit on time and memory (``smart.corpus.readers``); one that kills its worker goes into ``rejects.csv`` with the
-reason, like every other that is left out.
+Scraped files crash, hang or swell native parsers. Every file is therefore read by a worker process with a limit on time
+and memory (``smart.corpus.readers``). A file that kills its worker is listed in ``rejects.csv`` with the reason, like
+all other rejected files.
 
 A build keeps its state in ``OUT/.work`` (an SQLite table with a row for each file, and the tokens so far) and
-continues from there after it was killed. The result depends on the files and the settings alone: not on the
-number of workers, on the order in which they finish, or on interruptions. Memory does not grow with the
-corpus.
+continues from there after it was killed. The result depends only on the files and the settings, not on the number of
+workers, the order in which they finish, or interruptions. Memory does not grow with the corpus.
 """
 
 import contextlib
@@ -40,9 +38,9 @@ from smart.run import progress
 from smart.tokens import FILE_NAME, build_tokenizer, save_tokenizer
 
 EXTENSIONS = (".mid", ".midi")
-TEST_SHARE, VALIDATION_SHARE = 0.1, 0.1  # of all pieces; of those that are not test (paper section 3.1)
+TEST_SHARE, VALIDATION_SHARE = 0.1, 0.1  # shares of all pieces, and of those not in test (paper section 3.1)
 SHARD_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.(bin|idx\.npy)(\.tmp)?")
-COMMIT_SECONDS = 2.0  # at most so much work is lost when a build is killed
+COMMIT_SECONDS = 2.0  # the most work that is lost when a build is killed
 
 
 def split_of(digest: bytes) -> str:
@@ -53,7 +51,7 @@ def split_of(digest: bytes) -> str:
     return "validation" if share < TEST_SHARE + VALIDATION_SHARE * (1 - TEST_SHARE) else "train"
 
 
-KEPT, DUPLICATE = "kept", "duplicate"  # reasons that no worker gives
+KEPT, DUPLICATE = "kept", "duplicate"  # reasons that the build itself gives
 DAMAGED = "its unfinished build is damaged"
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT);
@@ -67,16 +65,16 @@ FIRST = "(SELECT MIN(first.path) FROM files AS first WHERE first.hash = files.ha
 
 
 class State:
-    """A row for each file, and a spool of tokens; after a kill at any instant both are as of the last ``commit``.
+    """A row for each file, and a spool of tokens; whenever the build is killed, both are as of the last ``commit``.
 
-    ``reason`` is null for files that have not been read, ``kept`` for pieces.
+    ``reason`` is null for files that have not been read, and ``kept`` for pieces.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._open = contextlib.ExitStack()
-        with contextlib.ExitStack() as opened:  # closed again where anything below fails
+        with contextlib.ExitStack() as opened:  # closed again if anything below fails
             _hold(folder, opened)
             damaged = f"--out {folder.parent}: {DAMAGED}; start again with --overwrite"
             self.table = sqlite3.connect(folder / "state.sqlite", isolation_level=None)
@@ -85,7 +83,7 @@ class State:
                 self.table.executescript(SCHEMA)
                 self.table.execute("BEGIN")
                 self.end = int(self.get("spool") or 0)
-            except sqlite3.OperationalError:  # a disk that is full, or may not be written
+            except sqlite3.OperationalError:  # the disk is full or read-only
                 raise
             except (sqlite3.DatabaseError, ValueError):
                 raise UserError(damaged) from None
@@ -106,7 +104,7 @@ class State:
         self.table.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
     def commit(self) -> None:
-        """Make everything so far durable: tokens first, then the rows that point to them."""
+        """Write everything so far to the disk: tokens first, then the rows that point to them."""
         self.spool.flush()
         os.fsync(self.spool.fileno())
         self.put("spool", str(self.end))
@@ -133,7 +131,7 @@ class State:
         self.table.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (key, *row))
 
     def unread(self) -> Iterator[bytes]:
-        """Keys of files that have not been read, in order; a page at a time, as rows change meanwhile."""
+        """Keys of files that have not been read, in order; a page at a time, because rows change meanwhile."""
         last = b""
         query = "SELECT path FROM files WHERE path > ? AND reason IS NULL ORDER BY path LIMIT 1000"
         while page := self.table.execute(query, (last,)).fetchall():
@@ -158,32 +156,34 @@ class State:
 
 
 def _hold(work: Path, held: contextlib.ExitStack) -> None:
-    """Have no other build work in ``work``. Raises ``UserError`` where one does."""
+    """Lock ``work`` against other builds. Raises ``UserError`` if one is using it."""
     try:
         held.enter_context(hold(work))
     except BlockingIOError:
-        raise UserError(f"--out {work.parent}: another build is writing it; wait for it") from None
+        raise UserError(
+            f"--out {work.parent}: another build is writing this folder; wait until it has finished"
+        ) from None
 
 
 @dataclass
 class Summary:
-    """What a build made: files by reason, ``kept`` among them, and pieces and tokens by split."""
+    """What a build made: files by reason (``kept`` is one), and pieces and tokens by split."""
 
     counts: dict[str, int] = field(default_factory=dict)
     pieces: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
-    read: int = 0  # files read by this run; less than all where it continued another
+    read: int = 0  # files read by this run; fewer than all if it continued another
     seconds: float = 0.0  # of this run
 
 
 def find_files(
     folders: Sequence[Path], include: Sequence[str] = (), listed: frozenset[str] | None = None
 ) -> Iterator[bytes]:
-    """Keys of what is named .mid or .midi under ``folders``: the folder's name, then the path in it.
+    """Keys of everything named .mid or .midi under ``folders``: the folder's name, then the path in it.
 
-    ``include``: glob patterns of which a key must match one. ``listed``: the only keys to take. Folders that
-    cannot be listed are among the keys too, so that they are rejected and not passed over; so is whatever else
-    bears such a name. Links to folders are not followed.
+    ``include``: glob patterns, one of which a key must match. ``listed``: the only keys to take. A folder that cannot
+    be listed is a key too, so that it is rejected rather than skipped; so is anything else with such a name. Links to
+    folders are not followed.
     """
     for root in folders:
         prefix = str(root.parent / "x")[:-1]  # with its slash, also at the top
@@ -220,7 +220,7 @@ def build(
 ) -> Summary:
     """Tokenise the MIDI files under ``folders`` into the corpus ``out``, or continue an unfinished build of it.
 
-    Raises ``UserError`` where a folder is missing, ``out`` holds something else, or there is nothing to keep.
+    Raises ``UserError`` if a folder is missing, ``out`` holds something else, or no file can be kept.
     """
     limits, tokenizer = limits or Limits(), tokenizer or build_tokenizer()
     roots = [Path(folder).resolve() for folder in folders]
@@ -248,16 +248,20 @@ def build(
             "tokenizer": sha256(tokenizer_file),
         }
         if state.get("settings") not in ("", json.dumps(settings)):
-            raise UserError(f"--out {out}: begun with other settings; finish it with those, or give --overwrite")
+            raise UserError(
+                f"--out {out}: begun with other settings; finish it with those, or start again with --overwrite"
+            )
         state.put("settings", json.dumps(settings))
         state.list_files(find_files(roots, include, listed))
         if not state.count("1"):
-            raise UserError(f"--midi {', '.join(map(str, folders))}: no .mid or .midi file that was asked for")
+            raise UserError(
+                f"--midi {', '.join(map(str, folders))}: no .mid or .midi file found that --include and --list allow"
+            )
         summary = Summary()
         with ReaderPool(tokenizer_file, limits, min(workers, max(state.count("reason IS NULL"), 1))) as pool:
             summary.read = _read_all(state, {os.fsencode(root.name): os.fsencode(root) for root in roots}, pool)
         _write(state, out, settings, summary)
-        (out / ".work").rename(out / ".work.tmp")  # at once, so that a kill leaves no half of a state
+        (out / ".work").rename(out / ".work.tmp")  # in one step, so that a kill leaves no half-deleted state
     shutil.rmtree(out / ".work.tmp", ignore_errors=True)
     summary.seconds = time.monotonic() - started
     return summary
@@ -272,7 +276,7 @@ def _version(package: str) -> str | None:
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
-    """Refuse a folder that a build may not write to; with ``overwrite``, clear what a build wrote before."""
+    """Refuse a folder that a build may not write to; with ``overwrite``, clear what an earlier build wrote."""
     if not out.exists():
         return
     if not out.is_dir():
@@ -284,21 +288,21 @@ def _check_out(out: Path, overwrite: bool) -> None:
         if path.name.removesuffix(".tmp") not in ours and not SHARD_FILE.fullmatch(path.name) and not is_leftover(path)
     ]
     if foreign:
-        raise UserError(f"--out {out}: holds {foreign[0]!r}, which no build wrote; give another folder")
-    shutil.rmtree(out / ".work.tmp", ignore_errors=True)  # of a build that was killed after its last write
+        raise UserError(f"--out {out}: holds {foreign[0]!r}, which no build wrote; choose another folder")
+    shutil.rmtree(out / ".work.tmp", ignore_errors=True)  # left by a build that was killed after its last write
     if overwrite:
         with contextlib.ExitStack() as held:
             if (out / ".work").is_dir():
                 _hold(out / ".work", held)
-            # first, so that what is half cleared does not look finished
+            # first, so that a half-cleared folder does not look finished
             (out / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(out)
     elif (out / MANIFEST).exists() and not (out / ".work").exists():
-        raise UserError(f"--out {out}: holds a finished corpus; give another folder, or --overwrite")
+        raise UserError(f"--out {out}: holds a finished corpus; choose another folder, or replace it with --overwrite")
 
 
 def _read_all(state: State, roots: dict[bytes, bytes], pool: ReaderPool) -> int:
-    """Have every unread file read; returns how many these were."""
+    """Read every unread file; returns how many there were."""
 
     def tasks() -> Iterator[tuple[bytes, bytes]]:
         for key in state.unread():
@@ -322,9 +326,9 @@ def _read_all(state: State, roots: dict[bytes, bytes], pool: ReaderPool) -> int:
 
 
 def _write(state: State, out: Path, settings: dict[str, Any], summary: Summary) -> None:
-    """Write the pieces into shards, by path, then the tables and, last, the manifest."""
+    """Write the pieces into shards in the order of their paths, then the tables, and the manifest last."""
     for path in [out / MANIFEST, *filter(lambda path: SHARD_FILE.fullmatch(path.name), out.iterdir())]:
-        path.unlink(missing_ok=True)  # of a run that was killed here; files may have come and gone since
+        path.unlink(missing_ok=True)  # left by a run that was killed here; its files may have changed since
     state.mark_duplicates()
     summary.counts = state.reasons()
     if KEPT not in summary.counts:
@@ -382,5 +386,5 @@ def _table(file: IO[bytes], *header: str) -> Callable[[Sequence[Any]], object]:
 
 
 def _shown(path: bytes) -> str:
-    """A path for people; file names need not be UTF-8."""
+    """A path to show to people; file names need not be UTF-8."""
     return path.decode("utf-8", "backslashreplace")

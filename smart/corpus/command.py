@@ -19,7 +19,7 @@ from smart.tokens import build_tokenizer, load_tokenizer
 
 @click.group(cls=Group)
 def main() -> None:
-    """Turn folders of MIDI files into a tokenised corpus, and look into one."""
+    """Turn folders of MIDI files into a tokenised corpus, and show what a corpus holds."""
 
 
 def _limit_options(command: Any) -> Any:
@@ -27,7 +27,9 @@ def _limit_options(command: Any) -> Any:
     for limit in reversed(fields(Limits)):
         kind = click.IntRange(min=0) if isinstance(limit.default, int) else click.FloatRange(min=0)
         name = f"--{limit.name.replace('_', '-')}"
-        command = click.option(name, default=limit.default, show_default=True, type=kind)(command)
+        command = click.option(name, default=limit.default, show_default=True, type=kind, help=limit.metadata["help"])(
+            command
+        )
     return command
 
 
@@ -35,16 +37,30 @@ FOLDER = click.Path(path_type=Path)
 
 
 @main.command("build")
-@click.option("--midi", "folders", multiple=True, required=True, type=FOLDER, help="Folder to search; repeatable.")
-@click.option("--out", required=True, type=FOLDER, help="Folder of the corpus, new or unfinished.")
-@click.option("--workers", default=os.cpu_count() or 1, show_default=True, type=click.IntRange(min=1))
 @click.option(
-    "--instruments", default="piano", type=click.Choice(["piano", "all"]), show_default=True, help="Tracks to keep."
+    "--midi", "folders", multiple=True, required=True, type=FOLDER, help="Folder to search for MIDI files; repeatable."
 )
-@click.option("--tokenizer", help="tokenizer.json, a folder with it, or a hub id, in place of --instruments.")
-@click.option("--include", multiple=True, help="Glob over FOLDER-NAME/PATH of files to take; repeatable.")
-@click.option("--list", "listed", type=FOLDER, help="File with one FOLDER-NAME/PATH a line: take only these.")
-@click.option("--overwrite", is_flag=True, help="Replace a corpus, or an unfinished build.")
+@click.option("--out", required=True, type=FOLDER, help="Folder for the corpus, new or unfinished.")
+@click.option(
+    "--workers",
+    default=os.cpu_count() or 1,
+    show_default="one per core",
+    type=click.IntRange(min=1),
+    help="Processes that read files.",
+)
+@click.option(
+    "--instruments",
+    default="piano",
+    type=click.Choice(["piano", "all"]),
+    show_default=True,
+    help="Which tracks to keep.",
+)
+@click.option("--tokenizer", help="A tokenizer.json, a folder with one, or a hub id; replaces --instruments.")
+@click.option("--include", multiple=True, help="Glob of FOLDER-NAME/PATH; only matching files are read; repeatable.")
+@click.option(
+    "--list", "listed", type=FOLDER, help="Text file with one FOLDER-NAME/PATH per line; only these are read."
+)
+@click.option("--overwrite", is_flag=True, help="Replace an existing corpus or unfinished build.")
 @_limit_options
 def build_command(
     folders: tuple[Path, ...],
@@ -57,7 +73,7 @@ def build_command(
     overwrite: bool,
     **limits: Any,
 ) -> None:
-    """Tokenise the MIDI files under the --midi folders; run again after an interruption, it continues."""
+    """Tokenise the MIDI files under the --midi folders. Run again after an interruption, it continues."""
     only = None
     if listed is not None:
         try:
@@ -65,8 +81,8 @@ def build_command(
         except (OSError, ValueError) as error:
             raise UserError(f"--list {listed}: cannot be read ({error})") from None
     try:
-        # what SQLite says of a full disk is no OSError
-        with in_one_line("the corpus", "the same command goes on from here", sqlite3.OperationalError):
+        # SQLite's error for a full disk is not an OSError
+        with in_one_line("the corpus", "run the same command again to continue", sqlite3.OperationalError):
             summary = build(
                 folders,
                 out,
@@ -90,9 +106,9 @@ def build_command(
 
 @main.command("stats")
 @click.argument("folder", type=FOLDER)
-@click.option("--plot", "picture", type=FOLDER, help="PNG file to draw; else stats.png in the corpus.")
+@click.option("--plot", "picture", type=FOLDER, help="PNG file for the plot (default: stats.png in the corpus).")
 def stats_command(folder: Path, picture: Path | None) -> None:
-    """Print and plot what is in a corpus, after checking every byte of it."""
+    """Check every byte of a corpus, then print and plot its statistics."""
     corpus = Corpus(folder, verify=True)
     stats = measure(corpus)
     click.echo(describe(corpus, stats))
@@ -101,4 +117,4 @@ def stats_command(folder: Path, picture: Path | None) -> None:
         plot(corpus, stats, picture)
     except ModuleNotFoundError as error:
         raise UserError(f"the plot needs {error.name}; install it with: pip install 'smart[track]'") from None
-    click.echo(f"drawn in {picture}")
+    click.echo(f"plotted in {picture}")

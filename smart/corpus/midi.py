@@ -1,37 +1,47 @@
-"""MIDI files as bytes: what one may hold (``Limits``), what its structure must be, and what becomes of it.
+"""MIDI files as bytes: what a file may hold (``Limits``), and a check of its structure (``check_structure``).
 
-A file becomes a ``Piece`` or a ``Reject``. Nothing here parses music, so that all may import it.
+A file becomes a ``Piece`` or is left out with a ``Reject``. This module imports no parser and no tokenizer.
 """
 
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def _limit(default: float, text: str) -> Any:
+    """A field of ``Limits``; ``text`` is the help of its option."""
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class Limits:
     """What a file may hold, and what reading it may cost."""
 
-    max_bar_notes: int = 300  # paper section 3.1
-    max_empty_bars: float = 0.2  # share of all bars; paper section 3.1
-    min_bars: int = 2  # with notes: one for a prompt, one for what follows it
-    max_bytes: int = 16 << 20
-    max_notes: int = 200_000  # the longest real piece seen has 33,000
-    max_quarters: int = 50_000  # quarter notes; seven hours at 120
-    max_silence: float = 120.0  # seconds before and between notes
-    max_tail: float = (
-        1800.0  # seconds from the last event to the end, which is cut off; the longest real one seen: 1,461
-    )
-    min_division: int = 12  # ticks a quarter: fewer cannot tell a beat's twelfths apart
-    max_division: int = 30_720
-    min_tempo: float = 4.0  # quarters a minute; the slowest real one seen is 4.5
-    max_tempo: float = 10_000.0  # the fastest real one seen is 7,300
-    seconds: float = 20.0  # wall-clock time for one file
-    megabytes: int = 1024  # memory for one file, beyond what a worker needs at rest
+    max_bar_notes: int = _limit(300, "Most notes that one bar may have (300 in the paper).")
+    max_empty_bars: float = _limit(0.2, "Largest share of bars without notes, from 0 to 1 (0.2 in the paper).")
+    # one for a prompt, one for what follows it
+    min_bars: int = _limit(2, "Fewest bars with notes that a piece may have.")
+    max_bytes: int = _limit(16 << 20, "Largest size of a file, in bytes.")
+    # the longest real piece seen has 33,000
+    max_notes: int = _limit(200_000, "Most notes that a file may have in all its tracks together.")
+    # seven hours at 120 quarter notes per minute
+    max_quarters: int = _limit(50_000, "Latest onset of a note, in quarter notes from the start.")
+    max_silence: float = _limit(120.0, "Longest silence before the first note or between notes, in seconds.")
+    # the longest real one seen: 1,461
+    max_tail: float = _limit(1800.0, "Longest silence after the last note or controller, in seconds (it is cut off).")
+    # fewer cannot tell a beat's twelfths apart
+    min_division: int = _limit(12, "Fewest ticks per quarter note in the file's header.")
+    max_division: int = _limit(30_720, "Most ticks per quarter note in the file's header.")
+    # the slowest real one seen is 4.5, the fastest 7,300
+    min_tempo: float = _limit(4.0, "Slowest tempo, in quarter notes per minute.")
+    max_tempo: float = _limit(10_000.0, "Fastest tempo, in quarter notes per minute.")
+    seconds: float = _limit(20.0, "Longest time that reading a file may take, in seconds.")
+    megabytes: int = _limit(1024, "Most memory that reading a file may take, in MiB, beyond that of an idle worker.")
 
 
 class Reject(Exception):
-    """A file is left out: ``reason``, one of a few, by which rejects are counted; ``detail`` about this file."""
+    """A file is left out: ``reason`` is one of a few, by which rejects are counted; ``detail`` is about this file."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)
@@ -42,7 +52,7 @@ class Reject(Exception):
 class Piece:
     """A tokenised file."""
 
-    digest: bytes  # 16 bytes, of its onsets and pitches
+    digest: bytes  # 16 bytes, the hash of its onsets and pitches
     tokens: bytes  # (L,) little-endian uint16, without BOS and EOS
     notes: int
     bars: int
@@ -50,11 +60,11 @@ class Piece:
 
 
 def check_structure(data: bytes, limits: Limits) -> int:
-    """Walk the chunks and events of a MIDI file. Raises ``Reject`` where they are not what they say they are.
+    """Walk the chunks and events of a MIDI file. Raises ``Reject`` where one contradicts its own header or length.
 
-    The parser would take some truncated files for short ones, follow a header that lies, and skip what it does
-    not know. Bytes after the last track, and after the end of a track within its chunk, are no fault: real
-    files have them. Returns the ticks from a track's last note or controller to its end, of all tracks the most.
+    The parser would take some truncated files for short ones, believe a wrong header, and skip what it does not know.
+    Bytes after the last track, and after the end of a track within its chunk, are tolerated: real files have them.
+    Returns the ticks from a track's last note or controller to its end: the most of all tracks.
     """
     if not data:
         raise Reject("empty file")
@@ -66,7 +76,7 @@ def check_structure(data: bytes, limits: Limits) -> int:
     if kind not in (0, 1):
         raise Reject("MIDI format", f"format {kind}, expected 0 or 1")
     if not limits.min_division <= division <= limits.max_division:
-        wanted = f"expected {limits.min_division} to {limits.max_division} ticks a quarter"
+        wanted = f"expected {limits.min_division} to {limits.max_division} ticks per quarter note"
         raise Reject("absurd division", f"{division:#06x}, {wanted}")
     place, found, silence = 14, 0, 0
     while place + 8 <= len(data):
@@ -79,13 +89,13 @@ def check_structure(data: bytes, limits: Limits) -> int:
             silence = max(silence, _check_track(data, place - length, place, f"track {found}"))
     if found < tracks:
         raise Reject("truncated", f"{found} tracks, the header says {tracks}")
-    if found > tracks:  # format 0 with several tracks is heard of, and read as what it is
+    if found > tracks:  # some files of format 0 have several tracks; they are read as they are
         raise Reject("wrong header", f"it says {tracks} tracks, there are {found}")
     return silence
 
 
 _DELTA, _DATA = rb"[\x80-\xff]{0,3}+[\x00-\x7f]", rb"[\x00-\x7f]"
-# as many messages to channels as follow each other, those with running status too
+# channel messages, as many as follow one another, including those with running status
 _MESSAGES = re.compile(
     b"(?:%(t)b(?:[\x80-\xbf\xe0-\xef]%(d)b{2}(?:%(t)b%(d)b{2})*+|[\xc0-\xdf]%(d)b(?:%(t)b%(d)b)*+))*+"
     % {b"t": _DELTA, b"d": _DATA}
@@ -95,7 +105,7 @@ _META_LENGTHS = {b"\xff\x2f": 0, b"\xff\x51": 3, b"\xff\x58": 4}  # end of track
 
 
 def _check_track(data: bytes, start: int, end: int, name: str) -> int:
-    """Walk one track, regular expressions over its messages. Returns the ticks after the last, 0 if it has none."""
+    """Walk one track with regular expressions. Returns the ticks after its last message, 0 if it has none."""
     if data[end - 3 : end] != b"\xff\x2f\x00":
         raise Reject("truncated", f"{name} has no end")
     place, rest, has_messages = start, 0, False
@@ -119,7 +129,7 @@ def _check_track(data: bytes, start: int, end: int, name: str) -> int:
 
 
 def _quantity(data: bytes) -> int:
-    """A variable-length quantity."""
+    """The value of a MIDI variable-length quantity."""
     value = 0
     for byte in data:
         value = value << 7 | byte & 0x7F

@@ -1,9 +1,8 @@
 """From the bytes of one MIDI file to one tokenised piece, or the reason why it is left out: ``PieceReader.read``.
 
-What is kept (paper section 3.1): the piano tracks (General MIDI 1-8), merged, without duplicate notes, and of these
-only pieces without overfull bars, with few empty bars, and long enough for a prompt and a bar. Beyond the paper's
-rules, ``Limits`` refuses what is no music: files that are truncated, or whose division, tempo, length or silences are
-absurd.
+What is kept (paper section 3.1): the piano tracks (General MIDI 1-8), merged and without duplicate notes, of pieces
+that have no overfull bars, few empty bars, and enough bars for a prompt and a continuation. Beyond the paper's rules,
+``Limits`` rejects what is not music: files that are truncated, or whose division, tempo, length or silences are absurd.
 """
 
 import hashlib
@@ -33,9 +32,9 @@ def gather(score: ScoreTick) -> dict[str, npt.NDArray[np.int64]]:
 
 
 def check_notes(score: ScoreTick, notes: dict[str, npt.NDArray[np.int64]], tail: int, limits: Limits) -> float:
-    """The length in seconds of ``notes``, which ``tail`` silent ticks follow.
+    """The length in seconds of ``notes``, which are followed by ``tail`` silent ticks.
 
-    Raises ``Reject`` for what is absurd, before costly work on it.
+    Raises ``Reject`` for absurd values, before any costly work on them.
     """
     onsets = notes["time"]
     sounding = np.maximum.accumulate(onsets + notes["duration"])
@@ -45,17 +44,16 @@ def check_notes(score: ScoreTick, notes: dict[str, npt.NDArray[np.int64]], tail:
     quarters = onsets[-1] / division
     if quarters > limits.max_quarters:
         raise Reject("too long", f"{quarters:.0f} quarter notes, expected at most {limits.max_quarters}")
-    # no bar of the vocabulary is shorter than a quarter, so as many notes within one stand in a bar, or
-    # nearly so
+    # no bar of the vocabulary is shorter than a quarter, so notes within one quarter are in one bar, or nearly so
     crowd = limits.max_bar_notes
     if len(onsets) > crowd and (onsets[crowd:] - onsets[:-crowd]).min() < division:
         raise Reject("too many notes in a bar", f"over {crowd} within a quarter note")
     tempos = score.tempos.numpy()
     if len(tempos["mspq"]):
-        longest, shortest = float(tempos["mspq"].max()), float(tempos["mspq"].min())  # microseconds a quarter
+        longest, shortest = float(tempos["mspq"].max()), float(tempos["mspq"].min())  # microseconds per quarter
         slow, fast = (60e6 / length if length > 0 else np.inf for length in (longest, shortest))
         if slow < limits.min_tempo or fast > limits.max_tempo:
-            wanted = f"expected {limits.min_tempo:g} to {limits.max_tempo:g} quarters a minute"
+            wanted = f"expected {limits.min_tempo:g} to {limits.max_tempo:g} quarter notes per minute"
             raise Reject("absurd tempo", f"{slow:.4g} to {fast:.4g}, {wanted}")
     starts = seconds_at(onsets, tempos, division)
     stops = seconds_at(sounding, tempos, division)
@@ -71,18 +69,18 @@ def check_notes(score: ScoreTick, notes: dict[str, npt.NDArray[np.int64]], tail:
 def seconds_at(
     ticks: npt.NDArray[np.int64], tempos: dict[str, npt.NDArray[Any]], per_quarter: int
 ) -> npt.NDArray[np.float64]:
-    """Seconds at each of ``ticks``; ``tempos`` has columns time and mspq, sorted; 120 a minute before the first."""
+    """Seconds at each of ``ticks``; ``tempos`` has sorted columns time and mspq; 120 bpm before the first tempo."""
     changes = np.append(0, tempos["time"]).astype(np.float64)
-    length = np.append(500_000, tempos["mspq"]) / 1e6 / per_quarter  # of a tick
+    length = np.append(500_000, tempos["mspq"]) / 1e6 / per_quarter  # seconds per tick
     begins = np.append(0.0, np.cumsum(np.diff(changes) * length[:-1]))
     which = np.searchsorted(changes, ticks, side="right") - 1
     return np.asarray(begins[which] + (ticks - changes[which]) * length[which])
 
 
 def content_hash(score: ScoreTick) -> bytes:
-    """16 bytes that depend on nothing but the onsets, in quarter notes, pitches and programs of the notes."""
+    """16 bytes that depend only on the notes' onsets (in quarter notes), pitches and programs."""
     notes, division = gather(score), score.ticks_per_quarter
-    # twelfths of a quarter, rounded half up in whole numbers: the same for any division that is a multiple of another
+    # twelfths of a quarter, rounded half up in integers, so that a file keeps its hash when its division is multiplied
     onsets = (notes["time"] * 24 + division) // (2 * division)
     keys = np.sort((notes["voice"] << 48) + onsets * 128 + notes["pitch"], kind="stable")
     keys = keys[np.append(True, np.diff(keys) != 0)[: len(keys)]]
@@ -90,7 +88,7 @@ def content_hash(score: ScoreTick) -> bytes:
 
 
 class PieceReader:
-    """Reads MIDI files for one tokenizer, within ``limits``; all tracks where its vocabulary has programs."""
+    """Reads MIDI files for one tokenizer within ``limits``; keeps all tracks if the vocabulary has programs."""
 
     def __init__(self, tokenizer: Any, limits: Limits) -> None:
         self.tokenizer, self.limits = tokenizer, limits
@@ -101,14 +99,14 @@ class PieceReader:
         self._tokens(ScoreTick(480))  # loads what is loaded lazily, before a worker limits its memory
 
     def read(self, data: bytes) -> Piece:
-        """The piece in the bytes of a MIDI file. Raises ``Reject`` with the reason where it is left out."""
+        """The piece in the bytes of a MIDI file. Raises ``Reject`` with the reason for leaving it out."""
         tail = check_structure(data, self.limits)
         try:
             score = ScoreTick.from_midi(data)
         except (RuntimeError, ValueError, OverflowError) as error:
             raise Reject("cannot be parsed", str(error).splitlines()[0][:200]) from None
         raw = sum(len(track.notes) for track in score.tracks)
-        if raw > self.limits.max_notes:  # before any work in proportion to it
+        if raw > self.limits.max_notes:  # before any work that grows with their number
             raise Reject("too many notes", f"{raw}, expected at most {self.limits.max_notes}")
         if self.tokenizer.config.use_programs:
             score = all_tracks(score)
@@ -122,7 +120,7 @@ class PieceReader:
         return Piece(content_hash(score), tokens.astype(TOKEN).tobytes(), notes, bars, seconds)
 
     def _tokens(self, score: ScoreTick) -> npt.NDArray[np.int64]:
-        """Tokens of ``score`` that decode to music which encodes to the same tokens. Raises ``Reject``."""
+        """Tokens of ``score`` that survive decoding and encoding again. Raises ``Reject`` if there are none."""
         try:
             tokens = self._encode(score)
             for _ in range(3):
@@ -141,7 +139,7 @@ class PieceReader:
         return self.fast.decode(tokens) if self.fast else decode(self.tokenizer, tokens)
 
     def _check_bars(self, tokens: npt.NDArray[np.int64]) -> tuple[int, int]:
-        """Numbers of notes and bars. Raises ``Reject`` by the paper's rules."""
+        """The number of notes and of bars. Raises ``Reject`` for a piece that breaks the paper's rules."""
         bar = np.cumsum(tokens == self.facts.bar_id) - 1
         counts = np.bincount(bar[self.is_pitch[tokens]], minlength=bar[-1] + 1)
         empty, filled = float((counts == 0).mean()), int((counts > 0).sum())

@@ -1,8 +1,8 @@
 """Worker processes that read MIDI files from strangers: each file may crash, hang or swell a native parser.
 
 ``ReaderPool`` gives files to a few processes, with a limit on time and memory for each file. A worker that dies is
-replaced, and costs the file that it was working on and no other. It is no sandbox: code that a file manages to run has
-all rights of the user.
+replaced, and costs only the file that it was reading. This is no sandbox: code that a file manages to run has all the
+rights of the user.
 """
 
 import math
@@ -25,7 +25,7 @@ from smart.workers import STARTS, Answer, GarbledAnswer, NoAnswer, Worker, Worke
 if TYPE_CHECKING:
     from smart.corpus.piece import PieceReader
 
-AHEAD = 8  # files that a worker is given before it has answered: it never waits for the next
+AHEAD = 8  # files that a worker is given before it has answered, so that it never waits for the next
 SERVES = 2000  # files after which a worker is replaced: parsers leak, and memory is limited
 GRACE = 10.0  # seconds past the limit on a file after which a worker that did not end itself is killed
 START = 120.0  # seconds from its start after which a worker that is not ready is killed
@@ -45,7 +45,7 @@ serve(int(sys.argv[1]), prepare)
 
 
 def prepare(tokenizer_file: str, limits: dict[str, Any]) -> Callable[[bytes], Answer]:
-    """What a worker process does with a path, under a limit on memory that holds from here on."""
+    """What a worker process does with a path; limits the memory of this process."""
     from smart.corpus.piece import PieceReader
     from smart.tokens import load_tokenizer
 
@@ -86,7 +86,7 @@ def _answer(reader: "PieceReader", path: bytes) -> Answer:
 
 
 def _understand(fields: dict[str, Any], tokens: bytes) -> Piece | tuple[str, str]:
-    """What a worker says of a file. Raises ``GarbledAnswer`` for what it cannot have meant."""
+    """The answer that a worker sent for a file. Raises ``GarbledAnswer`` if it is none."""
     try:
         match fields:
             case {"reason": str(reason), "detail": str(detail)} if (reason + detail).encode():
@@ -122,7 +122,7 @@ class _FileWorker(Worker):
         self.send(path)
 
     def overdue(self) -> bool:
-        """Whether it neither answers nor ends itself. An answer that nobody has read yet is one."""
+        """Whether it has neither answered nor ended itself in time. An answer that waits to be read counts."""
         limit = self.limits.seconds + GRACE if self.ready else START
         return bool(self.pending) and time.monotonic() - self.since > limit and not answering([self], 0)
 
@@ -130,9 +130,10 @@ class _FileWorker(Worker):
 class ReaderPool:
     """``count`` workers; ``answers`` runs tasks through them and replaces those that die.
 
-    The file that a worker was reading when it died, or ran out of time, or answered nonsense, is read once more by
-    another, in case it was no fault of the file: a machine that slept, an administrator, a leak. The second time
-    rejects the file. A worker dies with the thread that started it, so one thread makes a pool and asks for answers.
+    The file that a worker was reading when it died, ran out of time or answered nonsense is read once more by another,
+    because the file may not be to blame: the machine slept, somebody killed the worker, a parser leaked. The second
+    failure rejects the file. A worker dies with the thread that started it, so one thread must make the pool and ask
+    for answers.
     """
 
     def __init__(self, tokenizer_file: Path, limits: Limits, count: int) -> None:
@@ -152,7 +153,7 @@ class ReaderPool:
             worker.close()
 
     def answers(self, tasks: Iterator[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, Piece | tuple[str, str]]]:
-        """(key, answer) for every (key, path) of ``tasks``, in the order in which they are done.
+        """(key, answer) for every (key, path) of ``tasks``, in the order in which they finish.
 
         An answer is a piece, or the reason and the detail of a rejected file.
         """

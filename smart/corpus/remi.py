@@ -1,10 +1,9 @@
-"""The token stream of MidiTok's REMI encoder, written with arrays: the same tokens in a tenth of the time.
+"""The tokens of MidiTok's REMI encoder, computed with arrays: the same tokens in a tenth of the time.
 
-MidiTok prepares a score (resamples, quantises, removes duplicates: arrays already) and then writes it as one
-Python object an event. ``FastRemi`` leaves the preparation to MidiTok, so that every rule of quantisation
-stays MidiTok's, and does the writing, which is arithmetic on sorted times. It covers vocabularies like the
-paper's, without programs or with a Program token before every note; for others ``FastRemi.supports`` is false
-and MidiTok's own encoder is the way.
+MidiTok prepares a score (it resamples, quantises and removes duplicates, all in arrays) and then writes it as one
+Python object per event. ``FastRemi`` leaves the preparation to MidiTok, so that MidiTok's rules of quantisation apply,
+and computes the tokens by arithmetic on sorted times. It covers vocabularies like the paper's, without programs or with
+a Program token before every note. For others ``FastRemi.supports`` is false, and MidiTok's own encoder is used.
 """
 
 from copy import deepcopy
@@ -20,16 +19,16 @@ from smart.tokens import last_of_each_tick
 
 Ints = npt.NDArray[np.int64]
 
-# what a configuration must not use; each adds tokens that this writer does not know
+# options that a configuration must not use; each adds tokens that this encoder does not know
 UNSUPPORTED = (
     "program_changes", "use_chords", "use_rests", "use_sustain_pedals", "use_pitch_bends", "use_pitch_intervals",
     "use_key_signatures", "use_control_changes",
 )  # fmt: skip
-DRUMS = 128  # the voice of drums; of other tracks it is their program
+DRUMS = 128  # the voice of drums; the voice of any other track is its program
 
 
 class FastRemi:
-    """Encodes and decodes for ``tokenizer``. Raises ``ValueError`` where ``supports(tokenizer)`` is false."""
+    """Encodes and decodes for ``tokenizer``. Raises ``ValueError`` if ``supports(tokenizer)`` is false."""
 
     def __init__(self, tokenizer: REMI) -> None:
         if not self.supports(tokenizer):
@@ -37,11 +36,11 @@ class FastRemi:
         vocab: dict[str, int] = tokenizer.vocab
         self.vocab = vocab
         self.tokenizer = deepcopy(tokenizer)
-        self.tokenizer.config.remove_duplicated_notes = False  # done in encode, by one sort of arrays
+        self.tokenizer.config.remove_duplicated_notes = False  # done in encode, with one sort
         self.steps = int(tokenizer.config.max_num_pos_per_beat)  # positions in a beat
         size = len(vocab)
         self.kind = np.array([token.split("_")[0] for token, _ in sorted(vocab.items(), key=lambda item: item[1])])
-        self.value = np.zeros((size, 2))  # of each token: a number, or numerator and denominator
+        self.value = np.zeros((size, 2))  # the value of each token: a number, or numerator and denominator
         for token, number in vocab.items():
             kind, value = token.split("_", 1)
             if kind in ("Pitch", "PitchDrum", "Velocity", "Position", "Tempo", "Program"):
@@ -82,7 +81,7 @@ class FastRemi:
         )
 
     def _table(self, kind: str) -> Ints:
-        """ids by value, -1 where the vocabulary has no such token."""
+        """Token ids by value, -1 where the vocabulary has no such token."""
         ids = np.flatnonzero(self.kind == kind)
         values = self.value[ids, 0].astype(np.int64)
         table = np.full(values.max() + 2, -1)
@@ -92,8 +91,8 @@ class FastRemi:
     def encode(self, score: ScoreTick) -> Ints:
         """(L,) ids of a score, equal to those of ``smart.tokens.encode``.
 
-        Raises ``ValueError`` where ``score`` has several tracks with notes and the vocabulary no programs, or
-        values outside the vocabulary.
+        Raises ``ValueError`` if ``score`` has several tracks with notes and the vocabulary has no programs, or if a
+        value lies outside the vocabulary.
         """
         score = self.tokenizer.preprocess_score(score)
         if len(score.tracks) > 1 and not self.programs:
@@ -107,9 +106,9 @@ class FastRemi:
         bar = beat * numerators
         tempo_times = tempos["time"].astype(np.int64)
 
-        # every distinct onset of a tempo or note is one event: Position, then Tempo, then notes, [Program] Pitch
-        # Velocity Duration each
-        times = np.sort(np.concatenate([tempo_times, onsets]), kind="stable")  # np.unique takes thrice as long
+        # every distinct onset of a tempo or note is one event: Position, then Tempo, then for each note [Program] Pitch
+        # Velocity Duration
+        times = np.sort(np.concatenate([tempo_times, onsets]), kind="stable")  # np.unique takes three times as long
         times = times[np.append(True, np.diff(times) != 0)]
         last = max(int(times[-1]), int(sections[-1]))
         # the bars: each section runs to the next one, the last one to the bar of the last event
@@ -177,7 +176,7 @@ class FastRemi:
     def decode(self, tokens: Ints) -> ScoreTick:
         """The music of ids that an encoder wrote, equal to that of ``smart.tokens.decode``.
 
-        Not for a model's samples: they may break the order of tokens that this relies on.
+        Not for a model's samples: they may break the order of tokens that this method relies on.
         """
         division = int(self.tokenizer.time_division)
         kind = self.kind[tokens]
@@ -202,7 +201,7 @@ class FastRemi:
             tick[event[tempos]].astype(np.int32),
             np.array([TempoTick(0, float(bpm)).mspq for bpm in value[tempos, 0]], dtype=np.int32),
         )
-        # a first encoding may hold one position twice, where a time signature ends within a bar
+        # a first encoding may have one position twice, where a time signature ends within a bar
         score.tempos = last_of_each_tick(score.tempos, TempoTickList)
         every = np.flatnonzero((kind == "Pitch") | (kind == "PitchDrum"))
         programs = value[every - 1, 0].astype(np.int64) if self.programs else np.zeros(len(every), np.int64)
@@ -221,10 +220,9 @@ class FastRemi:
 
 
 def _sorted_notes(tracks: Any) -> dict[str, Ints]:
-    """Columns time, duration, pitch, velocity and voice (program, or ``DRUMS``), sorted by time, then in their order.
+    """Columns time, duration, pitch, velocity and voice (program, or ``DRUMS``), sorted by time, track and pitch.
 
-    The order in a track is by pitch. Of notes of a track that share onset and pitch one stays, the shortest and
-    softest, like MidiTok's.
+    Of a track's notes that share onset and pitch only the shortest, then softest, stays, as in MidiTok.
     """
     parts = []
     for track in tracks:

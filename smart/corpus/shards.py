@@ -8,7 +8,7 @@ A corpus is a folder::
     train-00000.idx.npy      int64 (pieces + 1,): where each piece starts, in tokens; the last entry is the end
     train-00001.bin ...      and so on; validation-*, test-* likewise
 
-Other files beside these (tables of pieces and rejects) are for people and are listed in the manifest too.
+The other files (tables of pieces and rejects) are for people, and the manifest lists them too.
 """
 
 import hashlib
@@ -29,12 +29,12 @@ SPLITS = ("train", "validation", "test")
 MANIFEST = "manifest.json"
 FORMAT = 1
 DTYPE = np.dtype("<u2")
-NAME = re.compile(rf"(?:{'|'.join(SPLITS)})-\d{{5,}}", re.ASCII)  # of a shard
-SHARD_TOKENS = 1 << 26  # 128 MiB a shard
+NAME = re.compile(rf"(?:{'|'.join(SPLITS)})-\d{{5,}}", re.ASCII)  # the name of a shard
+SHARD_TOKENS = 1 << 26  # 128 MiB per shard
 
 
 class ShardWriter:
-    """Writes the pieces of one split, in the order given, a shard at a time; memory does not grow with them."""
+    """Writes the pieces of one split in the order given, one shard at a time; memory does not grow with them."""
 
     def __init__(self, folder: Path, split: str, *, shard_tokens: int = SHARD_TOKENS) -> None:
         self.folder, self.split, self.limit = folder, split, shard_tokens
@@ -44,7 +44,7 @@ class ShardWriter:
         self._digest = hashlib.sha256()
 
     def add(self, tokens: bytes) -> tuple[int, int]:
-        """Append one piece, given as the bytes of its tokens; returns its shard and its place in the shard."""
+        """Append one piece, given as the bytes of its tokens; returns its shard and its index in the shard."""
         if self._file is not None and self._starts[-1] + len(tokens) // DTYPE.itemsize > self.limit:
             self._finish_shard()
         if self._file is None:
@@ -55,7 +55,7 @@ class ShardWriter:
         return len(self.shards), len(self._starts) - 2
 
     def close(self) -> list[dict[str, Any]]:
-        """Finish the last shard; returns what the manifest says about the split's shards."""
+        """Finish the last shard; returns the entries for the split's shards in the manifest."""
         if self._file is not None:
             self._finish_shard()
         return self.shards
@@ -90,7 +90,7 @@ class Split(Sequence[npt.NDArray[np.uint16]]):
         self._maps = [np.memmap(folder / f"{shard['name']}.bin", DTYPE, "r") for shard in shards]
         self._starts = [np.lib.format.open_memmap(folder / f"{shard['name']}.idx.npy", mode="r") for shard in shards]
         self._first = np.cumsum([0] + [int(shard["pieces"]) for shard in shards])
-        self.tokens = sum(int(shard["tokens"]) for shard in shards)  # of all pieces together
+        self.tokens = sum(int(shard["tokens"]) for shard in shards)  # in all pieces together
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -114,9 +114,9 @@ class Split(Sequence[npt.NDArray[np.uint16]]):
 class Corpus:
     """A finished corpus: ``corpus.split("train")``, ``corpus.tokenizer``, ``corpus.manifest``.
 
-    Opening checks the manifest, the size of every shard, every index and the tokenizer; ``verify=True`` reads
-    all tokens and checks their hashes, and that they are of the tokenizer's vocabulary, as well. Raises
-    ``UserError`` where the folder is no corpus, unfinished or damaged.
+    Opening checks the manifest, the size of every shard, every index and the tokenizer; ``verify=True`` also reads all
+    tokens and checks their hashes, and that they belong to the tokenizer's vocabulary. Raises ``UserError`` if the
+    folder is not a corpus, or an unfinished or damaged one.
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = False) -> None:
@@ -126,7 +126,7 @@ class Corpus:
             self._check(shard, verify)
         tokenizer = self.folder / "tokenizer" / "tokenizer.json"
         if not tokenizer.is_file() or sha256(tokenizer) != self.manifest["tokenizer"]["sha256"]:
-            raise self._damaged(f"{tokenizer.name} is missing or not the one that wrote the tokens")
+            raise self._damaged(f"{tokenizer.name} is missing, or not the one that wrote the tokens")
         if verify:
             self._check_tokens()
         self._splits: dict[str, Split] = {}
@@ -142,7 +142,7 @@ class Corpus:
     @property
     def tokenizer(self) -> Any:
         """The tokenizer that wrote the tokens (a new one each time)."""
-        from smart.tokens import load_tokenizer  # here: a reader of tokens alone needs no MidiTok
+        from smart.tokens import load_tokenizer  # imported late: reading tokens needs no MidiTok
 
         return load_tokenizer(self.folder / "tokenizer")
 
@@ -162,8 +162,8 @@ class Corpus:
                 f"{tokens.name} holds {tokens.stat().st_size} bytes, expected {shard['tokens'] * DTYPE.itemsize}"
             )
         if sha256(index) != shard["index_sha256"]:
-            raise self._damaged(f"{index.name} is not what was written")
-        try:  # its hash stands in a manifest that others may have written
+            raise self._damaged(f"{index.name} is not as it was written")
+        try:  # its hash is in a manifest that others may have written
             starts = np.lib.format.open_memmap(index, mode="r")
             sound = starts.dtype == np.dtype("<i8") and starts.shape == (shard["pieces"] + 1,)
             sound = sound and starts[0] == 0 and starts[-1] == shard["tokens"] and bool((np.diff(starts) >= 0).all())
@@ -172,27 +172,27 @@ class Corpus:
         if not sound:
             raise self._damaged(f"{index.name} does not divide {shard['tokens']} tokens into {shard['pieces']} pieces")
         if verify and sha256(tokens) != shard["sha256"]:
-            raise self._damaged(f"{tokens.name} is not what was written")
+            raise self._damaged(f"{tokens.name} is not as it was written")
 
     def _check_tokens(self) -> None:
         size = len(self.tokenizer.vocab)
         for shard in self._shards():
             largest = int(np.memmap(self.folder / f"{shard['name']}.bin", DTYPE, "r").max())
             if largest >= size:
-                raise self._damaged(f"{shard['name']}.bin holds token {largest}, of a vocabulary of {size}")
+                raise self._damaged(f"{shard['name']}.bin holds token {largest}, but the vocabulary has {size} tokens")
 
     def _damaged(self, what: str) -> UserError:
         return UserError(f"corpus {self.folder}: {what}; build it again with `smart corpus build`")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a finished corpus. Raises ``UserError`` where there is none, or not one of this format."""
+    """The manifest of a finished corpus. Raises ``UserError`` if there is none, or it has another format."""
     path = folder / MANIFEST
     build = "build one with `smart corpus build --midi DIR --out DIR`"
     if not folder.is_dir():
         raise UserError(f"corpus {folder}: no such folder; {build}")
     if not path.is_file():
-        raise UserError(f"corpus {folder}: no {MANIFEST}, so it is unfinished or no corpus; {build}")
+        raise UserError(f"corpus {folder}: no {MANIFEST}, so it is unfinished or not a corpus; {build}")
     try:
         manifest = parse_json(path.read_text(encoding="utf-8"))
         version = manifest["format"]
@@ -210,11 +210,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         )
         for shard in shards if well_formed else ():
             if not NAME.fullmatch(shard["name"]):  # it could lead out of the folder
-                raise ValueError(f"{shard['name']!r:.60} is no name of a shard")
+                raise ValueError(f"{shard['name']!r:.60} is not the name of a shard")
             if shard["pieces"] < 1 or shard["tokens"] < 1:
                 raise ValueError(f"shard {shard['name']} is empty")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"corpus {folder}: {MANIFEST} cannot be read ({error!r}); {build}") from None
     if version != FORMAT or not well_formed:
-        raise UserError(f"corpus {folder}: {MANIFEST} is of format {version}, expected {FORMAT}; {build}")
+        raise UserError(f"corpus {folder}: {MANIFEST} has format {version}, expected {FORMAT}; {build}")
     return dict(manifest)

@@ -1,4 +1,4 @@
-"""What a corpus holds: pieces, tokens, lengths and tempos, as text and as a figure (``smart corpus stats``)."""
+"""Statistics of a corpus: pieces, tokens, lengths and tempos, as text and as a figure (``smart corpus stats``)."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from smart.tokens import vocabulary
 
 @dataclass
 class Statistics:
-    """Counts over a corpus; ``vocabulary_counts`` (V,) tells how often each token occurs."""
+    """Counts over a corpus; ``vocabulary_counts`` (V,) is how often each token occurs."""
 
     tokens_per_piece: npt.NDArray[np.int64]
     vocabulary_counts: npt.NDArray[np.int64]
-    notes_per_bar: npt.NDArray[np.int64]  # [n]: bars with n notes
+    notes_per_bar: npt.NDArray[np.int64]  # at index n the number of bars with n notes
 
 
 def measure(corpus: Corpus, splits: Sequence[str] = SPLITS) -> Statistics:
@@ -43,7 +43,7 @@ def measure(corpus: Corpus, splits: Sequence[str] = SPLITS) -> Statistics:
 
 
 def _spread(values: npt.NDArray[Any], counts: npt.NDArray[np.int64]) -> str:
-    """Least, quartiles and greatest of ``values``, each occurring ``counts`` times."""
+    """Minimum, quartiles and maximum of ``values``, each of which occurs ``counts`` times."""
     order = np.argsort(values)
     values, reached = values[order], np.cumsum(counts[order])
     shares = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -72,11 +72,11 @@ def describe(corpus: Corpus, stats: Statistics) -> str:
     bars = sum(signatures.values())
     lines += ["time signatures, share of bars"]
     lines += [f"  {name:28}{number / bars:>12.1%}" for name, number in Counter(signatures).most_common(8)]
-    lines += [f"{'':30}{'least':>8}  {'25%':>8}  {'half':>8}  {'75%':>8}  {'most':>8}"]
+    lines += [f"{'':30}{'min':>8}  {'25%':>8}  {'median':>8}  {'75%':>8}  {'max':>8}"]
     ones = np.ones(len(stats.tokens_per_piece), np.int64)
-    lines += [f"{'tokens a piece':30}{_spread(stats.tokens_per_piece, ones)}"]
-    lines += [f"{'notes a bar':30}{_spread(np.arange(len(stats.notes_per_bar)), stats.notes_per_bar)}"]
-    for title, kind in (("tempo marks, quarters a minute", "Tempo"), ("velocities", "Velocity")):
+    lines += [f"{'tokens per piece':30}{_spread(stats.tokens_per_piece, ones)}"]
+    lines += [f"{'notes per bar':30}{_spread(np.arange(len(stats.notes_per_bar)), stats.notes_per_bar)}"]
+    for title, kind in (("tempo marks, quarters/minute", "Tempo"), ("velocities", "Velocity")):
         found = _by_value(corpus, stats.vocabulary_counts, kind)
         lines += [f"{title:30}{_spread(np.array([float(value) for value in found]), np.array([*found.values()]))}"]
     return "\n".join(lines)
@@ -91,7 +91,7 @@ def plot(corpus: Corpus, stats: Statistics, path: Path) -> None:
     lengths = stats.tokens_per_piece
     bins = np.geomspace(max(lengths.min(), 1), lengths.max() + 1, 40)
     axes[0].hist(lengths, bins=bins.tolist())
-    axes[0].set(title="tokens a piece", xscale="log", ylabel="pieces")
+    axes[0].set(title="tokens per piece", xscale="log", ylabel="pieces")
     signatures = _by_value(corpus, stats.vocabulary_counts, "TimeSig")
     axes[1].bar([*signatures], [*signatures.values()])
     axes[1].set(title="time signatures", ylabel="bars")
@@ -102,7 +102,7 @@ def plot(corpus: Corpus, stats: Statistics, path: Path) -> None:
         axis.set(title=title, ylabel="tokens")
     shown = stats.notes_per_bar[:65]
     axes[4].bar(np.arange(len(shown)), shown)
-    axes[4].set(title="notes a bar (up to 64)", ylabel="bars")
+    axes[4].set(title="notes per bar (up to 64)", ylabel="bars")
     splits = corpus.manifest["tokens"]
     axes[5].bar([*splits], [*splits.values()])
     axes[5].set(title="splits", ylabel="tokens")

@@ -1,7 +1,7 @@
 """Notes -> audio with a soundfont: the public names of this package.
 
-``open_renderer`` opens what renders a program's clips: worker processes (``RenderPool``), or stored notes on a device
-(``smart.render.bank_pool.BankPool``). Nothing here imports torch, except for the bank: a worker starts light.
+``open_renderer`` opens the renderer of a program: worker processes (``RenderPool``), or stored notes on a device
+(``smart.render.bank_pool.BankPool``). Only the bank imports torch, so that workers start fast and stay small.
 """
 
 import os
@@ -53,7 +53,7 @@ def open_renderer(
     deadline: float = 30.0,
     device: "str | torch.device" = "cpu",
 ) -> "RenderPool | BankPool":
-    """What renders a program's clips: ``backend`` is "pool", or "bank" on ``device`` with the user's cache."""
+    """A renderer: worker processes (``backend`` "pool"), or notes stored on ``device`` and in a cache ("bank")."""
     if backend == "pool":
         return RenderPool(soundfont, sample_rate=sample_rate, seconds=seconds, workers=workers, deadline=deadline)
     if backend != "bank":

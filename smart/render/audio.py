@@ -1,4 +1,4 @@
-"""Audio and MIDI files: read and written whole."""
+"""Audio and MIDI files."""
 
 import io
 import math
@@ -13,15 +13,16 @@ from smart.files import write_atomically
 
 
 def write_midi(path: Path, score: Any) -> None:
-    """A ``symusic.Score`` as a MIDI file; ``OSError`` where it cannot be written."""
+    """Write a ``symusic.Score`` as a MIDI file. Raises ``OSError`` if that fails."""
     write_atomically(path, score.dumps_midi())
 
 
 def write_wav(path: Path, audio: npt.NDArray[np.float32], sample_rate: int) -> None:
-    """(C, S) float32 in [-1, 1] as 16-bit PCM; ``OSError`` where it cannot be written (libsndfile's own says less)."""
+    """Write (C, S) float32 in [-1, 1] as 16-bit PCM. Raises ``OSError`` if that fails."""
     import soundfile
 
     encoded = io.BytesIO()
+    # to memory first: libsndfile does not say why a file cannot be written
     soundfile.write(encoded, audio.T, sample_rate, subtype="PCM_16", format="WAV")
     write_atomically(path, encoded.getvalue())
 
@@ -29,8 +30,8 @@ def write_wav(path: Path, audio: npt.NDArray[np.float32], sample_rate: int) -> N
 def read_audio(path: Path, seconds: float = math.inf) -> tuple[npt.NDArray[np.float32], int]:
     """Mono audio (S,) float32, S >= 0, and its sample rate: the mean of the channels of a wav, flac, mp3 or ogg file.
 
-    No more than the first ``seconds`` are read. Raises ``UserError`` where the file is missing or unreadable, or the
-    package soundfile is.
+    Only the first ``seconds`` are read. Raises ``UserError`` if the file or the package soundfile is missing or cannot
+    be read.
     """
     soundfile = load_soundfile()
     if not path.is_file():
@@ -39,7 +40,7 @@ def read_audio(path: Path, seconds: float = math.inf) -> tuple[npt.NDArray[np.fl
         with soundfile.SoundFile(path) as file:
             rate = int(file.samplerate)
             most = -1 if math.isinf(seconds) else round(seconds * rate)
-            # a block at a time: an hour of many channels would not fit into memory
+            # block by block: an hour of many channels would not fit into memory
             blocks = file.blocks(10 * rate, dtype="float32", always_2d=True, frames=most) if file.frames else ()
             audio = np.concatenate([np.empty(0, np.float32), *(block.mean(axis=1) for block in blocks)])
     except (RuntimeError, OSError) as error:  # soundfile's own errors are RuntimeErrors
@@ -51,13 +52,15 @@ def read_audio(path: Path, seconds: float = math.inf) -> tuple[npt.NDArray[np.fl
 
 
 def load_soundfile() -> Any:
-    """The package soundfile; ``UserError`` where it or its library is not installed."""
+    """The package soundfile. Raises ``UserError`` if it or its library is not installed."""
     try:
         import soundfile
     except ImportError as error:
         raise UserError(
             "reading audio files needs the package soundfile, which is missing; do: pip install soundfile"
         ) from error
-    except OSError as error:  # the package is there, the library that it wraps is not
-        raise UserError(f"the package soundfile does not find libsndfile ({error}); reinstall it") from error
+    except OSError as error:  # the package is installed, the library that it wraps is not
+        raise UserError(
+            f"the package soundfile cannot load libsndfile ({error}); do: pip install --force-reinstall soundfile"
+        ) from error
     return soundfile

@@ -1,25 +1,26 @@
 """Notes -> audio as a sum of stored notes on an accelerator: ``NoteBank``.
 
-A soundfont synthesiser is linear in its notes. TinySoundFont plays a note as one voice for each region that answers it,
+A soundfont synthesiser is linear in its notes. TinySoundFont plays a note as one voice per region that responds to it,
 
     y(t) = g  e(b(t))  x(t - onset)
 
-with x the region's sample at the pitch of the note, interpolated and filtered; g the gain of region, velocity and pan;
-e the amplitude envelope; and b(t) the start of the block that t lies in: the synthesiser takes a step of its envelopes
-every 64 samples, counted from the last event of the clip, whichever note that belonged to. x is rendered once, by
-TinySoundFont itself, from a variant of the soundfont that has this region alone and without an envelope
-(``smart.render.regions``). The rest is arithmetic, done here by the synthesiser's own law: linear attack, hold,
-exponential decay to the sustained level, exponential release from the level at note-off, each taking over at the first
-block at or after its time. So a batch of clips is one weighted sum of rows of 64 samples, a row for each block of each
-voice, and agrees with ``render_notes`` to rounding, retriggers and overlaps included.
+where x is the region's sample at the pitch of the note, interpolated and filtered; g is the gain of region, velocity
+and pan; e is the amplitude envelope; and b(t) is the start of the block of t: the synthesiser updates its envelopes
+every 64 samples, counted from the last event of the clip, whichever note it belonged to. TinySoundFont itself renders
+x, once, from a variant of the soundfont that has only this region, without an envelope (``smart.render.regions``). The
+rest is arithmetic, which follows the synthesiser's law: linear attack, hold, exponential decay to the sustained level,
+exponential release from the level at note-off, each of which begins at the first block at or after its time. So a batch
+of clips is one weighted sum of rows of 64 samples, one row per block and voice, and agrees with ``render_notes`` to
+rounding, retriggers and overlaps included.
 
-One thing is not of this form: a filter that follows the modulation envelope, whose cutoff turns when the note ends.
-Such a region is stored several times: with the filter as it moves while the key is held, and with the envelope's part
-in it lowered in steps. After note-off the two nearest are mixed so that the cutoff agrees. That is an approximation,
-good where the filter moves slowly. Each stored sound is compared once with the synthesiser's own, released; a clip
-whose sounds, by the gains that they have in it, agree to less than 55 dB goes to the pool.
+One case does not have this form: a filter that follows the modulation envelope, whose cutoff turns when the note ends.
+Such a region is stored several times: with the filter as it moves while the key is held, and with the envelope's effect
+on it lowered in steps. After note-off the two nearest are mixed so that the cutoff agrees. That is an approximation,
+which is good if the filter moves slowly. Each stored sound is compared once with a released note of the synthesiser; a
+clip whose sounds, weighted by their gains in it, agree to less than 55 dB goes to the pool.
 
-What is not linear at all goes to the pool of ``smart.render``, too, which stays the reference: ``NoteBank.supports``.
+Clips that are not linear at all also go to the pool of ``smart.render``, which is the reference: see
+``NoteBank.supports``.
 """
 
 import hashlib
@@ -60,9 +61,9 @@ from smart.render.regions import Region, Values, read_regions, write_variant
 from smart.render.soundfonts import check_soundfont, check_unchanged, file_state, find_soundfont
 from smart.render.synth import DRUM_BANK, MAX_VOICES, PEAK_EPS, RenderError, fresh_synth
 
-LEAST_SNR = 55.0  # dB, of a clip, by what its stored sounds differ from the synthesiser's own
-_FORMAT = 1  # of the files in the cache
-_CHECKED = 0.3  # seconds after which the compared note ends
+LEAST_SNR = 55.0  # dB; the least agreement between a clip's stored sounds and the synthesiser's
+_FORMAT = 1  # version of the files in the cache
+_CHECKED = 0.3  # seconds after which the note that is compared ends
 _Frozen = tuple[tuple[str, int], ...]  # generators, by name
 _SoundKey = tuple[Any, ...]  # pitch, drop, rows, and the generators that shape the sound
 
@@ -70,11 +71,11 @@ _SoundKey = tuple[Any, ...]  # pitch, drop, rows, and the generators that shape 
 class _Sound(NamedTuple):
     """A stored region at one pitch: where its samples are."""
 
-    start: int  # of the first
-    length: int  # of each of ``rows``, a block of silence at its end included
+    start: int  # the place of its first sample in the store
+    length: int  # samples in each of ``rows``, including a block of silence at the end
     rows: int
-    signal: float  # energy of a released note of the synthesiser's
-    noise: float  # and of its difference to the same note from the store
+    signal: float  # energy of a released note of the synthesiser
+    noise: float  # energy of its difference from the same note from the store
 
 
 class _Voice(NamedTuple):
@@ -85,21 +86,21 @@ class _Voice(NamedTuple):
 
 
 class NoteBank:
-    """Every region of a soundfont at every pitch that was asked for, on a device, and clips made of them.
+    """Regions of a soundfont, rendered once for each pitch that clips need, on a device; and clips mixed from them.
 
-    ``soundfont`` is a path or a short name (``find_soundfont``); ``seconds`` bounds clips and stored notes alike.
-    A note is rendered when a clip needs it first: the soundfont is loaded then, once for each program. Stored are
-    ``max_bytes`` at most, in 32-bit floats, the least recently used go first; while the store grows, the old and the
-    new one exist together. With a ``cache`` folder stored notes are kept there as well, for ever, under the SHA-256 of
-    the soundfont, and read from there; a damaged file is rendered anew. Where all is in the cache the soundfont is not
+    ``soundfont`` is a path or a short name (``find_soundfont``); ``seconds`` limits clips and stored notes alike. A
+    note is rendered when a clip first needs it; the soundfont is loaded for that, once per program. At most
+    ``max_bytes`` are stored, in 32-bit floats; the least recently used go first. While the store grows, the old and the
+    new one exist together. With a ``cache`` folder, stored notes are also kept there for good, under the SHA-256 of the
+    soundfont, and read from there; a damaged file is rendered anew. If everything is in the cache, the soundfont is not
     loaded at all. A cache that cannot be written is a ``UserError``.
 
-    The audio of a clip depends on that clip alone, not on its batch nor on what was stored before, and on one machine
-    is the same every time, also on CUDA: rows are added in a fixed order, without atomic operations.
+    The audio of a clip depends only on that clip, not on its batch or on what was stored before. On one machine it is
+    the same every time, also on CUDA: rows are added in a fixed order, without atomic operations.
 
-    Raises ``UserError`` where the soundfont is absent, damaged or none, ``Failure`` where it is needed again and is not
-    the file that it was. Not for several threads at once. The synthesiser reads and plays the soundfont in this
-    process: one that crashes it ends the process.
+    Raises ``UserError`` if the soundfont is missing, damaged or not a soundfont, and ``Failure`` if it is needed again
+    and has changed. Use it from one thread at a time. The synthesiser reads and plays the soundfont in this process, so
+    a soundfont that crashes it ends the process.
     """
 
     def __init__(
@@ -121,31 +122,31 @@ class NoteBank:
         check_soundfont(self.soundfont)
         self._presets = read_regions(self.soundfont)
         self._folder = None if cache is None else self._cache_folder(Path(cache).expanduser())
-        self._notes: dict[int, list[int] | str] = {}  # of each note its voices, or why it is not supported
+        self._notes: dict[int, list[int] | str] = {}  # note -> its voices, or why it is not supported
         self._voices: list[_Voice] = []
         self._sounds: OrderedDict[_SoundKey, _Sound] = OrderedDict()  # the most recently used last
         self._store = torch.zeros(BLOCK, device=self.device)
         self._synth: Any = None
-        self._programs: dict[_Frozen, int] = {}  # generators -> program of what is loaded
+        self._programs: dict[_Frozen, int] = {}  # generators -> program in the loaded variant
 
     @property
     def bytes(self) -> int:
-        """What is stored at the moment."""
+        """The size of the store at the moment."""
         return self._store.numel() * self._store.element_size()
 
     def supports(self, notes: npt.ArrayLike) -> str | None:
-        """None if ``render`` can play the clip, else why not.
+        """None if ``render`` can play the clip, else why it cannot.
 
-        Not supported is a clip with a region that has an exclusive class (it cuts off others), a vibrato or tremolo, a
+        Not supported are clips with a region that has an exclusive class (it cuts off others), a vibrato or tremolo, a
         pitch that follows the modulation envelope, a filter that follows its attack, or a loop that ends with the key;
-        a clip whose stored sounds disagree with the synthesiser; one that may use more than ``MAX_VOICES`` voices, or
-        needs more than ``max_bytes``. Stores what the clip needs. ``ValueError`` as ``check_notes``.
+        clips whose stored sounds disagree with the synthesiser; and clips that may use more than ``MAX_VOICES`` voices
+        or need more than ``max_bytes``. Stores what the clip needs. Raises ``ValueError`` like ``check_notes``.
         """
         answer = self.try_render([notes])[0]
         return answer if isinstance(answer, str) else None
 
     def render(self, clips: Sequence[npt.ArrayLike]) -> list[torch.Tensor]:
-        """Audio (2, S) float32 on the device, of each note array, as ``render_notes`` makes it: see there.
+        """Audio (2, S) float32 on the device for each note array, as ``render_notes`` makes it.
 
         Raises ``ValueError`` for impossible notes and for a clip that is not supported.
         """
@@ -156,13 +157,13 @@ class NoteBank:
         return [answer for answer in answers if not isinstance(answer, str)]
 
     def try_render(self, clips: Sequence[npt.ArrayLike]) -> list[torch.Tensor | str]:
-        """As ``render``; in place of the audio of a clip that is not supported the reason why."""
+        """Like ``render``, but a clip that is not supported gives the reason instead of audio."""
         parts = [check_notes(notes) for notes in clips]
         table = self._table(parts)
         clip, note = table[:, PROGRAM] // 256, _pack(table)
         numbers, place = np.unique(note, return_inverse=True)
         voices = [self._voices_of(number) for number in numbers.tolist()]
-        # which voices each note of the table has, one after the other
+        # the voices of each note of the table, one after the other
         counts = np.array([0 if isinstance(answer, str) else len(answer) for answer in voices], np.int64)
         flat = np.array([voice for answer in voices if not isinstance(answer, str) for voice in answer], np.int64)
         many = counts[place]
@@ -198,19 +199,19 @@ class NoteBank:
         return answers
 
     def _table(self, clips: Sequence[Notes]) -> npt.NDArray[np.int64]:
-        """What ``played_notes`` says of all clips at once; the program of a note of clip c is 256 c + its program."""
+        """``played_notes`` of all clips at once; the program of a note of clip c is 256 c + its program."""
         parts = [notes[notes[:, 3] > 0] for notes in clips]
         together = np.concatenate([*parts, np.empty((0, 6))])
         together[:, 4] += 256.0 * np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         return played_notes(together, self.sample_rate)
 
-    # Which voices a note has ----------------------------------------------------------------------------------
+    # The voices of a note --------------------------------------------------------------------------------------
 
     def _voices_of(self, note: int) -> list[int] | str:
         if note not in self._notes:
             program, drum, pitch, velocity = _unpack(note)
             preset = self._preset(program, drum)
-            # the synthesiser takes velocities as 32-bit fractions, and whole numbers back out of them
+            # the synthesiser takes velocities as 32-bit fractions, and turns them back into whole numbers
             heard = int(np.float32(velocity / 127.0) * np.float32(127))
             regions = [
                 region
@@ -229,7 +230,7 @@ class NoteBank:
         return self._notes[note]
 
     def _preset(self, program: int, drum: int) -> tuple[int, int] | None:
-        """What plays this program: the same stand-ins as in ``render_notes``."""
+        """The preset that plays this program, with the same fallbacks as in ``render_notes``."""
         for preset in ((DRUM_BANK * drum, program), (DRUM_BANK * drum, 0)):
             if preset in self._presets:
                 return preset
@@ -239,15 +240,15 @@ class NoteBank:
         law = law_of(region.values, pitch, velocity, self.sample_rate)
         return _Voice(preset, region, (pitch, law.drop, law.rows, _frozen(bare(region.values))), law)
 
-    # What is stored -------------------------------------------------------------------------------------------
+    # The store ------------------------------------------------------------------------------------------------
 
     def _size(self, wanted: dict[_SoundKey, _Voice]) -> int:
-        """No fewer bytes than these sounds take."""
+        """An upper bound of the bytes that these sounds take."""
         rows = sum(voice.law.rows for voice in wanted.values())
         return 4 * (rows * (self.limit + BLOCK) + BLOCK)
 
     def _fetch(self, wanted: dict[_SoundKey, _Voice]) -> None:
-        """Have all of ``wanted`` in the store, which may let go of others."""
+        """Bring all of ``wanted`` into the store, which may drop others."""
         for key in wanted:
             if key in self._sounds:
                 self._sounds.move_to_end(key)
@@ -257,7 +258,7 @@ class NoteBank:
         made = {key: self._read(key) or self._make(voice) for key, voice in missing.items()}
         room = self.max_bytes // 4 - BLOCK - sum(audio.numel() for audio, *_ in made.values())
         kept: list[_SoundKey] = []
-        for key, sound in reversed(self._sounds.items()):  # all that is wanted comes first
+        for key, sound in reversed(self._sounds.items()):  # the wanted ones come first
             room -= sound.rows * sound.length
             if room < 0:
                 break
@@ -277,7 +278,7 @@ class NoteBank:
         self._sounds = sounds
 
     def _make(self, voice: _Voice) -> tuple[torch.Tensor, float, float]:
-        """Sound of a voice, (rows, length), and the energies of ``_Sound``."""
+        """The sound of a voice, (rows, length), and the energies of ``_Sound``."""
         self._load(voice.preset)
         rows = [self._play(values, voice.key[0]) for values in stored(voice.region.values, voice.law)]
         sounding = max((int(np.flatnonzero(row)[-1]) + 1 for row in rows if row.any()), default=0)
@@ -294,7 +295,7 @@ class NoteBank:
         return audio, signal, noise
 
     def _compare(self, voice: _Voice, audio: torch.Tensor) -> tuple[float, float]:
-        """Energy of the synthesiser's own note that ends after 0.3 s, and of what ours differs from it."""
+        """Energy of the synthesiser's note that ends after 0.3 s, and of the difference between ours and it."""
         off = max(1, min(round(_CHECKED * self.sample_rate), self.limit // 2))
         stop = min(self.limit, off + voice.law.release)
         expected = self._play(alone(voice.region.values), voice.key[0], off=off)[:stop].astype(np.float64)
@@ -305,7 +306,7 @@ class NoteBank:
         return float(np.square(expected).sum()), float(np.square(found - expected).sum())
 
     def _play(self, values: Values, pitch: int, *, off: int | None = None) -> npt.NDArray[np.float32]:
-        """What the synthesiser makes of a loaded region, on the left, and a block of silence."""
+        """The left channel of a loaded region as the synthesiser plays it, and a block of silence."""
         synth = fresh_synth(self._synth, self.sample_rate)
         synth.channel_set_preset_index(0, synth.get_preset_index(0, self._programs[_frozen(values)]))
         audio = np.zeros((self.limit + BLOCK, 2), np.float32)
@@ -319,18 +320,20 @@ class NoteBank:
         return np.ascontiguousarray(audio[:, 0])
 
     def _load(self, preset: tuple[int, int]) -> None:
-        """Load a variant of the soundfont with every region of ``preset`` alone, beside those that it has by now."""
+        """Load a variant of the soundfont that also has every region of ``preset`` as a program."""
         wanted: list[Values] = []
         for region in self._presets[preset]:
             if not not_linear(region.values):
-                law = law_of(region.values, 60, 127, self.sample_rate)  # what is stored is the same for every key
+                law = law_of(
+                    region.values, 60, 127, self.sample_rate
+                )  # the rows that are stored are the same for every key
                 wanted += [alone(region.values), *stored(region.values, law)]
         needed = dict.fromkeys(map(_frozen, wanted))
         if self._synth is not None and needed.keys() <= self._programs.keys():
             return
-        self._synth = None  # its memory is needed
+        self._synth = None  # frees its memory first
         check_unchanged(self.soundfont, self.soundfont_state)
-        for programs in (list(self._programs | needed), list(needed)):  # all may be too many for one file
+        for programs in (list(self._programs | needed), list(needed)):  # all of them may be too many for one file
             try:
                 synth = self._load_variant(programs)
                 break
@@ -348,7 +351,7 @@ class NoteBank:
 
     def _load_variant(self, programs: Sequence[_Frozen]) -> Any:
         """The synthesiser with a copy of the soundfont that has ``programs`` as its presets."""
-        with tempfile.TemporaryFile() as file:  # nothing of it is left behind when this process is killed
+        with tempfile.TemporaryFile() as file:  # it has no name, so a process that is killed leaves nothing behind
             path = f"/proc/self/fd/{file.fileno()}"
             if os.path.exists(path):
                 write_variant(self.soundfont, file, [[dict(values) for values in programs]])
@@ -370,7 +373,7 @@ class NoteBank:
         return self._folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.safetensors"
 
     def _read(self, key: _SoundKey) -> tuple[torch.Tensor, float, float] | None:
-        """What ``_make`` stored under ``key``; None if it did not, or the file is damaged."""
+        """What ``_make`` stored under ``key``; None if there is no such file, or it is damaged."""
         if self._folder is None:
             return None
         try:
@@ -396,7 +399,7 @@ class NoteBank:
         laws: npt.NDArray[np.float64],
         answers: list[torch.Tensor | str],
     ) -> None:
-        """Answer the clips of ``group``, which together need the sounds ``wanted``."""
+        """Fill in ``answers`` for the clips of ``group``, which together need the sounds ``wanted``."""
         self._fetch(wanted)
         clip = table[:, PROGRAM] // 256
         sounds = np.zeros((len(self._voices), len(_Sound._fields)))
@@ -405,11 +408,11 @@ class NoteBank:
         power = np.square(laws[voice, :2]).sum(axis=1)
         signal, noise = (np.bincount(clip[row], power * sounds[voice, column], len(answers)) for column in (3, 4))
         for index in group:
-            if not noise[index] * 10 ** (LEAST_SNR / 10) <= signal[index]:  # of a damaged soundfont they may be NaN
+            if not noise[index] * 10 ** (LEAST_SNR / 10) <= signal[index]:  # with a damaged soundfont they may be NaN
                 decibels = 10 * np.log10(max(signal[index], 1e-30) / noise[index])
-                answers[index] = f"its stored notes agree with the synthesiser to {decibels:.0f} dB only"
+                answers[index] = f"its stored notes agree with the synthesiser to only {decibels:.0f} dB"
         group = [index for index in group if not answers[index]]
-        # one clip after the other on one line of time
+        # all clips, one after the other, on one time line
         played = {index: table[clip == index] for index in group}
         samples = {index: min(self.limit, int(part[:, OFF].max())) for index, part in played.items() if len(part)}
         origin = np.zeros(len(answers), np.int64)
@@ -450,7 +453,7 @@ def _frozen(values: Values) -> _Frozen:
 
 
 def _pack(table: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Program, drum, pitch and velocity of each note as one number; ``_unpack`` takes it apart."""
+    """Program, drum, pitch and velocity of each note as one number; ``_unpack`` is the inverse."""
     program, drum, pitch, velocity = table[:, [PROGRAM, DRUM, PITCH, VELOCITY]].T
     return ((program % 256 * 2 + drum) * 128 + pitch) * 128 + velocity
 
@@ -460,14 +463,14 @@ def _unpack(note: int) -> tuple[int, int, int, int]:
 
 
 def _count_up(many: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """0 .. m-1 for each m of ``many``, one after the other."""
+    """0 .. m-1 for each m of ``many``, concatenated."""
     return np.arange(many.sum()) - np.repeat(np.cumsum(many) - many, many)
 
 
 def _most_at_once(
     clip: npt.NDArray[np.int64], first: npt.NDArray[np.int64], last: npt.NDArray[np.int64], clips: int
 ) -> npt.NDArray[np.int64]:
-    """(clips,) how many of the intervals from ``first`` to ``last`` overlap at most, in each clip."""
+    """(clips,) the largest number of intervals from ``first`` to ``last`` that overlap, in each clip."""
     steps = np.repeat([1, -1], len(clip))
     clip = np.tile(clip, 2)
     order = np.lexsort((-steps, np.concatenate([first, last]), clip))

@@ -1,4 +1,4 @@
-"""Rendering by stored notes on a device; worker processes for the clips that the bank cannot mix (``BankPool``)."""
+"""Rendering with stored notes on a device, and worker processes for clips that the bank cannot mix (``BankPool``)."""
 
 import os
 import queue
@@ -27,13 +27,13 @@ def cache_folder() -> Path:
 
 
 class BankPool:
-    """``submit`` and ``close`` of ``RenderPool``, answered from a ``NoteBank``; use it as a context manager.
+    """A ``Renderer`` that mixes clips from a ``NoteBank``; use it as a context manager.
 
-    A thread renders what was submitted, up to ``batch`` clips at once. A clip that the bank does not support goes to a
-    ``RenderPool`` of ``workers`` processes, which starts when the first such clip comes. ``clips`` counts what was
-    rendered either way, ``fallbacks`` what went to the pool, ``reasons`` why.
+    A thread renders the submitted clips, up to ``batch`` at once. A clip that the bank does not support goes to a
+    ``RenderPool`` of ``workers`` processes, which starts with the first such clip. ``clips`` counts all clips,
+    ``fallbacks`` those that went to the pool, and ``reasons`` why they did.
 
-    ``UserError`` where the soundfont is absent, damaged or none.
+    Raises ``UserError`` if the soundfont is missing, damaged or not a soundfont.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class BankPool:
         self.batch = batch
         self.clips = self.fallbacks = 0
         self.reasons: Counter[str] = Counter()
-        self._left: weakref.WeakSet[Future[Audio]] = weakref.WeakSet()  # to the pool
+        self._left: weakref.WeakSet[Future[Audio]] = weakref.WeakSet()  # clips that went to the pool
         self._settings: dict[str, Any] = {
             "sample_rate": sample_rate, "seconds": seconds, "workers": workers, "deadline": deadline,
         }  # fmt: skip
         self._pool: RenderPool | None = None
-        self._lock = threading.Lock()  # of _closed, and of what goes into _jobs after it
+        self._lock = threading.Lock()  # for _closed: nothing is put into _jobs after the None of close
         self._closed = False
         self._jobs: queue.SimpleQueue[tuple[Future[Audio], Notes] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="note-bank", daemon=True)
@@ -73,7 +73,7 @@ class BankPool:
         self.close()
 
     def submit(self, score: Any) -> Future[Audio]:
-        """As ``RenderPool.submit``."""
+        """Like ``RenderPool.submit``."""
         notes = to_notes(score)
         future: Future[Audio] = Future()
         with self._lock:
@@ -83,11 +83,11 @@ class BankPool:
         return future
 
     def fallback_fraction(self, clips: Collection[Future[Audio]]) -> float:
-        """Share of these clips, which have been rendered, that went to the pool; 0 where there are none."""
+        """Share of these finished clips that the worker pool rendered; 0 for no clips."""
         return sum(clip in self._left for clip in clips) / max(len(clips), 1)
 
     def close(self) -> None:
-        """Cancel clips that wait, and end the pool if there is one. May be repeated."""
+        """Cancel the clips that wait, and close the pool if it was started. May be repeated."""
         with self._lock:
             first, self._closed = not self._closed, True
             if first:
@@ -98,13 +98,13 @@ class BankPool:
             self._pool.close()
 
     def _work(self) -> None:
-        """The life of the thread: what waits is a batch."""
-        going_on = True
-        while going_on:
+        """The life of the thread: the clips that wait are one batch."""
+        ended = False
+        while not ended:
             jobs = [self._jobs.get()]
             while len(jobs) < self.batch and not self._jobs.empty():
                 jobs.append(self._jobs.get())
-            going_on = None not in jobs
+            ended = None in jobs
             due = [job for job in jobs if job is not None]
             if self._closed:
                 for future, _ in due:
@@ -130,10 +130,10 @@ class BankPool:
                     self._pool.submit(notes).add_done_callback(partial(_pass_on, future))
                 else:
                     future.set_result(answer.cpu().numpy())
-        except Exception as error:  # whatever it is, who waits is told
+        except Exception as error:  # whatever it is, the callers are told
             for future, _ in jobs:
                 if not future.done():
-                    # without its traceback, which holds this frame, and so the audio of all of them: a circle
+                    # without its traceback, which holds this frame and so the audio of all of them: a cycle
                     future.set_exception(error.with_traceback(None))
 
     def _start_pool(self) -> RenderPool:
@@ -147,7 +147,7 @@ class BankPool:
 
 
 def _pass_on(future: "Future[Audio]", done: "Future[Audio]") -> None:
-    """Give ``future`` what became of the same clip in the pool."""
+    """Give ``future`` the outcome of the same clip in the pool."""
     if done.cancelled():
         future.set_exception(RenderError("the pool was closed before this clip was rendered"))
     elif (error := done.exception()) is not None:

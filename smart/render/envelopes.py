@@ -1,7 +1,7 @@
 """How TinySoundFont plays a voice: the envelopes of a region, and weighted sums of stored samples that follow them.
 
-``law_of`` turns a region's generators into times and gains; ``stored`` says which variants of the region are rendered
-once; ``mix`` adds up what they give, block by block, as the synthesiser would have (see ``smart.render.bank``).
+``law_of`` turns a region's generators into times and gains; ``stored`` lists the variants of the region that are
+rendered once; ``mix`` adds them up, block by block, as the synthesiser would (see ``smart.render.bank``).
 """
 
 import math
@@ -27,25 +27,25 @@ class Law(NamedTuple):
     delay: int
     attack: int
     hold: int
-    decay: int  # in which the level would fall by exp(-9.226)
-    decay_until: int  # when it has reached ``sustain``
+    decay: int  # the time in which the level would fall by exp(-9.226)
+    decay_until: int  # the time after which it has reached ``sustain``
     sustain: float
     release: int
-    # of the modulation envelope, where the filter follows it
+    # the modulation envelope, if the filter follows it
     mod_hold: int
-    mod_decay: int  # in which it would reach 0
-    mod_decay_until: int  # when it has reached ``mod_sustain``
+    mod_decay: int  # the time in which it would reach 0
+    mod_decay_until: int  # the time after which it has reached ``mod_sustain``
     mod_sustain: float
     mod_release: int
-    drop: float  # by how much of itself the modulation is lowered in the last of the stored rows
-    rows: int  # 1: the filter does not move
+    drop: float  # the fraction by which the modulation is lowered in the last of the stored rows
+    rows: int  # stored rows; 1 if the filter does not move
 
 
 # The law of the synthesiser ---------------------------------------------------------------------------------
 
 
 def not_linear(values: Values) -> str | None:
-    """Why a region cannot be played from a bank, if so."""
+    """Why a region cannot be played from a bank; None if it can."""
     filtered = values["mod_env_to_filter"]
     for wrong, reason in (
         (values["exclusive_class"], "an exclusive class, which cuts off other notes"),
@@ -76,29 +76,29 @@ _NO_OSCILLATORS = {
 
 
 def alone(values: Values) -> Values:
-    """The region on the left only, at full gain."""
+    """The region's generators, changed to play on the left only, at full gain."""
     return values | _NO_OSCILLATORS | {"pan": -500, "attenuation": 0, "exclusive_class": 0}
 
 
 def bare(values: Values) -> Values:
-    """And without its envelope: what is left is what shapes the sound of a key that stays down."""
+    """As ``alone``, and without the envelope: only what shapes the sound while the key is held."""
     modulation = {"mod_release": -12000} | ({} if values["mod_env_to_filter"] else _NO_MODULATION)
     return alone(values) | _NO_ENVELOPE | modulation
 
 
 def stored(values: Values, law: Law) -> list[Values]:
-    """The rows that are stored of a region: with the modulation as it is, then lowered in equal steps."""
+    """The variants of a region that are stored: with the modulation as it is, then lowered in equal steps."""
     lowered = np.linspace(1, 1 - law.drop, law.rows) * values["mod_env_to_filter"]
     return [bare(values) | {"mod_env_to_filter": round(amount)} for amount in lowered.tolist()]
 
 
 def _seconds(timecents: float) -> float:
-    """In 32 bits, as the synthesiser computes them."""
+    """Timecents as seconds, in 32 bits as the synthesiser computes them."""
     return float(np.float32(2.0) ** np.float32(timecents / 1200)) if timecents >= -11950 else 0.0
 
 
 def law_of(values: Values, pitch: int, velocity: int, sample_rate: int) -> Law:
-    """What TinySoundFont does with a region's generators."""
+    """The times and gains that TinySoundFont computes from a region's generators."""
 
     def samples(seconds: float) -> int:
         return int(np.float32(seconds) * np.float32(sample_rate))
@@ -118,7 +118,7 @@ def law_of(values: Values, pitch: int, velocity: int, sample_rate: int) -> Law:
     release = samples(_seconds(values["release"]) or _FAST_RELEASE)
     mod_decay, mod_sustain = keyed("decay", "mod_"), 1 - values["mod_sustain"] / 1000
     mod_release = samples(_seconds(values["mod_release"]) or _FAST_RELEASE)
-    # lowered by as much as it falls until the release is down by 50 dB, in eighths; a row for every 250 cents
+    # lowered by as much as it falls until the release is down by 50 dB, in eighths; one row per 250 cents
     drop = min(max(round(8 * 0.62 * release / mod_release), 1), 8) / 8 if values["mod_env_to_filter"] else 0.0
     rows = min(1 + math.ceil(drop * abs(values["mod_env_to_filter"]) / 250), 8)
     return Law(
@@ -143,11 +143,11 @@ def law_of(values: Values, pitch: int, velocity: int, sample_rate: int) -> Law:
 
 # Sums of rows -----------------------------------------------------------------------------------------------
 
-LEFT = 5  # column of a voice's gain on the left; before it on, off, stop, start and length, then the rest of its law
+LEFT = 5  # column of a voice's left gain; before it are on, off, stop, start and length, after it the rest of its law
 
 
 def blocks_between(starts: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """First samples (nb,) of the blocks, where events cut the time into stretches from ``starts`` to ``ends``."""
+    """First samples (nb,) of the blocks; events cut the time into stretches from ``starts`` to ``ends``."""
     many = (ends - starts + BLOCK - 1) // BLOCK
     return starts.repeat_interleave(many) + BLOCK * count_up(many)
 
@@ -155,8 +155,8 @@ def blocks_between(starts: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
 class _Pieces(NamedTuple):
     """Stretches of voices in which the gain is (base + slope tau) exp(-fall tau), tau samples after ``origin``."""
 
-    first: torch.Tensor  # (p,) the first of its blocks
-    last: torch.Tensor  # and the one after the last
+    first: torch.Tensor  # (p,) the first block of each
+    last: torch.Tensor  # the block after its last
     origin: torch.Tensor
     base: torch.Tensor
     slope: torch.Tensor
@@ -165,7 +165,7 @@ class _Pieces(NamedTuple):
 
 
 def _pieces(voices: torch.Tensor, side: int, blocks: torch.Tensor) -> _Pieces:
-    """What ``voices`` (n, 21) play on one side: attack, hold, decay, sustained level, release."""
+    """The pieces of ``voices`` (n, 21) on one side: attack, hold, decay, sustained level, release."""
     on, off, stop, start, length = voices[:, :LEFT].T
     gain = voices[:, side]
     delay, attack, hold, decay, until, sustain, release = voices[:, LEFT + 2 : LEFT + 9].T
@@ -173,12 +173,12 @@ def _pieces(voices: torch.Tensor, side: int, blocks: torch.Tensor) -> _Pieces:
     grid = torch.cat([blocks.double(), blocks.new_full((1,), FOREVER).double()])
 
     def after(time: torch.Tensor, duration: torch.Tensor) -> torch.Tensor:
-        """The first block that is ``duration`` or more after ``time``, if there is a duration."""
+        """The first block at least ``duration`` after ``time``, or ``time`` itself without a duration."""
         block = grid[torch.searchsorted(grid, time + duration).clamp(max=len(grid) - 1)]
         return torch.where(duration > 0, block, time)
 
     def modulation(time: torch.Tensor) -> torch.Tensor:
-        """Level of the modulation envelope while the key is held."""
+        """The level of the modulation envelope while the key is held."""
         since = time - on - mod_hold
         return torch.where(since < mod_until, 1 - since.clamp(min=0) / mod_decay.clamp(min=1), mod_sustain)
 
@@ -203,13 +203,13 @@ def _pieces(voices: torch.Tensor, side: int, blocks: torch.Tensor) -> _Pieces:
         (settled, held_until, settled, sustain, zero, zero, zero),
     ]
     # After note-off the modulation falls in a straight line to 0; that of the first row holds, falls and stays. Their
-    # ratio says where between the rows we are: taken to be a straight line from each turn of the two to the next.
+    # ratio gives the place between the rows; we take it to be a straight line from each turn of the two to the next.
     turns = [mod_hold + on, mod_hold + on + mod_until, off + mod_release]
     turns = [torch.minimum(torch.maximum(turn, off), torch.minimum(off + mod_release, end)) for turn in turns]
     moves = many > 1
 
     def place(time: torch.Tensor) -> torch.Tensor:
-        """Between which rows, from 0 to ``many`` - 1; beyond these the nearest two go on."""
+        """The place between the rows, from 0 to ``many`` - 1; beyond these the nearest two are extrapolated."""
         held = modulation(time)
         ratio = modulation(off) * (1 - (time - off) / mod_release).clamp(min=0) / held.clamp(min=1e-3)
         return torch.where(moves & (held > 1e-3), (1 - ratio) / drop.clamp(min=1e-3) * (many - 1), zero)
@@ -253,24 +253,24 @@ def _pieces(voices: torch.Tensor, side: int, blocks: torch.Tensor) -> _Pieces:
 
 
 def mix(store: torch.Tensor, voices: torch.Tensor, side: int, blocks: torch.Tensor, total: int) -> torch.Tensor:
-    """The sum of ``voices`` on one side, (total,): for every block the weighted sum of a row of each of its voices."""
+    """The sum of ``voices`` on one side, (total,): for every block, the weighted sum of one row from each voice."""
     device = store.device
     if not len(voices):
         return torch.zeros(total, device=device)
     pieces = _pieces(voices, side, blocks)
-    # blocks between two bounds have the same pieces: ``members`` lists them, bounds after bounds
+    # blocks between two bounds have the same pieces, which ``members`` lists, one stretch after the other
     bounds = torch.unique(torch.cat([pieces.first, pieces.last, torch.tensor([0, len(blocks)], device=device)]))
     low, high = torch.searchsorted(bounds, pieces.first), torch.searchsorted(bounds, pieces.last)
     piece = torch.arange(len(low), device=device).repeat_interleave(high - low)
     stretch = low[piece] + count_up(high - low)
     members = piece[torch.sort(stretch, stable=True).indices]
     sizes = torch.bincount(stretch, minlength=len(bounds) - 1)
-    many = sizes.repeat_interleave(bounds.diff())  # (nb,) pieces of each block
-    before = many.cumsum(0)  # including its own
+    many = sizes.repeat_interleave(bounds.diff())  # (nb,) number of pieces of each block
+    before = many.cumsum(0)  # (nb,) pieces of all blocks up to and including this one
     member = (sizes.cumsum(0) - sizes).repeat_interleave(bounds.diff()) - (before - many)
     lengths = torch.diff(blocks, append=torch.tensor([total], device=device))
     windows = store.as_strided((len(store) - BLOCK + 1, BLOCK), (1, 1))
-    most = 1 << (22 if device.type == "cuda" else 15)  # rows at a time: they should fit the cache of a processor
+    most = 1 << (22 if device.type == "cuda" else 15)  # rows at a time: on a CPU they should fit into its cache
     if not len(piece):
         return torch.zeros(total, device=device)
     steps = torch.arange(most, max(most, int(before[-1])), most, device=device)

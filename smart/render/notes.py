@@ -1,8 +1,8 @@
-"""Notes and scores as arrays: what the renderers read.
+"""Notes and scores as arrays, which the renderers read.
 
 A note array is (n, 6) float64, one note per row. Its columns are ``NOTE_COLUMNS``: onset and duration in
-seconds, pitch 0-127, velocity 0-127, program 0-127, and drum, 0 or 1. A structured array with fields of these
-names will do as well.
+seconds, pitch 0-127, velocity 0-127, program 0-127, and drum, 0 or 1. A structured array with fields of these names
+is accepted too.
 """
 
 from typing import Any
@@ -12,14 +12,14 @@ import numpy.typing as npt
 
 Notes = npt.NDArray[np.float64]  # (n, 6), columns NOTE_COLUMNS
 NOTE_COLUMNS = ("onset", "duration", "pitch", "velocity", "program", "drum")
-_HIGHEST = (86_400.0, 86_400.0, 127.0, 127.0, 127.0, 1.0)  # of each column; a day is no piece of music
+_HIGHEST = (86_400.0, 86_400.0, 127.0, 127.0, 127.0, 1.0)  # value of each column; no piece lasts a day
 
 
 def check_notes(notes: npt.ArrayLike) -> Notes:
     """``notes`` as a contiguous (n, 6) float64 array; structured arrays are unfolded.
 
-    Raises ``ValueError`` for another shape, and for a value that is not finite, negative, too large, or not
-    whole where it must be: the text names the column.
+    Raises ``ValueError`` for another shape, and for a value that is not finite, negative, too large, or a fraction in a
+    column of whole numbers; the message names the column.
     """
     array = np.asarray(notes)
     if array.dtype.names is not None:
@@ -48,12 +48,12 @@ def check_notes(notes: npt.ArrayLike) -> Notes:
 def score_notes(score: Any, *, max_beats: float = 100.0) -> Notes:
     """The notes of a ``symusic.Score`` of any time unit as an (n, 6) array, in seconds by its tempo map.
 
-    Cut at ``max_beats`` quarter notes: notes that start there or later are dropped, longer ones end there.
-    120 beats a minute until the first tempo; of two tempos at one time the later in the list counts. Rows are
-    sorted by onset, drum, program, pitch, velocity, duration, whatever the order of the tracks.
+    The score is cut at ``max_beats`` quarter notes: notes that start there or later are dropped, longer ones end there.
+    Until the first tempo it is 120 beats per minute; of two tempos at one time the later in the list counts. Rows are
+    sorted by onset, drum, program, pitch, velocity and duration, whatever the order of the tracks.
 
-    Raises ``TypeError`` for what is not a score, ``ValueError`` naming the column for a negative onset or
-    duration, or a pitch, velocity, program or tempo out of range.
+    Raises ``TypeError`` for anything but a score, and ``ValueError`` for a negative onset or duration or a pitch,
+    velocity, program or tempo out of range; the message names the column.
     """
     if not all(hasattr(score, name) for name in ("tracks", "tempos", "ttype")):
         raise TypeError(f"expected a symusic.Score, got {type(score).__name__}")
@@ -94,11 +94,11 @@ def score_notes(score: Any, *, max_beats: float = 100.0) -> Notes:
 def _tempo_map(
     tempos: dict[str, npt.NDArray[Any]], unit: str, scale: float
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Where the tempo changes, in beats and in seconds, and the seconds a beat from there; starts at 0."""
+    """Times of the tempo changes in beats and in seconds, starting at 0, and the seconds per beat from each on."""
     at = tempos["time"].astype(np.float64) / scale
     pace = tempos["mspq"].astype(np.float64) / 1e6
     if not ((at >= 0) & np.isfinite(at)).all() or not (pace > 0).all():
-        raise ValueError("tempo: expected times from 0 and a positive number of microseconds a beat")
+        raise ValueError("tempo: expected times from 0 and a positive number of microseconds per beat")
     order = np.argsort(at, kind="stable")
     at, pace = np.append(0.0, at[order]), np.append(0.5, pace[order])
     steps = np.diff(at)
@@ -107,14 +107,14 @@ def _tempo_map(
 
 
 def to_notes(score: Any) -> Notes:
-    """Whatever may be rendered, as a checked note array."""
+    """A score or a note array as a checked note array."""
     if isinstance(score, np.ndarray | list | tuple):
         return check_notes(score)
     return score_notes(score)
 
 
 def most_samples(sample_rate: int, seconds: float) -> int:
-    """The most samples that a clip may have."""
+    """The largest number of samples that a clip may have."""
     if not (isinstance(sample_rate, int | np.integer) and 1000 <= sample_rate <= 384_000):
         raise ValueError(f"sample_rate: expected a whole number from 1000 to 384000, got {sample_rate!r}")
     if not 0 < seconds <= 3600:
@@ -122,13 +122,13 @@ def most_samples(sample_rate: int, seconds: float) -> int:
     return max(1, round(seconds * sample_rate))
 
 
-ON, OFF, CHANNEL, PITCH, VELOCITY, PROGRAM, DRUM = range(7)  # columns of what played_notes returns
+ON, OFF, CHANNEL, PITCH, VELOCITY, PROGRAM, DRUM = range(7)  # columns of played_notes
 
 
 def played_notes(notes: Notes, sample_rate: int) -> npt.NDArray[np.int64]:
     """Notes as they are played, (m, 7) int64: on and off in samples, channel, pitch, velocity, program, drum.
 
-    Each pitch of a channel sounds once at a time: see ``render_notes`` for what becomes of overlaps.
+    Each pitch of a channel sounds only once at a time: ``render_notes`` says how overlaps are resolved.
     """
     on = np.floor(notes[:, 0] * sample_rate + 0.5).astype(np.int64)
     off = np.floor((notes[:, 0] + notes[:, 1]) * sample_rate + 0.5).astype(np.int64)

@@ -1,7 +1,7 @@
 """Worker processes that render clips (``RenderPool``).
 
-A worker imports neither torch nor symusic, so it starts fast and stays small: about 50 MiB, plus the samples,
-which the synthesiser keeps as 32-bit floats (twice the size of an sf2, 12 to 15 times that of an sf3).
+A worker imports neither torch nor symusic, so it starts fast and stays small: about 50 MiB plus the samples, which the
+synthesiser keeps as 32-bit floats (twice the size of an sf2 file, 12 to 15 times that of an sf3).
 """
 
 import contextlib
@@ -25,10 +25,10 @@ from smart.render.soundfonts import check_soundfont, check_unchanged, file_state
 from smart.render.synth import Audio, RenderError, render_notes
 from smart.workers import STARTS, Answer, Died, GarbledAnswer, Refused, Worker, WorkerFailure, usable_cores
 
-GIVE_UP = 16  # clips that fail in a row, each of them twice, before a pool stops trying
-# seconds between attempts to start a worker: what the system lacks may come back
+GIVE_UP = 16  # clips that may fail in a row, each of them twice, before a pool stops trying
+# seconds between attempts to start a worker: a system that lacks files or processes may have them again
 PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
-# what a synthesiser does to itself that follows a damaged soundfont
+# signals by which a synthesiser dies that a damaged soundfont leads astray
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 
 PROGRAM = """
@@ -39,14 +39,14 @@ serve(int(sys.argv[1]), prepare)
 
 
 class Renderer(Protocol):
-    """What takes scores and gives their audio some time later: ``RenderPool``, ``smart.render.bank_pool.BankPool``."""
+    """Takes scores and returns their audio some time later: ``RenderPool`` or ``smart.render.bank_pool.BankPool``."""
 
     def submit(self, score: Any) -> Future[Audio]:
         """Start rendering a ``symusic.Score`` or a note array; the future's result is float32 audio (2, S)."""
         ...
 
     def fallback_fraction(self, clips: Collection[Future[Audio]]) -> float | None:
-        """Share of these clips that were not rendered the fast way; None for a renderer that knows one way only."""
+        """Share of these finished clips that a fallback rendered; None for a renderer that has no fallback."""
         ...
 
 
@@ -54,9 +54,9 @@ class Renderer(Protocol):
 
 
 def prepare(soundfont: str, sample_rate: int, seconds: float, audio_fd: int) -> Callable[[bytes], Answer]:
-    """What a worker process does with a request, once it has loaded the soundfont.
+    """Load the soundfont; returns what a worker process does with a request.
 
-    The audio goes back through a file in memory that both sides hold open: it has no name, so nothing is left behind
+    The audio goes back through a file in memory that both sides hold open. It has no name, so nothing is left behind
     however either side dies.
     """
     loaded = tsf.SoundFont(soundfont)
@@ -85,15 +85,15 @@ def _anonymous_file() -> int:
 
 
 class _NotStarted(WorkerFailure):
-    """The system gives no process, or not what one needs."""
+    """The system refuses a process, or something that one needs."""
 
 
 class _CannotLoad(WorkerFailure):
-    """A worker that did not load the soundfont, and no other is likely to."""
+    """A worker did not load the soundfont, and others are not likely to."""
 
 
 class _ClipWorker(Worker):
-    """A worker that renders clips, and the file through which their audio comes."""
+    """A worker that renders clips, and the file through which their audio comes back."""
 
     def __init__(self, soundfont: Path, sample_rate: int, seconds: float) -> None:
         self.limit = most_samples(sample_rate, seconds)
@@ -126,25 +126,24 @@ class _ClipWorker(Worker):
 
 
 class RenderPool:
-    """Worker processes that hold a loaded soundfont each, and render clips; use it as a context manager.
+    """Worker processes that each hold a loaded soundfont and render clips; use it as a context manager.
 
-    ``soundfont`` is a path or a short name (``find_soundfont``), ``workers`` the number of processes, by
-    default one for each usable core. Starting waits until all have loaded the soundfont: ``UserError`` if
-    that fails, ``Failure`` if the system starts no workers, or kills them. The file must stay as it is: a worker that
-    starts later and finds another gives ``Failure``.
+    ``soundfont`` is a path or a short name (``find_soundfont``); ``workers`` is the number of processes, by default one
+    per usable core. The constructor waits until all have loaded the soundfont. It raises ``UserError`` if that fails,
+    and ``Failure`` if the system starts no workers or kills them. The file must not change: if a worker that starts
+    later finds another, clips get ``Failure``.
 
-    A worker is a fresh Python interpreter that imports this module alone, not the caller's main program: no
+    A worker is a fresh Python interpreter that imports only this module, not the caller's main program: no
     ``if __name__ == "__main__"`` is needed, and neither torch nor the caller's threads come along.
 
-    When ``GIVE_UP`` clips fail with none rendered in between, the soundfont or the machine is to blame: then every clip
-    gets ``Failure``, which says so, instead of being tried.
+    A worker is killed and replaced when it dies, does not answer within ``deadline`` seconds (a stopped one, say),
+    answers nonsense or reports an error (its memory may be full). Its clip is rendered once more; if that fails too,
+    the clip's future gets ``RenderError``. ``retries`` counts the clips that were tried again, ``failures`` those that
+    failed, ``restarts`` the workers that were replaced. When ``GIVE_UP`` clips fail in a row, the soundfont or the
+    machine is to blame: from then on every clip gets ``Failure`` at once.
 
-    A worker that dies, gives no answer within ``deadline`` seconds (also because it was stopped), answers nonsense or
-    fails (its memory may be full) is killed and replaced, and its clip rendered once more; if that fails too, the
-    clip's future gets ``RenderError``. ``retries`` counts clips that were tried again, ``failures`` clips that failed,
-    ``restarts`` workers that were replaced. Workers die with the process that owns the pool, however it ends,
-    and ignore Ctrl-C. This protects from a synthesiser that crashes or hangs; it is no sandbox against a
-    hostile soundfont.
+    Workers die with the process that owns the pool, however it ends, and Ctrl-C does not reach them. This protects
+    against a synthesiser that crashes or hangs; it is no sandbox against a hostile soundfont.
     """
 
     def __init__(
@@ -172,14 +171,14 @@ class RenderPool:
         self._state = file_state(self.soundfont)
         self.retries = self.failures = self.restarts = 0
         self._failed_in_a_row, self._hopeless = 0, ""
-        self._lock = threading.Lock()  # of the counters, _closed and _workers
+        self._lock = threading.Lock()  # for the counters, _closed and _workers
         self._closed = False
-        self._ending = threading.Event()  # wakes up who waits to start a worker
+        self._ending = threading.Event()  # wakes up threads that wait to start a worker
         self._workers: list[_ClipWorker | None] = [None] * workers
         self._jobs: queue.SimpleQueue[tuple[Future[Audio], Notes] | None] = queue.SimpleQueue()
         ready: list[Future[None]] = [Future() for _ in range(workers)]
-        # Linux kills a worker when the *thread* that started it ends: each worker has a thread of its own,
-        # which starts it, feeds it and reaps it
+        # Linux kills a worker when the *thread* that started it ends, so each worker has a thread that starts it, feeds
+        # it and reaps it
         self._threads = [
             threading.Thread(target=self._feed, args=(place, ready[place]), name=f"render-{place}", daemon=True)
             for place in range(workers)
@@ -208,7 +207,7 @@ class RenderPool:
     def submit(self, score: Any) -> Future[Audio]:
         """Start rendering a ``symusic.Score`` or a note array; the future's result is float32 audio (2, S).
 
-        ``RuntimeError`` if the pool is closed, ``ValueError`` and ``TypeError`` as from ``score_notes``.
+        Raises ``RuntimeError`` if the pool is closed, ``ValueError`` and ``TypeError`` as ``score_notes`` does.
         """
         notes = to_notes(score)
         future: Future[Audio] = Future()
@@ -218,14 +217,14 @@ class RenderPool:
             self._jobs.put((future, notes))
         return future
 
-    def fallback_fraction(self, clips: Collection[Future[Audio]]) -> None:
-        """None: there is no other way than this one."""
+    def fallback_fraction(self, clips: Collection[Future[Audio]]) -> float | None:
+        """None: this renderer has no fallback."""
+        return None
 
     def map(self, scores: Iterable[Any]) -> Iterator[Audio]:
-        """Audio of each score, in order; submits a few ahead of the one waited for, so that memory is
-        bounded.
+        """Audio of each score, in order; submits only a few in advance, so that memory is bounded.
 
-        Raises ``RenderError`` at a clip that failed, which ends the iteration: to go on, use ``submit``.
+        Raises ``RenderError`` at the first clip that fails, which ends the iteration; ``submit`` goes past it.
         """
         ahead: deque[Future[Audio]] = deque()
         try:
@@ -240,7 +239,7 @@ class RenderPool:
                 future.cancel()
 
     def close(self) -> None:
-        """End the workers; cancel clips that wait; those in work get ``RenderError``. May be repeated."""
+        """End the workers. Clips that wait are cancelled, those being rendered get ``RenderError``. May be repeated."""
         with self._lock:
             first, self._closed = not self._closed, True
             self._ending.set()
@@ -275,7 +274,7 @@ class RenderPool:
             try:
                 audio = self._render(place, notes)
             except Exception as error:
-                # without its traceback, which holds this frame, and so the future that holds the error: a circle
+                # without its traceback, which holds this frame and so the future that holds the error: a cycle
                 future.set_exception(error.with_traceback(None))
             else:
                 future.set_result(audio)
@@ -283,8 +282,8 @@ class RenderPool:
     def _start(self, place: int, *, replaces: bool) -> _ClipWorker:
         """Start the worker at ``place`` and wait until it has loaded the soundfont; several attempts, with pauses.
 
-        That the system has no room for a process, or kills one that loads, is no fault of the clip's that waits for it,
-        and may pass.
+        If the system has no room for a process, or kills one that is loading, the clip that waits for it is not to
+        blame, and it may pass.
         """
         deaths, failure = 0, WorkerFailure()
         for pause in (*PAUSES, 0.0):
@@ -315,7 +314,7 @@ class RenderPool:
             if isinstance(error, Refused):
                 raise _CannotLoad(f"the synthesiser refused it ({error})") from None
             if isinstance(error, Died) and error.status is not None and -error.status not in _CRASHES:
-                raise  # the system killed it, for want of memory, say
+                raise  # the system killed it, perhaps for lack of memory
             raise _CannotLoad(str(error)) from None
         try:
             check_unchanged(self.soundfont, self._state)
@@ -363,7 +362,7 @@ class RenderPool:
                     self.failures += 1
                     self._failed_in_a_row += 1
                     self._hopeless = (
-                        f"the last {self._failed_in_a_row} clips could all not be rendered with soundfont "
+                        f"none of the last {self._failed_in_a_row} clips could be rendered with soundfont "
                         f"{self.soundfont} (the last one: {'; again: '.join(reasons)}){advice}"
                     )
         raise RenderError(f"this clip could not be rendered: {reasons[0]}; again: {reasons[1]}")

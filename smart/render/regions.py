@@ -1,10 +1,11 @@
-"""What a soundfont says about each note, as TinySoundFont reads it: ``read_regions``; and ``write_variant``.
+"""Read the regions of a soundfont as TinySoundFont does (``read_regions``), and write variants (``write_variant``).
 
-A preset (a program, or a drum kit) is a list of regions: one sample each, for a range of keys and velocities, with
-its generators: pitch, envelopes, filter. Several may answer one note. The synthesiser adds the generators of the
-preset to those of the instrument and clamps the sum (SoundFont 2.04, section 9.4); so does ``read_regions``, for what
-the synthesiser knows. ``write_variant`` writes a soundfont with the same samples whose presets are single regions with
-generators of the caller's choice: so the synthesiser can be asked for one region alone, or without its envelope.
+A preset (a program, or a drum kit) is a list of regions: one sample each, for a range of keys and velocities, with its
+generators: pitch, envelopes, filter. Several may respond to one note. The synthesiser adds the generators of the preset
+to those of the instrument and clamps the sum (SoundFont 2.04, section 9.4); so does ``read_regions``, for the
+generators that the synthesiser knows. ``write_variant`` writes a soundfont with the same samples whose presets are
+single regions with generators that the caller chooses. So the synthesiser can play one region alone, or without its
+envelope.
 """
 
 import struct
@@ -23,18 +24,18 @@ from smart.render.soundfonts import find_chunks
 # records of the format (SoundFont 2.04, section 7)
 _HEADER = np.dtype(
     [("name", "S20"), ("preset", "<u2"), ("bank", "<u2"), ("bag", "<u2"), ("unused", "<u4", (3,))]
-)  # of a preset
+)  # a preset
 _INSTRUMENT = np.dtype([("name", "S20"), ("bag", "<u2")])
 _BAG = np.dtype([("generator", "<u2"), ("modulator", "<u2")])
 _GENERATOR = np.dtype([("operator", "<u2"), ("amount", "<i2")])
 _MODULATOR_SIZE, _SAMPLE_SIZE = 10, 46
-MAX_RECORDS = 65_535  # what 16 bits can number
-# what is read of one file: tables that repeat themselves multiply, and a small file would fill the memory. General MIDI
-# in the detail of many gigabytes has tens of thousands of regions, with 10 to 30 generators each
+MAX_RECORDS = 65_535  # as many as 16 bits can number
+# limits on one file: tables can refer to each other so that a small file fills the memory. The most detailed General
+# MIDI soundfonts, of many gigabytes, have tens of thousands of regions with 10 to 30 generators each
 MAX_REGIONS, MAX_STEPS = 100_000, 5_000_000
 
 _INSTRUMENT_OPERATOR, _KEYS, _VELOCITIES, _SAMPLE, _MODES, _CLASS, _ROOT = 41, 43, 44, 53, 54, 57, 58
-# operator -> name, lowest and highest sum; times are in timecents, -12000 and less is none at all
+# operator -> name, lowest and highest sum; times are in timecents, and -12000 or less means no time at all
 _SUMS = {
     5: ("mod_lfo_to_pitch", -12000, 12000), 6: ("vib_lfo_to_pitch", -12000, 12000),
     7: ("mod_env_to_pitch", -12000, 12000), 8: ("filter_cutoff", 1500, 13500), 9: ("filter_q", 0, 960),
@@ -50,7 +51,7 @@ _SUMS = {
     39: ("key_to_hold", -1200, 1200), 40: ("key_to_decay", -1200, 1200), 48: ("attenuation", 0, 1440),
     51: ("coarse_tune", -32768, 32767), 52: ("fine_tune", -32768, 32767), 56: ("scale_tuning", -32768, 32767),
 }  # fmt: skip
-# operator -> name, shift: addresses, in samples; those of one name add up
+# operator -> name, shift: addresses in samples; those of the same name add up
 _ADDRESSES = {
     0: ("start", 0), 1: ("end", 0), 2: ("loop_start", 0), 3: ("loop_end", 0),
     4: ("start", 15), 12: ("end", 15), 45: ("loop_start", 15), 50: ("loop_end", 15),
@@ -68,7 +69,7 @@ Values = dict[str, int]  # name of a generator -> its amount, in the format's ow
 
 
 class Region(NamedTuple):
-    """One sample of a preset: for which notes, and how it sounds."""
+    """One sample of a preset: the notes that it plays, and how it sounds."""
 
     keys: tuple[int, int]  # lowest and highest
     velocities: tuple[int, int]
@@ -101,14 +102,14 @@ class _Zone(NamedTuple):
 
 
 class _TooMany(Exception):
-    """Tables that stand for more than is read."""
+    """The tables describe more regions or generators than the limits allow."""
 
 
 @dataclass
 class _Effort:
-    """What has been read of a file."""
+    """How much of a file has been read."""
 
-    steps: int = 0  # zones, and generators in them
+    steps: int = 0  # zones and their generators
     regions: int = 0
 
     def add(self, *, steps: int = 0, regions: int = 0) -> None:
@@ -121,8 +122,8 @@ class _Effort:
 def read_regions(path: str | Path) -> dict[tuple[int, int], list[Region]]:
     """(bank, program) -> the regions of every preset of a soundfont, in the synthesiser's order.
 
-    Raises ``UserError`` for a file whose tables contradict themselves, or stand for more than ``MAX_REGIONS`` regions
-    or ``MAX_STEPS`` generators.
+    Raises ``UserError`` for a file whose tables contradict themselves, or describe more than ``MAX_REGIONS`` regions or
+    ``MAX_STEPS`` generators.
     """
     try:
         tables = _tables(Path(path))
@@ -134,7 +135,7 @@ def read_regions(path: str | Path) -> dict[tuple[int, int], list[Region]]:
     try:
         for header, following in pairwise(headers):
             key = int(header["bank"]), int(header["preset"])
-            presets.setdefault(key, [])  # of two presets with one number the first is played
+            presets.setdefault(key, [])  # of two presets with the same number the first is played
             regions: list[Region] = []
             common = _Zone((0, 127), (0, 127), {})
             for place, zone in enumerate(_zones(tables, "p", header, following, effort)):
@@ -150,7 +151,7 @@ def read_regions(path: str | Path) -> dict[tuple[int, int], list[Region]]:
                     common = current
             presets[key] = presets[key] or regions
     except IndexError:
-        raise UserError(f"soundfont {path} is damaged: its tables point outside of themselves") from None
+        raise UserError(f"soundfont {path} is damaged: its tables point outside themselves") from None
     except _TooMany:
         raise UserError(
             f"soundfont {path} is damaged, or too large: expected at most {MAX_REGIONS:,} regions "
@@ -174,7 +175,7 @@ def _read(file: IO[bytes], start: int, length: int) -> bytes:
 def _zones(
     tables: dict[str, npt.NDArray[Any]], level: str, owner: Any, following: Any, effort: _Effort
 ) -> Iterator[list[tuple[int, int]]]:
-    """The generators, (operator, amount), of each zone of a preset ("p") or an instrument ("i")."""
+    """The generators (operator, amount) of each zone of a preset ("p") or an instrument ("i")."""
     bags = tables[f"{level}bag"]["generator"]
     generators = tables[f"{level}gen"]
     for place in range(int(owner["bag"]), int(following["bag"])):
@@ -220,7 +221,7 @@ def _sum(instrument: Values, preset: Values, sample: int) -> Values:
 def write_variant(path: str | Path, target: IO[bytes], presets: Sequence[Sequence[Values]]) -> None:
     """Write to ``target`` the soundfont of ``path`` with other presets: program p of bank b is ``presets[b][p]``.
 
-    Each is one region for every key and velocity. Raises ``ValueError`` for more than the format can number.
+    Each is one region for every key and velocity. Raises ``ValueError`` for more presets than the format can number.
     """
     programs = [(bank, program, values) for bank, row in enumerate(presets) for program, values in enumerate(row)]
     amounts = [_generators(values) for *_, values in programs]
@@ -266,13 +267,13 @@ def _copy(source: IO[bytes], target: IO[bytes], length: int) -> None:
     while length:
         data = source.read(min(length, 1 << 22))
         if not data:
-            raise UserError("the soundfont became shorter while it was being read")
+            raise UserError("the soundfont was cut short while it was being read")
         target.write(data)
         length -= len(data)
 
 
 def _generators(values: Values) -> list[tuple[int, int]]:
-    """The records of one region: what differs from the format's defaults, the sample last."""
+    """The records of one region: the values that differ from the format's defaults, the sample last."""
     rows = [(operator, values[name]) for operator, (name, *_) in _SUMS.items() if values[name] != _DEFAULTS[name]]
     for operator, (name, shift) in _ADDRESSES.items():
         amount = values[name] >> 15 if shift else values[name] & 0x7FFF

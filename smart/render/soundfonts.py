@@ -1,4 +1,4 @@
-"""Soundfonts: where they are, and whether a file is one, before a synthesiser sees it."""
+"""Find soundfonts, and check a file before a synthesiser sees it."""
 
 import importlib.util
 import os
@@ -11,11 +11,11 @@ from smart import Failure, UserError
 
 
 class _Known(NamedTuple):
-    """A soundfont with a short name: where it comes from, and the names under which people keep it."""
+    """A soundfont with a short name: where to get it, and the file names under which people keep it."""
 
     title: str
     url: str
-    file: str  # what to call it
+    file: str  # the name to save it under
     stems: tuple[str, ...]  # lower case, letters and digits only; the first found wins
     debian: str = ""  # the package that installs it
 
@@ -64,17 +64,17 @@ _OWN_FOLDER = "~/.local/share/soundfonts"
 def find_soundfont(name_or_path: str | os.PathLike[str]) -> Path:
     """The file of a soundfont, given by its path or by a short name.
 
-    Short names: ``timgm`` (it comes with pretty_midi) and those of the paper's Table 3: ``musescore``,
-    ``fluidr3``, ``grandeur``, ``sgm``, ``yamaha``. They are looked for, by the names under which they are
-    published, in the folders of the environment variable SMART_SOUNDFONTS (separated by ``:``),
-    ~/.local/share/soundfonts, /usr/share/sounds/sf2, /usr/share/sounds/sf3 and /usr/share/soundfonts. A file
-    of that very name comes first.
+    Short names: ``timgm`` (it comes with pretty_midi) and those of the paper's Table 3: ``musescore``, ``fluidr3``,
+    ``grandeur``, ``sgm``, ``yamaha``. Their files are looked for, under the names by which they are published, in the
+    folders of the environment variable SMART_SOUNDFONTS (separated by ``:``), ~/.local/share/soundfonts,
+    /usr/share/sounds/sf2, /usr/share/sounds/sf3 and /usr/share/soundfonts. A file whose path is the short name itself
+    takes precedence.
 
-    Raises ``UserError`` for a short name whose soundfont is not here, saying where to get it, and for a word
-    that is neither a file nor a short name. A path is returned as it is: see ``check_soundfont``.
+    Raises ``UserError`` for a short name whose soundfont is not found (the message says where to get it), and for a
+    word that is neither a file nor a short name. A path is returned unchecked: see ``check_soundfont``.
     """
     text = os.fspath(name_or_path)
-    path = Path(os.path.expanduser(text))  # unlike pathlib's, it lets a ~user whom nobody knows stand
+    path = Path(os.path.expanduser(text))  # unlike pathlib's, it keeps a ~user who does not exist
     known = _KNOWN.get(text.lower())
     if path.is_file() or (known is None and (path.suffix or os.sep in text)):
         return path
@@ -90,24 +90,24 @@ def find_soundfont(name_or_path: str | os.PathLike[str]) -> Path:
 
 
 def package_of(name: str) -> str:
-    """The Debian package that installs the soundfont of a short name; empty where there is none."""
+    """The Debian package that installs the soundfont of a short name; empty if there is none."""
     known = _KNOWN.get(name.lower())
     return known.debian if known else ""
 
 
 def short_name(path: str | os.PathLike[str]) -> str | None:
-    """The short name of a soundfont's file, by its file name; None where it has none."""
+    """The short name of a soundfont, by the name of its file; None if it has none."""
     stem = _plain(Path(path).stem)
     return next((name for name, known in _KNOWN.items() if stem in known.stems), None)
 
 
 def available_soundfonts() -> dict[str, Path]:
-    """Those with a short name that are on this machine: short name -> file."""
+    """The soundfonts with a short name that are on this machine: short name -> file."""
     return {name: path for name, known in _KNOWN.items() if (path := _search(known)) is not None}
 
 
 def _folders() -> list[Path]:
-    """Where soundfonts are looked for, first come first served."""
+    """The folders that are searched for soundfonts, in order."""
     own = [folder for folder in os.environ.get("SMART_SOUNDFONTS", "").split(os.pathsep) if folder]
     usual = [_OWN_FOLDER, "/usr/share/sounds/sf2", "/usr/share/sounds/sf3", "/usr/share/soundfonts"]
     return [Path(os.path.expanduser(folder)) for folder in (*own, *usual)]
@@ -116,7 +116,7 @@ def _folders() -> list[Path]:
 def _search(known: _Known) -> Path | None:
     folders = _folders()
     if known is _KNOWN["timgm"]:
-        spec = importlib.util.find_spec("pretty_midi")  # finds its folder, imports nothing
+        spec = importlib.util.find_spec("pretty_midi")  # finds its folder without importing it
         if spec is not None and spec.submodule_search_locations:
             folders[:0] = map(Path, spec.submodule_search_locations)
     for folder in folders:
@@ -148,7 +148,7 @@ def _how_to_get(name: str, known: _Known) -> str:
     return f"soundfont {name!r} ({known.title}) is not on this machine: {how}{package}"
 
 
-# every chunk that the synthesiser insists on, and the size of one record of it
+# every chunk that the synthesiser requires, and the size of its records
 _RECORDS = {
     b"phdr": 38, b"pbag": 4, b"pmod": 10, b"pgen": 4, b"inst": 22, b"ibag": 4, b"imod": 10, b"igen": 4,
     b"shdr": 46,
@@ -159,10 +159,10 @@ _WHAT_TO_GIVE = "give the path of an sf2 or sf3 file"
 
 
 def check_soundfont(path: str | os.PathLike[str]) -> None:
-    """Raise ``UserError``, in one line, if ``path`` is missing, a folder, empty, cut short or no soundfont.
+    """Raise ``UserError``, in one line, if ``path`` is missing, a folder, empty, cut short or not a soundfont.
 
-    Reads only the headers of the chunks, so it is quick for a file of any size. A damaged file can still
-    pass: what it does to the synthesiser shows in a worker of ``RenderPool``, which then does not start.
+    This reads only the headers of the chunks, so it is fast for a file of any size. A damaged file can still pass; if
+    it crashes the synthesiser, that happens in a worker of ``RenderPool``, which then does not start.
     """
     path = Path(path)
     try:
@@ -198,7 +198,7 @@ def _find_problem(file: BinaryIO, size: int) -> str | None:
         return "holds no samples"
     for name, record in _RECORDS.items():
         if name not in chunks or chunks[name] % record:
-            return f"is damaged: its chunk {name.decode()} is missing or of a wrong size"
+            return f"is damaged: its chunk {name.decode()} is missing or of the wrong size"
     for name, what in ((b"phdr", "presets"), (b"inst", "instruments"), (b"shdr", "samples")):
         if chunks[name] < 2 * _RECORDS[name]:  # the last record only marks the end
             return f"holds no {what}"
@@ -206,7 +206,7 @@ def _find_problem(file: BinaryIO, size: int) -> str | None:
 
 
 def find_chunks(file: BinaryIO) -> dict[bytes, tuple[int, int]]:
-    """name -> (first byte, length) of the chunks of samples and tables in a file whose header is sound."""
+    """name -> (first byte, length) of the chunks of samples and tables in a file with a valid header."""
     file.seek(4)
     declared = 8 + struct.unpack("<I", file.read(4))[0]
     chunks: dict[bytes, tuple[int, int]] = {}
@@ -220,9 +220,9 @@ def find_chunks(file: BinaryIO) -> dict[bytes, tuple[int, int]]:
 
 
 def _chunks(file: BinaryIO, start: int, stop: int) -> Iterator[tuple[bytes, int, int]]:
-    """(name, first byte, length) of the chunks between two offsets; ends at one that does not fit.
+    """(name, first byte, length) of the chunks between two offsets, up to the first that does not fit.
 
-    Without the padding of odd chunks, which the synthesiser does not know either.
+    Like the synthesiser, this assumes no padding after chunks of odd length.
     """
     while start + 8 <= stop:
         file.seek(start)
@@ -235,7 +235,7 @@ def _chunks(file: BinaryIO, start: int, stop: int) -> Iterator[tuple[bytes, int,
 
 
 def file_state(path: Path) -> tuple[int, int] | None:
-    """By which a file is known again: its size, and when it was written; None where there is none."""
+    """The size and modification time of a file, which show whether it has changed; None if it does not exist."""
     try:
         found = path.stat()
     except OSError:
@@ -244,6 +244,6 @@ def file_state(path: Path) -> tuple[int, int] | None:
 
 
 def check_unchanged(soundfont: Path, state: tuple[int, int] | None) -> None:
-    """``Failure`` if the file is no longer as ``state`` says: clips before and after would not be of one soundfont."""
+    """Raise ``Failure`` if the file no longer has ``state``: later clips would be rendered with another soundfont."""
     if file_state(soundfont) != state:
         raise Failure(f"soundfont {soundfont} was changed while it was in use")

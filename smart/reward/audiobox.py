@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from smart import UserError, hub
+from smart import UserError, brief, hub
 from smart.files import parse_json
-from smart.hub import brief
 from smart.reward import Reward
 
 __all__ = ["Audiobox", "check"]

@@ -25,8 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from smart import Failure
-from smart.hub import brief
+from smart import Failure, brief
 from smart.render import Renderer, RenderError
 from smart.reward import Reward, resample
 from smart.rollout.horizon import Horizon

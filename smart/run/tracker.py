@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from smart import UserError
 from smart.files import is_leftover, parse_json, write_atomically
-from smart.render.audio import write_midi, write_wav
+from smart.render import write_midi, write_wav
 
 METRICS = "metrics.jsonl"
 

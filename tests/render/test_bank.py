@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_render import tiny_soundfont
+from clips import tiny_soundfont
 
 from smart import Failure, UserError
 from smart.render import Notes, RenderError, RenderPool, find_soundfont, load_soundfont, regions, render_notes
@@ -191,6 +191,7 @@ def test_the_pool_takes_what_the_bank_does_not(soundfont: Any, tokenizer: Any) -
             ours, theirs = (Scorer(tokenizer, each, reward, sample_rate=RATE) for each in (pool, reference))
             rated = [each.collect(each.submit(rollout)).rewards.item() for each in (ours, theirs)]
             assert rated[0] == pytest.approx(rated[1], abs=0.02)
+            assert reference.fallback_fraction(futures) is None
     pool.close()
     with pytest.raises(RuntimeError, match="closed"):
         pool.submit(clips[0])

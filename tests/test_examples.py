@@ -1,0 +1,22 @@
+"""Every example runs, shortened, on what ships with the package."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def test_a_reward_of_my_own_tunes_the_shipped_base(tmp_path: Path) -> None:
+    script = EXAMPLES / "reward_of_my_own.py"
+    assert len(script.read_text(encoding="utf-8").splitlines()) <= 40
+    small = ["grpo.iterations=1", "grpo.prompts=2", "grpo.group_size=2", "sampling.max_new_tokens=48"]
+    small += ["track.final_prompts=2", "render.workers=1"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, script, *small], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "brightness"
+    assert "reward: Brightness" in (run / "log.txt").read_text()
+    assert 'kind = "Brightness"' in (run / "config.toml").read_text(), "a run that is resumed must not take another"
+    assert (run / "tuned" / "model.safetensors").is_file() and (run / "final" / "00-tuned.wav").is_file()
