@@ -10,6 +10,8 @@ lowest (0 or 1) if all pieces are the same:
 
 Drums have no pitch, so drum tracks are left out of all symbolic measures. A piece without other notes is "empty"; all
 empty pieces count as copies of each other and as different from any other piece.
+
+``distinct_rewards`` turns the similarity of pieces within a group into a bonus that training can optimise.
 """
 
 import itertools
@@ -233,6 +235,31 @@ def summary(
     return result
 
 
+def alikeness(pieces: list[Any], group_size: int) -> torch.Tensor:
+    """Similarities (B, G, G) float32, 0 to 1, within each group; ``pieces`` are N = B x G scores, group after group."""
+    vectors = [symbolic_vector(piece) for piece in pieces]
+    groups = [vectors[first : first + group_size] for first in range(0, len(vectors), group_size)]
+    return torch.from_numpy(np.stack([kernel(np.stack(group)) for group in groups])).float()
+
+
+def distinct_rewards(rewards: torch.Tensor, alike: torch.Tensor, *, weight: float) -> torch.Tensor:
+    """Rewards (N,) with a bonus for differing from the rest of the group: r_i + weight (1 - mean of k_ij over j != i).
+
+    ``alike`` (B, G, G) holds the similarities k, 0 to 1, within each group, N = B x G. Both completions in k come from
+    the policy, so the gradient of these rewards is that of E[r] + weight/2 Q, where Q = E[1 - k(o, o')] is Rao's
+    quadratic entropy (Rao 1982, "Diversity and dissimilarity coefficients"). A group whose members are all equally
+    similar gets the same advantages as in plain GRPO. DRA-GRPO (Chen et al. 2025) divides rewards by 1 + sum of k_ij
+    instead, which would drown ratings of about 7 that differ by 0.3. Rewards that are not finite stay so, and do not
+    count as members of their group.
+    """
+    if alike.ndim != 3 or alike.shape[1] != alike.shape[2] or alike.shape[:2].numel() != len(rewards):
+        raise ValueError(f"alike: expected (B, G, G) for {len(rewards)} rewards, got {tuple(alike.shape)}")
+    rated = rewards.view(alike.shape[:2]).isfinite()
+    others = rated[:, None, :] & ~torch.eye(alike.shape[1], dtype=torch.bool, device=alike.device)
+    mean = alike.where(others, 0).sum(dim=2) / others.sum(dim=2).clamp(min=1)
+    return rewards + weight * (1 - mean).flatten()
+
+
 def _notes(score: ScoreTick) -> dict[str, npt.NDArray[np.int64]]:
     """Columns time, duration and pitch of all notes except drums."""
     columns = [track.notes.numpy() for track in score.tracks if not track.is_drum]
@@ -288,27 +315,3 @@ def _mel_filters(size: int, sample_rate: int) -> Floats:
 def _unit(vector: npt.NDArray[Any]) -> Floats:
     length = float(np.sqrt((vector.astype(np.float64) ** 2).sum()))
     return (vector / (length or 1.0)).astype(np.float32)
-
-
-def alikeness(pieces: list[Any], group_size: int) -> torch.Tensor:
-    """(B, G, G) float32 similarity, 0 to 1, of the pieces in each group; N = B x G pieces, group after group."""
-    vectors = [symbolic_vector(piece) for piece in pieces]
-    groups = [vectors[first : first + group_size] for first in range(0, len(vectors), group_size)]
-    return torch.from_numpy(np.stack([kernel(np.stack(group)) for group in groups])).float()
-
-
-def distinct_rewards(rewards: torch.Tensor, alike: torch.Tensor, *, weight: float) -> torch.Tensor:
-    """Rewards (N,) with a bonus for being unlike the rest of one's group: r_i + weight (1 - mean of k_ij over j != i).
-
-    ``alike`` (B, G, G) holds k, 0 to 1, of each group's members, N = B x G. An expected k is of two completions of one
-    policy, so the gradient of these rewards is that of E[r] + weight/2 Q, where Q = E[1 - k(o, o')] is Rao's quadratic
-    entropy (Rao 1982, "Diversity and dissimilarity coefficients"). Members that are all equally alike get what plain
-    GRPO gives them. DRA-GRPO (Chen et al. 2025) divides rewards by 1 + sum of k_ij instead; ratings of 7 that differ by
-    0.3 would be drowned by that. Rewards that are not finite stay so, and are no neighbours of the others.
-    """
-    if alike.ndim != 3 or alike.shape[1] != alike.shape[2] or alike.shape[:2].numel() != len(rewards):
-        raise ValueError(f"alike: expected (B, G, G) for {len(rewards)} rewards, got {tuple(alike.shape)}")
-    rated = rewards.view(alike.shape[:2]).isfinite()
-    others = rated[:, None, :] & ~torch.eye(alike.shape[1], dtype=torch.bool, device=alike.device)
-    mean = alike.where(others, 0).sum(dim=2) / others.sum(dim=2).clamp(min=1)
-    return rewards + weight * (1 - mean).flatten()

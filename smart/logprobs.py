@@ -1,4 +1,4 @@
-"""How likely a model finds the tokens of completions.
+"""Log-probabilities of completions under a model: of the policy, and of the frozen reference.
 
 Axes: N sequences, P prompt length, T completion length, V vocabulary.
 """
@@ -14,9 +14,9 @@ from smart.sampler import Rollout
 def completion_logits(
     model: Any, tokens: torch.Tensor, prompt_length: int, *, temperature: float = 1.0
 ) -> torch.Tensor:
-    """Logits (N, T, V) in float32 of the T tokens after the prompt in ``tokens`` (N, P+T), left padding masked."""
+    """Logits (N, T, V) float32 for the T tokens after the prompt in ``tokens`` (N, P+T); left padding is masked."""
     pad = model.config.pad_token_id
-    # only padding in front matters: no token looks back at what follows the end of its sequence
+    # only padding on the left matters: no token attends to what follows the end of its sequence
     real = (tokens != (-1 if pad is None else pad)).cumsum(dim=1) > 0
     padding = {}
     if not real[:, 0].all():
@@ -37,7 +37,7 @@ def token_logprobs(
 ) -> torch.Tensor:
     """Log-probability (N, T) of every token after the prompt in ``tokens`` (N, P+T), under the full softmax.
 
-    ``micro_batch`` rows at a time (None: all), so that N x T x V numbers never exist at once.
+    The model takes ``micro_batch`` rows at a time (None: all), which bounds the memory for logits.
     """
     parts = []
     for rows in tokens.split(micro_batch or len(tokens)):
@@ -47,7 +47,10 @@ def token_logprobs(
 
 
 def logprobs_and_entropy(logits: torch.Tensor, drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of the drawn tokens, and entropy, (N, T) each; one (N, T, V) stays, which the gradient needs."""
+    """Log-probabilities of the ``drawn`` tokens (N, T), and entropies (N, T), from ``logits`` (N, T, V).
+
+    Only one tensor (N, T, V) stays in memory, for the gradient.
+    """
     logp = logits.log_softmax(dim=-1)
     with torch.no_grad():
         entropy = -logp.exp().mul_(logp).sum(dim=-1)
@@ -59,9 +62,9 @@ def _gather(logp: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
 
 
 class Reference:
-    """The frozen base that the KL term holds the policy near: a copy of ``model``.
+    """A frozen copy of ``model``, the base: the KL term keeps the policy close to it.
 
-    ``autocast`` is the precision it runs in, ``micro_batch`` how many rows it takes at a time.
+    ``autocast`` is the precision of its forward pass, ``micro_batch`` the number of rows that it takes at a time.
     """
 
     def __init__(self, model: Any, *, temperature: float, micro_batch: int, autocast: torch.autocast) -> None:
@@ -71,7 +74,7 @@ class Reference:
         self.autocast = autocast
 
     def logprobs(self, rollout: Rollout) -> torch.Tensor:
-        """Log-probability (N, T) of every token of the completions."""
+        """Log-probabilities (N, T) of the completions' tokens."""
         prompt_length = rollout.tokens.shape[1] - rollout.mask.shape[1]
         with torch.no_grad(), self.autocast:
             return token_logprobs(

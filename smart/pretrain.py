@@ -1,9 +1,9 @@
 """Pretraining of a base model: next-token prediction on tokenised music (paper section 3.1).
 
-A training row is ``BOS + piece + EOS``, cropped at random to at most ``crop`` tokens and right-padded; padding is no
-target. AdamW with linear warm-up and cosine decay. Every row of every step is drawn from a generator seeded with
-(seed, step), so that a run that was killed and resumed sees the same rows in the same order, and so that several
-processes that share a batch learn what one would.
+A training row is ``BOS + piece + EOS``, cropped at random to at most ``crop`` tokens and right-padded; padding is not a
+target. The optimiser is AdamW with linear warm-up and cosine decay. The rows of a step are drawn by a generator seeded
+with (seed, step), so that a resumed run sees the same rows in the same order, and so that several processes that share
+a batch learn the same as one.
 
     python -m smart.pretrain --config base.toml
     torchrun --nproc-per-node 4 -m smart.pretrain --config base.toml
@@ -24,7 +24,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import click
@@ -50,25 +49,25 @@ from smart.tokens import Vocabulary, build_grammar, decode, vocabulary
 
 
 class Crops:
-    """Rows of at most ``crop`` tokens out of ``pieces``, drawn by a seeded generator.
+    """Rows of at most ``data.crop`` tokens from ``pieces``, drawn by a seeded generator.
 
-    A piece is drawn in proportion to the rows that it would fill, so that every token is seen about equally often.
-    ``transpose`` shifts all pitches of a row by the same number of semitones, within the vocabulary's range.
-    ``openings`` is the share of rows that start where the piece starts, half of them without BOS, since that is
-    how prompts look.
+    A piece is drawn in proportion to the number of rows that it would fill, so that every token is seen about equally
+    often. With ``data.transpose`` all pitches of a row are shifted by the same number of semitones, within the
+    vocabulary's range. ``data.openings`` is the share of rows that start at the beginning of a piece, half of them
+    without BOS, like prompts. Raises ``UserError`` if there are no pieces.
     """
 
     def __init__(self, pieces: Pieces, facts: Vocabulary, data: Data) -> None:
         self.pieces, self.facts, self.data = pieces, facts, data
         if not len(pieces):
-            raise UserError(f"corpus {data.corpus}: a split that training needs has no pieces; build a larger corpus")
+            raise UserError(f"corpus {data.corpus}: a split that training needs is empty; build a larger corpus")
         lengths = np.array([len(pieces[index]) for index in range(len(pieces))])
         self.cumulative = np.cumsum(np.ceil((lengths + 2) / data.crop))
         self.is_pitch = np.zeros(facts.size, dtype=bool)
         self.is_pitch[list(facts.pitch_ids)] = True
 
     def batch(self, rows: int, random: np.random.Generator) -> torch.Tensor:
-        """(rows, crop) int64, right-padded with PAD; the stream of draws is the generator's."""
+        """(rows, crop) int64, right-padded with PAD; ``random`` decides everything."""
         out = torch.full((rows, self.data.crop), self.facts.pad_id)
         for row in range(rows):
             tokens = self._row(random)
@@ -94,7 +93,7 @@ class Crops:
 
 
 def learning_rate(step: int, settings: Optimisation) -> float:
-    """Rate of ``step`` (0-based): linear warm-up, then half a cosine down to the final rate."""
+    """Learning rate of ``step``, counted from 0: linear warm-up, then half a cosine down to the final rate."""
     if step < settings.warmup:
         return settings.learning_rate * (step + 1) / settings.warmup
     done = (step - settings.warmup) / max(settings.steps - settings.warmup, 1)
@@ -103,9 +102,9 @@ def learning_rate(step: int, settings: Optimisation) -> float:
 
 
 def next_token_loss(model: Any, tokens: torch.Tensor, pad_id: int, *, reduction: str = "mean") -> torch.Tensor:
-    """Negative log-likelihood in nats of ``tokens`` (N, L) but the first; padding is not counted.
+    """Negative log-likelihood, in nats, of all tokens but the first of each row of ``tokens`` (N, L), without padding.
 
-    ``reduction``: "mean" over the tokens counted, or their "sum".
+    ``reduction``: the "mean" over these tokens, or their "sum".
     """
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
     targets = tokens[:, 1:].flatten()
@@ -119,7 +118,7 @@ def count_targets(tokens: torch.Tensor, pad_id: int) -> int:
 
 @torch.no_grad()
 def evaluate(model: Any, rows: torch.Tensor, pad_id: int, batch: int, world: World) -> float:
-    """Validation loss: nats a token over all ``rows``, of which every process of ``world`` takes its share."""
+    """Validation loss in nats per token over all ``rows`` (N, L), of which each process of ``world`` takes a share."""
     total, count = 0.0, 0
     for part in rows[world.rank :: world.size].split(batch):
         total += next_token_loss(model, part.to(world.device), pad_id, reduction="sum").item()
@@ -130,26 +129,26 @@ def evaluate(model: Any, rows: torch.Tensor, pad_id: int, batch: int, world: Wor
 
 @dataclass
 class Progress:
-    """How far a run is: what a checkpoint holds beside weights and moments."""
+    """How far a run has come; a checkpoint stores this next to the weights and the optimiser's state."""
 
     step: int = 0
-    best: float = math.inf  # validation loss
+    best: float = math.inf  # lowest validation loss
     waited: int = 0  # evaluations since then
-    loss: float = 0.0  # sum of the steps' losses since the last evaluation
-    steps: int = 0  # how many these are
+    loss: float = 0.0  # sum of the training losses since the last evaluation
+    steps: int = 0  # since the last evaluation
 
 
 def train(config: PretrainConfig, *, resume: bool = False, overwrite: bool = False) -> Path:
-    """Train a base by ``config``; returns the folder of the run, whose ``base/`` holds the best model so far.
+    """Train a base as ``config`` says; returns the folder of the run, whose ``base/`` contains the best model.
 
-    Started by ``torchrun``, each process learns from its own rows of every batch, and the result is that of one
-    process to rounding. Raises ``UserError`` for what the user can correct and ``click.ClickException`` where the loss
-    stops being finite.
+    If ``torchrun`` started several processes, each learns from its own rows of every batch, and the result is that of
+    one process up to rounding. Raises ``UserError`` for what the user can correct, and ``click.ClickException`` if the
+    loss is no longer finite.
     """
     check_packages()
     with Pretraining(config, resume=resume, overwrite=overwrite) as run:
         for step in run.steps():
-            # every process draws the whole batch, so that all know how many targets it has, and learns from its share
+            # every process draws the whole batch, to know its number of targets, and learns from a share of it
             batch = run.rows.batch(config.optimisation.batch, np.random.default_rng((config.run.seed, step)))
             loss, norm = learn(run, batch)
             run.record(step, loss, norm)
@@ -160,7 +159,7 @@ def train(config: PretrainConfig, *, resume: bool = False, overwrite: bool = Fal
 def learn(run: "Pretraining", batch: torch.Tensor) -> tuple[float, float]:
     """One optimiser step on ``batch`` (rows, crop); returns this process's share of the loss, and the gradient norm.
 
-    Raises ``click.ClickException`` before the step where the gradient is not finite.
+    Raises ``click.ClickException`` before the step if the gradient is not finite.
     """
     world, settings, pad_id = run.world, run.config.optimisation, run.facts.pad_id
     for group in run.optimizer.param_groups:
@@ -173,21 +172,21 @@ def learn(run: "Pretraining", batch: torch.Tensor) -> tuple[float, float]:
     (loss * world.size).backward()  # gradients of several processes are averaged
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.max_grad_norm).item()
     run.model.eval()
-    if not math.isfinite(norm):  # as it is where the loss is not, in any of the processes
+    if not math.isfinite(norm):  # also if the loss of any process is not finite
         raise click.ClickException(
-            f"step {run.progress.step + 1}: loss {loss.item():g}, gradient norm {norm:g}: stopped before the weights "
-            f"were spoiled; the last good checkpoint is {checkpoint.latest(run.folder / 'checkpoints')}; "
-            "try a lower optimisation.learning_rate"
+            f"step {run.progress.step + 1} stopped before it changed the weights: loss {loss.item():g}, "
+            f"gradient norm {norm:g}; try a lower optimisation.learning_rate. "
+            f"The last good checkpoint is {checkpoint.latest(run.run.checkpoints)}."
         )
     run.optimizer.step()
     return loss.item(), norm
 
 
 class Pretraining:
-    """A pretraining run around its optimiser steps; use it as a context manager, which builds, or resumes, the run.
+    """A pretraining run without its optimiser steps, as a context manager: entering it builds or resumes the run.
 
-    Attributes: ``model``; ``forward``, the same model as it is called (compiled, or shared among processes);
-    ``optimizer``; ``autocast``; ``rows``, the training rows; ``world``, this process among all; ``progress``.
+    Attributes: ``model``; ``forward``, the same model for the forward pass (compiled, or wrapped for several
+    processes); ``optimizer``; ``autocast``; ``rows``, the training rows; ``world`` (all processes); ``progress``.
     """
 
     def __init__(self, config: PretrainConfig, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -200,25 +199,25 @@ class Pretraining:
     def __enter__(self) -> "Pretraining":
         with contextlib.ExitStack() as opened:
             self.world = opened.enter_context(join(pick_device(self.config.run.device)))
-            soundfont = self._prepare(opened)
-            self._build()
-            self._open(opened, soundfont)
+            soundfont = self._find_parts(opened)
+            self._build_optimizer()
+            self._open_files(opened, soundfont)
             self._opened = opened.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._opened.__exit__(kind, error, trace)
+    def __exit__(self, *error: Any) -> None:
+        self._opened.__exit__(*error)
 
-    def _prepare(self, opened: contextlib.ExitStack) -> Path:
-        """Read the corpus, make the model, and hold the run's folder; returns the soundfont for samples."""
+    def _find_parts(self, opened: contextlib.ExitStack) -> Path:
+        """Read the corpus, make the model, and open the run's folder; returns the soundfont for samples."""
         config, settings, data = self.config, self.config.optimisation, self.config.data
         if not data.corpus:
             raise UserError("data.corpus is empty: set it to a folder written by `smart corpus build`")
         if settings.batch < self.world.size:
             many = self.world.size
-            raise UserError(f"optimisation.batch = {settings.batch}: expected at least one row for each of {many}")
+            raise UserError(
+                f"optimisation.batch = {settings.batch}: expected at least one row for each of {many} processes"
+            )
         self.corpus = Corpus(Path(data.corpus))
         soundfont = find_soundfont(config.render.soundfont)
         check_soundfont(soundfont)
@@ -246,8 +245,8 @@ class Pretraining:
         self.run = opened.enter_context(run)
         return soundfont
 
-    def _build(self) -> None:
-        """Optimiser and precision; of a run that is resumed, everything as the last checkpoint holds it."""
+    def _build_optimizer(self) -> None:
+        """Make optimiser and forward pass; if the run is resumed, restore it from the last checkpoint."""
         settings, device = self.config.optimisation, self.world.device
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=device.type == "cuda"
@@ -262,20 +261,20 @@ class Pretraining:
                 self.progress = Progress(**parse_json((last / "progress.json").read_text(encoding="utf-8")))
             except (OSError, ValueError, TypeError) as error:
                 raise UserError(f"checkpoint {last}: progress.json cannot be read ({error})") from None
-            self.run.settle(self.progress.step)
+            self.run.tidy_checkpoints(self.progress.step)
             if not self.world.lead:
-                self.progress.loss = 0.0  # the lead holds what all had lost
+                self.progress.loss = 0.0  # the checkpoint has the sum over all processes, which the lead keeps
         self.forward: Any = self.model if self.world.size == 1 else DistributedDataParallel(self.model)
         self.forward = torch.compile(self.forward) if self._compiling else self.forward
 
-    def _open(self, opened: contextlib.ExitStack, soundfont: Path) -> None:
-        """The run's files and, in the lead process, the samples."""
+    def _open_files(self, opened: contextlib.ExitStack, soundfont: Path) -> None:
+        """Open the run's files and, in the lead process, the renderer for samples."""
         self.run.open(self.progress.step, self.config.optimisation.steps, "step")
         self.samples = None
         if self.world.lead:
             self.samples = opened.enter_context(Samples(self.config, soundfont, self.model, self.tokenizer))
         others = self.world.size - 1
-        self.run.say(
+        self.run.log(
             f"{self.folder}: {sum(weights.numel() for weights in self.model.parameters()):,} parameters on "
             f"{self.world.device}{f' and {others} more' if others else ''}, "
             f"{self.corpus.split('train').tokens:,} tokens to learn from, from step {self.progress.step}"
@@ -286,14 +285,17 @@ class Pretraining:
         self._began, self._since = time.perf_counter(), self.progress.step
 
     def steps(self) -> Iterator[int]:
-        """The steps that are still to be done, from 1, as long as the validation loss gets better."""
+        """The remaining steps, counted from 1; they end early if the validation loss stops improving."""
         waits = self.config.optimisation.patience
         return self.run.steps(
             self.progress.step, self.config.optimisation.steps, unless=lambda: self.progress.waited >= waits
         )
 
     def record(self, step: int, loss: float, norm: float) -> None:
-        """Note a step; evaluate and save where it is due; then end, if a signal asked for it."""
+        """Count the step; evaluate and save if it is time; then exit if a signal asked for it.
+
+        ``loss`` is this process's share of the step's loss; ``norm`` is the gradient norm.
+        """
         settings, done = self.config.optimisation, self.progress
         done.step, done.loss, done.steps = step, done.loss + loss, done.steps + 1
         self.run.bar.update()
@@ -301,15 +303,15 @@ class Pretraining:
         stopping = self.run.stopping()
         if step % settings.evaluate_every == 0 or step == settings.steps:
             self._evaluate(norm)
-            self._save()
+            self._save_checkpoint()
             self._restart_clock()
         elif stopping:
-            self._save()
+            self._save_checkpoint()
         if stopping and step < settings.steps:
             self.run.leave()
 
     def _evaluate(self, norm: float) -> None:
-        """Measure the validation loss, log, and keep the model where it is the best so far."""
+        """Measure the validation loss, log it, and save the model as ``base/`` if it is the best so far."""
         settings, done = self.config.optimisation, self.progress
         with self.autocast:
             value = evaluate(self.forward, self.validation, self.facts.pad_id, settings.batch, self.world)
@@ -328,7 +330,7 @@ class Pretraining:
         if self.samples is not None:
             metrics |= self.samples.write(self.run.files, done.step)
             self.run.files.metrics(done.step, metrics)
-            self.run.say(
+            self.run.log(
                 f"step {done.step}: loss {metrics['loss']:.4f}, validation {value:.4f} (perplexity "
                 f"{metrics['validation_perplexity']:.2f}), {metrics['tokens_per_second']:,.0f} tokens/s"
             )
@@ -338,28 +340,28 @@ class Pretraining:
         done.waited = 0 if better else done.waited + 1
         done.best, done.loss, done.steps = min(value, done.best), 0.0, 0
 
-    def _save(self) -> None:
+    def _save_checkpoint(self) -> None:
         (loss,) = self.world.sum(self.progress.loss)
         if self.world.lead:
-            self.run.save(self.progress.step, partial(self._write, replace(self.progress, loss=loss)))
+            self.run.save(self.progress.step, partial(self._write_checkpoint, replace(self.progress, loss=loss)))
 
-    def _write(self, progress: Progress, target: Path) -> None:
+    def _write_checkpoint(self, progress: Progress, target: Path) -> None:
         save_base(self.model, self.tokenizer, target)
         checkpoint.write_state(target, self.model, self.optimizer)
         (target / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
 
     def finish(self) -> None:
-        """Say how good the best model is, and where."""
-        self.run.say(f"best validation loss {self.progress.best:.4f}; the base is in {self.folder / 'base'}")
+        """Log the best validation loss and where the model is."""
+        self.run.log(f"best validation loss {self.progress.best:.4f}; the base is in {self.folder / 'base'}")
 
 
 class Samples:
-    """Pieces that the model writes at each evaluation, for the same prompts and seed; use it as a context manager."""
+    """Samples pieces at each evaluation, for the same prompts and seed; use it as a context manager."""
 
     def __init__(self, config: PretrainConfig, soundfont: Path, model: Any, tokenizer: Any) -> None:
         render = config.render
         self.config, self.model, self.tokenizer, self.facts = config, model, tokenizer, vocabulary(tokenizer)
-        # one for all evaluations: on CUDA each captures a graph, and holds its cache
+        # one sampler for all evaluations, since on CUDA each captures a graph with a cache
         self.sampler = Sampler(model, pad_id=self.facts.pad_id, eos_id=self.facts.eos_id)
         self.pool = open_renderer(
             render.backend,
@@ -377,7 +379,7 @@ class Samples:
         self.pool.close()
 
     def write(self, files: Tracker, step: int) -> dict[str, float]:
-        """Write some of the pieces as MIDI and WAV; returns the rates of those that are no music."""
+        """Write some of the pieces as MIDI and WAV; returns the shares of unplayable tokens and silent pieces."""
         settings, seed = self.config.optimisation, self.config.run.seed
         if not settings.samples:
             return {}
@@ -395,9 +397,9 @@ class Samples:
                 audio = clip.result()
                 silent += bool(abs(audio).max() < SILENT)
             except RenderError:
-                audio = None  # the MIDI file is written all the same
+                audio = None  # only the MIDI file is written
             if index < settings.listen:
-                files.listen(f"samples/{step:08d}/{index:02d}", score, audio, self.config.render.sample_rate)
+                files.write_piece(f"samples/{step:08d}/{index:02d}", score, audio, self.config.render.sample_rate)
         rates = completion_metrics(rollout, self.facts.eos_id, build_grammar(self.tokenizer))
         return {
             "samples/unplayable_rate": rates["completions/unplayable_rate"],
@@ -406,7 +408,7 @@ class Samples:
 
 
 def _start(config: PretrainConfig, tokenizer: Any) -> Phi3ForCausalLM:
-    """The model to train: that of ``model.base``, or a new one."""
+    """The model to train: the base ``model.base``, or a new model if it is empty."""
     if not config.model.base:
         return build_model(tokenizer, **asdict(config.architecture), seed=config.run.seed)
     model, its_tokenizer = load_base(config.model.base)
@@ -419,7 +421,7 @@ def _start(config: PretrainConfig, tokenizer: Any) -> Phi3ForCausalLM:
 
 
 def _compiles(wanted: str, device: torch.device) -> bool:
-    """Whether to use torch.compile, which needs a C++ compiler: ``UserError`` where it is asked for without one."""
+    """Whether to use torch.compile. Raises ``UserError`` if it is "on" but there is no C++ compiler."""
     compiler = next(filter(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++")), None)
     if wanted == "on" and compiler is None:
         raise UserError("optimisation.compile = 'on': torch.compile needs g++ or clang++; install one, or use 'off'")
@@ -427,7 +429,7 @@ def _compiles(wanted: str, device: torch.device) -> bool:
 
 
 def _keep_best(folder: Path, step: int, model: Any, tokenizer: Any) -> None:
-    """Point ``base`` at a new copy of the model, in one rename."""
+    """Save a copy of the model and point the link ``base`` to it, in one rename."""
     copy = checkpoint.save(folder / "best", step, lambda target: save_base(model, tokenizer, target), keep=2)
     link = folder / ".base.tmp"
     link.unlink(missing_ok=True)

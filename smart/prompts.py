@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 KINDS = ("procedural", "first_note", "bos", "dataset")
+LONGEST = 8  # tokens of the longest prompt: a first note with its program
 
 
 class Pieces(Protocol):

@@ -1,14 +1,15 @@
-"""What surrounds the algorithm in a run of GRPO: find and check its parts, build, resume, measure, save, finish.
+"""Everything around the algorithm in a GRPO run: find and check its parts, build, resume, measure, save, finish.
 
-``smart.grpo.train`` holds the algorithm and asks a ``Tuning`` for everything else.
+``smart.grpo.train`` contains the algorithm and uses a ``Tuning`` for everything else.
+
+Axes: N sequences of a batch, of which this process has n; P prompt length, T completion length.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -24,34 +25,33 @@ from smart.guard import Guard, HeldOut, Judge
 from smart.logprobs import Reference
 from smart.model import find_base, load_base, pick_device, pick_precision, save_base
 from smart.plots import curves, timeline
-from smart.prompts import Pieces, draw
-from smart.render import check_soundfont, find_soundfont, open_renderer
-from smart.render.bank_pool import BankPool
+from smart.prompts import LONGEST, Pieces, draw
+from smart.render import Renderer, check_soundfont, find_soundfont, open_renderer
 from smart.reward import Reward, load_reward
-from smart.rollout import Batch, Batches, Drawn, Scorer, completion_metrics
+from smart.rollout import Batch, Batches, Clips, Drawn, Scorer, completion_metrics
 from smart.run import Run, Stopwatch, check_packages, checkpoint, summarise
 from smart.sampler import Rollout, Sampler
 from smart.tokens import build_grammar, decode, vocabulary
 from smart.workers import usable_cores
 
-AHEAD = "ahead.safetensors"  # in a checkpoint: the batch that was drawn ahead
+AHEAD = "ahead.safetensors"  # in a checkpoint: the batch that was sampled ahead
 
 
 class Parts(NamedTuple):
-    """What a run needs from outside, found before any work starts."""
+    """What a run needs from outside; it is found before any work starts."""
 
     base: Path
     soundfont: Path
     reward: Reward
-    judge: Reward | None  # rates held-out completions, where it is not the run's own reward
+    judge: Reward | None  # a second reward for held-out completions, if one is configured
     pieces: Pieces | None  # for prompts of kind "dataset"
-    unseen: Pieces | None  # the same, for held-out prompts
+    unseen: Pieces | None  # the same for held-out prompts, from another split
 
 
 def preflight(config: Config, world: World, reward: Reward | None = None) -> Parts:
     """Find everything that a run needs; ``reward`` replaces the configured one.
 
-    Raises one ``UserError`` that lists all that is missing.
+    Raises one ``UserError`` that lists everything that is missing.
     """
     found = require(
         lambda: find_base(config.model.base),
@@ -95,7 +95,7 @@ def _find_unseen(config: Config) -> Pieces | None:
     split = "train" if config.prompts.split == "validation" else "validation"
     found = _find_pieces(config, split)
     if found is not None and not len(found):
-        raise UserError(f"the corpus has no {split} pieces for held-out prompts: set track.held_out_every = 0")
+        raise UserError(f"the corpus has no {split} pieces for held-out prompts; set track.held_out_every = 0")
     return found
 
 
@@ -113,58 +113,56 @@ def check_sizes(config: Config, world: World) -> None:
 
 
 class Tuning:
-    """A run of GRPO around its algorithm; use it as a context manager, which builds, or resumes, the run.
+    """A GRPO run without its algorithm, as a context manager: entering it builds or resumes the run.
 
     ``reward`` replaces the configured one. Entering raises ``UserError`` for what the user can correct, before any
-    work; ``Failure`` says why training cannot continue.
+    work; leaving raises ``Failure`` if training cannot continue.
 
-    Attributes: ``policy``, ``optimizer``, ``reference``, ``autocast`` (the precision the policy runs in), ``world``
-    (this process among all), ``folder`` of the run.
+    Attributes: ``policy``, ``optimizer``, ``reference``, ``autocast`` (the precision of the policy's forward pass),
+    ``world`` (all processes), ``folder`` of the run.
     """
 
     def __init__(
         self, config: Config, *, reward: Reward | None = None, resume: bool = False, overwrite: bool = False
     ) -> None:
-        if reward is not None:  # the run's configuration names it, so that nothing resumes with another
+        if reward is not None:  # name it in the run's configuration, so that nobody resumes with a different one
             given = replace(config.reward, kind=reward.name, weights=reward.weights, options={})
             config = replace(config, reward=given)
         self.config = config
         self.folder = Path(config.run.folder) / config.run.name
-        self.learning: int | None = None  # the iteration that has not changed the weights yet
+        self._unlearnt: int | None = None  # the current iteration, until it has changed the weights
         self._reward, self._resume, self._overwrite = reward, resume, overwrite
         self._opened = ExitStack()
 
     def __enter__(self) -> "Tuning":
         with ExitStack() as opened:
             self.world = opened.enter_context(join(pick_device(self.config.run.device)))
-            self._prepare(opened)
-            self._build()
-            self._open(opened)
-            self._begin()
+            self._find_parts(opened)
+            self._build_models()
+            self._open_files(opened)
+            self._start_log()
             self._opened = opened.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._opened.__exit__(kind, error, trace)
-        if isinstance(error, FloatingPointError | Failure) and self.learning is not None:
+        if isinstance(error, FloatingPointError | Failure) and self._unlearnt is not None:
             raise Failure(
-                f"iteration {self.learning} stopped before it changed the weights: {error}. "
+                f"iteration {self._unlearnt} stopped before it changed the weights: {error}. "
                 f"The last good checkpoint is {checkpoint.latest(self.run.checkpoints)}."
             ) from None
 
     # --- Building -----------------------------------------------------------------------------------------------------
 
-    def _prepare(self, opened: ExitStack) -> None:
-        """Find everything, load the policy, and hold the run's folder."""
+    def _find_parts(self, opened: ExitStack) -> None:
+        """Find the run's parts, load the policy, and open the run's folder."""
         config, world = self.config, self.world
         self.parts = preflight(config, world, self._reward)
         check_sizes(config, world)
         self.policy, self.tokenizer = load_base(self.parts.base, device=world.device)
-        longest = self.policy.config.max_position_embeddings - 8  # the longest prompt has seven tokens
+        longest = self.policy.config.max_position_embeddings - LONGEST
         if (wanted := config.sampling.max_new_tokens) > longest:
-            raise UserError(f"sampling.max_new_tokens = {wanted}: this base has room for {longest}")
+            raise UserError(f"sampling.max_new_tokens = {wanted}: expected at most {longest} for this base")
         run = Run(
             self.folder,
             dumps(config),
@@ -176,8 +174,8 @@ class Tuning:
         )
         self.run = opened.enter_context(run)
 
-    def _build(self) -> None:
-        """What is learnt with and sampled from; of a run that is resumed, as the last checkpoint holds it."""
+    def _build_models(self) -> None:
+        """Make optimizer, reference and samplers; if the run is resumed, restore them from the last checkpoint."""
         settings, sampling, device = self.config.grpo, self.config.sampling, self.world.device
         precision = pick_precision(settings.precision, device)
         self.autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
@@ -197,10 +195,10 @@ class Tuning:
         }
         last = self.run.last
         self.done = 0 if last is None else int(last.name)
-        self._restored = None if last is None else self._restore(last)
+        self._restored_rollout = None if last is None else self._restore(last)
 
     def _restore(self, last: Path) -> Rollout | None:
-        """Put back what checkpoint ``last`` holds; returns this process's share of the batch drawn ahead, if any."""
+        """Restore checkpoint ``last``; returns this process's share of the batch that was sampled ahead, if any."""
         self.policy.load_state_dict(load_base(last, device=self.world.device)[0].state_dict())
         checkpoint.read_state(last, self.policy, self.optimizer, **self.generators)
         if not (last / AHEAD).is_file():
@@ -210,14 +208,14 @@ class Tuning:
             whole = Rollout(**checkpoint.read_tensors(last / AHEAD))
             share = whole.rows(slice(groups.start * size, groups.stop * size))
         except TypeError as error:
-            raise UserError(f"checkpoint {last}: {AHEAD} is not what a run writes ({error})") from None
+            raise UserError(f"checkpoint {last}: {AHEAD} does not hold a batch ({error})") from None
         return Rollout(*(part.to(self.world.device) for part in share))
 
-    def _open(self, opened: ExitStack) -> None:
-        """The run's files, its renderer, and what measures it."""
+    def _open_files(self, opened: ExitStack) -> None:
+        """Open the run's files and its renderer, and set up sampling, rating and measuring."""
         render, sampling = self.config.render, self.config.sampling
         self.run.open(self.done, self.config.grpo.iterations, "iteration")
-        pool = open_renderer(
+        renderer: AbstractContextManager[Renderer] = open_renderer(
             render.backend,
             self.parts.soundfont,
             sample_rate=render.sample_rate,
@@ -226,7 +224,7 @@ class Tuning:
             deadline=render.deadline,
             device=self.world.device,
         )
-        opened.enter_context(pool)
+        pool = opened.enter_context(renderer)
         scorer = Scorer(
             self.tokenizer,
             pool,
@@ -245,16 +243,16 @@ class Tuning:
         )
         self.guard = self._open_guard()
         self.watch = Stopwatch()
-        self._ahead = None if self._restored is None else self._render(self._restored)
-        self._extra: dict[str, float] = {}  # metrics of the batch that is being learnt from
+        self._drawn_ahead = None if self._restored_rollout is None else self._render_rollout(self._restored_rollout)
+        self._render_metrics: dict[str, float] = {}  # of the current batch
 
     def _open_guard(self) -> Guard:
-        """The measurements on held-out prompts, which are drawn separately, with a generator used for nothing else."""
+        """Set up the measurements on held-out prompts, which are drawn separately, with their own generator."""
         track, settings, held_out = self.config.track, self.config.grpo, None
         if track.held_out_every:
             seed = self.config.run.seed + 2**32
             held_out = HeldOut(
-                self._prompts(track.held_out_prompts, torch.Generator().manual_seed(seed), self.parts.unseen),
+                self._draw_prompts(track.held_out_prompts, torch.Generator().manual_seed(seed), self.parts.unseen),
                 seed=seed,
                 batches=self.batches,
                 judge=Judge(self.parts.reward, self.parts.judge),
@@ -268,81 +266,82 @@ class Tuning:
         )
         if self.run.last is not None:
             guard.read(self.run.last)
-            self.run.settle(self.done, best=guard.best)
+            self.run.tidy_checkpoints(self.done, best=guard.best)
         return guard
 
-    def _begin(self) -> None:
-        """Say what is about to happen, and measure the base where a run is new."""
-        say, device = self.run.say, self.world.device
+    def _start_log(self) -> None:
+        """Log what is about to happen, and measure the base if the run is new."""
+        log, device = self.run.log, self.world.device
         iterations = self.config.grpo.iterations
-        say(f"run {self.folder}: base {self.parts.base} on {device}, {self.done} of {iterations} iterations done")
-        say(f"reward: {self.parts.reward.provenance or self.parts.reward.name}")
+        log(f"run {self.folder}: base {self.parts.base} on {device}, {self.done} of {iterations} iterations done")
+        log(f"reward: {self.parts.reward.provenance or self.parts.reward.name}")
         if self.guard.held_out:
-            say(f"held-out judge: {self.guard.held_out.judge.name}")
+            log(f"held-out score: {self.guard.held_out.judge.name}")
         if self.run.stopping():
             self.run.leave()
         if not self.done and (measured := self.guard.look(0, self.samplers["base"])):
             self.run.files.metrics(0, measured)
 
-    def _prompts(self, count: int, generator: torch.Generator, pieces: Pieces | None) -> torch.Tensor:
+    def _draw_prompts(self, count: int, generator: torch.Generator, pieces: Pieces | None) -> torch.Tensor:
         return draw(self.config.prompts.kind, count, self.tokenizer, generator, pieces=pieces).to(self.world.device)
 
     # --- One iteration ------------------------------------------------------------------------------------------------
 
     def steps(self) -> Iterator[int]:
-        """The iterations that are still to be done, from 1; they end early where the guard says so."""
+        """The remaining iterations, counted from 1; they end early if the guard stops the run."""
         for step in self.run.steps(self.done, self.config.grpo.iterations, unless=lambda: self.guard.stop):
             self.watch.restart()
-            self.learning = step
+            self._unlearnt = step
             yield step
 
     def draw(self, step: int) -> Drawn:
-        """Have the policy write this process's share of a batch; workers render each completion once it has settled.
+        """Sample this process's share of a batch; workers render each completion once it has settled.
 
-        With ``rollouts_ahead`` = 1 that is the batch drawn one iteration ago, and the next one is drawn meanwhile.
+        With ``rollouts_ahead`` = 1 this returns the batch sampled one iteration ago, and samples the next one.
         """
-        drawn = self._ahead or self._draw()
+        drawn = self._drawn_ahead or self._draw_batch()
         more = self.config.grpo.rollouts_ahead and step < self.config.grpo.iterations
-        self._ahead = self._draw() if more else None  # while the workers render ``drawn``
+        self._drawn_ahead = self._draw_batch() if more else None  # while the workers render ``drawn``
         self.watch.lap("generate")
         return drawn
 
-    def _draw(self) -> Drawn:
+    def _draw_batch(self) -> Drawn:
         settings = self.config.grpo
         return self.batches.draw(
             self.samplers["tuned"],
-            self._prompts(settings.prompts, self.generators["prompts"], self.parts.pieces),
+            self._draw_prompts(settings.prompts, self.generators["prompts"], self.parts.pieces),
             group_size=settings.group_size,
             generator=self.generators["sampler"],
             stopwatch=self.watch,
         )
 
-    def _render(self, rollout: Rollout) -> Drawn:
-        """What ``_draw`` gives, of a rollout that a checkpoint held."""
-        clips = self.batches.scorer.listen(self.watch)
-        clips.finish(rollout)
+    def _render_rollout(self, rollout: Rollout) -> Drawn:
+        """Have a rollout from a checkpoint rendered; returns the same as ``_draw_batch``."""
+        clips = Clips(self.batches.scorer, self.watch)
+        clips.submit_rest(rollout)
         return Drawn(rollout, clips, self.world.share(self.config.grpo.prompts).start * self.config.grpo.group_size)
 
     def rate(self, step: int, drawn: Drawn, ref_logp: torch.Tensor) -> Batch:
-        """The whole batch with its rewards, in every process. Raises ``FloatingPointError`` where no clip has one."""
+        """The whole batch with its rewards, in every process. ``ref_logp`` (n, T) is under the base.
+
+        Raises ``FloatingPointError`` if no clip has a reward.
+        """
         self.watch.lap("reference")
-        pool = self.batches.scorer.pool
-        batch = self.batches.rate(drawn, ref_logp, keep=self._heard(step))
-        self._extra = {}
-        if isinstance(pool, BankPool):
-            self._extra["render/fallback_fraction"] = pool.fallback_fraction(drawn.clips.in_order())
-        drawn.clips.forget()  # before anything is learnt, which takes its own memory
+        batch = self.batches.rate(drawn, ref_logp, keep=self._kept_rows(step))
+        fallback = self.batches.scorer.pool.fallback_fraction(drawn.clips.in_order())
+        self._render_metrics = {} if fallback is None else {"render/fallback_fraction": fallback}
+        drawn.clips.free_audio()  # before the update, which needs the memory
         batch.rated.check()
         self.watch.lap("score")
         return batch
 
-    def _heard(self, step: int) -> range:
-        """Rows of the batch that are kept as MIDI and WAV."""
+    def _kept_rows(self, step: int) -> range:
+        """Rows of the batch that are written as MIDI and WAV."""
         track = self.config.track
         return range(track.samples) if step % track.samples_every == 0 else range(0)
 
     def rewards(self, batch: Batch) -> torch.Tensor:
-        """The rewards (N,) to learn from: ratings, with a bonus for diversity where ``grpo.diversity`` asks for it."""
+        """The rewards (N,) to learn from: the ratings, plus a bonus for diversity if ``grpo.diversity`` is above 0."""
         settings = self.config.grpo
         if not settings.diversity:
             return batch.rated.rewards
@@ -350,55 +349,59 @@ class Tuning:
         return distinct_rewards(batch.rated.rewards, alikeness(pieces, settings.group_size), weight=settings.diversity)
 
     def record(self, step: int, batch: Batch, advantages: torch.Tensor, stats: dict[str, float]) -> None:
-        """Measure, log and, where it is due, save the iteration; then end, if a signal asked for it."""
+        """Measure and log the iteration, save it if it is time; then exit if a signal asked for it.
+
+        ``advantages`` (N,); ``stats`` are those of ``smart.grpo.update``.
+        """
         self.watch.lap("learn")
-        self.learning = None
+        self._unlearnt = None
         run, track, group_size = self.run, self.config.track, self.config.grpo.group_size
         metrics = {
             **batch.rated.metrics(group_size),
             **{f"policy/{key}": value for key, value in stats.items()},
             "policy/learning_rate": self.optimizer.param_groups[0]["lr"],
             **completion_metrics(batch.rollout, self._eos_id, self._grammar),
-            **self._extra,
+            **self._render_metrics,
             **self.watch.metrics(),
             **(measured := self.guard.look(step, self.samplers["tuned"])),
         }
         run.files.metrics(step, metrics)
         if measured and self.guard.collapse:
-            run.say(f"iteration {step}: the pieces have become alike: {self.guard.collapse}")
+            run.log(f"iteration {step}: diversity has collapsed: {self.guard.collapse}")
         if self.world.lead and track.trace_every and step % track.trace_every == 0:
             timeline(self.watch.write(self.folder / "traces" / f"{step:08d}.json"))
         run.files.completions(
             row | {"step": step, "advantage": advantage}
             for row, advantage in zip(batch.rated.rows(batch.rollout, group_size), advantages.tolist(), strict=True)
         )
-        self._listen(f"samples/{step:08d}/{{:02d}}", batch, self._heard(step))
+        self._write_pieces(f"samples/{step:08d}/{{:02d}}", batch, self._kept_rows(step))
         run.bar.update()
         run.bar.set_postfix(reward=f"{metrics['reward/mean']:.3f}", kl=f"{stats['kl']:.4f}")
         stopping = run.stopping()
         last, best = self.config.grpo.iterations, self.guard.best
         if step % track.checkpoint_every == 0 or step in (last, best) or self.guard.stop or stopping:
-            self._save(step, metrics)
+            self._save_checkpoint(step, metrics)
         if stopping:
             run.leave()
 
-    def _listen(self, name: str, batch: Batch, rows: range) -> None:
+    def _write_pieces(self, name: str, batch: Batch, rows: range) -> None:
+        """Write ``rows`` of ``batch`` as MIDI and WAV; ``name`` has a place for the row."""
         for row in rows:
             score = decode(self.tokenizer, batch.rollout.tokens[row])
             audio = batch.rated.audio[row]
-            self.run.files.listen(name.format(row), score, audio, self.config.render.sample_rate)
+            self.run.files.write_piece(name.format(row), score, audio, self.config.render.sample_rate)
 
-    def _save(self, step: int, metrics: dict[str, float]) -> None:
-        ahead = None if self._ahead is None else self.batches.gather(self._ahead.rollout)
+    def _save_checkpoint(self, step: int, metrics: dict[str, float]) -> None:
+        ahead = None if self._drawn_ahead is None else self.batches.gather(self._drawn_ahead.rollout)
         if self.world.lead:
-            self.run.save(step, partial(self._write, ahead), best=self.guard.best)
+            self.run.save(step, partial(self._write_checkpoint, ahead), best=self.guard.best)
             curves(self.folder, ("reward/mean",), "reward", step="iteration")
-            self.run.say(
+            self.run.log(
                 f"iteration {step}: reward {metrics['reward/mean']:.3f}, KL {metrics['policy/kl']:.4f}, "
                 f"{metrics['seconds/iteration']:.1f} s"
             )
 
-    def _write(self, ahead: Rollout | None, target: Path) -> None:
+    def _write_checkpoint(self, ahead: Rollout | None, target: Path) -> None:
         save_base(self.policy, self.tokenizer, target)
         checkpoint.write_state(target, self.policy, self.optimizer, **self.generators)
         self.guard.write(target)
@@ -408,29 +411,29 @@ class Tuning:
     # --- The end ------------------------------------------------------------------------------------------------------
 
     def finish(self) -> None:
-        """Write ``tuned/``, compare it with the base on fresh prompts, and say how they differ."""
+        """Write ``tuned/``, the last policy or the best one, and compare it with the base on new prompts."""
         run = self.run
         if self.guard.stop:
-            self.world.sum(0)  # the best checkpoint is there
-            why, best = self.guard.stop, self._best_whole()
+            self.world.sum(0)  # the lead has written the best checkpoint
+            why, best = self.guard.stop, self._best_checkpoint()
             self.policy.load_state_dict(load_base(best, device=self.world.device)[0].state_dict())
-            run.say(f"stopped early: {why}; tuned/ is iteration {int(best.name)}, the best by the held-out judge")
-        rewards = self._compare()
+            run.log(f"stopped early: {why}; tuned/ is iteration {int(best.name)}, the best by the held-out score")
+        rewards = self._compare_rewards()
         if self.world.lead:
-            # one that is there already, of a run that is resumed once more, stays whole
+            # an existing tuned/ of a run that is resumed again is never left half replaced
             replace_files(
                 self.folder / "tuned", partial(save_base, self.policy, self.tokenizer), last="model.safetensors"
             )
-            # the process that saved last may not have come to it
+            # the last save may have been killed before it drew them
             curves(self.folder, ("reward/mean",), "reward", step="iteration")
-            run.say(summarise(self.folder, rewards))
+            run.log(summarise(self.folder, rewards))
         if self.parts.reward.is_stand_in:
-            run.say(f"{self.parts.reward.name} is a stand-in, not the aesthetic model: see docs/rewards.md")
+            run.log(f"{self.parts.reward.name} is an approximation, not the aesthetic model: see docs/rewards.md")
 
-    def _best_whole(self) -> Path:
-        """The best checkpoint that is as it was written; a better one that is damaged is named.
+    def _best_checkpoint(self) -> Path:
+        """The best checkpoint that is intact; a warning names each better one that is damaged.
 
-        What the guard has measured of those passed over is forgotten. Raises ``UserError`` where all are damaged.
+        The guard drops its measurements of those. Raises ``UserError`` if all checkpoints are damaged.
         """
         guard, root = self.guard, self.run.checkpoints
         while (best := guard.best) is not None:
@@ -440,28 +443,28 @@ class Tuning:
                 return folder
             except UserError as error:
                 if folder.exists():  # not all are kept
-                    self.run.say(f"Warning: {error.message}; taking the next best")
+                    self.run.log(f"Warning: {error.message}; using the next best")
                 guard.history = [one for one in guard.history if one.step != best]
         newest = checkpoint.latest(root)
         if newest is None:
-            raise UserError(f"{root} holds no checkpoint any more; start anew with --overwrite")
+            raise UserError(f"{root} holds no checkpoint any more; start over with --overwrite")
         return newest
 
-    def _compare(self) -> dict[str, Any]:
-        """Rewards of fresh samples of base and tuned model, for the same prompts and from the same seed."""
+    def _compare_rewards(self) -> dict[str, Any]:
+        """Sample base and tuned model on the same new prompts with the same seed; returns the rewards of each, (n,)."""
         track, device = self.config.track, self.world.device
         self.run.bar.set_description("base against tuned")
         seed = self.config.run.seed + 2**31
-        prompts = self._prompts(track.final_prompts, torch.Generator().manual_seed(seed), self.parts.pieces)
-        heard = range(min(track.final_listen, len(prompts)))
+        prompts = self._draw_prompts(track.final_prompts, torch.Generator().manual_seed(seed), self.parts.pieces)
+        kept = range(min(track.final_listen, len(prompts)))
         rewards = {}
         for name, sampler in self.samplers.items():
             if self.run.stopping():
                 self.run.leave()
             drawn = self.batches.draw(sampler, prompts, generator=torch.Generator(device).manual_seed(seed))
-            if self.run.stopping():  # rating many takes long, too
+            if self.run.stopping():  # again, since rating takes long
                 self.run.leave()
-            batch = self.batches.rate(drawn, drawn.rollout.logprobs, keep=heard)
+            batch = self.batches.rate(drawn, drawn.rollout.logprobs, keep=kept)
             rewards[name] = batch.rated.rewards[batch.rated.rewards.isfinite()].numpy()
-            self._listen(f"final/{{:02d}}-{name}", batch, heard)
+            self._write_pieces(f"final/{{:02d}}-{name}", batch, kept)
         return rewards

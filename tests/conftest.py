@@ -1,13 +1,30 @@
 """Fixtures that several test files share: the paper's tokenizer and a tiny random model over it."""
 
 import ctypes
+import fcntl
 import gc
-from collections.abc import Iterator
+import importlib.util
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
+
+# Before anything imports torch: several test processes share the cores, and threads that wait for each other on a busy
+# machine make a test of seconds one of minutes. What the user has set stays.
+for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(name, "1")
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a background job of a shell; children would ignore it, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+# Python finds no package, or takes the folder of the clone for one, when it is started in the folder above
+if (found := importlib.util.find_spec("smart")) is None or found.origin is None:
+    root = str(Path(__file__).parent.parent)
+    sys.path.insert(0, root)
+    os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -28,6 +45,8 @@ def tokenizer() -> Any:
 
 def make_tiny_model(tokenizer: Any) -> Any:
     """Random Phi-3, 2 layers x 32; logits spread enough that sampling is not uniform."""
+    import torch
+
     from smart.model import build_model
 
     model = build_model(tokenizer, layers=2, hidden=32, heads=4, intermediate=64, seed=3)
@@ -39,6 +58,69 @@ def make_tiny_model(tokenizer: Any) -> Any:
 @pytest.fixture
 def tiny_model(tokenizer: Any) -> Any:
     return make_tiny_model(tokenizer)
+
+
+Once = Callable[[str, Callable[[Path], None]], Path]
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Once:
+    """Called with a name and what fills a folder: the folder, filled by the first of all test processes to ask for it.
+
+    It is for reading: who changes something works on a copy.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def make(name: str, fill: Callable[[Path], None]) -> Path:
+        folder, done = root / f"once-{name}", root / f"once-{name}.done"
+        with open(root / f"once-{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a process that failed
+                folder.mkdir()
+                fill(folder)
+                done.touch()
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def base(once: Once) -> Path:
+    from runs import teach_base
+
+    return once("base", teach_base)
+
+
+@pytest.fixture(scope="session")
+def either(base: Path, once: Once) -> list[Path]:
+    """Two runs that nothing interrupted, by their ``grpo.rollouts_ahead``; one of them is of a fresh process."""
+    from runs import arguments, run
+
+    def tune(folder: Path) -> None:
+        ahead = int(folder.name[-1])
+        changes = {"grpo.rollouts_ahead": ahead}
+        words = ("--config", "quickstart.toml", *arguments(base, folder, **changes))
+        status, output = run("grpo", *words, fresh=ahead == 0)
+        assert status == 0, output
+        assert "is an approximation" in output and "standard errors" in output
+
+    return [once(f"finished-{ahead}", tune) / "r" for ahead in (0, 1)]
+
+
+@pytest.fixture(scope="session")
+def finished(either: list[Path]) -> Path:
+    """A run that nothing interrupted."""
+    return either[0]
+
+
+@pytest.fixture(scope="session")
+def corpus(once: Once) -> Path:
+    from runs import build_corpus
+
+    return once("corpus", lambda folder: build_corpus(folder, [(0, False)])) / "out"
 
 
 class Demo(NamedTuple):
@@ -53,29 +135,36 @@ HOSTILE = "</script><img src=x onerror=alert(1)>"  # where the page says a name,
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+def demo(once: Once) -> Demo:
     """The shipped base against slightly perturbed copies of it, two prompts, short clips."""
-    from click.testing import CliRunner
+    options = ["--steps", "all", "--prompts", "2", "--tokens", "48"]
+    options += ["--seconds", "3", "--sample-rate", "22050", "--workers", "1", "--device", "cpu"]
 
-    from smart.config import Config, dumps
-    from smart.demo import main
-    from smart.model import load_base, save_base
-    from smart.run import checkpoint
+    def words(folder: Path) -> list[str]:
+        return ["--section", HOSTILE, "piano-small", str(folder / "perturbed"), *options]
 
-    run = tmp_path_factory.mktemp("runs") / "perturbed"
-    run.mkdir()
-    (run / "config.toml").write_text(dumps(Config()) + f"# {HOSTILE}\n", encoding="utf-8")
-    model, tokenizer = load_base("piano-small")
-    generator = torch.Generator().manual_seed(1)
-    for step in (1, 2):
-        with torch.no_grad():
-            for weights in model.parameters():
-                weights.add_(0.03 * weights.std() * torch.randn(weights.shape, generator=generator))
-        checkpoint.save(run / "checkpoints", step, lambda folder: save_base(model, tokenizer, folder))
-    save_base(model, tokenizer, run / "tuned")
-    page = run.parent / "page.html"
-    arguments = ["--section", HOSTILE, "piano-small", str(run), "--steps", "all", "--prompts", "2", "--tokens", "48"]
-    arguments += ["--seconds", "3", "--sample-rate", "22050", "--workers", "1", "--device", "cpu"]
-    result = CliRunner().invoke(main, [*arguments, "--out", str(page)])
-    assert result.exit_code == 0, result.output
-    return Demo(page, run, arguments)
+    def fill(folder: Path) -> None:
+        import torch
+        from click.testing import CliRunner
+
+        from smart.config import Config, dumps
+        from smart.demo import main
+        from smart.model import load_base, save_base
+        from smart.run import checkpoint
+
+        run = folder / "perturbed"
+        run.mkdir()
+        (run / "config.toml").write_text(dumps(Config()) + f"# {HOSTILE}\n", encoding="utf-8")
+        model, tokenizer = load_base("piano-small")
+        generator = torch.Generator().manual_seed(1)
+        for step in (1, 2):
+            with torch.no_grad():
+                for weights in model.parameters():
+                    weights.add_(0.03 * weights.std() * torch.randn(weights.shape, generator=generator))
+            checkpoint.save(run / "checkpoints", step, lambda folder: save_base(model, tokenizer, folder))
+        save_base(model, tokenizer, run / "tuned")
+        result = CliRunner().invoke(main, [*words(folder), "--out", str(folder / "page.html")])
+        assert result.exit_code == 0, result.output
+
+    folder = once("demo", fill)
+    return Demo(folder / "page.html", folder / "perturbed", words(folder))

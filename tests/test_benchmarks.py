@@ -3,12 +3,12 @@
 import json
 import math
 import os
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -19,11 +19,11 @@ if not FOLDER.is_dir():
     pytest.skip("the benchmarks are not part of an installed package", allow_module_level=True)
 
 
-def run(name: str, options: str, *more: str, cwd: Path) -> tuple[str, dict[str, Any]]:
+def run(name: str, options: str, *more: str, cwd: Path, fresh: bool = False) -> tuple[str, dict[str, Any]]:
     """A benchmark's output before its last line, and the JSON in that line, with finite numbers only."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(FOLDER / name), *options.split(), *more, "--json", "out.json"]
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    done = programs.run(command, fresh=fresh, cwd=cwd, env=env)
     assert done.returncode == 0, done.stderr
     table, _, last = done.stdout.rstrip().rpartition("\n")
     found: dict[str, Any] = json.loads(last)
@@ -89,7 +89,7 @@ q = torch.randn(2, 4, 6, 8)
 attend = torch.nn.functional.scaled_dot_product_attention
 assert common.flops(lambda: attend(q, q, q)) == 2 * (2 * 2 * 4 * 6 * 6 * 8)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
+    programs.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
 
 
 @pytest.mark.slow
@@ -126,7 +126,7 @@ def test_iteration(tmp_path: Path) -> None:
 
 def test_a_mistake_is_one_line(tmp_path: Path) -> None:
     command = [sys.executable, str(FOLDER / "iteration.py"), "--config", "quickstart.toml", "--peer", "nowhere"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = programs.run(command, fresh=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 2
     assert done.stderr.startswith("Error: --peer") and done.stderr.count("\n") == 1
 
@@ -146,7 +146,7 @@ def test_peer(tmp_path: Path) -> None:
 
 def test_soak(tmp_path: Path) -> None:
     """From the second third of 60 iterations, open files, threads and memory do not grow."""
-    table, found = run("soak.py", "--iterations 60 --parts 3", cwd=tmp_path)
+    table, found = run("soak.py", "--iterations 60 --parts 3", cwd=tmp_path, fresh=True)
     assert "workers MiB" in table
     _, middle, last = found["parts"]
     assert last["files"] == middle["files"] and last["workers"] == middle["workers"] == 1

@@ -2,17 +2,19 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import programs
 import pyarrow.parquet as pq
 import pytest
 import torch
+from runs import arguments, metrics, run
 from safetensors.torch import load_file
-from test_runs import arguments, base, metrics, run, start  # noqa: F401 (base is a fixture)
 
 from smart.distributed import World
 
@@ -71,27 +73,44 @@ with join(torch.device("cpu")) as world:
 """
 
 
-def torchrun(script: str, folder: Path, *args: str) -> None:
-    (folder / "script.py").write_text(script)
-    done = subprocess.run(
-        [*TORCHRUN, "script.py", *args],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-    )
-    assert done.returncode == 0, done.stderr
+def start_two(*words: str, **options: Any) -> list[subprocess.Popen[str]]:
+    """Two processes with the environment that torchrun gives its own, by rank; without torchrun, which takes long."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return [
+        programs.start(
+            [sys.executable, *words], env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank}, **options
+        )
+        for rank in "01"
+    ]
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> tuple[list[int], str]:
+    """Exit codes by rank, and what both have said."""
+    try:
+        outputs = [process.communicate(timeout=200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], "".join(outputs)
+
+
+def run_two(*words: str, **options: Any) -> None:
+    codes, output = finish(start_two(*words, **options))
+    assert codes == [0, 0], output
 
 
 def test_exchanges(tmp_path: Path) -> None:
-    torchrun(EXCHANGES, tmp_path)
+    run_two("-c", EXCHANGES)
 
 
 def test_two_processes_have_the_gradient_of_one(tmp_path: Path, tiny_model: Any) -> None:
     from test_grpo import gradients
 
-    torchrun(GRADIENTS, tmp_path, str(Path(__file__).parent))
+    run_two("-c", GRADIENTS, str(Path(__file__).parent), cwd=tmp_path)
     for average in ("token", "sequence", "constant"):
         one, stats = gradients(tiny_model, average=average, micro_batch=3)
         for rank in (0, 1):
@@ -108,7 +127,6 @@ def launch(*args: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
 
@@ -130,22 +148,23 @@ def workers_of(launcher: int) -> dict[int, int]:
 
 
 @pytest.fixture(scope="module")
-def together(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:  # noqa: F811 (the fixture)
-    """Two uninterrupted runs of two processes, by their ``grpo.rollouts_ahead``."""
-    folders = []
-    for ahead in (0, 1):
-        folder = tmp_path_factory.mktemp("together")
-        changes = {"grpo.prompts": 3, "grpo.rollouts_ahead": ahead}
-        process = launch("--config", "quickstart.toml", *arguments(base, folder, **changes))
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
-        folders.append(folder / "r")
-    return folders
+def together(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two uninterrupted runs of two processes, by their ``grpo.rollouts_ahead``; torchrun starts one of them."""
+    folders = [tmp_path_factory.mktemp("together") for _ in range(2)]
+    words = [
+        ("--config", "quickstart.toml", *arguments(base, folder, **{"grpo.prompts": 3, "grpo.rollouts_ahead": ahead}))
+        for ahead, folder in enumerate(folders)
+    ]
+    process = launch(*words[0])
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    run_two("-m", "smart.grpo", *words[1])
+    return [folder / "r" for folder in folders]
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_two_processes_tune_as_one_does(
-    base: Path,  # noqa: F811 (the fixture)
+    base: Path,
     together: list[Path],
     tmp_path: Path,
     ahead: int,
@@ -181,7 +200,7 @@ def test_two_processes_tune_as_one_does(
         torch.testing.assert_close(b[name], weights, atol=2e-3, rtol=0)
 
 
-def test_a_process_that_dies_ends_the_run_with_its_name(base: Path, together: list[Path], tmp_path: Path) -> None:  # noqa: F811
+def test_a_process_that_dies_ends_the_run_with_its_name(base: Path, together: list[Path], tmp_path: Path) -> None:
     """Each process finds its share of the batch that was sampled ahead."""
     more = arguments(base, tmp_path, **{"grpo.prompts": 3, "grpo.rollouts_ahead": 1})
     process = launch("--config", "quickstart.toml", *more)
@@ -192,28 +211,28 @@ def test_a_process_that_dies_ends_the_run_with_its_name(base: Path, together: li
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "rank      : 1" in output and "Signal 9 (SIGKILL)" in output
-    process = launch("--config", "quickstart.toml", *more, "--resume")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    run_two("-m", "smart.grpo", "--config", "quickstart.toml", *more, "--resume")
     assert metrics(tmp_path / "r") == metrics(together[1])
     weights = "tuned/model.safetensors"
     assert (tmp_path / "r" / weights).read_bytes() == (together[1] / weights).read_bytes()
 
 
-def test_one_that_is_asked_to_stop_stops_all(base: Path, tmp_path: Path) -> None:  # noqa: F811 (the fixture)
-    process = launch("--config", "quickstart.toml", *arguments(base, tmp_path, **{"grpo.iterations": 500}))
+def test_one_that_is_asked_to_stop_stops_all(base: Path, tmp_path: Path) -> None:
+    words = ("--config", "quickstart.toml", *arguments(base, tmp_path, **{"grpo.iterations": 500}))
+    processes = start_two("-m", "smart.grpo", *words)
     path = tmp_path / "r" / "metrics.jsonl"
     while not (path.exists() and path.read_bytes()):
-        assert process.poll() is None
+        assert processes[0].poll() is None
         time.sleep(0.02)
-    os.kill(workers_of(process.pid)[1], signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0 and "lost contact with another" not in output  # the traceback is torchrun's
-    assert f"stopped; to go on: python -m smart.grpo --config {tmp_path}/r/config.toml --resume" in output
+    processes[1].send_signal(signal.SIGTERM)
+    codes, output = finish(processes)
+    assert codes == 2 * [128 + signal.SIGTERM], output
+    assert "lost contact with another" not in output and "Traceback" not in output
+    assert f"Continue with: {sys.executable} -m smart.grpo --config {tmp_path}/r/config.toml --resume" in output
     assert [int(folder.name) for folder in (tmp_path / "r" / "checkpoints").glob("0*")][-1] < 500
 
 
-def test_fewer_prompts_than_processes_are_refused(base: Path, tmp_path: Path) -> None:  # noqa: F811 (the fixture)
-    process = launch("--config", "quickstart.toml", *arguments(base, tmp_path, **{"grpo.prompts": 1}))
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode != 0 and "grpo.prompts = 1: expected at least one for each of 2 processes" in output
+def test_fewer_prompts_than_processes_are_refused(base: Path, tmp_path: Path) -> None:
+    words = ("--config", "quickstart.toml", *arguments(base, tmp_path, **{"grpo.prompts": 1}))
+    codes, output = finish(start_two("-m", "smart.grpo", *words))
+    assert codes == [2, 2] and "grpo.prompts = 1: expected at least one for each of 2 processes" in output

@@ -1,4 +1,4 @@
-"""Every example runs, shortened, on what ships with the package."""
+"""Run every example, shortened, with only what the package ships."""
 
 import os
 import subprocess
@@ -18,5 +18,5 @@ def test_a_reward_of_my_own_tunes_the_shipped_base(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "brightness"
     assert "reward: Brightness" in (run / "log.txt").read_text()
-    assert 'kind = "Brightness"' in (run / "config.toml").read_text(), "a run that is resumed must not take another"
+    assert 'kind = "Brightness"' in (run / "config.toml").read_text(), "a resumed run must not use a different reward"
     assert (run / "tuned" / "model.safetensors").is_file() and (run / "final" / "00-tuned.wav").is_file()

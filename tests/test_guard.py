@@ -19,7 +19,7 @@ from smart.logprobs import Reference
 from smart.prompts import draw
 from smart.render import RenderPool, find_soundfont
 from smart.reward import Reward, load_reward
-from smart.rollout import Batch, Batches, Drawn, Scorer
+from smart.rollout import Batch, Batches, Clips, Drawn, Scorer
 from smart.sampler import Rollout, Sampler
 from smart.tokens import vocabulary
 
@@ -54,7 +54,7 @@ def test_copies_are_a_collapse_and_different_pieces_are_not() -> None:
         assert reason is not None and "under half of the base's" in reason
 
 
-def test_the_rule_is_a_half_or_three_quarters_far_away() -> None:
+def test_the_rule_is_under_half_or_under_three_quarters_far_from_the_base() -> None:
     base = {"vendi": 20.0, "pitches": 40.0, "reward": 7.0, "vendi_audio": 1.4}
     assert collapsed(base, base | {"vendi": 10.0, "reward": 1.0}) is None  # exactly half; the reward does not matter
     assert collapsed(base, base | {"vendi": 9.99}) == "vendi is 9.99, under half of the base's 20"
@@ -75,7 +75,7 @@ def test_effective_number_by_hand() -> None:
     assert effective_number(np.array([])) == 0
 
 
-def test_alikeness_of_copies_and_of_strangers() -> None:
+def test_alikeness_of_copies_and_of_different_pieces() -> None:
     low, high = piece(1, pitches=range(48, 54)), piece(2, pitches=range(54, 60))  # no pitch class in common
     got = alikeness([low, low, high, low, high, high], 3)
     torch.testing.assert_close(got[0], torch.tensor([[1.0, 1, 0], [1, 1, 0], [0, 0, 1]]))
@@ -95,7 +95,7 @@ def test_one_bad_measurement_is_no_collapse_and_two_in_a_row_are() -> None:
     assert history((0.1, 5, 9), (0.1, 5, 15), (0.1, 5, 9)).collapse is None
     guard = history((0.1, 5, 9), (0.1, 5, 8))
     assert guard.collapse == "vendi is 8, under half of the base's 20"
-    assert guard.stop is None  # unless it is configured to
+    assert guard.stop is None  # stop_on_collapse is off
     assert history((0.1, 5, 9), (0.1, 5, 8), stop_on_collapse=True).stop == guard.collapse
     assert history((0.1, 5, 9), (0.1, 5, 8), (0.1, 5, 15), stop_on_collapse=True).stop is None
 
@@ -109,7 +109,7 @@ def test_the_budget_stops_where_it_is_reached() -> None:
     assert history((9.0, 5, 20)).stop is None  # no budget
 
 
-def test_the_best_is_the_judges_among_the_sound() -> None:
+def test_the_best_has_the_highest_score_within_the_budget_and_not_collapsed() -> None:
     assert Guard(None).best is history().best is None
     assert history((0.1, 4, 20), (0.2, 6, 20), (0.3, 5, 20)).best == 20
     assert history((0.1, 6, 20), (0.2, 6, 20)).best == 10  # the first of equals
@@ -129,7 +129,7 @@ def test_the_best_changes_only_to_what_was_just_measured() -> None:
             assert best[number] in (best[number - 1], 10 * (number + 1))
 
 
-def test_a_state_that_is_read_back_decides_alike(tmp_path: Path) -> None:
+def test_a_guard_that_is_read_back_decides_the_same(tmp_path: Path) -> None:
     guard = history((0.1, 5, 9), (0.3, NAN, 8), stop_on_collapse=True)
     guard.write(tmp_path)
     again = Guard(None, stop_on_collapse=True)
@@ -158,13 +158,13 @@ def done(audio: np.ndarray) -> Future[Any]:
     return future
 
 
-def test_the_judge_is_never_what_is_optimised(tokenizer: Any) -> None:
+def test_the_second_score_is_never_what_training_optimises(tokenizer: Any) -> None:
     clips = [done(np.full((2, samples), 0.5, np.float32)) for samples in (800, 1600)]
     scorer = Scorer(tokenizer, None, Loudness(), sample_rate=8000)  # type: ignore[arg-type]  # nothing is rendered
     batches = Batches(scorer, World(torch.device("cpu")))
     mask = torch.tensor([[True, True], [True, False]])
     rollout = Rollout(torch.zeros(2, 6, dtype=torch.int64), mask, torch.zeros(2, 2))
-    drawn = Drawn(rollout, scorer.listen(), 0)
+    drawn = Drawn(rollout, Clips(scorer), 0)
     drawn.clips.futures = dict(enumerate(clips))
     batch = Batch(rollout, torch.tensor([[-0.5, -1.5], [-2.0, -9.0]]), scorer.collect(clips))
     other = Judge(Loudness())
@@ -200,7 +200,7 @@ def held_out(tokenizer: Any, base: Any, pool: RenderPool, **changes: Any) -> Hel
     return HeldOut(prompts, **settings | changes)
 
 
-def test_a_measurement_is_of_the_policy_alone(tokenizer: Any, tiny_model: Any, soundfont: Path) -> None:
+def test_a_measurement_depends_on_the_policy_alone(tokenizer: Any, tiny_model: Any, soundfont: Path) -> None:
     """The base has KL 0, the same policy gives the same numbers, and no other random stream changes."""
     facts = vocabulary(tokenizer)
     policy = make_tiny_model(tokenizer)
@@ -234,7 +234,7 @@ def test_a_measurement_is_of_the_policy_alone(tokenizer: Any, tiny_model: Any, s
     assert moved["plausibility"] == pytest.approx(likely.mean().item(), rel=1e-4)
 
 
-def test_it_looks_when_it_is_time(tokenizer: Any) -> None:
+def test_it_measures_every_few_iterations(tokenizer: Any) -> None:
     class Counted:
         def measure(self, sampler: Any) -> dict[str, float]:
             return {"kl": sampler, "judge": 1.0, "vendi": 2.0}

@@ -1,4 +1,4 @@
-"""Training learns: a toy reward rises from under 0.2 to over 0.8, with the real sampler, advantages and update."""
+"""Training learns: with the real sampler, advantages and update, a toy reward rises from under 0.2 to over 0.8."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ CPU = torch.autocast("cpu", enabled=False)
 
 
 def test_a_toy_reward_is_learnt(tokenizer: Any) -> None:
-    """The share of tokens that are pitches: an untrained model draws all tokens alike, about one in five of them."""
+    """The reward is the share of 64 pitches among the tokens; an untrained model draws all tokens about equally."""
     facts = vocabulary(tokenizer)
     policy = build_model(tokenizer, layers=2, hidden=32, heads=4, intermediate=64, seed=1)
     reference = build_model(tokenizer, layers=2, hidden=32, heads=4, intermediate=64, seed=1)

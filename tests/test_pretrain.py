@@ -1,15 +1,23 @@
-"""smart.pretrain's parts; whole runs are in test_runs.py."""
+"""smart.pretrain: its parts, then whole runs, also killed, resumed and of two processes."""
 
 import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from runs import curve, pretrain, rewrite, run, start
 
 from smart import UserError
 from smart.config import Data, Optimisation
 from smart.distributed import World
+from smart.model import build_model, load_base, save_base
 from smart.pretrain import Crops, evaluate, learning_rate, next_token_loss
 from smart.tokens import build_tokenizer, vocabulary
 
@@ -27,7 +35,7 @@ def test_short_pieces_are_whole_and_padded(tokenizer: Any) -> None:
 
 
 def test_a_split_without_pieces_is_a_users_mistake(tokenizer: Any) -> None:
-    with pytest.raises(UserError, match="corpus somewhere: a split that training needs has no pieces"):
+    with pytest.raises(UserError, match="corpus somewhere: a split that training needs is empty"):
         Crops([], vocabulary(tokenizer), Data(corpus="somewhere"))
 
 
@@ -111,3 +119,113 @@ def test_evaluation_does_not_depend_on_the_batch(tiny_model: Any) -> None:
     assert evaluate(tiny_model, tokens, 0, 2, alone) == pytest.approx(whole, rel=1e-5)
     with torch.no_grad():
         assert whole == pytest.approx(next_token_loss(tiny_model, tokens, 0).item(), rel=1e-5)
+
+
+# --- Whole runs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", ["base-small.toml", "base.toml"])
+def test_pretraining_killed_and_resumed_gives_the_same_curve(config: str, corpus: Path, tmp_path: Path) -> None:
+    status, output = run("pretrain", *pretrain(corpus, tmp_path / "a", config), fresh=config == "base-small.toml")
+    assert status == 0, output
+    whole = tmp_path / "a" / "r"
+
+    process = start("pretrain", *pretrain(corpus, tmp_path / "b", config))
+    while len(list((tmp_path / "b").glob("r/checkpoints/0*"))) < 1:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    status, output = run("pretrain", *pretrain(corpus, tmp_path / "b", config), "--resume")
+    assert status == 0, output
+
+    assert curve(tmp_path / "b" / "r") == curve(whole)
+    assert [row["step"] for row in curve(whole)] == [3, 6, 9, 12]
+    assert curve(whole)[-1]["validation_loss"] < curve(whole)[0]["validation_loss"]
+    for name in ("base/model.safetensors", "samples/00000012/00.mid"):
+        assert (tmp_path / "b" / "r" / name).read_bytes() == (whole / name).read_bytes()
+    load_base(whole / "base")
+
+    for newest in (whole / "checkpoints").glob("0*"):
+        rewrite(newest, "progress.json", b'{"pace": "allegro"}')
+    status, output = run("pretrain", *pretrain(corpus, tmp_path / "a", config), "--resume")
+    assert status == 2 and "progress.json cannot be read" in output and "Traceback" not in output, output
+
+
+def test_pretraining_asked_to_stop_saves_and_goes_on_with_the_same_curve(corpus: Path, tmp_path: Path) -> None:
+    long = ["--set", "optimisation.steps=400", "--set", "optimisation.evaluate_every=100"]
+    status, output = run("pretrain", *pretrain(corpus, tmp_path / "a"), *long)
+    assert status == 0, output
+    process = start("pretrain", *pretrain(corpus, tmp_path / "b"), *long)
+    folder = tmp_path / "b" / "r"
+    while not (folder / "checkpoints" / "00000100").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and f"Continue with: {sys.executable} -m smart.pretrain" in output
+    (last,) = sorted((folder / "checkpoints").iterdir())[-1:]
+    assert 100 < int(last.name) < 400 and int(last.name) % 100  # within a stretch between two evaluations
+    status, output = run("pretrain", "--config", str(folder / "config.toml"), "--resume")
+    assert status == 0, output
+    assert curve(folder) == curve(tmp_path / "a" / "r")
+    weights = "base/model.safetensors"
+    assert (folder / weights).read_bytes() == (tmp_path / "a" / "r" / weights).read_bytes()
+
+
+def test_two_processes_learn_what_one_does(corpus: Path, tmp_path: Path) -> None:
+    """Rows of different lengths, an odd number of them: the mean over the batch's tokens is not one of means."""
+    uneven: dict[str, Any] = {
+        "data.crop": 1024,
+        "optimisation.batch": 5,
+        "optimisation.steps": 3,
+        "optimisation.evaluate_every": 1,
+    }
+    uneven["optimisation.precision"] = "float32"
+    extra = [part for key, value in uneven.items() for part in ("--set", f"{key}={value}")]
+    status, output = run("pretrain", *pretrain(corpus, tmp_path / "one"), *extra)
+    assert status == 0, output
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [*torchrun, "-m", "smart.pretrain", *pretrain(corpus, tmp_path / "two"), *extra]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "and 1 more" in done.stderr
+    one, two = curve(tmp_path / "one" / "r"), curve(tmp_path / "two" / "r")
+    assert [row["step"] for row in two] == [1, 2, 3]  # one metrics file
+    for key in ("loss", "gradient_norm"):
+        assert two[0][key] == pytest.approx(one[0][key], rel=1e-5)  # before rounding is amplified by AdamW
+        assert two[2][key] == pytest.approx(one[2][key], rel=1e-4)
+    assert two[2]["validation_loss"] == pytest.approx(one[2]["validation_loss"], rel=1e-5)
+
+
+def test_pretraining_goes_on_from_a_base(corpus: Path, base: Path, tmp_path: Path) -> None:
+    status, output = run(
+        "pretrain", *pretrain(corpus, tmp_path), "--set", f"model.base={base}", "--set", "optimisation.steps=3"
+    )
+    assert status == 0, output
+    before, after = load_base(base)[0], load_base(tmp_path / "r" / "base")[0]
+    assert after.config.num_hidden_layers == before.config.num_hidden_layers == 2  # the base's own architecture
+    change = max((p - q).abs().max().item() for p, q in zip(before.parameters(), after.parameters(), strict=True))
+    assert 0 < change < 0.01
+
+
+def test_a_base_with_another_vocabulary_is_refused(corpus: Path, tmp_path: Path) -> None:
+    other = build_tokenizer("all")
+    save_base(build_model(other, layers=1, hidden=16, heads=2, intermediate=16), other, tmp_path / "other")
+    status, output = run("pretrain", *pretrain(corpus, tmp_path), "--set", f"model.base={tmp_path / 'other'}")
+    assert status == 2 and "its vocabulary is not that of corpus" in output
+    assert "Traceback" not in output and not (tmp_path / "r").exists()
+
+
+@pytest.mark.slow
+def test_compiled_pretraining_learns_the_same(corpus: Path, tmp_path: Path) -> None:
+    if not any(map(shutil.which, ("g++", "clang++"))):
+        pytest.skip("torch.compile needs a C++ compiler")
+    for name in ("on", "off"):
+        status, output = run(
+            "pretrain", *pretrain(corpus, tmp_path / name), "--set", f"optimisation.compile={name}", fresh=True
+        )
+        assert status == 0, output
+    for on, off in zip(curve(tmp_path / "on" / "r"), curve(tmp_path / "off" / "r"), strict=True):
+        assert on["loss"] == pytest.approx(off["loss"], rel=1e-4)
+        assert on["validation_loss"] == pytest.approx(off["validation_loss"], rel=1e-4)

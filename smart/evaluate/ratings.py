@@ -17,7 +17,7 @@ import torch
 from symusic.core import ScoreTick
 
 from smart import UserError, plots
-from smart.corpus.piece import Limits, Reject, check_structure
+from smart.corpus import Limits, Reject, check_structure
 from smart.evaluate import statistics
 from smart.files import is_empty, write_atomically
 from smart.model import pick_device

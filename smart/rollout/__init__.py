@@ -1,4 +1,4 @@
-"""Batches of completions: rendered while they are written, rated, gathered over processes; comparisons of systems."""
+"""Batches of completions: sampled, rendered meanwhile, rated, gathered from all processes; comparisons of systems."""
 
 from smart.rollout.batch import Batch, Batches, Drawn
 from smart.rollout.compare import BLOCK, Piece, compose, seed_of

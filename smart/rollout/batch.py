@@ -1,6 +1,6 @@
-"""One batch of completions, from prompts to rewards: written, rendered while it is written, rated, gathered.
+"""One batch of completions, from prompts to rewards: sampled, rendered meanwhile, rated, gathered from all processes.
 
-Training, held-out measurements and the comparison at the end of a run all take this way.
+Training, held-out measurements and the comparison at the end of a run all use ``Batches``.
 
 Axes: B prompts, G completions per prompt, N = B x G sequences, of which this process has n; P prompt length, T
 completion length.
@@ -19,18 +19,18 @@ from smart.tokens import vocabulary
 
 
 class Drawn(NamedTuple):
-    """This process's share of a batch: written, and being rendered."""
+    """This process's share of a batch: sampled, and being rendered."""
 
     rollout: Rollout  # n rows
     clips: Clips  # n
-    first: int  # place of the first row in the whole batch
+    first: int  # index of the first row in the whole batch
 
 
 class Batch(NamedTuple):
-    """A whole batch, rated; every process has the same."""
+    """A whole batch with its ratings, the same in every process."""
 
     rollout: Rollout  # tokens (N, P+T), mask (N, T), logprobs (N, T)
-    ref_logp: torch.Tensor  # (N, T)
+    ref_logp: torch.Tensor  # (N, T) log-probabilities under the base
     rated: Rated  # rewards (N,), scores, audio
 
 
@@ -43,22 +43,24 @@ def write(
     stopwatch: Stopwatch | None = None,
     **options: Any,
 ) -> tuple[Rollout, Clips]:
-    """Have ``sampler`` write completions of ``prompts``; each is submitted for rendering as soon as it has settled.
+    """Sample completions of ``prompts`` (B, P); each is submitted for rendering as soon as it has settled.
 
-    ``rows`` are those to keep and to render (None: all); ``options`` go to ``Sampler.sample``.
+    Returns the rollout and its clips, of ``rows`` only (None: of all rows). ``options`` go to ``Sampler.sample``.
     """
-    clips = scorer.listen(stopwatch)
+    clips = Clips(scorer, stopwatch)
     if rows is None:
-        rollout = sampler.sample(prompts, watch=clips.look, **options)
+        rollout = sampler.sample(prompts, watch=clips.submit_settled, **options)
     else:
-        rollout = sampler.sample(prompts, watch=lambda tokens, ended: clips.look(tokens[rows], ended[rows]), **options)
+        rollout = sampler.sample(
+            prompts, watch=lambda tokens, ended: clips.submit_settled(tokens[rows], ended[rows]), **options
+        )
         rollout = Rollout(*(part[rows] for part in rollout))
-    clips.finish(rollout)
+    clips.submit_rest(rollout)
     return rollout, clips
 
 
 class Batches:
-    """Writes and rates whole batches, of which each process of ``world`` does its share.
+    """Samples and rates whole batches; each process of ``world`` does its share.
 
     ``options`` go to ``Sampler.sample``: max_new_tokens, temperature, top_k, top_p.
     """
@@ -77,9 +79,9 @@ class Batches:
         generator: torch.Generator,
         stopwatch: Stopwatch | None = None,
     ) -> Drawn:
-        """Write this process's share of ``group_size`` completions for each of ``prompts`` (B, P).
+        """Sample this process's share of ``group_size`` completions for each of ``prompts`` (B, P).
 
-        What comes out, over all processes, is what one process would write.
+        All processes together sample the same completions as a single process.
         """
         mine = self.world.share(len(prompts))
         first = mine.start * group_size
@@ -98,8 +100,8 @@ class Batches:
     def rate(self, drawn: Drawn, ref_logp: torch.Tensor, *, keep: Iterable[int] = ()) -> Batch:
         """Rate the clips as they arrive, and gather the whole batch.
 
-        ``ref_logp`` (n, T) is the base's, like the rollout's log-probabilities. The audio of the rows in ``keep``,
-        counted in the whole batch, is kept.
+        ``ref_logp`` (n, T) holds the log-probabilities of the rollout's tokens under the base. Audio is kept only for
+        the rows in ``keep``, which are indices into the whole batch.
         """
         rated = drawn.clips.rate(keep=[row - drawn.first for row in keep])
         if self.world.size == 1:
@@ -107,7 +109,7 @@ class Batches:
         return Batch(self.gather(drawn.rollout), self.world.gather_rows(ref_logp), _merge(self.world.gather(rated)))
 
     def gather(self, rollout: Rollout) -> Rollout:
-        """The whole batch, of which each process has a share; by rank, padded to the longest completion."""
+        """The whole batch from the shares of all processes, by rank, padded to the longest completion."""
         tokens = self.world.gather_rows(rollout.tokens, vocabulary(self.scorer.tokenizer).pad_id)
         return Rollout(tokens, self.world.gather_rows(rollout.mask), self.world.gather_rows(rollout.logprobs))
 

@@ -1,10 +1,10 @@
-"""The same prompts and seeds from several models, rendered and rated: what every comparison of systems starts from.
+"""Completions of several models for the same prompts and seeds, rendered and rated: the basis of every comparison.
 
-Prompt i has a seed of its own, derived from (seed, i); prompt and completion are drawn from one generator of that
-seed. So each system gets the same prompt and the same random numbers, and a piece is the same whichever slice of the
-prompts it is drawn in.
+Each prompt has its own seed, derived from (seed, index); a generator with that seed draws both the prompt and its
+completion. So every system gets the same prompt and the same random numbers, and a piece does not depend on the slice
+of prompts that it belongs to.
 
-Axes: N prompts of a block, P prompt length, T completion length, C = 2 channels, S audio samples.
+Axes: N pieces of a block, P prompt length, T completion length, S audio samples.
 """
 
 import os
@@ -14,55 +14,90 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from smart import UserError
 from smart.corpus import Corpus
 from smart.model import load_base, pick_device, pick_precision
-from smart.prompts import draw
-from smart.render import RenderError, open_renderer
+from smart.prompts import LONGEST, Pieces, draw
+from smart.render import Audio, Renderer, open_renderer
 from smart.reward import Reward
 from smart.rollout.batch import write
-from smart.rollout.scorer import Scorer
+from smart.rollout.scorer import Scorer, rendered_audio
 from smart.rollout.systems import System
 from smart.sampler import Rollout, Sampler
 from smart.tokens import decode, load_tokenizer, vocabulary
 from smart.workers import usable_cores
 
-Audio = npt.NDArray[np.float32]  # (2, S)
-BLOCK = 64  # prompts that are drawn together
+BLOCK = 64  # pieces that are sampled together
 
 
 class Piece(NamedTuple):
-    """What one system wrote for one prompt."""
+    """One completion of one system."""
 
     system: str
     prompt: int  # index
-    seed: int  # of this prompt, whatever the system
+    seed: int  # of this prompt, the same for every system
     tokens: list[int]  # prompt and completion, up to and including the end-of-sequence
     prompt_length: int
     score: Any  # symusic.Score
-    audio: Audio | None  # (2, S); None where it could not be rendered
-    scores: dict[str, float]  # "reward.axis" -> rating; NaN where the clip failed or could not be rated
-    logprobs: float  # of the completion's tokens in the distribution that they were drawn from, summed
+    audio: Audio | None  # (2, S); None if it could not be rendered
+    scores: dict[str, float]  # "reward.axis" -> rating; NaN if the clip failed or could not be rated
+    logprobs: float  # sum of the completion's log-probabilities in the distribution that it was drawn from
     length: int  # tokens of the completion
-    sample: int = 0  # number of the completion, where a prompt has several
+    sample: int = 0  # index among the completions of its prompt
 
 
 def seed_of(seed: int, prompt: int, *sample: int) -> int:
-    """The seed of a prompt, or of a further sample of it: 32 bits (a CPU generator takes no more)."""
+    """The seed of a prompt, or of a further sample of it: 32 bits, the most that a CPU generator takes."""
     return int(np.random.SeedSequence([seed, prompt, *sample]).generate_state(1)[0])
 
 
-class _Voice(NamedTuple):
-    """A system that is ready to write."""
+class _Prompts:
+    """The prompt of every piece, as names of tokens, since each system has its own vocabulary."""
+
+    def __init__(self, kind: str, tokenizer: Any, pieces: Pieces | None, *, seed: int, samples: int) -> None:
+        self.kind, self.tokenizer, self.pieces = kind, tokenizer, pieces
+        self.seed, self.samples = seed, samples
+        self.names = {number: name for name, number in tokenizer.vocab.items()}
+
+    def start(self, index: int) -> tuple[list[str], torch.Generator]:
+        """Prompt of the piece at ``index``, and the generator for its completion: at sample 0 that of the prompt."""
+        prompt, sample = divmod(index, self.samples)
+        generator = torch.Generator().manual_seed(seed_of(self.seed, prompt))
+        row = draw(self.kind, 1, self.tokenizer, generator, pieces=self.pieces)
+        if sample:
+            generator = torch.Generator().manual_seed(seed_of(self.seed, prompt, sample))
+        return [self.names[token] for token in row[0].tolist()], generator
+
+    def check(self, system: System, tokenizer: Any, indices: range) -> None:
+        """Raise ``UserError`` if a prompt of ``indices`` has a token that the vocabulary of ``system`` lacks."""
+        if tokenizer.vocab == self.tokenizer.vocab:
+            return
+        for index in indices:
+            for name in self.start(index)[0]:
+                if name not in tokenizer.vocab:
+                    raise UserError(
+                        f"{system.name}: its vocabulary has no {name}, which prompt {index // self.samples} contains"
+                    )
+
+
+class _Loaded(NamedTuple):
+    """A system with its model and tokenizer."""
+
+    system: System
+    model: Any
+    tokenizer: Any
+
+
+class _Writer(NamedTuple):
+    """A system that is ready to write pieces."""
 
     system: System
     tokenizer: Any
     vocab: dict[str, int]
     sampler: Sampler
-    scorers: list[Scorer]  # the first one listens; all that have a reward rate
+    scorers: list[Scorer]  # one per reward; one without a reward if there is none. The first has the pieces rendered
 
 
 def compose(
@@ -90,18 +125,19 @@ def compose(
 ) -> Iterator[Piece]:
     """Pieces of every system for prompts ``first`` .. ``first + count - 1``, rendered, and rated by every reward.
 
-    ``samples`` completions of each prompt; the first one is that of ``samples`` = 1. They come block by block of
-    ``batch`` pieces, within a block system by system, within a system by prompt, then by sample.
-    Rendering overlaps with drawing as in training (``smart.rollout``); a block is rated while workers render the next.
+    Each prompt gets ``samples`` completions; the first is the one that ``samples`` = 1 gives. Pieces come in blocks of
+    ``batch``; within a block they are ordered by system, then by prompt, then by sample. Rendering overlaps with
+    sampling as in training (``smart.rollout``); a block is rated while workers render the next.
 
-    A block is always drawn whole, also where a part of it was asked for, since rounding depends on how many rows are
-    multiplied at once: so tokens and audio of a prompt are the same, bit for bit, in any slice of the same ``batch``.
-    For few pieces give a small ``batch``. ``workers`` 0 is one for each usable core.
+    A block is always sampled as a whole, even if only a part of it was asked for, since rounding depends on how many
+    rows are multiplied at once. So the tokens and audio of a prompt are the same, bit for bit, in any slice for the
+    same ``batch``. For few pieces use a small ``batch``. ``workers``: render processes (0: one per usable core).
 
     ``prompts`` is a kind of ``smart.prompts``; "dataset" takes them from the ``split`` of a ``corpus`` folder. They are
-    drawn in the vocabulary of the corpus, or else of the first system, and said in that of each.
+    drawn in the vocabulary of the corpus, or without a corpus in that of the first system, and translated into the
+    vocabulary of each system.
 
-    What is missing, or does not fit, is a ``UserError`` of this call, before the first piece is asked for.
+    Raises ``UserError`` for what is missing or does not fit when it is called, not when the first piece is asked for.
     """
     if first < 0 or count < 0 or samples < 1 or batch < 1:
         given = f"{first}, {count}, {samples} and {batch}"
@@ -109,80 +145,84 @@ def compose(
     names = [reward.name for reward in rewards]
     if len(set(names)) < len(names):
         raise UserError(f"rewards: expected each once, got {', '.join(names)}")
-    pieces = tokenizer = None
-    if prompts == "dataset":
-        if corpus is None:
-            raise UserError("prompts of kind 'dataset' need a corpus: a folder written by `smart corpus build`")
-        opened = Corpus(corpus)
-        pieces, tokenizer = opened.split(split), opened.tokenizer
-        if not len(pieces):
-            raise UserError(f"corpus {corpus}: its split {split!r} has no pieces")
+    pieces, tokenizer = _open_corpus(corpus, split) if prompts == "dataset" else (None, None)
     where = pick_device(device)
-    loaded = [(system, *load_base(system.model, device=where)) for system in systems]
+    loaded = [_Loaded(system, *load_base(system.model, device=where)) for system in systems]
     for system, model, _ in loaded:
-        if max_new_tokens > (room := model.config.max_position_embeddings - 8):  # the longest prompt has seven tokens
-            raise UserError(f"{system.name}: {max_new_tokens} new tokens are asked for, it has room for {room}")
-    speaker = tokenizer or load_tokenizer(systems[0].model)
-    said = {number: token for token, number in speaker.vocab.items()}
-
-    def start(index: int) -> tuple[list[str], torch.Generator]:
-        """Prompt of the piece at ``index``, and the generator that draws its completion: at sample 0 the prompt's."""
-        prompt, sample = divmod(index, samples)
-        generator = torch.Generator().manual_seed(seed_of(seed, prompt))
-        row = draw(prompts, 1, speaker, generator, pieces=pieces)
-        if sample:
-            generator = torch.Generator().manual_seed(seed_of(seed, prompt, sample))
-        return [said[token] for token in row[0].tolist()], generator
-
+        if max_new_tokens > (room := model.config.max_position_embeddings - LONGEST):
+            raise UserError(f"{system.name}: {max_new_tokens} new tokens were asked for, but it has room for {room}")
+    wanted = _Prompts(prompts, tokenizer or load_tokenizer(systems[0].model), pieces, seed=seed, samples=samples)
     indices = range(first * samples, (first + count) * samples)
-    for system, _, own in loaded:  # all that could not be said, before any work
-        if own.vocab != speaker.vocab:
-            for index in indices:
-                for token in start(index)[0]:
-                    if token not in own.vocab:
-                        raise UserError(
-                            f"{system.name}: its vocabulary has no {token}, which prompt {index // samples} holds"
-                        )
+    for system, _, own in loaded:
+        wanted.check(system, own, indices)
+    return _compose(
+        loaded,
+        rewards,
+        wanted,
+        indices,
+        batch=batch,
+        soundfont=soundfont,
+        backend=backend,
+        workers=workers or usable_cores(),
+        device=where,
+        rendering={"sample_rate": sample_rate, "seconds": seconds},
+        sampling={"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p},
+    )
 
-    def work() -> Iterator[Piece]:
-        with open_renderer(
-            backend,
-            soundfont,
-            sample_rate=sample_rate,
-            seconds=seconds,
-            workers=workers or usable_cores(),
-            device=where,
-        ) as pool:
-            voices = []
-            for system, model, own in loaded:
-                facts = vocabulary(own)
-                sampler = Sampler(model, pad_id=facts.pad_id, eos_id=facts.eos_id, dtype=pick_precision("auto", where))
-                scorers = [
-                    Scorer(own, pool, reward, sample_rate=sample_rate, seconds=seconds) for reward in rewards or (None,)
-                ]
-                voices.append(_Voice(system, own, own.vocab, sampler, scorers))
-            waiting: list[_Drawn] = []
-            for number in range(indices.start // batch, -(-indices.stop // batch)):
-                block = range(number * batch, (number + 1) * batch)
-                for voice in voices:
-                    starts = [start(index) for index in block]
-                    drawn = _draw(
-                        voice, block, starts, indices,
-                        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-                    )  # fmt: skip
-                    while waiting:  # without a name: it would keep this block's audio while the next is drawn
-                        yield from _pieces(waiting.pop(), seed, samples)
-                    waiting.append(drawn)
-            while waiting:
-                yield from _pieces(waiting.pop(), seed, samples)
 
-    return work()
+def _open_corpus(corpus: str | Path | None, split: str) -> tuple[Pieces, Any]:
+    """The pieces of a corpus, and its tokenizer."""
+    if corpus is None:
+        raise UserError("prompts of kind 'dataset' need a corpus: a folder written by `smart corpus build`")
+    opened = Corpus(corpus)
+    pieces = opened.split(split)
+    if not len(pieces):
+        raise UserError(f"corpus {corpus}: its split {split!r} has no pieces")
+    return pieces, opened.tokenizer
+
+
+def _compose(
+    loaded: Sequence[_Loaded],
+    rewards: Sequence[Reward],
+    prompts: _Prompts,
+    indices: range,
+    *,
+    batch: int,
+    soundfont: str | os.PathLike[str],
+    backend: str,
+    workers: int,
+    device: torch.device,
+    rendering: dict[str, Any],
+    sampling: dict[str, Any],
+) -> Iterator[Piece]:
+    """The pieces at ``indices``; ``rendering`` goes to the renderer and the scorers, ``sampling`` to the samplers."""
+    with open_renderer(backend, soundfont, workers=workers, device=device, **rendering) as pool:
+        writers = [_make_writer(system, pool, rewards, rendering) for system in loaded]
+        waiting: list[_Drawn] = []
+        for number in range(indices.start // batch, -(-indices.stop // batch)):
+            block = range(number * batch, (number + 1) * batch)
+            for writer in writers:
+                drawn = _draw(writer, block, [prompts.start(index) for index in block], indices, **sampling)
+                while waiting:  # no variable for it, which would hold that block's audio while the next is sampled
+                    yield from _pieces(waiting.pop(), prompts)
+                waiting.append(drawn)
+        while waiting:
+            yield from _pieces(waiting.pop(), prompts)
+
+
+def _make_writer(loaded: _Loaded, pool: Renderer, rewards: Sequence[Reward], rendering: dict[str, Any]) -> _Writer:
+    system, model, tokenizer = loaded
+    facts = vocabulary(tokenizer)
+    dtype = pick_precision("auto", model.device)
+    sampler = Sampler(model, pad_id=facts.pad_id, eos_id=facts.eos_id, dtype=dtype)
+    scorers = [Scorer(tokenizer, pool, reward, **rendering) for reward in rewards or (None,)]
+    return _Writer(system, tokenizer, tokenizer.vocab, sampler, scorers)
 
 
 class _Drawn(NamedTuple):
-    """The pieces of one system for a block, being rendered."""
+    """The pieces of one system for a block, which are being rendered."""
 
-    voice: _Voice
+    writer: _Writer
     indices: list[int]
     tokens: list[list[int]]
     prompt_length: int
@@ -191,18 +231,18 @@ class _Drawn(NamedTuple):
 
 
 def _draw(
-    voice: _Voice,
+    writer: _Writer,
     block: range,
     starts: Sequence[tuple[list[str], torch.Generator]],
     indices: range,
     **options: Any,
 ) -> _Drawn:
-    """Draw a whole block and have those of ``indices`` rendered, each as soon as it has settled."""
+    """Sample a whole block and have the pieces at ``indices`` rendered, each as soon as it has settled."""
     rows = [row for row, index in enumerate(block) if index in indices]
     rollout, clips = write(
-        voice.sampler,
-        voice.scorers[0],
-        torch.tensor([[voice.vocab[token] for token in prompt] for prompt, _ in starts]),
+        writer.sampler,
+        writer.scorers[0],
+        torch.tensor([[writer.vocab[name] for name in prompt] for prompt, _ in starts]),
         rows=rows,
         generator=[generator for _, generator in starts],
         **options,
@@ -211,7 +251,7 @@ def _draw(
     prompt_length = len(starts[0][0])
     lengths = rollout.mask.sum(dim=1).tolist()
     return _Drawn(
-        voice=voice,
+        writer=writer,
         indices=[block[row] for row in rows],
         tokens=[row[: prompt_length + length] for row, length in zip(rollout.tokens.tolist(), lengths, strict=True)],
         prompt_length=prompt_length,
@@ -220,30 +260,26 @@ def _draw(
     )
 
 
-def _pieces(drawn: _Drawn, seed: int, samples: int) -> Iterator[Piece]:
-    """Wait for the clips, rate them, and hand out the pieces."""
+def _pieces(drawn: _Drawn, prompts: _Prompts) -> Iterator[Piece]:
+    """Wait for the clips, rate them with every reward, and yield the pieces."""
     scores: dict[str, list[float]] = {}
-    for scorer in drawn.voice.scorers:
+    for scorer in drawn.writer.scorers:
         if scorer.reward is not None:
             rated = scorer.collect(drawn.clips)
             scores |= {f"{scorer.reward.name}.{axis}": values.tolist() for axis, values in rated.scores.items()}
     for row, index in enumerate(drawn.indices):
         tokens = drawn.tokens[row]
+        prompt, sample = divmod(index, prompts.samples)
         yield Piece(
-            system=drawn.voice.system.name,
-            prompt=index // samples,
-            seed=seed_of(seed, index // samples),
+            system=drawn.writer.system.name,
+            prompt=prompt,
+            seed=seed_of(prompts.seed, prompt),
             tokens=tokens,
             prompt_length=drawn.prompt_length,
-            score=decode(drawn.voice.tokenizer, tokens),
-            audio=_audio(drawn.clips[row]),
+            score=decode(drawn.writer.tokenizer, tokens),
+            audio=rendered_audio(drawn.clips[row]),
             scores={axis: values[row] for axis, values in scores.items()},
             logprobs=drawn.logprobs[row],
             length=len(tokens) - drawn.prompt_length,
-            sample=index % samples,
+            sample=sample,
         )
-
-
-def _audio(clip: Future[Audio]) -> Audio | None:
-    # asked, not caught: the traceback of an error would hold the frames that hold the audio of the whole block
-    return None if isinstance(clip.exception(), RenderError) else clip.result()

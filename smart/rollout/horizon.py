@@ -1,4 +1,12 @@
-"""When all that will be heard of a completion has been written."""
+"""Detect from its tokens alone when everything audible of a completion has been sampled: it has then settled.
+
+Bars follow one another in time, whatever they contain, so no later token sounds before the line of the current bar. A
+completion has therefore settled once a complete note stands in a bar that begins after the ``seconds`` that are
+rendered (that note makes the clip as long as it can be), or once a bar begins after ``MAX_BEATS``. It can then be
+rendered while its inaudible rest is still being sampled.
+
+Axes: N sequences, L tokens of a row.
+"""
 
 from typing import Any
 
@@ -14,12 +22,7 @@ NEVER = 2**40  # ticks
 
 
 class Horizon:
-    """Knows from tokens alone when all that will be heard of a completion has been written.
-
-    Bars follow each other in time, whatever stands in them: no later token sounds before the line of the bar that is
-    being written. So a completion is settled once a whole note stands in a bar that begins after the ``seconds`` that
-    are rendered (that note makes the clip as long as it can be), or once a bar begins after ``MAX_BEATS``.
-    """
+    """Which completions have settled, by the rule above, if ``seconds`` of each are rendered."""
 
     def __init__(self, tokenizer: Any, *, seconds: float) -> None:
         facts = vocabulary(tokenizer)
@@ -31,7 +34,7 @@ class Horizon:
         def table(kind: str, value: Any) -> torch.Tensor:
             return torch.tensor([value(text) if name == kind else 0 for name, text in parts])
 
-        def beat(text: str) -> int:  # ticks of what a time signature names a beat
+        def beat(text: str) -> int:  # ticks per beat of a time signature such as 6/8
             return division * 4 // int(text.split("/")[1])
 
         self.applies = not config.use_rests  # a rest may move the bar line
@@ -41,7 +44,7 @@ class Horizon:
         self.bar_ticks = table("TimeSig", lambda text: beat(text) * int(text.split("/")[0]))
         self.step_ticks = table("TimeSig", lambda text: beat(text) // int(config.max_num_pos_per_beat))
         self.position = table("Position", lambda text: int(text) + 1) - 1  # -1: no position
-        self.pace = table("Tempo", lambda text: _pace(float(text), division)).double()  # seconds a tick; 0: no tempo
+        self.pace = table("Tempo", lambda text: _pace(float(text), division)).double()  # seconds per tick; 0: no tempo
         sounding = [table(kind, lambda text: lowest <= int(text) <= highest) for kind in ("Pitch", "PitchDrum")]
         self.pitch = (sounding[0] + sounding[1]).bool()
         self.velocity = table("Velocity", lambda text: int(text) > 0).bool()
@@ -55,12 +58,12 @@ class Horizon:
         self.opening_pace = _pace(float(tokenizer.default_tempo), division)
 
     def settled(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(N,) bool for rows of tokens (N, L) on the CPU: whatever follows cannot be heard. It may say so late."""
+        """(N,) bool for tokens (N, L) on the CPU: True if nothing that follows can be heard. It may turn True late."""
         if not self.applies:
             return torch.zeros(len(tokens), dtype=torch.bool)
         places = torch.arange(1, tokens.shape[1] + 1).expand_as(tokens)
 
-        def latest(which: torch.Tensor) -> torch.Tensor:  # place of the last such token so far, from 1; 0: none
+        def latest(which: torch.Tensor) -> torch.Tensor:  # (N, L) place of the last such token so far, from 1; 0: none
             return torch.where(which, places, 0).cummax(dim=1).values
 
         def first(which: torch.Tensor) -> torch.Tensor:  # (N, 1), from 1
@@ -85,7 +88,7 @@ class Horizon:
         offset = offset.gather(1, (last_position - 1).clamp(min=0))
         tick = bar + torch.where(last_position > latest(is_bar), offset, 0)
 
-        # tempos by tick, behind MidiTok's own; of those at one tick the last holds, since the others last for no time
+        # tempos by tick, after MidiTok's default; of several at one tick the last one counts: the others last no time
         nothing = torch.zeros_like(tokens[:, :1])
         pace = self.pace[tokens]
         many = int((pace > 0).sum(dim=1).amax())
@@ -104,7 +107,7 @@ class Horizon:
         return known & (heard_out | (bar[:, -1] >= self.last_tick))
 
 
-def _pace(beats_a_minute: float, division: int) -> float:
-    """Seconds a tick, rounded as symusic keeps a tempo."""
-    mspq: int = TempoTick(0, beats_a_minute).mspq
+def _pace(beats_per_minute: float, division: int) -> float:
+    """Seconds per tick, rounded in the same way as symusic stores a tempo."""
+    mspq: int = TempoTick(0, beats_per_minute).mspq
     return mspq / 1e6 / division

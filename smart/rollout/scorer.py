@@ -1,12 +1,14 @@
-"""Tokens -> notes -> audio -> scores: how a completion is heard and rated, the same for every program.
+"""Tokens -> notes -> audio -> scores: every program renders and rates completions in this way.
 
-The prompt's tokens and the completion are decoded together (paper section 3.5). A clip that could not be rendered
-has NaN for every score; it is counted, and never becomes a 0.
+The prompt's tokens and the completion are decoded together (paper section 3.5). A clip that could not be rendered gets
+NaN for every score, never 0, and is counted.
 
-Nothing waits that need not: a completion is rendered as soon as it is settled what will be heard of it, while others,
-and its own inaudible rest, are still being drawn (``Clips``, ``Horizon``); clips are rated in small batches as they
-arrive (``Scorer.collect``). What comes out depends neither on when a completion was submitted nor on the order in which
-clips arrive: batches are made of neighbouring rows.
+Rendering overlaps with sampling, and rating with rendering: a completion is rendered as soon as it has settled
+(``Horizon``), while others, and its own inaudible rest, are still being sampled (``Clips``); clips are rated in small
+batches as they arrive (``Scorer.collect``). The results depend neither on when a completion was submitted nor on the
+order in which clips arrive, since neighbouring rows form a batch.
+
+Axes: N sequences, P prompt length, T completion length, S audio samples.
 """
 
 import math
@@ -21,40 +23,37 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from smart import Failure, brief
-from smart.render import Renderer, RenderError
+from smart.render import Audio, Renderer, RenderError
 from smart.reward import Reward, resample
 from smart.rollout.horizon import Horizon
 from smart.run import Stopwatch
 from smart.sampler import Rollout
 from smart.tokens import Grammar, decode, unplayable
 
-SILENT = 1e-3  # of full scale: a clip that never passes it counts as silent (clips are peak-normalised)
-Audio = npt.NDArray[np.float32]  # (2, S)
+SILENT = 1e-3  # of full scale: a clip that never exceeds it counts as silent (clips are peak-normalised)
 
 
 class Rated(NamedTuple):
-    """What became of N completions."""
+    """The ratings of N completions."""
 
-    rewards: torch.Tensor  # (N,) float32, the weighted mean that is optimised; NaN where the clip failed
+    rewards: torch.Tensor  # (N,) float32, the weighted mean that is optimised; NaN for clips that failed
     scores: dict[str, torch.Tensor]  # axis -> (N,) float32
-    audio: list[npt.NDArray[np.float32] | None]  # (2, S) of the rows asked for, else None
-    failed: int  # clips that could not be rendered
-    silent: int  # clips without a sound
+    audio: list[Audio | None]  # N clips, (2, S); None for rows whose audio was not asked for or that failed
+    failed: int  # number of clips that could not be rendered
+    silent: int  # number of silent clips
 
     def check(self) -> None:
-        """Raise ``FloatingPointError`` where not one clip has a reward: there is nothing to learn from."""
+        """Raise ``FloatingPointError`` if no clip has a reward, so that there is nothing to learn from."""
         if not self.rewards.isfinite().any():
             raise FloatingPointError(
                 f"none of {len(self.rewards)} clips could be rated; {self.failed} of them could not be rendered"
             )
 
     def metrics(self, group_size: int) -> dict[str, float]:
-        """Health of a batch of groups: see docs/metrics.md."""
+        """The metrics ``reward/*`` and ``clips/*`` of a batch of groups, as defined in docs/metrics.md."""
         rated = self.rewards[self.rewards.isfinite()]
         rated = rated if len(rated) else torch.tensor([math.nan])
         groups = self.rewards.view(-1, group_size)
@@ -71,7 +70,7 @@ class Rated(NamedTuple):
         return out | {f"reward/axis_{axis}": values.nanmean().item() for axis, values in self.scores.items()}
 
     def rows(self, rollout: Rollout, group_size: int) -> list[dict[str, Any]]:
-        """One mapping a completion, for a table: its group, tokens without padding after the end, and scores."""
+        """One table row per completion: its group, prompt length, tokens without padding at the end, and ratings."""
         prompt_length = rollout.tokens.shape[1] - rollout.mask.shape[1]
         return [
             {
@@ -88,7 +87,7 @@ class Rated(NamedTuple):
 
 
 def completion_metrics(rollout: Rollout, eos_id: int, grammar: Grammar) -> dict[str, float]:
-    """Mean length in tokens, share cut off before their end, share of tokens that cannot be played."""
+    """Mean length in tokens, share of completions cut off before an end-of-sequence, share of unplayable tokens."""
     prompt_length = rollout.tokens.shape[1] - rollout.mask.shape[1]
     ended = (rollout.tokens[:, prompt_length:] == eos_id) & rollout.mask
     bad = unplayable(rollout.tokens, prompt_length, rollout.mask, grammar)
@@ -100,37 +99,46 @@ def completion_metrics(rollout: Rollout, eos_id: int, grammar: Grammar) -> dict[
     }
 
 
-class Clips:
-    """The clips of one batch, submitted as their completions settle; made by ``Scorer.listen``."""
+def rendered_audio(clip: Future[Audio]) -> Audio | None:
+    """The audio of a clip, (2, S), once it has been rendered; None if it could not be."""
+    # the error is not caught: its traceback would hold the caller's frame, and so the audio of a whole batch
+    return None if isinstance(clip.exception(), RenderError) else clip.result()
 
-    def __init__(self, scorer: "Scorer", stopwatch: Stopwatch | None) -> None:
+
+class Clips:
+    """The clips of one batch, which are submitted to the pool of ``scorer`` as their completions settle.
+
+    Show it the batch every few steps while it is sampled (``submit_settled``), and once at the end (``submit_rest``).
+    """
+
+    def __init__(self, scorer: "Scorer", stopwatch: Stopwatch | None = None) -> None:
         self.scorer = scorer
         self.stopwatch = stopwatch
         self.futures: dict[int, Future[Audio]] = {}  # by row
 
-    def look(self, tokens: torch.Tensor, ended: torch.Tensor) -> None:
-        """Submit the rows of ``tokens`` (N, P+t) that have settled or ``ended`` (N,), and were not before."""
+    def submit_settled(self, tokens: torch.Tensor, ended: torch.Tensor) -> None:
+        """Submit those rows of ``tokens`` (N, P+t) that have settled or ``ended`` (N,) since the last call."""
         for row in (ended | self.scorer.horizon.settled(tokens)).nonzero()[:, 0].tolist():
             self._submit(row, tokens[row])
 
-    def finish(self, rollout: Rollout) -> list[Future[Audio]]:
-        """Submit all that remain; returns N futures."""
+    def submit_rest(self, rollout: Rollout) -> list[Future[Audio]]:
+        """Submit all remaining rows; returns N futures."""
         tokens = rollout.tokens.cpu()
         for row in range(len(tokens)):
             self._submit(row, tokens[row])
         return self.in_order()
 
+    def in_order(self) -> list[Future[Audio]]:
+        """The N futures, by row."""
+        return [self.futures[row] for row in range(len(self.futures))]
+
     def rate(self, *, keep: Iterable[int] = ()) -> Rated:
-        """``Scorer.collect`` of all clips."""
+        """Rate all clips with ``Scorer.collect``."""
         return self.scorer.collect(self.in_order(), keep=keep, stopwatch=self.stopwatch)
 
-    def forget(self) -> None:
-        """Let go of the audio."""
+    def free_audio(self) -> None:
+        """Free the memory of all clips."""
         self.futures.clear()
-
-    def in_order(self) -> list[Future[Audio]]:
-        """The clips by row."""
-        return [self.futures[row] for row in range(len(self.futures))]
 
     def _submit(self, row: int, tokens: torch.Tensor) -> None:
         if row in self.futures:
@@ -138,19 +146,19 @@ class Clips:
         submitted = time.perf_counter()
         future = self.futures[row] = self.scorer.pool.submit(decode(self.scorer.tokenizer, tokens))
         if self.stopwatch is not None:
-            # not a method of this object: a circle would keep the batch's audio until the next full collection
-            future.add_done_callback(partial(self.scorer.rendered, self.stopwatch, submitted))
+            # not a method of Clips: a reference cycle would keep the audio until the next full garbage collection
+            future.add_done_callback(partial(self.scorer.note_rendering, self.stopwatch, submitted))
 
 
 class Scorer:
     """Has completions rendered by ``pool`` and rates them with ``reward``, ``batch`` clips at a time.
 
-    ``sample_rate`` (Hz) and ``seconds`` are those of the pool; the shorter ``seconds``, the sooner a completion is
-    settled, and clips must not be longer. Without a ``reward`` it only listens: it cannot ``collect``.
+    ``sample_rate`` (Hz) and ``seconds`` must be those of the pool; the shorter ``seconds``, the sooner a completion
+    settles. Without a ``reward`` completions can be rendered but not rated (``collect``).
 
-    A reward that raises is ``smart.Failure``, which names it. One that gives no answer within ``deadline`` seconds for
-    a batch ends the process with a line that says so: nothing else stops a computation that hangs, and a run keeps
-    what it saved.
+    If the reward raises an exception, it becomes a ``smart.Failure`` that names the reward. If the reward needs more
+    than ``deadline`` seconds for a batch, the process ends with a message: nothing else stops a computation that
+    hangs. A run keeps what it has saved.
     """
 
     def __init__(
@@ -170,37 +178,33 @@ class Scorer:
         self.sample_rate = sample_rate
         self.horizon = Horizon(tokenizer, seconds=seconds)
         self.batch = batch
-        self.busy_until: dict[str, float] = {}  # of each worker: when it rendered its last clip
+        self.busy_until: dict[str, float] = {}  # when each worker finished its last clip (``time.perf_counter``)
         self.deadline = deadline
 
-    def listen(self, stopwatch: Stopwatch | None = None) -> Clips:
-        """To be shown a batch while it is drawn (``Clips.look``), and once at its end (``Clips.finish``)."""
-        return Clips(self, stopwatch)
-
-    def rendered(self, stopwatch: Stopwatch, submitted: float, _: Future[Audio]) -> None:
-        """Called in the thread of the worker that did it, which began when it was free."""
+    def note_rendering(self, stopwatch: Stopwatch, submitted: float, _: Future[Audio]) -> None:
+        """Note when a clip was rendered; called in the thread of its worker, which began as soon as it was free."""
         worker, now = threading.current_thread().name, time.perf_counter()
         stopwatch.span("render", max(submitted, self.busy_until.get(worker, 0.0)), now, worker)
         self.busy_until[worker] = now
 
     def submit(self, rollout: Rollout) -> list[Future[Audio]]:
         """Start rendering N completions, each with its prompt; returns N futures."""
-        return self.listen().finish(rollout)
+        return Clips(self).submit_rest(rollout)
 
     def collect(
         self, clips: Sequence[Future[Audio]], *, keep: Iterable[int] = (), stopwatch: Stopwatch | None = None
     ) -> Rated:
-        """Rate the clips as they arrive; the audio of the rows in ``keep`` is returned too.
+        """Rate N clips as they arrive; audio is kept only for the rows in ``keep``.
 
-        A batch is rated when its last clip is there; other batches do not wait for it.
+        A batch is rated as soon as its last clip has arrived; other batches do not wait for it.
         """
         reward = self.reward
         if reward is None:
-            raise ValueError("a scorer without a reward cannot rate")
+            raise ValueError("this scorer has no reward, so it cannot rate clips")
         kept = set(keep)
         stopwatch = stopwatch or Stopwatch()
         audio: list[Audio | None] = [None] * len(clips)
-        mono: list[torch.Tensor | None] = [None] * len(clips)  # at the reward's rate: a fifth of what was rendered
+        mono: list[torch.Tensor | None] = [None] * len(clips)  # at the reward's sample rate, so far smaller
         scores = {axis: torch.full((len(clips),), math.nan) for axis in reward.axes}
         awaited = Counter(row // self.batch for row in range(len(clips)))
         rows_of: dict[Future[Audio], list[int]] = {}
@@ -213,11 +217,10 @@ class Scorer:
                 clip = next(arrivals)
             with stopwatch.timed("rate"):
                 for row in rows_of[clip]:
-                    # asked, not caught: the traceback of an error would hold this frame, and so the whole batch
-                    if isinstance(clip.exception(), RenderError):
+                    stereo = rendered_audio(clip)
+                    if stereo is None:
                         failed += 1
                     else:
-                        stereo = clip.result()
                         audio[row] = stereo if row in kept else None
                         channel = torch.from_numpy(stereo).mean(0).to(reward.device)
                         wave = resample(channel, self.sample_rate, reward.sample_rate)
@@ -229,20 +232,15 @@ class Scorer:
                         rows = range(number * self.batch, min((number + 1) * self.batch, len(clips)))
                         with _within(self.deadline, f"reward {reward.name}"):
                             _rate(reward, mono, rows, scores)
-        return Rated(
-            rewards=reward.combine(scores),
-            scores=scores,
-            audio=audio,
-            failed=failed,
-            silent=silent,
-        )
+        return Rated(reward.combine(scores), scores, audio, failed, silent)
 
 
 @contextmanager
 def _within(seconds: float, what: str) -> Iterator[None]:
-    """End the process if this takes longer than ``seconds``. A computation that never lets go of the GIL escapes it.
+    """End the process if the block takes longer than ``seconds``; ``what`` names it in the message.
 
-    Time in which the process was stopped (Ctrl-Z, a machine that slept) counts for a second at most.
+    This does not work for a computation that never releases the GIL. Time during which the process was suspended
+    (Ctrl-Z, a machine that slept) counts as one second at most.
     """
     done = threading.Event()
 
@@ -254,10 +252,10 @@ def _within(seconds: float, what: str) -> Iterator[None]:
             left -= 1.0
         try:
             sys.stderr.write(
-                f"Error: {what} gave no answer within {seconds:g} s; this process ends, what was saved is kept\n"
+                f"Error: {what} gave no answer within {seconds:g} s, so the process ends; what was saved is kept\n"
             )
             sys.stderr.flush()
-        finally:  # also where nobody reads it any more
+        finally:  # also if stderr is closed
             os._exit(1)
 
     if math.isinf(seconds):
@@ -271,7 +269,10 @@ def _within(seconds: float, what: str) -> Iterator[None]:
 
 
 def _rate(reward: Reward, mono: list[torch.Tensor | None], rows: range, scores: dict[str, torch.Tensor]) -> None:
-    """Rate one batch of ``mono``, which is forgotten, and write into ``scores``; a clip that failed stays NaN."""
+    """Rate ``rows`` of ``mono`` and write their scores into ``scores``; a clip that failed stays NaN.
+
+    The waveforms are removed from ``mono`` to free their memory. Raises ``Failure`` if the reward does.
+    """
     heard = {row: wave for row in rows if (wave := mono[row]) is not None}
     if not heard:
         return
@@ -279,7 +280,7 @@ def _rate(reward: Reward, mono: list[torch.Tensor | None], rows: range, scores: 
     lengths = torch.tensor([len(wave) for wave in heard.values()])
     try:
         rated = reward.score(padded, lengths)
-    except Exception as error:  # whatever is wrong with it, nothing can be learnt without it
+    except Exception as error:  # nothing can be learnt without the reward, whatever is wrong with it
         raise Failure(f"reward {reward.name} failed on {len(heard)} clips ({brief(error)})") from error
     for axis, values in rated.items():
         scores[axis][list(heard)] = values.cpu()

@@ -1,4 +1,4 @@
-"""What a comparison compares: a run, one of its checkpoints, or a base, by its name."""
+"""Find the models that a comparison compares, by name: a run, one of its checkpoints, or a base."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,20 +13,21 @@ from smart.run import CONFIG, checkpoint
 
 
 class System(NamedTuple):
-    """A model that is compared, and the name that tables show."""
+    """A model in a comparison, and its name in tables."""
 
     name: str
     model: Path  # folder in the form of a base
     run: Path | None  # the run that it belongs to, if any
-    step: int | None  # of the run: 0 is the base; None where there is no run, or it has no steps of tuning
+    step: int | None  # iterations or steps of that run, 0 for its base; None without a run, or for a pretrained base
 
 
 def find_system(text: str) -> System:
-    """A system by its name: a run's folder, or a base (folder, shipped name, or hub id).
+    """The system that ``text`` names: a run's folder, or a base (folder, shipped name, or hub id).
 
-    A run is its tuned model, or the base that a pretraining made, or, while unfinished, its newest checkpoint, which is
-    said on stderr. RUN@base is the base that it started from (or made), RUN@STEP a checkpoint. NAME=TEXT gives the
-    name that tables show; else it is the folder's. Raises ``UserError`` where there is no such model.
+    A run stands for its tuned model, or for the base that a pretraining run made; if the run is unfinished, for its
+    newest checkpoint, with a note on stderr. RUN@base is the base that it started from (or made), RUN@STEP a
+    checkpoint. NAME=TEXT sets the name in tables; by default it is the folder's. Raises ``UserError`` if there is no
+    such model.
     """
     name, separator, rest = text.partition("=")
     if separator and name and not set(name) & set("/@"):
@@ -41,10 +42,10 @@ def find_system(text: str) -> System:
 
 
 def find_systems(texts: Sequence[str]) -> list[System]:
-    """``find_system`` of each. Raises ``UserError`` where two have one name, or there is none."""
+    """``find_system`` for each text. Raises ``UserError`` if there is none, or if two systems have the same name."""
     systems = [find_system(text) for text in texts]
     if not systems:
-        raise UserError("no model was given; expected a run, a base's folder or a shipped name")
+        raise UserError("no model was given; expected a run, a base's folder or the name of a shipped base")
     names = [system.name for system in systems]
     for name in names:
         if names.count(name) > 1:
@@ -66,23 +67,23 @@ def _of_run(run: Path, which: str) -> System:
         steps = checkpoint.steps(checkpoints)
         if not which.isdecimal() or int(which) not in steps:
             known = ", ".join(map(str, steps)) or "none"
-            raise UserError(f"{run}@{which}: expected {run}@base or a checkpoint's step; this run has {known}")
+            raise UserError(f"{run}@{which}: expected {run}@base, or {run}@STEP with the step of a checkpoint: {known}")
         folder = checkpoints / f"{int(which):08d}"
         checkpoint.verify(folder)
         return System(name, folder, run, int(which))
-    if (run / "tuned" / "model.safetensors").is_file():  # it is written last
+    if (run / "tuned" / "model.safetensors").is_file():  # the file that is written last
         return System(name, find_base(str(run / "tuned")), run, _setting(run, "grpo", "iterations"))
     if (run / "base").is_dir():
         return System(name, find_base(str(run / "base")), run, None)
     newest = checkpoint.latest(checkpoints)
     if newest is None:
-        raise UserError(f"{run}: this run has made no model yet")
-    click.echo(f"{run} is not finished: its checkpoint {newest.name} is used", err=True)
+        raise UserError(f"{run}: this run has not saved a model yet")
+    click.echo(f"{run} is not finished; using its checkpoint {newest.name}", err=True)
     return System(name, newest, run, int(newest.name))
 
 
 def _setting(run: Path, section: str, key: str) -> Any:
-    """One value of a run's configuration, which always holds them all."""
+    """One value of a run's configuration, which contains all keys."""
     try:
         return parse_toml((run / CONFIG).read_text(encoding="utf-8"))[section][key]
     except (OSError, ValueError, KeyError) as error:

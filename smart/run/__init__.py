@@ -1,4 +1,4 @@
-"""What tuning and pretraining share of a run: its command line, folder, checkpoints, files and signals.
+"""What tuning and pretraining share: a run's command line, folder, checkpoints, files and signals.
 
 ``smart.run.checkpoint`` is used as a module: ``checkpoint.save``, ``checkpoint.latest``.
 """
@@ -17,14 +17,13 @@ from smart.run.folder import (
 from smart.run.run import Run
 from smart.run.stop import StopRequest
 from smart.run.stopwatch import Stopwatch
-from smart.run.tracker import METRICS, Onlooker, Tracker, read_metrics, summarise
+from smart.run.tracker import METRICS, Tracker, read_metrics, summarise
 
 __all__ = [
     "CONFIG",
     "METRICS",
     "NEEDED",
     "SETTINGS",
-    "Onlooker",
     "Run",
     "StopRequest",
     "Stopwatch",

@@ -1,8 +1,8 @@
 """Atomic checkpoints and exact resume.
 
-A checkpoint is a folder ``<root>/<step, 8 digits>/`` that appears in one rename: its files are written to a hidden
-folder beside it, flushed to the disk, listed with their SHA-256 in ``manifest.json``, then renamed into place. A
-crash at any instant leaves the previous checkpoint as it was. Only safetensors and JSON are read back.
+A checkpoint is a folder ``<root>/<step, 8 digits>/``. Its files are written to a hidden folder next to it, listed with
+their SHA-256 in ``manifest.json`` and flushed to the disk; then the folder is renamed. A crash at any time leaves the
+previous checkpoint as it was. Only safetensors and JSON are read back.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ BEST = "best"
 
 
 def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int = 0, best: int | None = None) -> Path:
-    """Make checkpoint ``step`` of what ``write(folder)`` writes; then delete all but the ``keep`` newest (0: none).
+    """Save what ``write(folder)`` writes as checkpoint ``step``, then delete all but the ``keep`` newest (0: keep all).
 
-    Later ones than ``step`` are damaged, or the run would have gone on from them: they count for nothing and stay. The
-    checkpoint of step ``best`` is never deleted, and the link ``<root>/best`` leads to it (None: no link).
-    Raises ``OSError`` or ``SafetensorError`` when it cannot be written (disk full, read-only, quota); what was there
-    before stays.
+    Checkpoints after ``step`` are damaged, or the run would have continued from them: they are not counted, and stay.
+    The checkpoint of step ``best`` is never deleted, and the link ``<root>/best`` points to it (None: no link). Returns
+    the checkpoint's folder. Raises ``OSError`` or ``SafetensorError`` if it cannot be written (disk full, read-only,
+    quota); existing checkpoints stay as they are.
     """
     root.mkdir(parents=True, exist_ok=True)
     _sweep(root)
@@ -47,19 +47,19 @@ def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int = 0,
         (temporary / MANIFEST).write_text(json.dumps({"step": step, "sha256": sums}, indent=1), encoding="utf-8")
         for path in [*files, temporary / MANIFEST, temporary]:
             sync(path)
-        if final.exists():  # the same step again, after a resume from an older one
+        if final.exists():  # from before the run was resumed from an older checkpoint
             shutil.rmtree(final)
         os.replace(temporary, final)
         sync(root)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    settle(root, step, keep=keep, best=best)
+    tidy(root, step, keep=keep, best=best)
     return final
 
 
-def settle(root: Path, step: int, *, keep: int = 0, best: int | None = None) -> None:
-    """What follows once checkpoint ``step`` is there, as ``save`` says; again where a process was killed before it."""
+def tidy(root: Path, step: int, *, keep: int = 0, best: int | None = None) -> None:
+    """Update the link and delete old checkpoints, as in ``save``; also called in case a process was killed before."""
     _sweep(root)
     if best is not None and os.path.realpath(root / BEST) != os.path.realpath(root / f"{best:08d}"):
         link = root / f".{BEST}.link"
@@ -73,19 +73,19 @@ def settle(root: Path, step: int, *, keep: int = 0, best: int | None = None) -> 
 
 
 def _sweep(root: Path) -> None:
-    """Delete what a process that was killed had begun to write."""
+    """Delete what a killed process left half written."""
     for leftover in root.glob(".*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
     (root / f".{BEST}.link").unlink(missing_ok=True)
 
 
 def steps(root: Path) -> list[int]:
-    """Steps that have a checkpoint folder, oldest first; whether they are whole is for ``verify`` to say."""
+    """Steps that have a checkpoint folder, oldest first; only ``verify`` shows whether they are intact."""
     return sorted(int(path.name) for path in root.glob("[0-9]" * 8) if path.is_dir())
 
 
 def verify(folder: Path) -> None:
-    """Raise ``UserError`` naming the first file of a checkpoint that is missing or not what was written."""
+    """Raise ``UserError`` with the first file of a checkpoint that is missing or differs from what was written."""
     try:
         sums = parse_json((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
         names = {str(name): str(digest) for name, digest in sums.items()}
@@ -101,17 +101,19 @@ def verify(folder: Path) -> None:
             found = sha256(path)
         except UserError:
             raise
-        except OSError as error:  # a disk that gives back no more what it holds, a name that is too long
+        except OSError as error:  # a disk that cannot be read, a name that is too long
             raise UserError(f"checkpoint {folder}: {name} cannot be read ({error.strerror})") from None
-        except (ValueError, RuntimeError):  # a null byte in it, or half of a character; a link to itself
-            raise UserError(f"checkpoint {folder}: {MANIFEST} names {name!r}, which no file can be called") from None
+        except (ValueError, RuntimeError):  # a null byte, half of a surrogate pair, or a link to itself
+            raise UserError(f"checkpoint {folder}: {MANIFEST} names {name!r}, which cannot be a file name") from None
         if found != digest:
             raise UserError(f"checkpoint {folder}: {name} is damaged (its SHA-256 is not the recorded one)")
 
 
 def latest(root: Path) -> Path | None:
-    """The newest checkpoint that verifies, or None where there is none yet. A damaged one is named on stderr
-    and passed over; when every one is damaged, ``UserError``."""
+    """The newest checkpoint that is intact, or None if there is none yet.
+
+    Damaged ones are skipped, with a warning on stderr. Raises ``UserError`` if all are damaged.
+    """
     damaged: list[str] = []
     for step in reversed(steps(root)):
         folder = root / f"{step:08d}"
@@ -123,15 +125,15 @@ def latest(root: Path) -> Path | None:
             continue
         return folder
     if damaged:
-        raise UserError(f"no checkpoint in {root} can be used: {'; '.join(damaged)}; start anew with --overwrite")
+        raise UserError(f"no checkpoint in {root} can be used: {'; '.join(damaged)}; start over with --overwrite")
     return None
 
 
 def write_state(
     folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, **generators: torch.Generator
 ) -> None:
-    """Write the optimiser's moments (by parameter name) and the generators' states beside the model's weights."""
-    from safetensors.torch import save_file  # it imports torch, which finding a checkpoint does without
+    """Write the optimiser's state (by parameter name) and the states of ``generators`` into a checkpoint."""
+    from safetensors.torch import save_file  # it imports torch, which is not needed to find a checkpoint
 
     tensors = {f"rng.{name}": generator.get_state() for name, generator in generators.items()}
     for name, parameter in model.named_parameters():
@@ -143,7 +145,7 @@ def write_state(
 def read_state(
     folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, **generators: torch.Generator
 ) -> None:
-    """Put back what ``write_state`` wrote. Raises ``UserError`` where it does not fit the model."""
+    """Restore what ``write_state`` wrote. Raises ``UserError`` if it cannot be read or does not fit the model."""
     tensors = read_tensors(folder / STATE)
     try:
         for name, generator in generators.items():
@@ -162,7 +164,7 @@ def read_state(
 
 
 def read_tensors(path: Path) -> Mapping[str, torch.Tensor]:
-    """All tensors of a safetensors file; ``UserError`` where it cannot be read."""
+    """All tensors of a safetensors file, by name. Raises ``UserError`` if it cannot be read."""
     from safetensors.torch import load_file
 
     try:

@@ -6,10 +6,10 @@ from typing import Any
 
 
 class StopRequest:
-    """While active, SIGINT, SIGTERM and SIGHUP ask for a stop instead of being obeyed at once.
+    """A context manager in which SIGINT, SIGTERM and SIGHUP request a stop instead of ending the process at once.
 
-    A second SIGINT is obeyed; a SIGHUP that was ignored (nohup) still is. ``requested`` is 0, or the number of the
-    signal that came.
+    ``requested`` is the number of the signal that came last, 0 if none did. A second SIGINT raises
+    ``KeyboardInterrupt``. A SIGHUP that is ignored (nohup) stays ignored.
     """
 
     def __init__(self) -> None:
@@ -17,7 +17,7 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+        if threading.current_thread() is threading.main_thread():  # other threads cannot set handlers
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                     continue

@@ -1,4 +1,4 @@
-"""Where the time of an iteration went."""
+"""Measure where the time of an iteration goes."""
 
 import json
 import time
@@ -11,19 +11,19 @@ from smart.files import write_atomically
 
 
 class Span(NamedTuple):
-    """One piece of work: its stage, when it began and ended (``time.perf_counter``), and who did it."""
+    """One piece of work."""
 
     stage: str
-    start: float
+    start: float  # seconds, ``time.perf_counter``
     end: float
-    lane: str
+    lane: str  # "main", "within" a stage of the main thread, or the name of the thread that did it
 
 
 class Stopwatch:
-    """Where the time of an iteration went.
+    """Times the stages of an iteration.
 
-    ``laps`` are the stages of the main thread, one after another, in seconds; ``spans`` all that was timed, also what
-    went on within a lap or beside it in other threads. A span belongs to the iteration in which it ended.
+    ``laps`` are the consecutive stages of the main thread, in seconds. ``spans`` are all timed pieces of work: laps,
+    parts of laps, and the work of other threads. A span belongs to the iteration in which it ended.
     """
 
     def __init__(self) -> None:
@@ -32,40 +32,40 @@ class Stopwatch:
         self._last = time.perf_counter()
 
     def restart(self) -> None:
-        """Begin the next iteration; what other threads have finished since the last lap belongs to it."""
-        # in one step, since they may be adding spans; spans lie in the order of their ends
+        """Begin the next iteration; it includes what other threads have finished since the last lap."""
+        # a single statement, since other threads may be adding spans; spans are ordered by their end
         del self.spans[: sum(span.end <= self._last for span in self.spans)]
         self.laps = {}
         self._last = time.perf_counter()
 
     def lap(self, stage: str) -> None:
-        """End ``stage`` now."""
+        """End a stage of the main thread, which began at the last lap."""
         now = time.perf_counter()
         self.laps[f"seconds/{stage}"] = now - self._last
         self.span(stage, self._last, now, "main")
         self._last = now
 
     def span(self, stage: str, start: float, end: float, lane: str) -> None:
-        """Note a piece of work; any thread may."""
+        """Add a piece of work; any thread may call this."""
         self.spans.append(Span(stage, start, end, lane))
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """A span of the main thread within a lap."""
+        """Time the block as a span of the main thread within a lap."""
         start = time.perf_counter()
         yield
         self.span(stage, start, time.perf_counter(), "within")
 
     def metrics(self) -> dict[str, float]:
-        """Seconds of each lap, their sum ``seconds/iteration``, and the seconds of the other stages, added up."""
-        beside: dict[str, float] = {}
+        """Seconds per lap, their sum ``seconds/iteration``, and the total seconds of each other stage."""
+        others: dict[str, float] = {}
         for stage, start, end, lane in list(self.spans):
             if lane != "main" and end <= self._last:
-                beside[f"seconds/{stage}"] = beside.get(f"seconds/{stage}", 0.0) + end - start
-        return self.laps | {"seconds/iteration": sum(self.laps.values())} | beside
+                others[f"seconds/{stage}"] = others.get(f"seconds/{stage}", 0.0) + end - start
+        return self.laps | {"seconds/iteration": sum(self.laps.values())} | others
 
     def write(self, path: Path) -> Path:
-        """All spans as a trace for Chrome's and Perfetto's viewers, a track for each lane; returns the path."""
+        """Write all spans as a trace for Chrome's or Perfetto's viewer, one track per lane; returns the path."""
         spans = sorted(self.spans, key=lambda span: span.start)
         lanes = sorted({span.lane for span in spans}, key=lambda lane: (lane != "main", lane != "within", lane))
         zero = spans[0].start if spans else 0.0

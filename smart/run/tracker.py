@@ -1,7 +1,7 @@
-"""What a run leaves behind: ``metrics.jsonl``, TensorBoard events, completions, MIDI and WAV.
+"""The files of a run: ``metrics.jsonl``, TensorBoard events, ``log.txt``, completions, MIDI, WAV and a summary.
 
-Everything that is indexed by a step can be cut back to a step, so that a run that is resumed from a checkpoint
-writes the same files as one that was never interrupted.
+Metrics and completions can be cut back to a step, so that a run that is resumed from a checkpoint writes the same files
+as one that was never interrupted.
 """
 
 import json
@@ -12,7 +12,6 @@ import threading
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import click
@@ -22,13 +21,13 @@ from tqdm import tqdm
 
 from smart import UserError
 from smart.files import is_leftover, parse_json, write_atomically
-from smart.render import write_midi, write_wav
+from smart.render import Audio, write_midi, write_wav
 
 METRICS = "metrics.jsonl"
 
 
 class Tracker:
-    """Writes a run's files. Use as a context manager; ``start`` is the last step that is already done (0: none)."""
+    """Writes a run's files; use it as a context manager. ``start`` is the last step that is already done (0: none)."""
 
     def __init__(self, folder: Path, *, start: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -36,34 +35,32 @@ class Tracker:
         self.folder = folder
         self._completions: list[dict[str, Any]] = []
         _cut_back(folder, start)
-        self._metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115  # closed by close()
+        self._metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115  # closed by __exit__
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self._hook, threading.excepthook = threading.excepthook, self._thread_failed
 
     def __enter__(self) -> "Tracker":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         threading.excepthook = self._hook
         self._metrics.close()
         self._board.close()
 
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
-        """What TensorBoard's thread cannot write, the next point raises: no traceback of its own."""
+        """Print no traceback if TensorBoard's thread cannot write: the next point raises that error."""
         if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__module__.startswith("tensorboard")):
             self._hook(failure)
 
-    def say(self, text: str) -> None:
-        """A line for the person who watches (stderr, above any progress bar) and for the run's log."""
-        with suppress(OSError):  # a terminal that was closed, a pipe that nobody reads any more: no reason to stop
+    def log(self, text: str) -> None:
+        """Print a line on stderr, above any progress bar, and append it to ``log.txt``."""
+        with suppress(OSError):  # a terminal or pipe that was closed is no reason to stop
             tqdm.write(text, file=sys.stderr)
-        with open(self.folder / "log.txt", "a", encoding="utf-8") as log:
-            log.write(text + "\n")
+        with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+            file.write(text + "\n")
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """One line of ``metrics.jsonl`` and one point a curve; a value that is not finite becomes null."""
+        """Write one line of ``metrics.jsonl`` and one point per curve; a value that is not finite becomes null."""
         line = {key: (value if math.isfinite(value) else None) for key, value in values.items()}
         self._metrics.write(json.dumps({"step": step, **line}) + "\n")
         self._metrics.flush()
@@ -71,11 +68,11 @@ class Tracker:
             self._board.add_scalar(key, value, step)
 
     def completions(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Keep rows (step, prompt, tokens, scores, ...) for the Parquet file of the next ``flush``."""
+        """Keep rows (step, group, tokens, reward, ...) until the next ``flush`` writes them."""
         self._completions += map(dict, rows)
 
     def flush(self, step: int) -> None:
-        """Write the rows kept since the last flush as ``completions/<step>.parquet``; then the disk has all metrics."""
+        """Write the rows kept since the last flush as ``completions/<step>.parquet``, and force metrics to the disk."""
         os.fsync(self._metrics.fileno())
         if not self._completions:
             return
@@ -88,29 +85,25 @@ class Tracker:
         write_atomically(folder / f"{step:08d}.parquet", lambda file: pq.write_table(table, file))
         self._completions.clear()
 
-    def listen(self, name: str, score: Any, audio: npt.NDArray[np.float32] | None, sample_rate: int) -> Path:
-        """Write ``<name>.mid`` and, unless the clip failed, ``<name>.wav``; returns the path to listen to."""
+    def write_piece(self, name: str, score: Any, audio: Audio | None, sample_rate: int) -> None:
+        """Write ``<name>.mid`` and, unless the clip failed, ``<name>.wav`` from ``audio`` (2, S)."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        midi = path.with_suffix(".mid")
-        write_midi(midi, score)
-        if audio is None:
-            return midi
-        wav = path.with_suffix(".wav")
-        write_wav(wav, audio, sample_rate)
-        return wav
+        write_midi(path.with_suffix(".mid"), score)
+        if audio is not None:
+            write_wav(path.with_suffix(".wav"), audio, sample_rate)
 
 
-class Onlooker(Tracker):
-    """A tracker that writes nothing: for processes beside the one that does."""
+class NullTracker(Tracker):
+    """A tracker that writes nothing, for processes other than the lead."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self) -> None:
+        pass
 
     def __exit__(self, *_: object) -> None:
         pass
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         pass
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
@@ -122,12 +115,15 @@ class Onlooker(Tracker):
     def flush(self, step: int) -> None:
         pass
 
-    def listen(self, name: str, score: Any, audio: npt.NDArray[np.float32] | None, sample_rate: int) -> Path:
-        return self.folder / name
+    def write_piece(self, name: str, score: Any, audio: Audio | None, sample_rate: int) -> None:
+        pass
 
 
 def summarise(folder: Path, rewards: Mapping[str, npt.NDArray[np.float32]]) -> str:
-    """Write ``summary.json``: the mean reward of fresh base and tuned samples and how they differ; say it in words."""
+    """Write ``summary.json``: mean rewards of new base and tuned samples, and their difference; returns it as text.
+
+    ``rewards`` maps "base" and "tuned" to (n,) rewards each, without NaN.
+    """
     mean = {name: float(values.mean()) for name, values in rewards.items()}
     error = {name: float(values.std(ddof=1)) / math.sqrt(len(values)) for name, values in rewards.items()}
     difference, its_error = mean["tuned"] - mean["base"], math.hypot(*error.values())
@@ -152,9 +148,10 @@ def summarise(folder: Path, rewards: Mapping[str, npt.NDArray[np.float32]]) -> s
 
 
 def read_metrics(folder: Path, keys: Collection[str] | None = None) -> list[dict[str, Any]]:
-    """The run's metrics, one mapping a step, in order: "step" and those of ``keys`` that it has (None: all).
+    """The run's metrics, one mapping per step, in order: "step" and those of ``keys`` that it has (None: all).
 
-    A last line that a crash cut short is left out; any other that cannot be read is too, and is named on stderr.
+    A last line that a crash cut short is left out. So is any other line that cannot be read, with a warning on stderr.
+    Raises ``UserError`` if there are no metrics.
     """
     path = folder / METRICS
     if not path.is_file():
@@ -177,9 +174,9 @@ def read_metrics(folder: Path, keys: Collection[str] | None = None) -> list[dict
 
 
 def _cut_back(folder: Path, step: int) -> None:
-    """Drop what was written after ``step``: it is going to be written again."""
+    """Delete what was written after ``step``, since it will be written again."""
     if (folder / METRICS).exists():
-        # step 0, the base's own values, is written by the run's first process
+        # with step 0 everything is written again, the metrics of the base included
         rows = [json.dumps(row) + "\n" for row in read_metrics(folder) if row["step"] <= step and step > 0]
         write_atomically(folder / METRICS, "".join(rows).encode())
     for path in (folder / "completions").glob("*"):

@@ -1,4 +1,4 @@
-"""Tokens from a Phi-3: many completions at a time, and how likely each drawn token was."""
+"""Sample completions from a Phi-3, many at a time, with the log-probability of each drawn token."""
 
 from smart.sampler.choice import draw, filter_logits
 from smart.sampler.sample import Rollout, Sampler

@@ -1,4 +1,4 @@
-"""How one token is chosen: ``filter_logits``, ``draw``, and the grammar's word on what can be played.
+"""Choose one token per row: ``filter_logits``, ``draw``, and a grammar that rules out unplayable tokens.
 
 Axes: N sequences, V vocabulary.
 """
@@ -6,28 +6,25 @@ Axes: N sequences, V vocabulary.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from smart.tokens import Grammar, Place
 
-if TYPE_CHECKING:
-    pass
-
 
 def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Logits (N, V) float32 -> logits (N, V) of the distribution to draw from, -inf where nothing is drawn.
 
-    First the temperature, then exactly ``top_k`` tokens are kept (0: all), then the smallest set of the most
-    likely of these whose share of their mass reaches ``top_p``. Between equal logits the lower id is kept.
+    First the temperature is applied; then the ``top_k`` most likely tokens are kept (0: all); of these, the smallest
+    set of the most likely ones that holds a share ``top_p`` of their probability. Of equal logits the lower id is kept.
     """
     if temperature != 1.0:
         # subtracting the maximum first keeps a very low temperature from overflowing
         logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     if 0 < top_k < logits.shape[-1]:
-        # not a sort, which takes three times as long; topk alone does not say which of equal logits it keeps
+        # a sort would take three times as long; topk alone does not define which of equal logits it keeps
         least = logits.topk(top_k, sorted=False).values.amin(-1, keepdim=True)
         above, equal = logits > least, logits == least
         places = top_k - above.sum(-1, keepdim=True)
@@ -41,23 +38,23 @@ def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, t
 
 
 def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Draw one token a row: logits (N, V) float32, uniform (N,) float64 in [0, 1) -> ids (N,), logprobs (N,).
+    """Draw one token per row: logits (N, V) float32, uniform (N,) float64 in [0, 1) -> ids (N,), logprobs (N,).
 
-    The token is the first one at which the cumulative distribution exceeds the uniform number. The sum is in
-    float64 and a token of probability 0 is never drawn. Nothing waits for the device.
+    The token is the first one at which the cumulative distribution exceeds the uniform number. The sum is in float64,
+    and a token of probability 0 is never drawn. There is no synchronisation with the device.
     """
     logprobs = logits.log_softmax(-1)
     probs = logprobs.exp()
     cumulative = probs.cumsum(-1, dtype=torch.float64)
     past = cumulative > uniform[:, None] * cumulative[:, -1:]
-    # A parallel sum need not be monotone to the last bit, so a token must be possible as well as past the
-    # number; argmax gives the first of the maxima. Rank 1 only serves if rounding left no token of rank 2.
+    # Rank 2: possible, and past the number (a parallel sum need not be monotone to the last bit). Rank 1: possible;
+    # it is only drawn if rounding left no token of rank 2. argmax returns the first of the maxima.
     token = ((probs > 0) * (past.to(torch.int32) + 1)).argmax(-1)
     return token, logprobs.gather(-1, token[:, None])[:, 0]
 
 
 class Choice(NamedTuple):
-    """How a token is chosen; the arguments of ``Sampler`` and ``sample`` of the same names."""
+    """How tokens are chosen; the fields are the arguments of ``Sampler`` and ``sample`` of the same names."""
 
     temperature: float
     top_k: int
@@ -69,22 +66,23 @@ class Choice(NamedTuple):
     def to(self, device: torch.device) -> Choice:
         return self._replace(grammar=None if self.grammar is None else self.grammar.to(device))
 
-    def stand(self, rows: Tensor) -> Place | None:
-        """Where rows of tokens (N, P) end; None without a grammar."""
+    def read_state(self, rows: Tensor) -> Place | None:
+        """The grammar's state after rows of tokens (N, P); None without a grammar."""
         return None if self.grammar is None else self.grammar.read(rows)
 
     def choose(
-        self, logits: Tensor, uniform: Tensor, alive: Tensor, stand: Place | None
+        self, logits: Tensor, uniform: Tensor, alive: Tensor, state: Place | None
     ) -> tuple[Tensor, Tensor, Tensor, Place | None]:
-        """Token, its log-probability, whether the row goes on, and where it stands then, each (N,).
+        """The tokens drawn from ``logits`` (N, V), their log-probabilities, which rows are still alive, and the state.
 
-        A row that had ended gets padding, and the log-probability 0.
+        All are (N,), as are ``uniform``, ``alive`` and the parts of ``state``. A row that is not alive gets padding and
+        the log-probability 0.
         """
-        if self.grammar is not None and stand is not None:
-            logits = logits.masked_fill(~self.grammar.playable(stand), -math.inf)
+        if self.grammar is not None and state is not None:
+            logits = logits.masked_fill(~self.grammar.playable(state), -math.inf)
         filtered = filter_logits(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
         drawn, logprob = draw(filtered, uniform)
         drawn, logprob = drawn.masked_fill(~alive, self.pad_id), logprob.masked_fill(~alive, 0.0)
-        if self.grammar is not None and stand is not None:
-            stand = self.grammar.step(stand, drawn)
-        return drawn, logprob, alive if self.eos_id is None else alive & (drawn != self.eos_id), stand
+        if self.grammar is not None and state is not None:
+            state = self.grammar.step(state, drawn)
+        return drawn, logprob, alive if self.eos_id is None else alive & (drawn != self.eos_id), state

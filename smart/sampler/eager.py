@@ -1,30 +1,30 @@
-"""Decoding step after step from the host."""
+"""Decode step by step from the host.
+
+Axes: B prompts, N sequences = B x group_size, P prompt length, T completion length.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from smart.tokens import Place
-
-if TYPE_CHECKING:
-    pass
 from smart.sampler.choice import Choice
 from smart.sampler.network import Network, drop_rows, forward, new_cache, padding_mask, prefill
+from smart.tokens import Place
 
-# Looking whether all rows have ended makes the host wait for the device; a CPU has nothing to wait for.
+# To check whether all rows have ended, the host waits for the device; on a CPU there is nothing to wait for.
 STEPS_PER_LOOK = {"cpu": 1}
 STEPS_PER_LOOK_ELSEWHERE = 16
 STEPS_PER_WATCH = 16
-# (N, P+t) tokens so far and (N,) which rows have ended; both on the CPU, and good only until the call returns
+# takes the tokens so far (N, P+t), and which rows have ended (N,); both on the CPU, valid only during the call
 Watch = Callable[[Tensor, Tensor], None]
 
 
 class Start(NamedTuple):
-    """What a batch starts from, on the model's device."""
+    """The inputs of a batch, on the model's device."""
 
     prompts: Tensor  # (B, P) int64
     real: Tensor  # (B, P) bool, False on padding
@@ -35,7 +35,10 @@ class Start(NamedTuple):
 def decode_eagerly(
     net: Network, table: tuple[Tensor, Tensor], start: Start, choice: Choice, watch: Watch | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Step after step from the host: tokens (N, P+T), mask (N, T), logprobs (N, T), as yet uncut."""
+    """Tokens (N, P+T), mask (N, T) and logprobs (N, T), where T is the longest possible completion.
+
+    ``table`` is the rotary embedding's, from ``rotation_table``.
+    """
     prompts, real, uniforms, group_size = start
     device, length = prompts.device, prompts.shape[1]
     choice = choice.to(device)
@@ -48,17 +51,17 @@ def decode_eagerly(
     tokens[:, :length] = prompts.repeat_interleave(group_size, 0)
     mask = torch.zeros(n, steps, dtype=torch.bool, device=device)
     logprobs = torch.zeros(n, steps, device=device)
-    # of every row still in the batch: which sequence it is, whether it goes on, its next position
+    # for every row still in the batch: its sequence, whether it is alive, its next rotary position
     rows = torch.arange(n, device=device)
     alive = torch.ones(n, dtype=torch.bool, device=device)
     place = real.sum(-1).repeat_interleave(group_size)
     padding = padding_mask(real, group_size, total, net.cache_dtype)
-    stand = choice.stand(tokens[:, :length])
+    state = choice.read_state(tokens[:, :length])
     look = STEPS_PER_LOOK.get(device.type, STEPS_PER_LOOK_ELSEWHERE)
 
     for step in range(steps):
         mask[rows, step] = alive
-        drawn, logprob, alive, stand = choice.choose(logits, uniforms[step, rows], alive, stand)
+        drawn, logprob, alive, state = choice.choose(logits, uniforms[step, rows], alive, state)
         tokens[rows, length + step] = drawn
         logprobs[rows, step] = logprob
         if choice.eos_id is not None and (step + 1) % look == 0 and not alive.all():
@@ -68,7 +71,7 @@ def decode_eagerly(
                 cache, kept = drop_rows(cache, alive, length + step)
                 rows, alive, place, drawn = rows[kept], alive[kept], place[kept], drawn[kept]
                 padding = None if padding is None else padding[kept]
-                stand = None if stand is None else Place(*(part[kept] for part in stand))
+                state = None if state is None else Place(*(part[kept] for part in state))
         if watch is not None and (step + 1) % STEPS_PER_WATCH == 0:
             ended = torch.ones(n, dtype=torch.bool, device=device)
             ended[rows] = ~alive

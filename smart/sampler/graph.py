@@ -1,4 +1,7 @@
-"""Decoding with one CUDA graph per step, which the host replays without waiting for it."""
+"""Decode with one CUDA graph per step, which the host replays without waiting for it.
+
+Axes: N sequences, P prompt length, T completion length, V vocabulary, R rotated part of a head, L longest row.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from smart.tokens import Place
-
-if TYPE_CHECKING:
-    from transformers import Phi3ForCausalLM
 from smart.sampler.choice import Choice
 from smart.sampler.eager import STEPS_PER_LOOK_ELSEWHERE, Start, Watch
 from smart.sampler.network import (
@@ -26,10 +25,14 @@ from smart.sampler.network import (
     rotation_table,
     weights_of,
 )
+from smart.tokens import Place
+
+if TYPE_CHECKING:
+    from transformers import Phi3ForCausalLM
 
 
 class _Slots(NamedTuple):
-    """All that one decode step reads and writes, at addresses that stay; no shape depends on the step."""
+    """Everything that a decode step reads and writes, at fixed addresses; no shape depends on the step."""
 
     net: Network
     cache: Cache
@@ -37,7 +40,7 @@ class _Slots(NamedTuple):
     sin: Tensor
     places: Tensor  # (L,) int64: 0, 1, 2, ...
     padding: Tensor  # (N, 1, 1, L), -inf on the prompts' padding, else 0
-    uniforms: Tensor  # (L, N) float64, at the place that they decide
+    uniforms: Tensor  # (L, N) float64, at the place of the token that they decide
     tokens: Tensor  # (N, L) int64
     mask: Tensor  # (N, L) bool
     logprobs: Tensor  # (N, L) float32
@@ -45,7 +48,7 @@ class _Slots(NamedTuple):
     alive: Tensor  # (N,) bool
     place: Tensor  # (N,) int64, rotary position of the next token
     column: Tensor  # (1,) int64, place of the next token in its row
-    stand: Place | None  # (N,) each, where the rows stand in the grammar, if there is one
+    state: Place | None  # (N,) each: the grammar's state, if there is a grammar
 
 
 def _new_slots(model: Phi3ForCausalLM, dtype: torch.dtype, n: int, places: int, choice: Choice) -> _Slots:
@@ -53,7 +56,7 @@ def _new_slots(model: Phi3ForCausalLM, dtype: torch.dtype, n: int, places: int, 
     device = net.embedding.device
     cos, sin = rotation_table(model, places)
     tokens = torch.full((n, places), choice.pad_id, device=device)
-    stand = choice.stand(tokens[:, :1])
+    state = choice.read_state(tokens[:, :1])
     return _Slots(
         net=net,
         cache=new_cache(net, n, places),
@@ -69,16 +72,16 @@ def _new_slots(model: Phi3ForCausalLM, dtype: torch.dtype, n: int, places: int, 
         alive=torch.zeros(n, dtype=torch.bool, device=device),
         place=torch.zeros(n, dtype=torch.int64, device=device),
         column=torch.zeros(1, dtype=torch.int64, device=device),
-        stand=None if stand is None else Place(*(part.clone() for part in stand)),
+        state=None if state is None else Place(*(part.clone() for part in state)),
     )
 
 
 def _fill(slots: _Slots, model: Phi3ForCausalLM, start: Start, choice: Choice) -> None:
-    """Make ready for a batch: the weights as they are now, and all that a batch before left behind overwritten."""
+    """Prepare a batch: copy the current weights and inputs, and overwrite everything that the last batch left."""
     prompts, real, uniforms, group_size = start
     length = prompts.shape[1]
     for held, now in zip(weights_of(slots.net), weights_of(read_network(model, slots.net.dtype)), strict=True):
-        if held.data_ptr() != now.data_ptr():  # a cast of the parameter, not the parameter itself
+        if held.data_ptr() != now.data_ptr():  # a cast copy of the parameter
             held.copy_(now)
     for pair in slots.cache:
         for full in pair:
@@ -93,7 +96,7 @@ def _fill(slots: _Slots, model: Phi3ForCausalLM, start: Start, choice: Choice) -
     slots.alive.fill_(True)
     slots.place.copy_(real.sum(-1).repeat_interleave(group_size))
     slots.column.fill_(length)
-    _write(slots.stand, choice.stand(slots.tokens[:, :length]))
+    _write(slots.state, choice.read_state(slots.tokens[:, :length]))
     slots.logits.copy_(prefill(slots.net, prompts, real, slots.cos, slots.sin, group_size, slots.cache))
 
 
@@ -103,11 +106,11 @@ def _write(held: Place | None, now: Place | None) -> None:
 
 
 def _step(slots: _Slots, choice: Choice) -> None:
-    """Draw the next token of every row, then run it through the network; all in place, nothing waits for the device."""
+    """Draw the next token of every row and run it through the network, in place, without synchronisation."""
     uniform = slots.uniforms.index_select(0, slots.column)[0]
     slots.mask.index_copy_(1, slots.column, slots.alive[:, None])
-    drawn, logprob, alive, stand = choice.choose(slots.logits, uniform, slots.alive, slots.stand)
-    _write(slots.stand, stand)
+    drawn, logprob, alive, state = choice.choose(slots.logits, uniform, slots.alive, slots.state)
+    _write(slots.state, state)
     slots.tokens.index_copy_(1, slots.column, drawn[:, None])
     slots.logprobs.index_copy_(1, slots.column, logprob[:, None])
     slots.alive.copy_(alive)
@@ -119,11 +122,11 @@ def _step(slots: _Slots, choice: Choice) -> None:
 
 
 def _capture(step: Callable[[], None]) -> Callable[[], None]:
-    """``step``, which must only use memory that stays where it is, as a CUDA graph; runs it once to warm up."""
+    """``step`` as a CUDA graph; it may only use memory that stays where it is. Runs it once to warm up."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):  # around both, since a capture that fails does not go back to where it came from
+    with torch.cuda.stream(stream):  # around both, since a failed capture does not restore the stream
         step()
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             step()
@@ -135,32 +138,32 @@ def _capture(step: Callable[[], None]) -> Callable[[], None]:
 class Graph:
     """A captured decode step with its slots, for batches of one size and one way of choosing tokens.
 
-    Raises RuntimeError where the step cannot be captured.
+    Raises RuntimeError if the step cannot be captured.
     """
 
     def __init__(self, model: Phi3ForCausalLM, dtype: torch.dtype, places: int, start: Start, choice: Choice) -> None:
         self.model = model
-        self.grammar = choice.grammar  # held, so that no other grammar can take its id
+        self.grammar = choice.grammar  # held, so that its id is not reused for another grammar
         self.choice = choice = choice.to(start.prompts.device)
         self.slots = _new_slots(model, dtype, start.uniforms.shape[1], places, choice)
         pinned = self.slots.tokens.is_cuda
         self.seen = [torch.empty_like(part, device="cpu", pin_memory=pinned) for part in self._watched()]
-        _fill(self.slots, model, start, choice)  # the warm-up needs sound numbers
+        _fill(self.slots, model, start, choice)  # the warm-up needs valid numbers
         self.replay = _capture(lambda: _step(self.slots, choice))
 
     def _watched(self) -> tuple[Tensor, Tensor]:
         return self.slots.tokens, self.slots.alive
 
     def run(self, start: Start, watch: Watch | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (N, P+T), mask (N, T), logprobs (N, T), as yet uncut.
+        """Tokens (N, P+T), mask (N, T) and logprobs (N, T), where T is the longest possible completion.
 
-        The host looks at a copy of what had been drawn one look earlier, while the device goes on with the next
-        steps: neither waits for the other.
+        Every few steps the host checks a copy of what had been drawn at its previous check, while the device computes
+        the next steps: neither waits for the other.
         """
         slots, length, steps = self.slots, start.prompts.shape[1], len(start.uniforms)
         _fill(slots, self.model, start, self.choice)
         copied: torch.cuda.Event | None = None
-        ahead = 0  # tokens of a row in the copy that is on its way
+        ahead = 0  # tokens per row in the copy that is being made
         for step in range(1, steps + 1):
             self.replay()
             if step % STEPS_PER_LOOK_ELSEWHERE == 0:

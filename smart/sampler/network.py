@@ -1,6 +1,6 @@
-"""The network over a few new positions, with a preallocated key-value cache.
+"""The network for a few new positions, with a preallocated key-value cache.
 
-It reads the parameters of transformers' ``Phi3ForCausalLM`` where they lie: there is no second copy that lasts.
+It uses the parameters of transformers' ``Phi3ForCausalLM`` in place; no second copy is kept.
 
 Axes: B prompts, N sequences, P prompt length, V vocabulary, Q new positions, H heads, K key-value heads, D size of a
 head, R rotated part of D.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class _Layer(NamedTuple):
-    """The weights of one decoder layer; matrices as nn.Linear keeps them, (out, in)."""
+    """The weights of one decoder layer; matrices are (out, in), as in nn.Linear."""
 
     attention_norm: Tensor
     qkv: Tensor
@@ -32,7 +32,7 @@ class _Layer(NamedTuple):
 
 
 class Network(NamedTuple):
-    """All that the forward pass needs, read from the model anew by every ``sample``."""
+    """Everything that the forward pass needs; every ``sample`` reads it again from the model."""
 
     embedding: Tensor
     layers: list[_Layer]
@@ -51,7 +51,7 @@ Cache = list[tuple[Tensor, Tensor]]  # keys and values of every layer, each (row
 
 
 def read_network(model: Phi3ForCausalLM, dtype: torch.dtype) -> Network:
-    """The model's parameters as they are now: themselves where the dtype fits, else cast for this call."""
+    """The model's current parameters, without a copy if they have the right dtype, else cast."""
     body = model.model
     config: Any = model.config  # its fields' types differ between versions of transformers
     layers = [
@@ -82,6 +82,7 @@ def read_network(model: Phi3ForCausalLM, dtype: torch.dtype) -> Network:
 
 
 def weights_of(net: Network) -> list[Tensor]:
+    """All weights, always in the same order."""
     return [net.embedding, *(weight for layer in net.layers for weight in layer), net.norm, net.head]
 
 
@@ -91,6 +92,7 @@ def _head_dim(config: Any) -> int:
 
 
 def new_cache(net: Network, rows: int, positions: int) -> Cache:
+    """An empty cache; its memory is not initialised."""
     shape = (rows, net.kv_heads, positions, net.head_dim)
     empty = [net.embedding.new_empty(shape, dtype=net.cache_dtype) for _ in range(2 * len(net.layers))]
     return list(zip(empty[::2], empty[1::2], strict=True))
@@ -110,7 +112,7 @@ def rotation_table(model: Phi3ForCausalLM, positions: int) -> tuple[Tensor, Tens
 def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     """query (N, Q, H, D), keys and values (N, K, positions, D), mask (N, 1, Q, positions) -> (N, Q, H*D).
 
-    The H/K heads that share a key-value head are laid along the query axis, so the cache is never repeated.
+    The H/K heads that share a key-value head are folded into the query axis, so that the cache is never repeated.
     """
     n, q, heads, _ = query.shape
     kv_heads = keys.shape[1]
@@ -129,9 +131,9 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _remember(full: Tensor, new: Tensor, start: int | Tensor) -> Tensor:
-    """Write ``new`` (N, Q, K, D) into the cache ``full`` (N, K, positions, D); returns what attention is to see."""
+    """Write ``new`` (N, Q, K, D) into the cache ``full`` (N, K, positions, D); returns the part to attend to."""
     new = new.transpose(1, 2)
-    if isinstance(start, Tensor):  # on the device: the whole cache, so that no shape depends on it
+    if isinstance(start, Tensor):  # on the device; returns the whole cache, so that no shape depends on it
         return full.index_copy_(2, start, new.to(full.dtype))
     end = start + new.shape[2]
     full[:, :, start:end] = new
@@ -143,8 +145,8 @@ def forward(
 ) -> Tensor:
     """Run the new positions start..start+Q-1, tokens (N, Q), and write them to the cache.
 
-    cos, sin: (N, Q, R). mask: None, or what is added to the attention scores, (N, 1, Q, start+Q). A ``start`` on the
-    device, (1,) int64, is for Q = 1; attention is then over all positions of the cache, and so is the mask.
+    cos, sin: (N, Q, R). mask: None, or (N, 1, Q, start+Q), which is added to the attention scores. ``start`` may be a
+    tensor (1,) int64 on the device if Q = 1; attention and mask then cover all positions of the cache.
     Returns the logits (N, V) float32 of the last position.
     """
     n, q = tokens.shape
@@ -160,7 +162,7 @@ def forward(
         x = _attend(query.to(net.cache_dtype), _remember(keys, key, start), _remember(values, value, start), mask)
         hidden += F.linear(x.flatten(0, 1).to(net.dtype), layer.out)
         x = _rms_norm(hidden, layer.mlp_norm, net.eps).to(net.dtype)
-        # weights on the left: for the few rows of a decode step the CPU libraries are up to 30% faster so
+        # weights on the left: with the few rows of a decode step, CPU libraries are up to 30% faster this way
         gate, up = (layer.gate_up @ x.t()).chunk(2)
         hidden += (layer.down @ net.activation(gate).mul_(up)).t()
     last = hidden.view(n, q, -1)[:, -1]
@@ -170,14 +172,14 @@ def forward(
 def prefill(
     net: Network, prompts: Tensor, real: Tensor, cos: Tensor, sin: Tensor, group_size: int, cache: Cache
 ) -> Tensor:
-    """Run the prompts (B, P) once and write what they leave into the cache of all N = B x group_size rows.
+    """Run the prompts (B, P) once and write their keys and values into the cache of all N = B x group_size rows.
 
     real: (B, P) bool, False on padding. Returns logits (N, V).
     """
     batch, length = prompts.shape
     place = (real.cumsum(-1) - 1).clamp_min(0)
     later = torch.ones(length, length, dtype=torch.bool, device=real.device).triu(1)
-    # padding sees only itself: where a row may attend to nothing some kernels give NaN, and NaN would spread
+    # padding attends to itself only: with nothing to attend to some kernels give NaN, which would spread
     itself = torch.eye(length, dtype=torch.bool, device=real.device)
     unseen = (later | ~real[:, None, None]) & ~itself
     mask = torch.zeros(unseen.shape, dtype=net.cache_dtype, device=real.device).masked_fill_(unseen, -math.inf)
@@ -190,10 +192,10 @@ def prefill(
 
 
 def drop_rows(cache: Cache, alive: Tensor, positions: int) -> tuple[Cache, Tensor]:
-    """Take the rows that have ended out of the cache. alive: (rows,) bool; ``positions`` of them are filled.
+    """Remove the rows that have ended from the cache. alive: (rows,) bool; the first ``positions`` are filled.
 
-    Rows from the end move into the gaps, in place. Returns the shorter cache (views) and, for each of its
-    rows, which row it was before.
+    Rows from the end move into the gaps, in place. Returns the shorter cache (views) and, for each of its rows, the
+    index that it had before.
     """
     count = int(alive.sum())
     order = torch.arange(count, device=alive.device)

@@ -1,31 +1,28 @@
-"""Sampler: draw completions from a Phi-3, many at a time, and say how likely each drawn token was.
+"""Sampler: draw completions from a Phi-3, many at a time, with the log-probability of each drawn token.
 
-A batched decoder with a preallocated key-value cache. It reads the parameters of transformers'
-``Phi3ForCausalLM`` where they lie, at the start of every ``sample``: there is no second copy that lasts, so
-an optimiser step is seen by the next call. From the bottom up: ``filter_logits`` and ``draw`` (one token a
-row), ``forward`` (the network over a few new positions), ``prefill`` (the prompts, once for a whole
-group), ``decode_eagerly`` and ``_step`` with ``Graph`` (one position after another until all rows have ended),
-``Sampler.sample``.
+This is a batched decoder with a preallocated key-value cache. Every ``sample`` reads the current parameters of
+transformers' ``Phi3ForCausalLM`` in place; no second copy is kept, so that the next call sees an optimiser step. From
+the bottom up: ``filter_logits`` and ``draw`` (one token per row), ``forward`` (the network for a few new positions),
+``prefill`` (the prompts, once for a whole group), ``decode_eagerly``, or ``_step`` and ``Graph`` on CUDA (one position
+after another until all rows have ended), and ``Sampler.sample``.
 
 How it differs from transformers' ``generate``:
 
-- The log-probability returned is that of the distribution drawn from: after temperature, top-k and top-p,
-  renormalised. Policy-gradient code may use it as the old policy without a second forward pass.
-- The residual stream, the norms, the rotation and the logits are float32 whatever the dtype, which is the
-  dtype of the weights in the matrix products (and, on CUDA, of the cache and of attention). This is what
-  autocast does in training, but for the output layer, which is float32 here. On a CPU the cache and
-  attention stay float32, since attention in bfloat16 is several times slower there.
-- One uniform number decides each token (inverse of the cumulative distribution). All N x T of them are drawn
-  at the start, so what one row draws does not depend on when another row ends, and the generator advances
-  by the same amount whatever is drawn.
-- A grammar may forbid what cannot be played, before all other filters.
-- On a CPU a row that has ended leaves the batch, so that short completions cost less. On CUDA nothing changes
-  its shape or its place: a whole step, the draw and the end of rows included, is one CUDA graph, which the host
-  replays without waiting for it. Where a graph cannot be captured the steps run one by one, after one line about it.
-- Who wants to work on completions while others are still being drawn is shown them every few steps (``watch``).
+- It returns log-probabilities in the distribution that tokens are drawn from: after temperature, top-k and top-p,
+  renormalised. A policy-gradient method can use them for its old policy without a second forward pass.
+- ``dtype`` is the dtype of the weights in matrix products and, on CUDA, of the cache and of attention. The residual
+  stream, the norms, the rotation and the logits are always float32. This matches autocast in training, except for the
+  output layer, which is float32 here. On a CPU the cache and attention stay float32, since attention in bfloat16 is
+  several times slower there.
+- One uniform number decides each token (inverse of the cumulative distribution). All N x T of them are drawn at the
+  start, so that no row depends on when another row ends, and the generator always advances by the same amount.
+- A grammar can rule out unplayable tokens, before all other filters.
+- On a CPU a row that has ended leaves the batch, so that short completions cost less. On CUDA all shapes and addresses
+  are fixed: a whole step, with its draw and its check for ended rows, is one CUDA graph, which the host replays without
+  waiting for it. If no graph can be captured, the steps run one by one, after a warning.
+- ``watch`` is shown the unfinished completions every few steps, so that work on some can begin while others are drawn.
 
-Axes: B prompts, N sequences = B x group_size, P prompt length, T completion length, V vocabulary, Q new
-positions, H heads, K key-value heads, D size of a head, R rotated part of D, L places of a row at most.
+Axes: B prompts, N sequences = B x group_size, P prompt length, T completion length.
 """
 
 from __future__ import annotations
@@ -38,25 +35,25 @@ import click
 import torch
 from torch import Tensor
 
-from smart.tokens import Grammar
-
-if TYPE_CHECKING:
-    from transformers import Phi3ForCausalLM
 from smart.sampler.choice import Choice
 from smart.sampler.eager import Start, Watch, decode_eagerly
 from smart.sampler.graph import Graph
 from smart.sampler.network import read_network, rotation_table
+from smart.tokens import Grammar
 
-GRAPH_DEVICES = {"cuda"}  # where a step is captured
-GRAPHS_KEPT = 4  # of a sampler, the newest ones; each holds a cache of its own
-PLACES = 16  # rows of a graph are rounded up to a multiple: other prompt lengths use it too, and masks are aligned
+if TYPE_CHECKING:
+    from transformers import Phi3ForCausalLM
+
+GRAPH_DEVICES = {"cuda"}  # device types on which a step is captured
+GRAPHS_KEPT = 4  # per sampler, the newest ones; each has its own cache
+PLACES = 16  # a graph's row length is a multiple of this, so that similar lengths share it and masks are aligned
 
 
 class Rollout(NamedTuple):
-    """What was drawn. T is the length of the longest completion, at most ``max_new_tokens``.
+    """Completions of prompts. T is the length of the longest completion, at most ``max_new_tokens``.
 
-    tokens: (N, P+T) int64, the prompts as they were given (padding included), then the completions; pad_id
-        after a row's end-of-sequence.
+    tokens: (N, P+T) int64, the prompts as they were given (padding included), then the completions; pad_id after a
+        row's end-of-sequence.
     mask: (N, T) bool, True on the tokens that were drawn, up to and including the first end-of-sequence.
     logprobs: (N, T) float32, of each token in the distribution that it was drawn from; 0 where mask is False.
     """
@@ -66,7 +63,7 @@ class Rollout(NamedTuple):
     logprobs: Tensor
 
     def rows(self, which: slice) -> Rollout:
-        """Some of the rows, cut to the longest completion among them: views."""
+        """Some of the rows, cut to the longest completion among them; the tensors are views."""
         length, longest = self.tokens.shape[1] - self.mask.shape[1], int(self.mask[which].any(0).sum())
         return Rollout(
             self.tokens[which, : length + longest], self.mask[which, :longest], self.logprobs[which, :longest]
@@ -74,20 +71,20 @@ class Rollout(NamedTuple):
 
 
 class Sampler:
-    """Draws completions from a Phi-3 with the parameters that it has at the time of each call.
+    """Draws completions from a Phi-3; each call uses the model's current parameters.
 
-    model: transformers' Phi3ForCausalLM on a CPU or a CUDA device. It is only read: its mode, gradients
-        and ``requires_grad`` stay as they are, and no dropout is applied in either mode.
-    pad_id: the token that prompts are padded with on the left, and completions after their end.
-    eos_id: the token that ends a completion; None: nothing does. It may equal pad_id.
-    dtype: torch.float32 or torch.bfloat16, of the matrix products; None: the parameters' own. When it is
-        another than the parameters', they are cast anew by every ``sample``.
+    model: transformers' Phi3ForCausalLM on a CPU or a CUDA device. It is only read: its mode, gradients and
+        ``requires_grad`` stay as they are, and no dropout is applied in either mode.
+    pad_id: the token that pads prompts on the left, and completions after their end.
+    eos_id: the token that ends a completion; None: no token does. It may equal pad_id.
+    dtype: torch.float32 or torch.bfloat16, for the matrix products; None: the dtype of the parameters. If it differs
+        from theirs, every ``sample`` casts them.
 
-    On CUDA it keeps the graphs of the last few kinds of batch (size, length, options), each with its cache: use one
-    sampler again rather than a new one.
+    On CUDA it keeps the graphs of the last few kinds of batch (size, length, options), each with its cache, so use one
+    sampler again instead of making a new one.
 
-    Raises ValueError for a model that is not a Phi-3, a kind of rotary embedding other than the plain one,
-    another dtype, or an id outside the vocabulary.
+    Raises ValueError for a model that is not a Phi-3, a rotary embedding other than the plain one, another dtype, or an
+    id outside the vocabulary.
     """
 
     def __init__(
@@ -128,31 +125,30 @@ class Sampler:
     ) -> Rollout:
         """Draw ``group_size`` completions of each prompt; the rows of one prompt are adjacent.
 
-        prompts: (B, P) int64, padded on the left with pad_id where lengths differ. Only leading pad_id is
-            padding; later ones are tokens like any other. The result does not depend on how much there is.
-        max_new_tokens: longest completion. The result is cut to the longest that was drawn.
-        temperature: above 0; the most likely token itself is top_k=1.
-        top_k: how many tokens to draw from, 0 for all of them; more than the vocabulary is all of them.
+        prompts: (B, P) int64, padded on the left with pad_id if their lengths differ. Only leading pad_id is padding;
+            later ones are ordinary tokens. The amount of padding does not change the result.
+        max_new_tokens: length of the longest completion. The result is cut to the longest that was drawn.
+        temperature: above 0; use top_k=1 for the most likely token.
+        top_k: number of tokens to draw from; 0, or more than the vocabulary has: all of them.
         top_p: share of the probability to draw from, in (0, 1].
-        generator: source of all randomness, on any device; it is advanced by N x max_new_tokens numbers.
-            None takes a fresh seed from the operating system: never the global generator, never repeatable.
-            Or one for each sequence, advanced by max_new_tokens numbers each: then what decides a sequence's tokens
-            is its own generator alone.
-        grammar: of the model's vocabulary (``smart.tokens.build_grammar``). With it only tokens are drawn that can
-            be played after their prompt, whatever the prompt is: ``smart.tokens.unplayable`` marks none of them.
-            All others get the logit -inf before the temperature, so that log-probabilities are, here too, those
-            of the distribution drawn from; a learner that takes the full softmax sees others. None: any token.
-        share: (first, whole) where these N sequences are those from ``first`` on of a batch of ``whole``, the rest of
-            which other processes draw: each sequence is what it would be in the whole batch, and the generator is
-            advanced as for all of it.
-        watch: called every few steps with the rows so far, (N, P+t) int64, pad_id after a row's end, and (N,) bool,
-            which have ended; both lie on the CPU and are overwritten after the call. On CUDA it sees the state of a
-            few steps ago. It is not called at the end, nor for a batch that ends before the first look.
+        generator: source of all randomness, on any device; it advances by N x max_new_tokens numbers. None: a new seed
+            from the operating system, so that the result is not repeatable; the global generator is never used. A
+            sequence of N generators, which advance by max_new_tokens numbers each: the tokens of a row then depend on
+            its own generator alone.
+        grammar: that of the model's vocabulary (``smart.tokens.build_grammar``). Then only tokens that are playable
+            after any given prompt are drawn: ``smart.tokens.unplayable`` marks none of them. All others get the logit
+            -inf before the temperature, so that log-probabilities are again those of the distribution drawn from; they
+            differ from those of the full softmax. None: any token may be drawn.
+        share: (first, whole) if other processes draw the rest of a batch of ``whole`` sequences, of which these N start
+            at ``first``. Each sequence is the same as in the whole batch, and the generator advances as for the whole.
+        watch: called every few steps with the tokens so far, (N, P+t) int64, pad_id after a row's end, and (N,) bool,
+            which rows have ended; both are on the CPU and are overwritten after the call. On CUDA they are a few steps
+            old. It is not called at the end, nor for a batch that ends within the first few steps.
 
-        Returns a Rollout of N = B x group_size rows on the model's device. Raises ValueError for an argument
-        of the wrong shape, type or range, for a prompt that is padding only, for a grammar of another number of
-        tokens, and when prompt and completion together exceed the model's positions or its sliding window;
-        FloatingPointError when the model's logits are not finite.
+        Returns a Rollout of N = B x group_size rows on the model's device. Raises ValueError for an argument of the
+        wrong shape, type or range, for a prompt that is padding only, for a grammar of another vocabulary size, and if
+        prompt and completion together exceed the model's positions or its sliding window; FloatingPointError if the
+        model's logits are not finite.
         """
         device = self.model.lm_head.weight.device
         self._check_options(max_new_tokens, group_size, temperature, top_k, top_p)
@@ -168,7 +164,7 @@ class Sampler:
         start = Start(prompts.to(device), real.to(device), uniforms, group_size)
         choice = Choice(temperature, top_k, top_p, self.pad_id, self.eos_id, grammar)
 
-        # an ambient autocast would undo the dtypes chosen here
+        # an autocast around this call would override the dtypes chosen here
         with torch.autocast(device.type, enabled=False):
             graph = self._graph(start, choice)
             if graph is not None:
@@ -181,17 +177,17 @@ class Sampler:
         if not bool(logprobs.isfinite().all()):
             raise FloatingPointError("the model's logits are not finite: its parameters hold NaN or infinity")
         cut = Rollout(tokens, mask, logprobs).rows(slice(None))
-        # not the memory of the next batch
+        # copies, since a graph reuses its memory for the next batch
         return Rollout(*(part.clone(memory_format=torch.contiguous_format) for part in cut))
 
     def _graph(self, start: Start, choice: Choice) -> Graph | None:
-        """The captured step for such a batch, captured now if need be; None where that is not to be had."""
+        """The captured step for such a batch, captured now if necessary; None if capturing is not possible."""
         if start.prompts.device.type not in GRAPH_DEVICES or not self._captures:
             return None
         steps, n = start.uniforms.shape
         places = -(-(start.prompts.shape[1] + steps) // PLACES) * PLACES
         dtype = self._compute_dtype()
-        # a graph reads the parameters where they lay when it was captured
+        # a graph reads the parameters at the addresses that they had when it was captured
         weights = (parameter.data_ptr() for parameter in self.model.parameters())
         key = (n, places, dtype, choice._replace(grammar=None), id(choice.grammar), *weights)
         if key not in self._graphs:
@@ -200,7 +196,7 @@ class Sampler:
             try:
                 try:
                     self._graphs[key] = Graph(self.model, dtype, places, start, choice)
-                except torch.OutOfMemoryError:  # the graphs of other batches hold caches of their own
+                except torch.OutOfMemoryError:  # the graphs of other batches hold caches
                     self._graphs.clear()
                     self._graphs[key] = Graph(self.model, dtype, places, start, choice)
             except RuntimeError as error:
@@ -265,7 +261,7 @@ class Sampler:
 def _uniforms(
     steps: int, n: int, generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device
 ) -> Tensor:
-    """(steps, N) float64 in [0, 1), drawn on the generator's device: a CPU one gives any device the same."""
+    """(steps, N) float64 in [0, 1), drawn on the generator's device: a CPU generator gives the same on any device."""
     if isinstance(generator, Sequence):
         if len(generator) != n:
             raise ValueError(f"generator: expected one, or one for each of {n} sequences, got {len(generator)}")

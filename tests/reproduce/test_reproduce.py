@@ -2,7 +2,6 @@
 
 import json
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import programs
 import pytest
 
 from smart import UserError, published
@@ -140,7 +140,7 @@ go(Path({out!r}), writes("first", "a"), step("slow", {code!r}), writes("third", 
 
 def drive(out: Path, code: str) -> subprocess.Popen[str]:
     program = DRIVER.format(tests=str(Path(__file__).parent), out=str(out), code=code)
-    return subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    return programs.start([sys.executable, "-c", program], stderr=subprocess.PIPE)
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[Any] | None = None) -> None:
@@ -196,13 +196,7 @@ def test_it_goes_on_when_nobody_reads_what_it_says(out: Path) -> None:
 def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path) -> None:
     """A limit on the size of a file, below that of a configuration."""
     words = [sys.executable, "-m", "smart.reproduce", "--smoke", "--out", str(tmp_path / "out")]
-    done = subprocess.run(
-        words,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500)),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = programs.run(words, fresh=True, file_size=500, timeout=120)
     assert done.returncode == 1 and done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.endswith("; the same command goes on from here\n")
 
@@ -261,11 +255,11 @@ def test_what_the_base_writes_becomes_a_corpus_and_survives_a_kill(tmp_path: Pat
     out = tmp_path / "out"
     words = [sys.executable, "-m", "smart.reproduce", "--smoke", "--out", str(out), "--set", "render.workers=1"]
     words += ["--set", "sampling.max_new_tokens=40"]
-    with subprocess.Popen(words, stderr=subprocess.DEVNULL) as process:
+    with programs.start(words, stderr=subprocess.DEVNULL) as process:
         wait_for(lambda: (out / "corpus").is_dir(), process)
         process.kill()
     first = json.loads((out / "state.json").read_text())["midi"]
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as process:
+    with programs.start(words, stderr=subprocess.PIPE) as process:
         wait_for(lambda: (out / "base").is_dir(), process)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate()

@@ -95,7 +95,7 @@ def test_a_clip_that_failed_is_asked_for_its_error() -> None:
     """Raised, the error would hold every frame that it passes, and the audio in them."""
     lost: Future[Any] = Future()
     lost.set_exception(RenderError("twice"))
-    assert compare._audio(lost) is None
+    assert compare.rendered_audio(lost) is None
     error = lost.exception()
     assert error is not None and error.__traceback__ is None
 
@@ -194,11 +194,11 @@ def test_mistakes_are_named_before_anything_is_drawn(systems: list[System], tmp_
     model = build_model(narrow, layers=1, hidden=32, heads=2, intermediate=32)
     save_base(model, narrow, tmp_path / "narrow")
     both = [systems[0], find_system(str(tmp_path / "narrow"))]
-    with pytest.raises(UserError, match=r"narrow: its vocabulary has no Tempo_[\d.]+, which prompt \d+ holds"):
+    with pytest.raises(UserError, match=r"narrow: its vocabulary has no Tempo_[\d.]+, which prompt \d+ contains"):
         compose(both, count=6, **SMALL)
     with pytest.raises(UserError, match="'dataset' need a corpus"):
         compose(systems, prompts="dataset", count=1, **SMALL)
-    with pytest.raises(UserError, match="4000 new tokens are asked for, it has room for 2040"):
+    with pytest.raises(UserError, match="4000 new tokens were asked for, but it has room for 2040"):
         compose(systems, count=1, **SMALL | {"max_new_tokens": 4000})
     with pytest.raises(UserError, match="expected each once, got ce_proxy, ce_proxy"):
         compose(systems, count=1, rewards=[load_reward("ce_proxy")] * 2, **SMALL)
@@ -233,7 +233,7 @@ def test_a_run_is_a_system(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.toml").write_text('[model]\nbase = "piano-small"\n[grpo]\niterations = 9\n')
-    with pytest.raises(UserError, match="has made no model yet"):
+    with pytest.raises(UserError, match="has not saved a model yet"):
         find_system(str(run))
     base = find_base("piano-small")
     assert find_system(f"{run}@base") == System("run@base", base, run, 0)
@@ -242,7 +242,9 @@ def test_a_run_is_a_system(tmp_path: Path) -> None:
         save(run / "checkpoints", step, lambda folder: save_base(model, tokenizer, folder))
     assert find_system(str(run)) == System("run", run / "checkpoints" / "00000007", run, 7)
     assert find_system(f"early={run}@3") == System("early", run / "checkpoints" / "00000003", run, 3)
-    with pytest.raises(UserError, match=r"run@4: expected .*run@base or a checkpoint's step; this run has 3, 7"):
+    with pytest.raises(
+        UserError, match=r"run@4: expected .*run@base, or .*run@STEP with the step of a checkpoint: 3, 7"
+    ):
         find_system(f"{run}@4")
     save_base(model, tokenizer, run / "tuned")
     assert find_system(str(run)) == System("run", run / "tuned", run, 9)

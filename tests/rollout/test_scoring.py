@@ -22,7 +22,7 @@ from smart.model import build_model
 from smart.prompts import draw
 from smart.render import RenderError, RenderPool, load_soundfont, played_notes, render_notes, score_notes
 from smart.reward import Reward, load_reward, resample
-from smart.rollout import Horizon, Rated, Scorer, completion_metrics
+from smart.rollout import Clips, Horizon, Rated, Scorer, completion_metrics
 from smart.run import Stopwatch
 from smart.sampler import Rollout, Sampler
 from smart.tokens import build_grammar, build_tokenizer, decode, vocabulary
@@ -110,10 +110,10 @@ def test_a_clip_that_failed_is_nan_and_counted(tokenizer: Any, pool: RenderPool)
     metrics = rated.metrics(3)
     assert metrics["clips/failed"] == 1 and math.isfinite(metrics["reward/mean"])
     nothing = scorer.collect([lost, lost])
-    listening = scorer.listen()
-    listening.futures = {1: lost, 0: lost}
+    lost_clips = Clips(scorer)
+    lost_clips.futures = {1: lost, 0: lost}
     with pytest.raises(FloatingPointError, match="none of 2 clips could be rated; 2 of them"):
-        listening.rate().check()
+        lost_clips.rate().check()
     assert nothing.failed == 2 and nothing.rewards.isnan().all()
     assert all(math.isnan(value) for key, value in nothing.metrics(2).items() if key == "reward/mean")
 
@@ -126,8 +126,8 @@ def test_audio_is_freed_with_its_batch(tokenizer: Any, pool: RenderPool, failing
     gc.collect()
     gc.disable()
     try:
-        clips = scorer.listen(Stopwatch())
-        futures = clips.finish(rollout)
+        clips = Clips(scorer, Stopwatch())
+        futures = clips.submit_rest(rollout)
         if failing:
             lost: Future[Any] = Future()
             lost.set_exception(RenderError("twice"))
@@ -192,7 +192,9 @@ print("not reached")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
     assert (done.returncode, done.stdout) == (1, "[1.0, 1.0]\nalive\n")
-    assert done.stderr == "Error: reward Hangs gave no answer within 0.5 s; this process ends, what was saved is kept\n"
+    assert (
+        done.stderr == "Error: reward Hangs gave no answer within 0.5 s, so the process ends; what was saved is kept\n"
+    )
 
 
 def test_a_reward_that_hangs_ends_the_process_though_nobody_listens() -> None:
@@ -445,13 +447,13 @@ def test_clips_are_submitted_while_others_are_drawn_and_rated_as_they_arrive(tok
 
     for seed in range(3):
         stopwatch = Stopwatch()
-        clips = scorer.listen(stopwatch)
+        clips = Clips(scorer, stopwatch)
         counts = []
         for width in (16, 36, 52, 68):
-            clips.look(tokens[:, :width], ends <= width)
+            clips.submit_settled(tokens[:, :width], ends <= width)
             counts.append(len(clips.futures))
         assert 0 < counts[0] < counts[-1] < 12
-        futures = clips.finish(rollout)
+        futures = clips.submit_rest(rollout)
         stage.arrive(random.Random(seed).sample(futures, 12))
         rated = scorer.collect(futures, stopwatch=stopwatch)
         assert torch.equal(rated.rewards, expected.rewards)

@@ -45,7 +45,7 @@ def test_what_follows_a_checkpoint_is_done_again_where_a_kill_came_before_it(tmp
     (tmp_path / ".best.link").symlink_to("00000003")
     (tmp_path / "00000002" / checkpoint.MANIFEST).unlink()  # it was being deleted
     (tmp_path / ".00000005.tmp").mkdir()
-    checkpoint.settle(tmp_path, 4, keep=1, best=3)
+    checkpoint.tidy(tmp_path, 4, keep=1, best=3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000003", "00000004", "best"]
     assert (tmp_path / checkpoint.BEST).readlink() == Path("00000003")
 
