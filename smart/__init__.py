@@ -1,10 +1,22 @@
-"""Tune symbolic music models with reinforcement learning from audio."""
+"""Tune symbolic music models with reinforcement learning from audio.
 
-from collections.abc import Callable, Mapping
-from importlib import import_module
+       prompts       tokens (N, P)     time signature and tempo; each prompt repeated G times
+    -> sampler       tokens (N, P+T)   the policy writes up to T more; it keeps their log-probabilities (N, T)
+    -> render        audio (N, 2, S)   tokens become notes, and a soundfont plays them
+    -> reward        rewards (N,)      each clip is rated
+    -> advantages    (N,)              each completion is compared with the others for its prompt
+    -> loss          one number        with the log-probabilities (N, T) of the policy and of the frozen base
+    -> optimizer     new weights       the policy takes a step, then writes the next batch
+
+N = prompts x G; P, T: tokens of a prompt, of a completion; S: samples of a clip. ``smart.grpo`` is that loop.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import click
+
+__version__ = "0.1.0"
 
 
 class UserError(click.ClickException, ValueError):
@@ -43,41 +55,19 @@ def require(*finders: Callable[[], Any]) -> list[Any]:
     return found
 
 
-class LazyGroup(click.Group):
-    """A group of commands, each in a separate module that is imported only when the command is called.
-
-    ``programs`` maps a command's name to its help. Its module is the one in ``modules``, else ``package.NAME``.
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        programs: Mapping[str, str],
-        package: str,
-        modules: Mapping[str, str] | None = None,
-        **keys: Any,
-    ) -> None:
-        super().__init__(*args, **keys)
-        self.programs, self.package, self.modules = programs, package, modules or {}
+class Group(click.Group):
+    """A group of commands in their order, whose modules are imported late: a package that one lacks is named."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(self.programs)
+        return list(self.commands)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in self.programs:
-            return None
-        module = self.modules.get(cmd_name, f"{self.package}.{cmd_name}")
+    def invoke(self, ctx: click.Context) -> Any:
         try:
-            command: click.Command = import_module(module).main
+            return super().invoke(ctx)
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
             if package in ("", "smart"):
                 raise
             raise UserError(
-                f"{cmd_name} needs the package {package}, which is missing: pip install {package}"
+                f"{ctx.invoked_subcommand} needs the package {package}, which is missing: pip install {package}"
             ) from error
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Programs"):  # without importing any of them
-            formatter.write_dl(list(self.programs.items()))

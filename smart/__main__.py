@@ -1,8 +1,11 @@
 """``smart PROGRAM ...`` runs ``python -m smart.PROGRAM ...``; each program is imported only when it is called."""
 
+from functools import partial
+from importlib import import_module
+
 import click
 
-from smart import LazyGroup
+from smart import Group, __version__
 
 PROGRAMS = {
     "grpo": "Tune a base model with a reward for how its music sounds.",
@@ -16,15 +19,55 @@ PROGRAMS = {
     "reproduce": "Run every experiment of the paper and compare the results on one page.",
     "calibrate": "Fit the ce_proxy reward to clips that you rated.",
 }
+# where a program's command ``main`` is; what it does stands elsewhere, and is imported once its options are right
 MODULES = {
+    "generate": "smart.generate",
+    "evaluate": "smart.evaluate.command",
     "corpus": "smart.corpus.command",
+    "demo": "smart.demo.command",
+    "study": "smart.study.command",
+    "doctor": "smart.doctor",
     "reproduce": "smart.reproduce.command",
-    "calibrate": "smart.reward.calibrate",
+    "calibrate": "smart.reward.command",
 }
+# the programs that make a run: their configuration's schema in ``smart.config``, and its default file
+RUNS = {"grpo": ("Config", "quickstart.toml"), "pretrain": ("PretrainConfig", "base.toml")}
 
 
-@click.group(cls=LazyGroup, programs=PROGRAMS, package="smart", modules=MODULES)
-@click.version_option(package_name="smart")
+class Programs(Group):
+    """The programs by their names, none of which is imported before it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(PROGRAMS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return command(cmd_name) if cmd_name in PROGRAMS else None
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Programs"):
+            formatter.write_dl(list(PROGRAMS.items()))
+
+
+def command(name: str) -> click.Command:
+    """The command line of a program."""
+    if name not in RUNS:
+        found: click.Command = import_module(MODULES[name]).main
+        return found
+    from smart import config
+    from smart.run import run_command
+
+    schema, default = RUNS[name]
+    load = partial(config.load, schema=getattr(config, schema))
+    return run_command(f"smart.{name}", load, default=default, help=PROGRAMS[name])
+
+
+def start(name: str) -> None:
+    """Run a program that was started as ``python -m``, which names it so in its usage line, and exit."""
+    command(name)()
+
+
+@click.group(cls=Programs)
+@click.version_option(__version__)
 def main() -> None:
     """Tune symbolic music models with reinforcement learning from audio."""
 

@@ -11,7 +11,7 @@ import shlex
 import shutil
 import sys
 import tempfile
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import click
 import numpy as np
 
-from smart import UserError, hub
+from smart import UserError, __version__, hub
 from smart.config import Config, load
 from smart.render import check_soundfont, find_soundfont, package_of
 from smart.run import check_packages
@@ -50,10 +50,11 @@ def _packages() -> Finding:
         check_packages()
     except UserError as error:
         return Finding(MISSING, error.message, "sh install.sh")
-    return Finding(
-        READY,
-        f"smart {version('smart')}, transformers {version('transformers')}, and all other packages that a run needs",
-    )
+    try:
+        transformers = version("transformers")
+    except PackageNotFoundError:  # it may be on the path without having been installed
+        transformers = "of unknown version"
+    return Finding(READY, f"smart {__version__}, transformers {transformers}, and all other packages that a run needs")
 
 
 def _study() -> Finding:

@@ -9,29 +9,43 @@ bars before it.
 Axes: N pieces that are written together, P prompt length, T completion length.
 """
 
+from __future__ import annotations
+
 import csv
 import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 import numpy as np
-import torch
-from symusic.core import NoteTick, ScoreTick, TempoTick, TimeSignatureTick, TrackTick
 
 from smart import UserError, require
 from smart.corpus import Limits, ReaderPool
 from smart.files import sha256, write_atomically
 from smart.model import load_base, pick_device
-from smart.render import RenderError, RenderPool, check_soundfont, find_soundfont, score_notes, write_midi, write_wav
-from smart.reward import Reward, load_reward, read_options
-from smart.rollout import Scorer, find_system
-from smart.run import alone, check_packages, claim, in_one_line, progress
-from smart.sampler import Sampler
+from smart.render import (
+    RenderError,
+    check_soundfont,
+    find_soundfont,
+    open_renderer,
+    score_notes,
+    write_midi,
+    write_wav,
+)
+from smart.reward import load_reward, read_options
+from smart.run import backend_option, check_packages, claim_folder, hold_folder, in_one_line, progress
 from smart.tokens import Grammar, Vocabulary, build_grammar, decode, unplayable, vocabulary
+
+if TYPE_CHECKING:  # imported where they are used: the command line answers at once
+    import torch
+    from symusic.core import ScoreTick
+
+    from smart.reward import Reward
+    from smart.rollout import Scorer
+    from smart.sampler import Sampler
 
 WINDOW = 512  # tokens that the model sees at once: the length of its training rows (paper section 3.1)
 CONTEXT = WINDOW * 3 // 4  # at most this many of them are context for new tokens
@@ -89,6 +103,8 @@ class Writer(NamedTuple):
         self, prompts: Sequence[Sequence[int]], tokens: int, generator: torch.Generator, grammar: Grammar | None
     ) -> list[list[int]]:
         """Up to ``tokens`` new tokens after each of N prompts, one window at a time, without the end token."""
+        import torch
+
         written: list[list[int]] = [[] for _ in prompts]
         going = list(range(len(prompts)))
         done = 0
@@ -119,6 +135,8 @@ def unplayable_tokens(
     prompts: Sequence[Sequence[int]], written: Sequence[Sequence[int]], grammar: Grammar
 ) -> list[int]:
     """How many of each piece's new tokens cannot be played after its prompt."""
+    import torch
+
     counts = []
     for prompt, new in zip(prompts, written, strict=True):
         row = torch.tensor([[*prompt, *new]])
@@ -142,6 +160,8 @@ def read_song(path: Path, tokenizer: Any, tokenizer_file: Path) -> Song:
 
     Raises ``UserError`` with the reason if it cannot be read, or contains nothing that the model can represent.
     """
+    from symusic.core import ScoreTick
+
     limits = Limits(max_empty_bars=1.0, min_bars=1)
     with ReaderPool(tokenizer_file, limits, 1) as pool:
         ((_, answer),) = pool.answers(iter([(b"song", os.fsencode(path))]))
@@ -159,6 +179,8 @@ def continuation(song: Song, tokens: Sequence[int], tokenizer: Any, *, joined: b
 
     The song's own notes and times do not change; the continuation is added as new tracks.
     """
+    from symusic.core import NoteTick, ScoreTick, TempoTick, TimeSignatureTick, TrackTick
+
     whole = decode(tokenizer, [*song.tokens, *tokens])
     line = round(song.end * whole.ticks_per_quarter)
     score = song.score.copy() if joined else ScoreTick(whole.ticks_per_quarter)
@@ -167,7 +189,13 @@ def continuation(song: Song, tokens: Sequence[int], tokenizer: Any, *, joined: b
     def moved(tick: int) -> int:
         return start + round((tick - line) * score.ticks_per_quarter / whole.ticks_per_quarter)
 
-    for name, at in (("tempos", _tempo_at), ("time_signatures", _signature_at)):
+    def tempo_at(event: Any, tick: int) -> TempoTick:
+        return TempoTick(tick, mspq=event.mspq)
+
+    def signature_at(event: Any, tick: int) -> TimeSignatureTick:
+        return TimeSignatureTick(tick, event.numerator, event.denominator)
+
+    for name, at in (("tempos", tempo_at), ("time_signatures", signature_at)):
         events = list(getattr(whole, name))
         later = [at(event, moved(event.time)) for event in events if event.time >= line]
         if joined:
@@ -185,14 +213,6 @@ def continuation(song: Song, tokens: Sequence[int], tokenizer: Any, *, joined: b
             new.notes.append(NoteTick(moved(note.time), moved(note.end) - moved(note.time), note.pitch, note.velocity))
         score.tracks.append(new)
     return score
-
-
-def _tempo_at(event: Any, tick: int) -> TempoTick:
-    return TempoTick(tick, mspq=event.mspq)
-
-
-def _signature_at(event: Any, tick: int) -> TimeSignatureTick:
-    return TimeSignatureTick(tick, event.numerator, event.denominator)
 
 
 # --- Pieces -------------------------------------------------------------------------------------------------------
@@ -243,13 +263,13 @@ def read_table(folder: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
 
 @contextmanager
-def prepare(out: Path, settings: dict[str, Any], columns: Sequence[str]) -> Iterator[int]:
+def open_pieces(out: Path, settings: dict[str, Any], columns: Sequence[str]) -> Iterator[int]:
     """Create the folder ``out``, or continue one with the same settings; yields how many pieces it already has.
 
     Inside the ``with`` no other process can use the folder.
     """
-    claim(out, settings)
-    with alone(out):
+    claim_folder(out, settings)
+    with hold_folder(out):
         rows = read_table(out, columns)
         lines = [list(rows[0]), *(list(row.values()) for row in rows)] if rows else []
         try:
@@ -340,6 +360,7 @@ COLUMNS = ("piece", "file", "notes", "seconds", "tokens", "unplayable", "candida
     type=click.FloatRange(0, 3600, min_open=True),
     help="Maximum length of a WAV file in seconds.",
 )
+@backend_option
 @click.option(
     "--device",
     default="auto",
@@ -384,6 +405,7 @@ def generate(
     soundfont: str,
     sample_rate: int,
     seconds: float,
+    backend: str,
     device: str,
 ) -> None:
     """Write ``count`` pieces into ``out``; the command's help explains the options.
@@ -393,6 +415,10 @@ def generate(
     settings = {
         key: str(value) if isinstance(value, Path) else value for key, value in locals().items() if key != "out"
     }
+    import torch
+
+    from smart.rollout import Scorer, find_system
+    from smart.sampler import Sampler
 
     def reward() -> Reward | None:
         if best_of == 1:
@@ -439,8 +465,8 @@ def generate(
         return writer.write(rows, tokens, torch.Generator().manual_seed(seed * 2**31 + batch), mask)
 
     with (
-        prepare(out, settings, columns) as done,
-        RenderPool(soundfont_file, sample_rate=sample_rate, seconds=seconds) as pool,
+        open_pieces(out, settings, columns) as done,
+        open_renderer(backend, soundfont_file, sample_rate=sample_rate, seconds=seconds, device=where) as pool,
         progress(total=count, initial=done, unit="piece") as bar,
         open(out / TABLE, "a", encoding="utf-8", newline="") as file,
     ):

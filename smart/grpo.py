@@ -32,6 +32,11 @@ What surrounds the algorithm in a run (finding parts, rendering, rating, logging
     python -m smart.grpo --config quickstart.toml
 """
 
+if __name__ == "__main__":  # before torch is imported: --help and a misspelt key are answered at once
+    from smart.__main__ import start
+
+    start("grpo")
+
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -39,11 +44,10 @@ from typing import Any
 
 import torch
 
-from smart.config import Config, Grpo, load
+from smart.config import Config, Grpo
 from smart.distributed import World
 from smart.logprobs import completion_logits, logprobs_and_entropy, token_logprobs
 from smart.reward import Reward
-from smart.run import run_command
 from smart.sampler import Rollout
 from smart.tuning import Tuning
 
@@ -254,13 +258,3 @@ def train(config: Config, *, reward: Reward | None = None, resume: bool = False,
             run.record(step, batch, advantages, stats)
         run.finish()
     return run.folder
-
-
-@run_command(default="quickstart.toml")
-def main(path: str, overrides: tuple[str, ...], resume: bool, overwrite: bool) -> None:
-    """Tune a base model by how its music sounds."""
-    train(load(path, overrides), resume=resume, overwrite=overwrite)
-
-
-if __name__ == "__main__":
-    main()

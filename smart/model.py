@@ -4,19 +4,22 @@ A base is a folder in the hub's format: ``config.json``, ``model.safetensors``, 
 from safetensors only, so loading a base never runs code that came with it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import safe_open
-from transformers import Phi3Config, Phi3ForCausalLM
-from transformers.utils import logging as transformers_logging
 
 from smart import UserError, hub
 from smart.files import parse_json
 from smart.tokens import load_tokenizer, save_tokenizer, vocabulary
+
+if TYPE_CHECKING:  # imported where they are used: finding a base takes seconds less without them
+    import torch
+    from transformers import Phi3ForCausalLM
 
 SHIPPED = Path(__file__).parent / "bases"
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
@@ -24,6 +27,8 @@ FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 def pick_device(name: str) -> torch.device:
     """ "auto" is CUDA if there is a GPU. Raises ``UserError`` if CUDA is requested but not available."""
+    import torch
+
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("run.device = 'cuda', but PyTorch sees no CUDA GPU; use run.device = 'cpu' or 'auto'")
     # torch prefers cuDNN's attention on recent GPUs, but that builds a plan for every length, and lengths keep changing
@@ -33,6 +38,8 @@ def pick_device(name: str) -> torch.device:
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """ "auto" is bfloat16 on CUDA and float32 on a CPU."""
+    import torch
+
     wants_bf16 = name == "bfloat16" or (name == "auto" and device.type == "cuda")
     return torch.bfloat16 if wants_bf16 else torch.float32
 
@@ -48,6 +55,9 @@ def build_model(
     seed: int = 0,
 ) -> Phi3ForCausalLM:
     """A Phi-3 model with random weights over ``tokenizer``'s vocabulary (paper section 3.1: 4 layers x 512)."""
+    import torch
+    from transformers import Phi3Config, Phi3ForCausalLM
+
     if hidden % heads or (hidden // heads) % 2:
         raise UserError(f"hidden = {hidden}: expected a multiple of 2 x heads = {2 * heads}")
     facts = vocabulary(tokenizer)
@@ -93,12 +103,15 @@ def find_base(path_or_hub_id: str) -> Path:
 
 
 def load_base(
-    path_or_hub_id: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    path_or_hub_id: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[Phi3ForCausalLM, Any]:
-    """Model (in ``eval`` mode) and tokenizer of a base.
+    """Model (in ``eval`` mode) and tokenizer of a base; ``dtype`` None is float32.
 
     Raises ``UserError`` if the base cannot be found or read, is not a Phi-3 model, or does not fit its tokenizer.
     """
+    import torch
+    from transformers import Phi3ForCausalLM
+
     folder = find_base(str(path_or_hub_id))
     tokenizer = load_tokenizer(folder)
     try:
@@ -137,12 +150,14 @@ def load_base(
             f"base {folder}: the model has {model.config.vocab_size} tokens, but its tokenizer has "
             f"{vocabulary(tokenizer).size}; expected the same number"
         )
-    return model.to(device=device, dtype=dtype).eval(), tokenizer
+    return model.to(device=device, dtype=dtype or torch.float32).eval(), tokenizer
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Hide transformers' progress bars, useless for models of this size, and its tables of mismatched weights."""
+    from transformers.utils import logging as transformers_logging
+
     shown, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

@@ -14,10 +14,11 @@ from smart.files import parse_json, write_atomically
 from smart.run import read_metrics
 
 
-def curves(folder: Path, keys: Sequence[str], unit: str) -> Path:
+def curves(folder: Path, keys: Sequence[str], unit: str, *, step: str) -> Path:
     """Plot the metrics ``keys`` of a run by step into ``<folder>/<first key>.png``, with "_" for "/".
 
-    The data is in ``metrics.jsonl``.
+    ``unit`` and ``step`` are the labels of the axes: of the values, and of what the run counts. The data is in
+    ``metrics.jsonl``.
     """
     from matplotlib.figure import Figure
 
@@ -26,8 +27,9 @@ def curves(folder: Path, keys: Sequence[str], unit: str) -> Path:
     axes = figure.add_subplot()
     for key in keys:
         points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-        axes.plot([step for step, _ in points], [value for _, value in points], label=key.replace("_", " "))
-    axes.set_xlabel("step")
+        axes.plot([x for x, _ in points], [y for _, y in points], label=key.replace("_", " "))
+    axes.set_xlabel(step)
+    axes.locator_params("x", integer=True)
     axes.set_ylabel(unit)
     axes.grid(alpha=0.3)
     if len(keys) > 1:
@@ -169,6 +171,7 @@ def rewards_by_iteration(runs: Mapping[str, Sequence[Mapping[str, Any]]], stem: 
         axes.fill_between(step, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
         axes.plot(step, mean, color=colour, linestyle=dash)
     axes.set(xlabel="iteration", ylabel=ylabel)
+    axes.locator_params("x", integer=True)
     axes.grid(alpha=0.3)
     _legend(figure, list(runs))
     return save(figure, stem, table)

@@ -9,6 +9,11 @@ a batch learn the same as one.
     torchrun --nproc-per-node 4 -m smart.pretrain --config base.toml
 """
 
+if __name__ == "__main__":  # before torch is imported: --help and a misspelt key are answered at once
+    from smart.__main__ import start
+
+    start("pretrain")
+
 import contextlib
 import json
 import math
@@ -29,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Phi3ForCausalLM
 
 from smart import UserError
-from smart.config import Data, Optimisation, PretrainConfig, dumps, load
+from smart.config import Data, Optimisation, PretrainConfig, dumps
 from smart.corpus import Corpus
 from smart.distributed import World, join
 from smart.files import parse_json, sync
@@ -38,7 +43,7 @@ from smart.plots import curves
 from smart.prompts import Pieces, draw
 from smart.render import RenderError, check_soundfont, find_soundfont, open_renderer
 from smart.rollout import SILENT, completion_metrics
-from smart.run import Run, Tracker, check_packages, checkpoint, run_command
+from smart.run import Run, Tracker, check_packages, checkpoint
 from smart.sampler import Sampler
 from smart.tokens import Vocabulary, build_grammar, decode, vocabulary
 
@@ -329,7 +334,7 @@ class Pretraining:
                 f"step {done.step}: loss {metrics['loss']:.4f}, validation {value:.4f} (perplexity "
                 f"{metrics['validation_perplexity']:.2f}), {metrics['tokens_per_second']:,.0f} tokens/s"
             )
-            curves(self.folder, ("loss", "validation_loss"), "nats per token")
+            curves(self.folder, ("loss", "validation_loss"), "nats per token", step="step")
             if better:
                 _keep_best(self.folder, done.step, self.model, self.tokenizer)
         done.waited = 0 if better else done.waited + 1
@@ -431,13 +436,3 @@ def _keep_best(folder: Path, step: int, model: Any, tokenizer: Any) -> None:
     link.symlink_to(copy.relative_to(folder))
     os.replace(link, folder / "base")
     sync(folder)
-
-
-@run_command(default="base.toml")
-def main(path: str, overrides: tuple[str, ...], resume: bool, overwrite: bool) -> None:
-    """Train a base model on a tokenised corpus."""
-    train(load(path, overrides, schema=PretrainConfig), resume=resume, overwrite=overwrite)
-
-
-if __name__ == "__main__":
-    main()

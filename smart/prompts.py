@@ -7,15 +7,19 @@
 - ``dataset``: the same four tokens as ``procedural``, with the first time signature and tempo of a piece from a corpus.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from smart import UserError
 from smart.tokens import Vocabulary, vocabulary
+
+if TYPE_CHECKING:
+    import torch
 
 KINDS = ("procedural", "first_note", "bos", "dataset")
 LONGEST = 8  # tokens of the longest prompt: a first note with its program
@@ -37,6 +41,8 @@ def draw(
     ``dataset`` needs ``pieces``. Raises ``UserError`` if a drawn piece has no time signature or tempo, ``ValueError``
     for an unknown kind.
     """
+    import torch
+
     facts = vocabulary(tokenizer)
 
     def pick(ids: Sequence[int]) -> torch.Tensor:  # (B,), uniform

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from miditok import REMI, TokenizerConfig, TokSequence
-from symusic.core import NoteTickList, ScoreTick, TempoTickList, TimeSignatureTickList, TrackTick
 
 from smart import UserError, hub
 from smart.files import parse_json
 
-if TYPE_CHECKING:  # torch is imported where it is used, since the corpus's many small workers do not need it
+if TYPE_CHECKING:  # imported where they are used: a command line needs none of them, the corpus's workers no torch
     import torch
+    from miditok import REMI
+    from symusic.core import ScoreTick
 
 FILE_NAME = "tokenizer.json"
 LARGEST_NUMBER = 1000  # in a tokenizer's file: MidiTok makes that many tokens
@@ -57,6 +57,8 @@ def build_tokenizer(instruments: str = "piano") -> REMI:
     ``instruments="all"`` adds a Program token before every note and separate pitches for drums: the extension to
     many instruments that the paper leaves to later work.
     """
+    from miditok import REMI, TokenizerConfig
+
     if instruments not in ("piano", "all"):
         raise ValueError(f"instruments: expected 'piano' or 'all', got {instruments!r}")
     everything = instruments == "all"
@@ -110,6 +112,8 @@ def load_tokenizer(path_or_hub_id: str | Path) -> REMI:
 
 def _read_tokenizer(path: Path) -> REMI:
     """Build the tokenizer of a ``tokenizer.json``; only its configuration is taken from the file."""
+    from miditok import REMI, TokenizerConfig
+
     wanted = "expected an untrained REMI tokenizer, saved by MidiTok"
     try:
         saved = parse_json(path.read_text(encoding="utf-8"))
@@ -202,6 +206,8 @@ def merge_piano(score: ScoreTick, pitch_range: tuple[int, int] = (0, 127)) -> Sc
     signature after the last onset, which affect no note and would only add empty bars. Of notes with the same
     onset and pitch the longest is kept. If no notes remain, the result has no track. ``score`` is not changed.
     """
+    from symusic.core import NoteTickList, ScoreTick, TempoTickList, TimeSignatureTickList, TrackTick
+
     merged = ScoreTick(score.ticks_per_quarter)
     columns = [
         track.notes.numpy()
@@ -229,6 +235,8 @@ def merge_piano(score: ScoreTick, pitch_range: tuple[int, int] = (0, 127)) -> Sc
 
 def all_tracks(score: ScoreTick) -> ScoreTick:
     """A copy of all tracks of ``score`` that have notes, including drums, without changes after the last onset."""
+    from symusic.core import ScoreTick, TempoTickList, TimeSignatureTickList
+
     whole = ScoreTick(score.ticks_per_quarter)
     last = 0
     for track in score.tracks:
@@ -273,6 +281,9 @@ def decode(tokenizer: REMI, ids: Sequence[int] | npt.NDArray[Any] | torch.Tensor
     one per tick (the last). Raises ``ValueError`` for an id outside the vocabulary or another shape, ``TypeError``
     for numbers that are not integers.
     """
+    from miditok import TokSequence
+    from symusic.core import TempoTickList, TimeSignatureTickList
+
     array = np.asarray(ids.detach().cpu() if hasattr(ids, "detach") else ids)
     if array.ndim != 1:
         raise ValueError(f"ids: expected one dimension, got shape {tuple(array.shape)}")

@@ -395,7 +395,7 @@ class Tuning:
         ahead = None if self._drawn_ahead is None else self.batches.gather(self._drawn_ahead.rollout)
         if self.world.lead:
             self.run.save(step, partial(self._write_checkpoint, ahead), best=self.guard.best)
-            curves(self.folder, ("reward/mean",), "reward")
+            curves(self.folder, ("reward/mean",), "reward", step="iteration")
             self.run.log(
                 f"iteration {step}: reward {metrics['reward/mean']:.3f}, KL {metrics['policy/kl']:.4f}, "
                 f"{metrics['seconds/iteration']:.1f} s"
@@ -424,7 +424,8 @@ class Tuning:
             replace_files(
                 self.folder / "tuned", partial(save_base, self.policy, self.tokenizer), last="model.safetensors"
             )
-            curves(self.folder, ("reward/mean",), "reward")  # the last save may have been killed before it drew them
+            # the last save may have been killed before it drew them
+            curves(self.folder, ("reward/mean",), "reward", step="iteration")
             run.log(summarise(self.folder, rewards))
         if self.parts.reward.is_stand_in:
             run.log(f"{self.parts.reward.name} is an approximation, not the aesthetic model: see docs/rewards.md")

@@ -167,6 +167,20 @@ def test_pieces_come_as_midi_and_wav(tmp_path: Path) -> None:
     assert (tmp_path / "b" / "0000.mid").read_bytes() != (out / "0000.mid").read_bytes()
 
 
+def test_the_bank_renders_what_the_pool_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for backend in ("pool", "bank"):
+        assert not (tmp_path / "cache").exists()
+        made = generate("--out", tmp_path / backend, "-n", 2, "--tokens", 48, "--seconds", 3, "--backend", backend)
+        assert made.exit_code == 0, made.output
+    assert any((tmp_path / "cache").rglob("*.safetensors"))
+    for name in ("0000", "0001"):
+        pool, bank = ((tmp_path / backend / f"{name}.mid").read_bytes() for backend in ("pool", "bank"))
+        assert pool == bank
+        pool, bank = (soundfile.read(tmp_path / backend / f"{name}.wav")[0] for backend in ("pool", "bank"))
+        assert pool.shape == bank.shape and abs(pool - bank).max() < 1e-3
+
+
 def test_a_continuation_leaves_the_song_as_it_was(midi: Path, tmp_path: Path) -> None:
     result = generate("--out", tmp_path / "out", "-n", 1, "--continue", midi, "--bars", 4, "--tokens", 90)
     assert result.exit_code == 0, result.output

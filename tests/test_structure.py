@@ -62,13 +62,13 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-PARTS = {"tuning": "grpo"}  # modules that are a program's own
+PARTS = {"tuning": "grpo", "reward.command": "reward.calibrate"}  # modules that are a program's own
 
 
 def owner(name: str) -> str:
     """The program whose module this is, where a program is a package; else the room or the file."""
     program = next((program for program in PROGRAMS if f"{name}.".startswith(f"{program}.")), None)
-    return program or PARTS.get(name) or name.partition(".")[0]
+    return PARTS.get(name) or program or name.partition(".")[0]
 
 
 def test_every_module_has_its_place() -> None:
@@ -123,8 +123,9 @@ def test_importing_the_programs_opens_no_connection() -> None:
 import socket, sys
 def refuse(*args, **kwargs): raise AssertionError(f"network at import: {args}")
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-import smart.__main__, smart.grpo, smart.pretrain, smart.generate, smart.corpus.command, smart.demo, smart.doctor
+import smart.__main__, smart.grpo, smart.pretrain, smart.generate, smart.corpus.build, smart.demo.build, smart.doctor
 import smart.evaluate.report, smart.evaluate.rate, smart.evaluate.soundfonts, smart.evaluate.hacks
+import smart.evaluate.frontier
 import smart.reward.audiobox, smart.reward.calibrate
 import smart.study.build, smart.study.serve, smart.study.app, smart.study.analyse, smart.study.power
 """
@@ -141,14 +142,46 @@ def test_every_program_is_a_subcommand_and_is_imported_only_when_asked_for() -> 
     for name in SUBCOMMANDS:
         result = CliRunner().invoke(main, [name, "--help"])
         assert result.exit_code == 0 and "Usage:" in result.output, result.output
+    shown = CliRunner().invoke(main, ["--help"]).output
+    assert all(f"  {name} " in shown for name in SUBCOMMANDS)
+
+
+def test_help_and_misspelt_keys_are_answered_without_what_is_slow_to_import() -> None:
+    """Every program's and command's help, and mistakes on the command line, one after another in one process."""
     code = """
-import sys
-from smart.__main__ import main
-main(["--help"], standalone_mode=False)
-assert "torch" not in sys.modules
+import runpy, sys
+import click
+from smart.__main__ import PROGRAMS, main
+
+def answer(*words):
+    try:
+        main(words, prog_name="smart", standalone_mode=False)
+    except click.ClickException as error:
+        print(error.format_message())
+
+for name in PROGRAMS:
+    answer(name, "--help")
+    answer(name, "--no-such-option")
+    for command in getattr(main.get_command(click.Context(main), name), "commands", ()):
+        answer(name, command, "--help")
+answer("grpo", "--set", "grpo.betaa=1")
+answer("pretrain", "--set", "data.crops=9")
+answer("reproduce", "--set", "grpo.betaa=2", "--out", "nowhere")
+for name in (*PROGRAMS, "reward.calibrate"):
+    sys.argv[1:] = ["--help"]
+    try:
+        runpy.run_module(f"smart.{name}" if name != "calibrate" else "smart", run_name="__main__", alter_sys=True)
+    except SystemExit as error:
+        assert not error.code
+slow = "torch transformers miditok symusic pyarrow matplotlib scipy pandas sqlalchemy jinja2"
+print("slow:", [name for name in slow.split() if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert all(name in done.stdout for name in SUBCOMMANDS)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("slow: []\n"), done.stdout
+    for key in ("grpo.betaa = 1; did you mean grpo.beta", "data.crops = 9; did you mean data.crop", "grpo.betaa = 2"):
+        assert f"unknown key {key}" in done.stdout
+    for program in ("smart grpo", "smart evaluate rate", "python -m smart.grpo", "python -m smart.reward.calibrate"):
+        assert f"Usage: {program} [OPTIONS]" in done.stdout
 
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,5 +191,44 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setitem(sys.modules, "scipy", None)
     monkeypatch.delitem(sys.modules, "smart.evaluate.rate", raising=False)
-    result = CliRunner().invoke(main, ["evaluate", "rate", "--help"])
+    result = CliRunner().invoke(main, ["evaluate", "rate", "a.wav"])
     assert result.exit_code == 2 and "rate needs the package scipy, which is missing" in result.output
+
+
+def test_a_plain_checkout_needs_no_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found on PYTHONPATH, without an installation, the programs that record the version finish all the same."""
+    import importlib.metadata
+    import json
+
+    import miditok  # noqa: F401  # it asks for its own version when it is imported
+    from click.testing import CliRunner
+    from symusic import Note, Score, Tempo, TimeSignature, Track
+
+    from smart.__main__ import main
+
+    installed = importlib.metadata.distribution
+
+    def distribution(name: str) -> importlib.metadata.Distribution:
+        if name in ("smart", "miditok"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr("importlib.metadata.distribution", distribution)
+    score = Score(480)
+    score.tempos.append(Tempo(0, qpm=120.0))
+    score.time_signatures.append(TimeSignature(0, 4, 4))
+    score.tracks.append(Track(program=0))
+    score.tracks[0].notes.extend(Note(480 * beat, 480, 60 + beat, 80) for beat in range(16))
+    (tmp_path / "midi").mkdir()
+    score.dump_midi(tmp_path / "midi" / "scale.mid")
+    corpus, table = tmp_path / "corpus", tmp_path / "pieces.parquet"
+    for words in (
+        ["--version"],
+        ["corpus", "build", "--midi", tmp_path / "midi", "--out", corpus, "--workers", "1"],
+        ["evaluate", "sample", "piano-small", "--out", table, "--n", "1", "--tokens", "8", "--workers", "1"],
+    ):
+        result = CliRunner().invoke(main, list(map(str, words)), catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    versions = json.loads((corpus / "manifest.json").read_text(encoding="utf-8"))["versions"]
+    assert versions["smart"] == smart.__version__ and versions["miditok"] is None
+    assert table.is_file()

@@ -25,11 +25,11 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
-from smart import UserError
+from smart import UserError, __version__
 from smart.corpus.midi import Limits, Piece
 from smart.corpus.readers import ReaderPool
 from smart.corpus.shards import DTYPE, FORMAT, MANIFEST, SHARD_TOKENS, SPLITS, ShardWriter
@@ -267,6 +267,14 @@ def build(
     return summary
 
 
+def _version(package: str) -> str | None:
+    """The version of an installed package; None where it is on the path without having been installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def _check_out(out: Path, overwrite: bool) -> None:
     """Refuse a folder that a build may not write to; with ``overwrite``, clear what an earlier build wrote."""
     if not out.exists():
@@ -336,7 +344,7 @@ def _write(state: State, out: Path, settings: dict[str, Any], summary: Summary) 
         "format": FORMAT,
         "settings": settings,
         "tokenizer": {"sha256": settings["tokenizer"]},
-        "versions": {name: version(name) for name in ("smart", "miditok", "symusic", "numpy")},
+        "versions": {"smart": __version__, **{name: _version(name) for name in ("miditok", "symusic", "numpy")}},
         "counts": summary.counts,
         "pieces": summary.pieces,
         "tokens": summary.tokens,

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from smart import UserError
+from smart import Group, UserError
 from smart.corpus.build import DAMAGED, build
 from smart.corpus.midi import Limits
 from smart.corpus.shards import SPLITS, Corpus
@@ -17,7 +17,7 @@ from smart.run import in_one_line
 from smart.tokens import build_tokenizer, load_tokenizer
 
 
-@click.group()
+@click.group(cls=Group)
 def main() -> None:
     """Turn folders of MIDI files into a tokenised corpus, and show what a corpus holds."""
 

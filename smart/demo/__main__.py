@@ -1,6 +1,5 @@
 """``python -m smart.demo``."""
 
-from smart.demo import main
+from smart.__main__ import start
 
-if __name__ == "__main__":
-    main()
+start("demo")

@@ -1,5 +1,5 @@
 """``python -m smart.evaluate``."""
 
-from smart.evaluate import main
+from smart.__main__ import start
 
-main(prog_name="python -m smart.evaluate")
+start("evaluate")

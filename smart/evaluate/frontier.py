@@ -13,8 +13,7 @@ mean over pieces of log pi(piece) - log base(piece), in nats per piece, and also
 percentiles of a bootstrap over prompts, paired across checkpoints. Diversity is a property of a set of pieces, so its
 intervals come from a jackknife that leaves out a tenth of the prompts at a time.
 
-``points`` samples and measures the models, ``laws`` has the estimators and fits; this module has the command and its
-report.
+``points`` samples and measures the models, ``laws`` has the estimators and fits; this module makes the report.
 
 Axes: B prompts, N samples per prompt, K checkpoints (the first is the base), R resamples.
 """
@@ -24,7 +23,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from smart import UserError, plots, require
+from smart import UserError, __version__, plots, require
 from smart.config import Config, load, to_dict
 from smart.evaluate.laws import (
     Fit,
@@ -64,14 +63,14 @@ from smart.evaluate.points import (
 from smart.files import sha256, write_atomically
 from smart.guard import collapsed
 from smart.model import load_base, pick_device
-from smart.render import RenderError, check_soundfont, find_soundfont
+from smart.render import check_soundfont, find_soundfont
 from smart.reward import Reward, load_reward
-from smart.rollout import BLOCK, System, find_system
-from smart.run import CONFIG, alone, changes, checkpoint, claim, in_one_line, progress
+from smart.rollout import System, find_system
+from smart.run import CONFIG, changes, checkpoint, claim_folder, hold_folder, progress
 
 __all__ = [
     "BEST_OF_N", "RULE", "Drawn", "Fit", "Point", "Setting", "average", "base_logprobs", "baseline", "best_of_n",
-    "best_of_n_kl", "draw", "evenly", "fit_all", "fit_law", "interval", "keep", "main", "mean", "order_weights",
+    "best_of_n_kl", "draw", "evenly", "fit_all", "fit_law", "interval", "keep", "mean", "order_weights",
     "ratio", "report", "resample", "varied", "weigh",
 ]  # fmt: skip
 
@@ -171,44 +170,6 @@ def find_settings(runs: Sequence[Path]) -> list[Config]:
     return configs
 
 
-@click.command()
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Folder for the report: new, or one to continue."
-)
-@click.option(
-    "-n", "--n", "prompts", default=128, show_default=True, type=click.IntRange(min=2),
-    help="Number of held-out prompts.",
-)  # fmt: skip
-@click.option(
-    "--samples", default=2, show_default=True, type=click.IntRange(1, BLOCK), help="Pieces per prompt and checkpoint."
-)
-@click.option(
-    "--checkpoints", default=10, show_default=True, type=click.IntRange(min=1),
-    help="Checkpoints to measure per run at most, evenly spaced up to the last.",
-)  # fmt: skip
-@click.option(
-    "--best-of", default=16, show_default=True, type=click.IntRange(1, BLOCK),
-    help="Pieces per prompt from the base, for best-of-n.",
-)  # fmt: skip
-@click.option("--judge", metavar="KIND", help="Reward to use as the judge.  [default: guard.judge of the run]")
-@click.option(
-    "--seed", default=2, show_default=True, type=click.IntRange(0, 2**31 - 1),
-    help="Seed of the prompts, the sampling and the bootstrap.",
-)  # fmt: skip
-@click.option(
-    "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]),
-    help="Where models and rewards run; auto: on CUDA if available.",
-)  # fmt: skip
-def main(**given: Any) -> None:
-    """Plot reward, a judge's score and diversity against KL to the base, over the checkpoints of each tuning RUN.
-
-    The judge is a second score that training does not optimise. If interrupted, run the same command again to continue.
-    """
-    with in_one_line("the report", "run the same command again to continue", RenderError):
-        report(**given)
-
-
 def report(
     *,
     runs: Sequence[Path],
@@ -220,10 +181,13 @@ def report(
     judge: str | None,
     seed: int,
     device: str,
+    backend: str | None = None,
 ) -> None:
     """Write the report to ``out``. Arguments as in the command's help; raises ``UserError`` for mistakes in them."""
     configs = find_settings(runs)
     config, where = configs[0], pick_device(device)
+    if backend is not None:
+        config = replace(config, render=replace(config.render, backend=backend))
     names = [run.resolve().name for run in runs]
     for name in names:
         if names.count(name) > 1:
@@ -262,7 +226,7 @@ def report(
     network, tokenizer = load_base(base.model, device=where)
     setting = Setting(config, rates, other_rates, prompts, seed, device)
     models = [base, *itertools.chain(*systems)]
-    claim(
+    claim_folder(
         out,
         {
             "models": {model.name: sha256(model.model / "model.safetensors") for model in models},
@@ -270,17 +234,18 @@ def report(
             "soundfont_sha256": sha256(find_soundfont(config.render.soundfont)),
             "seconds": config.render.seconds,
             "sample_rate": config.render.sample_rate,
+            "backend": config.render.backend,
             "n": prompts,
             "samples": samples,
             "best_of": best_of,
             "judge": setting.judge,
             "seed": seed,
-            "version": version("smart"),
+            "version": __version__,
         },
     )
     many = max(best_of, samples)
     rows = resample(prompts, seed)
-    with alone(out), progress(total=prompts * (many + samples * (len(models) - 1)), unit="piece") as bar:
+    with hold_folder(out), progress(total=prompts * (many + samples * (len(models) - 1)), unit="piece") as bar:
         drawn = draw(base, many, setting, out / "pieces" / "base", network, bar)
         few = Drawn(
             [tokens for place, tokens in enumerate(drawn.tokens) if place % many < samples],

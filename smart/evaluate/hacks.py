@@ -32,26 +32,25 @@ from smart.evaluate.ratings import (
     Kept,
     Row,
     announce,
-    clip_options,
     columns,
     estimate,
     load_rewards,
     rate,
     rate_scores,
     read_score,
-    reward_options,
     table,
     with_interval,
     writing,
 )
 from smart.files import sha256
+from smart.model import pick_device
 from smart.render import (
     NOTE_COLUMNS,
     Notes,
-    RenderPool,
     available_soundfonts,
     check_soundfont,
     find_soundfont,
+    open_renderer,
     score_notes,
     short_name,
 )
@@ -213,7 +212,7 @@ def verdict(kind: str, difference: dict[str, float]) -> str:
     return "hardly tells it from music" if reaches_zero else "rates it lower"
 
 
-# The command ------------------------------------------------------------------------------------------------
+# All of it -------------------------------------------------------------------------------------------------
 
 
 def written_by(model: str, count: int, seed: int, soundfont: Path, device: str) -> dict[str, Any]:
@@ -224,27 +223,8 @@ def written_by(model: str, count: int, seed: int, soundfont: Path, device: str) 
     return {f"{model}, prompt {piece.prompt}": piece.score for piece in progress(pieces, total=count, unit="piece")}
 
 
-@click.command()
-@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
-@reward_options
-@click.option(
-    "--soundfont", "names", multiple=True, metavar="SOUNDFONT",
-    help="Soundfont, short name or path; repeatable. The first renders the probes, the others are compared with it.  "
-    "[default: timgm, then every other installed soundfont with a short name]",
-)  # fmt: skip
-@click.option(
-    "--model", default="piano-small", show_default=True, help="Model to sample pieces from if no MIDI FILES are given."
-)
-@click.option(
-    "-n", "--count", default=24, show_default=True, type=click.IntRange(min=2), help="Pieces to sample from --model."
-)
-@click.option(
-    "--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1),
-    help="Seed of the random probes and of the sampled pieces.",
-)  # fmt: skip
-@clip_options(most_seconds=600)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the tables and the figure.")
-def main(
+def run_probes(
+    *,
     files: tuple[Path, ...],
     kinds: tuple[str, ...],
     options: tuple[str, ...],
@@ -255,13 +235,11 @@ def main(
     seed: int,
     seconds: float,
     sample_rate: int,
+    backend: str,
     workers: int,
     out: Path,
 ) -> None:
-    """Test whether a reward can be fooled: rate silence, noise, drones, loops and random notes next to real pieces.
-
-    The real pieces are MIDI FILES, or pieces sampled from a model.
-    """
+    """Write tables and figure into ``out``. Arguments as in the command's help; raises ``UserError`` for mistakes."""
 
     def fonts() -> list[Path]:
         found = [find_soundfont(name) for name in names or ("timgm",)]
@@ -285,6 +263,7 @@ def main(
         "seed": seed,
         "seconds": seconds,
         "sample_rate": sample_rate,
+        "backend": backend,
     }
     if not scores:
         click.echo(f"no MIDI files were given: using pieces by {model} instead of real music", err=True)
@@ -317,10 +296,16 @@ def main(
 
     own = [piece.notes for piece in pieces]
     for place, path in enumerate(soundfonts):
-        with RenderPool(
-            path, sample_rate=sample_rate, seconds=seconds, workers=workers or None, deadline=60 + seconds
+        with open_renderer(
+            backend,
+            path,
+            sample_rate=sample_rate,
+            seconds=seconds,
+            workers=workers or None,
+            deadline=60 + seconds,
+            device=pick_device(device),
         ) as pool:
-            heard = partial(rate_scores, pool=pool, rewards=rewards)
+            heard = partial(rate_scores, pool=pool, rewards=rewards, sample_rate=sample_rate)
             if place:
                 name = f"soundfont {short_name(path) or path.stem}"
                 keep(name, HARMLESS, partial(heard, own, label=name))

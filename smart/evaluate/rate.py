@@ -12,6 +12,7 @@ file are unknown: if they agree with the paper's eight numbers the scorer is rig
 chance; if they do not agree, there is no verdict.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,13 +33,21 @@ from smart.evaluate.ratings import (
     load_rewards,
     rate,
     read_score,
-    reward_options,
     table,
     with_interval,
     writing,
 )
+from smart.model import pick_device
 from smart.published import AXES, TABLE_1, tolerance
-from smart.render import RenderError, RenderPool, check_soundfont, find_soundfont, read_audio, score_notes
+from smart.render import (
+    Renderer,
+    RenderError,
+    check_soundfont,
+    find_soundfont,
+    open_renderer,
+    read_audio,
+    score_notes,
+)
 from smart.reward import Reward
 from smart.reward.audiobox import HUB_ID
 from smart.run import progress
@@ -87,8 +96,11 @@ def built_in(seed: int) -> Iterator[tuple[str, Audio, int]]:
     yield NOISE, noise.astype(np.float32), BUILT_IN_RATE
 
 
-def read(path: Path, pool: RenderPool | None, seconds: float) -> tuple[Audio, int]:
-    """Read an audio file, or render a MIDI file with ``pool``: mono audio and its rate. Raises ``UserError``."""
+def read(path: Path, pool: Renderer | None, sample_rate: int, seconds: float) -> tuple[Audio, int]:
+    """Read an audio file, or render a MIDI file with ``pool`` at ``sample_rate``: mono audio and its rate.
+
+    Raises ``UserError``.
+    """
     if path.suffix.lower() not in MIDI:
         return read_audio(path, seconds)
     assert pool is not None
@@ -96,7 +108,7 @@ def read(path: Path, pool: RenderPool | None, seconds: float) -> tuple[Audio, in
         audio = pool.submit(score_notes(read_score(path), max_beats=math.inf)).result()
     except (RenderError, ValueError) as error:  # ValueError: impossible notes
         raise UserError(f"MIDI file {path} cannot be rendered ({error})") from error
-    return audio.mean(axis=0), pool.sample_rate
+    return audio.mean(axis=0), sample_rate
 
 
 def verdict(reward: Reward, found: dict[str, dict[str, float]]) -> str:
@@ -122,24 +134,8 @@ def verdict(reward: Reward, found: dict[str, dict[str, float]]) -> str:
     )
 
 
-@click.command()
-@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
-@reward_options
-@click.option("--soundfont", default="timgm", show_default=True, help="Soundfont for MIDI files: short name or path.")
-@click.option(
-    "--sample-rate", default=44100, show_default=True, type=click.IntRange(8000, 192_000),
-    help="Sample rate in Hz at which MIDI files are rendered.",
-)  # fmt: skip
-@click.option(
-    "--seconds", default=3600.0, show_default=True, type=click.FloatRange(0, 3600, min_open=True),
-    help="Seconds to rate at most, from the beginning of each file.",
-)  # fmt: skip
-@click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Seed of the white noise."
-)
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the ratings to this CSV file.")
-@click.option("--overwrite", is_flag=True, help="Replace the file --out if it exists.")
-def main(
+def rate_files(
+    *,
     files: tuple[Path, ...],
     kinds: tuple[str, ...],
     options: tuple[str, ...],
@@ -147,11 +143,12 @@ def main(
     soundfont: str,
     sample_rate: int,
     seconds: float,
+    backend: str,
     seed: int,
     out: Path | None,
     overwrite: bool,
 ) -> None:
-    """Rate FILES (wav, flac, mp3, ogg, mid), silence and white noise, in windows of ten seconds."""
+    """Print the ratings. Arguments as in the command's help; raises ``UserError`` for mistakes in them."""
     if out is not None and out.exists() and not overwrite:
         raise UserError(f"--out {out} already exists; choose another file, or add --overwrite")
     if out is not None and not out.parent.is_dir():
@@ -187,18 +184,25 @@ def main(
 
     for name, audio, rate_of_audio in built_in(seed):
         add(name, audio, rate_of_audio)
-    pool = None
-    try:
+    with contextlib.ExitStack() as opened:
+        pool: Renderer | None = None
         if soundfont_file is not None:
-            pool = RenderPool(soundfont_file, sample_rate=sample_rate, seconds=seconds, workers=1, deadline=600.0)
+            renderer = open_renderer(
+                backend,
+                soundfont_file,
+                sample_rate=sample_rate,
+                seconds=seconds,
+                workers=1,
+                deadline=600.0,
+                device=pick_device(device),
+            )
+            opened.enter_context(renderer)
+            pool = renderer
         for path in progress(files, desc="rating", unit="file"):
             try:
-                add(str(path), *read(path, pool, seconds))
+                add(str(path), *read(path, pool, sample_rate, seconds))
             except UserError as error:
                 failed.append(Unreadable(str(path), error.message))
-    finally:
-        if pool is not None:
-            pool.close()
     click.echo(_shown(rows))
     for reward in rewards:
         if reward.name == "audiobox":

@@ -1,4 +1,4 @@
-"""What the commands share: options, ratings of audio and of scores, saved ratings, tables."""
+"""What the commands share: ratings of audio and of scores, saved ratings, tables."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ from smart.corpus import Limits, Reject, check_structure
 from smart.evaluate import statistics
 from smart.files import is_empty, write_atomically
 from smart.model import pick_device
-from smart.render import RenderError, RenderPool
+from smart.render import Renderer, RenderError
 from smart.reward import Reward, load_reward, read_options, resample
 from smart.run import progress
 
@@ -31,50 +31,6 @@ Row = dict[str, Any]
 MIDI = (".mid", ".midi")
 TOGETHER = 32  # clips in memory at a time
 MEAN = "mean"  # name of the mean over a reward's axes, if it has several (the last row of the paper's table 2)
-
-
-def reward_options(function: Callable[..., None]) -> Callable[..., None]:
-    """The options --reward, --reward-option and --device, for ``load_rewards``."""
-    for option in (
-        click.option(
-            "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]),
-            help="Where models and rewards run; auto: on CUDA if available.",
-        ),
-        click.option(
-            "--reward-option", "options", multiple=True, metavar="[KIND.]KEY=VALUE",
-            help="Setting of a reward, such as audiobox.model=FOLDER; KIND is needed with several rewards. Repeatable.",
-        ),
-        click.option(
-            "--reward", "kinds", multiple=True, default=("ce_proxy",), show_default=True, metavar="KIND",
-            help="Reward to use; repeatable.",
-        ),
-    ):  # fmt: skip
-        function = option(function)
-    return function
-
-
-def clip_options(most_seconds: float) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The options --seconds (up to ``most_seconds``), --sample-rate and --workers, which say how clips are rendered."""
-
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        for option in (
-            click.option(
-                "--workers", default=0, show_default=True, type=click.IntRange(min=0),
-                help="Render processes (0: one per core).",
-            ),
-            click.option(
-                "--sample-rate", default=44100, show_default=True, type=click.IntRange(8000, 192_000),
-                help="Sample rate of the rendered audio in Hz.",
-            ),
-            click.option(
-                "--seconds", default=10.0, show_default=True, type=click.FloatRange(0, most_seconds, min_open=True),
-                help="Seconds to render and rate, from the beginning of each piece.",
-            ),
-        ):  # fmt: skip
-            function = option(function)
-        return function
-
-    return decorate
 
 
 def load_rewards(kinds: Sequence[str], options: Sequence[str], device: str) -> list[Reward]:
@@ -134,15 +90,16 @@ def rate(
 
 def rate_scores(
     scores: Sequence[Any],
-    pool: RenderPool,
+    pool: Renderer,
     rewards: Sequence[Reward],
+    sample_rate: int,
     *,
     change: Callable[[Audio], Audio] | None = None,
     label: str = "",
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """Render scores or note arrays with ``pool`` and rate them: column -> (N,). None and failed clips give NaN.
+    """Render scores or note arrays with ``pool``, which renders at ``sample_rate``, and rate them: column -> (N,).
 
-    ``change`` is applied to the audio (2, S) of each clip before it is rated.
+    None and failed clips give NaN. ``change`` is applied to the audio (2, S) of each clip before it is rated.
     """
     parts = []
     for start in progress(range(0, len(scores), TOGETHER), desc=label, unit="batch"):
@@ -154,7 +111,7 @@ def rate_scores(
                 clips.append(None)
             else:
                 clips.append(future.result() if change is None else change(future.result()))
-        parts.append(rate(rewards, clips, pool.sample_rate))
+        parts.append(rate(rewards, clips, sample_rate))
     return {name: np.concatenate([np.empty(0), *(part[name] for part in parts)]) for name in columns(rewards)}
 
 

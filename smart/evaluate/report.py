@@ -461,18 +461,15 @@ def run_picture(runs: Sequence[Path], out: Path) -> Picture:
     )
 
 
-@click.command()
-@click.argument("tables", nargs=-1, type=click.Path(path_type=Path), metavar="TABLE...")
-@click.option(
-    "--run", "runs", multiple=True, type=click.Path(path_type=Path), help="Tuning run whose reward to plot; repeatable."
-)
-@click.option(
-    "--corpus", type=click.Path(path_type=Path), help="Check how much the pieces copy from this corpus's train split."
-)
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the page, figures and numbers.")
-@click.option("--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Seed of the bootstrap.")
-def main(tables: tuple[Path, ...], runs: tuple[Path, ...], corpus: Path | None, out: Path, seed: int) -> None:
-    """Write a page of figures and statistics from TABLEs of `smart evaluate sample`, and from runs."""
+def report(
+    *,
+    tables: tuple[Path, ...],
+    runs: tuple[Path, ...],
+    corpus: Path | None,
+    out: Path,
+    seed: int,
+) -> None:
+    """Write the page into ``out``. Arguments as in the command's help; raises ``UserError`` for mistakes in them."""
     if not tables and not runs:
         raise UserError("nothing to report: give a TABLE written by `smart evaluate sample`, or --run FOLDER")
     stems = [path.stem for path in tables]

@@ -11,7 +11,6 @@ after a kill the same command continues from there and writes the same bytes.
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from smart import UserError, require
-from smart.corpus import MANIFEST, SPLITS, Corpus
+from smart import UserError, __version__, require
+from smart.corpus import MANIFEST, Corpus
 from smart.diversity import audio_vector
-from smart.evaluate.ratings import load_rewards, reward_options
+from smart.evaluate.ratings import load_rewards
 from smart.features import SCALARS, is_empty, midi_features
 from smart.files import parse_json, sha256, write_atomically
 from smart.model import pick_device
-from smart.prompts import KINDS
-from smart.render import RenderError, check_soundfont, find_soundfont, write_midi, write_wav
+from smart.render import check_soundfont, find_soundfont, write_midi, write_wav
 from smart.reward import Reward
 from smart.rollout import BLOCK, SILENT, Piece, System, compose, find_systems
-from smart.run import alone, changes, claim, in_one_line, progress
+from smart.run import changes, claim_folder, hold_folder, progress
 from smart.tokens import FILE_NAME
 
 METADATA = b"smart"
@@ -130,69 +128,6 @@ def describe(table: pa.Table, names: Sequence[str], axes: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-@click.command()
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Parquet file for the table.")
-@click.option(
-    "--prompts", default="procedural", show_default=True, type=click.Choice(KINDS),
-    help="What pieces start from: a random time signature and tempo (procedural), these and a first note, nothing "
-    "(bos), or a time signature and tempo from a corpus (dataset).",
-)  # fmt: skip
-@click.option(
-    "--corpus", type=click.Path(path_type=Path), help="Folder written by `smart corpus build`, for --prompts dataset."
-)
-@click.option(
-    "--split", default="test", show_default=True, type=click.Choice(SPLITS), help="Split of the corpus to use."
-)
-@click.option(
-    "-n", "--n", "count", default=1000, show_default=True, type=click.IntRange(min=1), help="Number of prompts."
-)
-@click.option(
-    "--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Seed of prompts and sampling."
-)
-@click.option("--soundfont", default="timgm", show_default=True, help="Soundfont: short name or path.")
-@click.option(
-    "--sample-rate", default=44100, show_default=True, type=click.IntRange(8000, 192_000),
-    help="Sample rate of the audio in Hz.",
-)  # fmt: skip
-@click.option(
-    "--seconds", default=10.0, show_default=True, type=click.FloatRange(0, 600, min_open=True),
-    help="Seconds to render and rate, from the beginning of each piece.",
-)  # fmt: skip
-@click.option(
-    "--tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Maximum new tokens per piece."
-)
-@click.option(
-    "--temperature", default=1.0, show_default=True, type=click.FloatRange(0, 100, min_open=True),
-    help="Sampling temperature.",
-)  # fmt: skip
-@click.option(
-    "--top-k", default=0, show_default=True, type=click.IntRange(min=0),
-    help="Sample only from the K most likely tokens (0: from all).",
-)  # fmt: skip
-@click.option(
-    "--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True),
-    help="Sample only from the most likely tokens that together have this probability (1: from all).",
-)  # fmt: skip
-@click.option("--audio", type=click.Path(path_type=Path), help="Folder to save every piece in, as MIDI and WAV.")
-@click.option(
-    "--backend", default="pool", show_default=True, type=click.Choice(["pool", "bank"]),
-    help="Renderer: worker processes (pool), or sums of notes that were rendered in advance (bank).",
-)  # fmt: skip
-@click.option(
-    "--workers", default=0, show_default=True, type=click.IntRange(0, 1024), help="Render processes (0: one per core)."
-)
-@reward_options
-def main(**given: Any) -> None:
-    """Sample a piece from each MODEL for the same prompts and seeds, rate the pieces, and write one table.
-
-    A MODEL is a run (its tuned model), RUN@base, RUN@STEP, or a base's folder, shipped name or hub id. NAME=MODEL sets
-    the name shown in tables. If interrupted, run the same command again to continue.
-    """
-    with in_one_line("the table", "run the same command again to continue", RenderError):
-        sample(**given)
-
-
 def sample(
     *,
     models: Sequence[str],
@@ -266,7 +201,7 @@ def sample(
         "reward_options": list(options),
         "device": where.type,
         "audio": audio is not None,
-        "version": version("smart"),
+        "version": __version__,
     }
     parts = out.with_name(f"{out.name}.parts")
     if out.exists():
@@ -280,8 +215,8 @@ def sample(
         return
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.parent} does not exist; create it first")
-    claim(parts, settings)
-    with alone(parts):
+    claim_folder(parts, settings)
+    with hold_folder(parts):
         batch = drawing["batch"]
         blocks = [parts / f"{block:06d}.parquet" for block in range(-(-count // batch))]
         done = next((number for number, path in enumerate(blocks) if not is_whole(path)), len(blocks))

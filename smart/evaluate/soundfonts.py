@@ -20,7 +20,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from smart import UserError, plots, require
-from smart.corpus import SPLITS, Corpus
+from smart.corpus import Corpus
 from smart.evaluate import statistics
 from smart.evaluate.ratings import (
     MEAN,
@@ -28,20 +28,19 @@ from smart.evaluate.ratings import (
     Kept,
     Row,
     announce,
-    clip_options,
     columns,
     estimate,
     load_rewards,
     rate_scores,
     read_score,
-    reward_options,
     table,
     with_interval,
     writing,
 )
 from smart.files import sha256
+from smart.model import pick_device
 from smart.published import AXES, TABLE_2
-from smart.render import RenderPool, check_soundfont, find_soundfont, short_name
+from smart.render import check_soundfont, find_soundfont, open_renderer, short_name
 from smart.run import check_packages
 from smart.tokens import decode
 
@@ -133,27 +132,8 @@ def agreement(fonts: Sequence[Font], column: str, ratings: Ratings) -> list[Row]
     return rows
 
 
-@click.command()
-@click.argument("files", nargs=-1)
-@click.option(
-    "--soundfonts", "given", multiple=True, required=True, metavar="SOUNDFONT...",
-    help="Soundfonts to compare: short names or paths, as in --soundfonts timgm fluidr3.",
-)  # fmt: skip
-@click.option("--corpus", type=click.Path(path_type=Path), help="Corpus to take pieces from, instead of MIDI files.")
-@click.option(
-    "--split", default="train", show_default=True, type=click.Choice(SPLITS), help="Split of the corpus to use."
-)
-@click.option(
-    "--n", "count", default=10, show_default=True, type=click.IntRange(min=1), help="Pieces to take from the corpus."
-)
-@click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1),
-    help="Seed of the choice of pieces from the corpus.",
-)  # fmt: skip
-@reward_options
-@clip_options(most_seconds=3600)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the tables and the figure.")
-def main(
+def compare_soundfonts(
+    *,
     files: tuple[str, ...],
     given: tuple[str, ...],
     corpus: Path | None,
@@ -165,10 +145,11 @@ def main(
     device: str,
     seconds: float,
     sample_rate: int,
+    backend: str,
     workers: int,
     out: Path,
 ) -> None:
-    """Rate the same pieces with several soundfonts: MIDI FILES, or pieces from a corpus."""
+    """Write tables and figure into ``out``. Arguments as in the command's help; raises ``UserError`` for mistakes."""
     midi = [Path(text) for text in files if text.lower().endswith(MIDI)]
     names = [*given, *(text for text in files if not text.lower().endswith(MIDI))]
     if bool(midi) == (corpus is not None):
@@ -189,16 +170,23 @@ def main(
         "pieces": {str(path): sha256(path) for path in midi} or [str(corpus), split, count, seed],
         "seconds": seconds,
         "sample_rate": sample_rate,
+        "backend": backend,
     }
     kept = Kept(out, settings, list(scores))
     ratings: dict[str, dict[str, Ratings]] = {}
     for font in fonts:
 
         def work(font: Font = font) -> dict[str, Ratings]:
-            with RenderPool(
-                font.file, sample_rate=sample_rate, seconds=seconds, workers=workers or None, deadline=60 + seconds
+            with open_renderer(
+                backend,
+                font.file,
+                sample_rate=sample_rate,
+                seconds=seconds,
+                workers=workers or None,
+                deadline=60 + seconds,
+                device=pick_device(device),
             ) as pool:
-                return rate_scores(list(scores.values()), pool, rewards, label=font.name)
+                return rate_scores(list(scores.values()), pool, rewards, sample_rate, label=font.name)
 
         ratings[font.name] = kept.get(font.name, work)
     means = []

@@ -115,7 +115,7 @@ class Book:
 
 
 @contextlib.contextmanager
-def alone(out: Path) -> Iterator[int]:
+def hold_out(out: Path) -> Iterator[int]:
     """Hold the folder's lock, whose descriptor is handed to each step's process: one that outlives us keeps it."""
     with contextlib.ExitStack() as held:
         for patience in range(100, -1, -1):  # a step whose starter was killed takes a moment to end

@@ -21,7 +21,7 @@ from smart import UserError
 from smart.config import Config, dumps, load
 from smart.files import write_atomically
 from smart.published import TABLE_2
-from smart.reproduce.book import OUT, STATE, Book, Step, _clock, alone, perform
+from smart.reproduce.book import OUT, STATE, Book, Step, _clock, hold_out, perform
 from smart.reproduce.page import write_page
 from smart.reproduce.steps import CONFIGS, SMOKE, find, plan, variants
 from smart.run import in_one_line
@@ -66,7 +66,7 @@ def main(
         return
     assert found is not None
     book = Book(out)
-    with in_one_line("the reproduction", "the same command goes on from here"), alone(out) as lock:
+    with in_one_line("the reproduction", "the same command goes on from here"), hold_out(out) as lock:
         (out / CONFIGS).mkdir(exist_ok=True)
         for name, one in variants(config, str(corpus) if corpus else str(out / "corpus")).items():
             write_atomically(out / CONFIGS / f"{name}.toml", dumps(one).encode())

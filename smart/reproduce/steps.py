@@ -1,12 +1,14 @@
 """Every experiment of the paper as a step: a command, what it needs, what it leaves."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import json
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from smart import UserError, require
 from smart.config import Config, dumps
@@ -15,8 +17,11 @@ from smart.files import sha256
 from smart.model import find_base
 from smart.render import check_soundfont, find_soundfont
 from smart.reproduce.book import OUT, Step
-from smart.reward import Reward, load_reward
+from smart.reward import load_reward
 from smart.run import NEEDED
+
+if TYPE_CHECKING:  # it imports torch
+    from smart.reward import Reward
 
 CONFIGS, PAGE = "configs", "index.html"
 PACKAGES = (*NEEDED, "jinja2", "scipy")

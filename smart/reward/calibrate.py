@@ -12,10 +12,14 @@ So if the CSV has groups, cross-validation is repeated with whole groups per fol
 group is ordered by a fit to the other groups.
 """
 
+if __name__ == "__main__":  # before torch is imported: --help is answered at once
+    from smart.__main__ import start
+
+    start("calibrate")
+
 import csv
 import datetime
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import math
@@ -29,7 +33,7 @@ import click
 import numpy as np
 import torch
 
-from smart import UserError
+from smart import UserError, __version__
 from smart.files import write_atomically
 from smart.render import load_soundfile, read_audio
 from smart.reward import resample
@@ -48,7 +52,7 @@ from smart.reward.ce_proxy import (
 )
 from smart.run import progress
 
-__all__ = ["Clip", "cross_validate", "fit", "main", "order_pairs", "read_clip", "read_scores", "spearman"]
+__all__ = ["Clip", "calibrate", "cross_validate", "fit", "order_pairs", "read_clip", "read_scores", "spearman"]
 
 MIN_CLIPS = 8
 LOWEST_RATE = 4000  # Hz; resampling from 1 Hz, as a damaged header may say, would turn each byte into 64 KB
@@ -57,7 +61,6 @@ DIGITS = 6  # decimals in the file; further ones differ between machines
 CONSTANT = 1e-4  # a descriptor (0 to 1.4) with a smaller standard deviation counts as constant and is not scaled
 DEFAULT_GROUP = "sample"
 SCORE_ALIASES = {"CE": "content_enjoyment"}  # the axis's full name, also accepted as column
-DEFAULT_SOURCE = "clips and ratings supplied by the user of the calibration program"
 
 
 @dataclass(frozen=True)
@@ -213,30 +216,8 @@ def read_clip(path: Path) -> torch.Tensor:
     return resample(mono, rate, SAMPLE_RATE)
 
 
-@click.command(context_settings={"show_default": True})
-@click.option("--audio", required=True, type=click.Path(path_type=Path), help="Folder with the audio files.")
-@click.option("--scores", required=True, type=click.Path(path_type=Path), help="CSV with one rated clip per row.")
-@click.option(
-    "--out",
-    default="ce_proxy.json",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="JSON file to write the coefficients to.",
-)
-@click.option("--overwrite", is_flag=True, help="Replace --out if it exists.")
-@click.option("--clip-column", default="clip", help="Column with the file names, relative to --audio.")
-@click.option("--score-column", default=AXIS, help="Column with ratings from 1 to 10; CE also finds content_enjoyment.")
-@click.option(
-    "--group-column",
-    default=None,
-    show_default=f"{DEFAULT_GROUP}, if there is such a column",
-    help="Column with the groups; clips of one group are held out together.",
-)
-@click.option("--ridge", default=0.5, type=click.FloatRange(min=0), help="Strength of the ridge penalty.")
-@click.option("--folds", default=4, type=click.IntRange(min=2), help="Number of folds in the cross-validation.")
-@click.option("--repeats", default=50, type=click.IntRange(min=1), help="How often the cross-validation is repeated.")
-@click.option("--seed", default=0, type=click.IntRange(min=0), help="Seed that assigns clips to folds.")
-@click.option("--source", default=DEFAULT_SOURCE, help="Where the clips and ratings come from; stored in --out.")
-def main(
+def calibrate(
+    *,
     audio: Path,
     scores: Path,
     out: Path,
@@ -250,10 +231,7 @@ def main(
     seed: int,
     source: str,
 ) -> None:
-    """Fit the ce_proxy reward to clips that you rated, and write its coefficients to a file.
-
-    To tune with them: --set reward.kind=ce_proxy --set reward.options.coefficients=OUT
-    """
+    """Write the file ``out``. Arguments as in the command's help; raises ``UserError`` for mistakes in them."""
     if not math.isfinite(ridge):
         raise UserError(f"--ridge must be a finite number, got {ridge}")
     if out.exists() and not overwrite:
@@ -366,7 +344,7 @@ def _provenance(clips: Sequence[Clip], audio: Path, source: str, group_column: s
         "files_sha256": files.hexdigest(),
         "files_sha256_of": 'lines "SHA-256  NAME" of the audio files, sorted by name',
         "ratings_sha256": ratings.hexdigest(),
-        "program": f"smart {importlib.metadata.version('smart')}, torch {torch.__version__}, "
+        "program": f"smart {__version__}, torch {torch.__version__}, "
         f"libsndfile {load_soundfile().__libsndfile_version__}",
         "command": "python -m smart.reward.calibrate --audio DIR --scores CSV",
         "date": datetime.date.today().isoformat(),
@@ -449,7 +427,3 @@ def _write(path: Path, text: str) -> None:
         write_atomically(path, text.encode())
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror})") from error
-
-
-if __name__ == "__main__":
-    main()

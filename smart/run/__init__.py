@@ -3,8 +3,17 @@
 ``smart.run.checkpoint`` is used as a module: ``checkpoint.save``, ``checkpoint.latest``.
 """
 
-from smart.run.command import in_one_line, progress, run_command
-from smart.run.folder import CONFIG, NEEDED, SETTINGS, alone, changes, check_packages, claim, prepare
+from smart.run.command import backend_option, in_one_line, progress, run_command
+from smart.run.folder import (
+    CONFIG,
+    NEEDED,
+    SETTINGS,
+    changes,
+    check_packages,
+    claim_folder,
+    hold_folder,
+    open_run_folder,
+)
 from smart.run.run import Run
 from smart.run.stop import StopRequest
 from smart.run.stopwatch import Stopwatch
@@ -19,12 +28,13 @@ __all__ = [
     "StopRequest",
     "Stopwatch",
     "Tracker",
-    "alone",
+    "backend_option",
     "changes",
     "check_packages",
-    "claim",
+    "claim_folder",
+    "hold_folder",
     "in_one_line",
-    "prepare",
+    "open_run_folder",
     "progress",
     "read_metrics",
     "run_command",

@@ -4,7 +4,7 @@ import gc
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from importlib import import_module
 from typing import Any
 
 import click
@@ -13,32 +13,50 @@ from tqdm import tqdm
 
 from smart import UserError
 
+LATE = ("miditok", "transformers.models.phi3.modeling_phi3")  # large, and imported by what every run calls
 
-def run_command(default: str) -> Callable[[Callable[..., None]], click.Command]:
+
+def run_command(program: str, load: Callable[..., Any], *, default: str, help: str) -> click.Command:
     """The command line of a program that makes a run: ``--config``, ``--set``, ``--resume``, ``--overwrite``.
 
-    What ends it before its time is one line (``in_one_line``); what was saved before stays.
+    It reads the configuration with ``load(path, overrides)``, and only then imports the module ``program`` and calls
+    its ``train(config, resume=, overwrite=)``. What ends it before its time is one line (``in_one_line``); what was
+    saved before stays.
     """
 
-    def decorate(function: Callable[..., None]) -> click.Command:
-        @click.command()
-        @click.option(
-            "--config", "path", default=default, show_default=True, help="TOML file, or a shipped one's name."
-        )
-        @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one key.")
-        @click.option("--resume", is_flag=True, help="Continue the run from its last checkpoint.")
-        @click.option("--overwrite", is_flag=True, help="Replace a run of the same name.")
-        @wraps(function)
-        def main(path: str, overrides: tuple[str, ...], resume: bool, overwrite: bool) -> None:
-            if resume and overwrite:
-                raise click.UsageError("--resume and --overwrite contradict each other")
+    @click.command(help=help)
+    @click.option(
+        "--config", "path", default=default, show_default=True, help="Config file (TOML), or the name of a shipped one."
+    )
+    @click.option(
+        "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one setting (repeatable)."
+    )
+    @click.option(
+        "--resume", is_flag=True, help="Continue the run from its last checkpoint, or start it if it has none."
+    )
+    @click.option("--overwrite", is_flag=True, help="Replace a run of the same name.")
+    def main(path: str, overrides: tuple[str, ...], resume: bool, overwrite: bool) -> None:
+        if resume and overwrite:
+            raise click.UsageError("--resume and --overwrite contradict each other")
+        with in_one_line("the run", "what was saved is kept: go on with --resume"):
+            config = load(path, overrides)
+            train = import_module(program).train
+            for name in LATE:
+                import_module(name)
             gc.freeze()  # what imports made is not looked at again, so that the garbage of an iteration is found soon
-            with in_one_line("the run", "what was saved is kept: go on with --resume"):
-                function(path, overrides, resume, overwrite)
+            train(config, resume=resume, overwrite=overwrite)
 
-        return main
+    return main
 
-    return decorate
+
+def backend_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The option ``--backend`` of a program that renders, for ``smart.render.open_renderer``."""
+    option = click.option(
+        "--backend", default="pool", show_default=True, type=click.Choice(["pool", "bank"]),
+        help="Renderer: worker processes (pool), or sums of notes that were rendered in advance (bank); clips that the "
+        "bank cannot play go to the pool.",
+    )  # fmt: skip
+    return option(function)
 
 
 # words for it: torch's, on CUDA and on a CPU, those of threads, of C++, and of CUDA's libraries

@@ -24,7 +24,7 @@ def check_packages() -> None:
 
 
 @contextmanager
-def prepare(folder: Path, config: str, *, resume: bool, overwrite: bool) -> Iterator[None]:
+def open_run_folder(folder: Path, config: str, *, resume: bool, overwrite: bool) -> Iterator[None]:
     """Make the run's folder, or check that it may be continued or replaced; nothing is ever lost silently.
 
     Until the end of the ``with`` no other process can do the same, so that two never write one run.
@@ -66,7 +66,7 @@ def _make_or_check(folder: Path, config: str, *, resume: bool, overwrite: bool) 
         write_atomically(folder / CONFIG, config.encode())
 
 
-def claim(folder: Path, settings: Mapping[str, Any]) -> None:
+def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     """Make ``folder`` for what ``settings`` produce, or go on with one of the same; they are kept in it as JSON.
 
     Raises ``UserError`` where it holds something else, was begun with other settings, or cannot be written.
@@ -90,7 +90,7 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def hold_folder(folder: Path) -> Iterator[None]:
     """Hold a claimed folder, so that no two processes write into it. Raises ``UserError`` where another one does."""
     with ExitStack() as held:
         try:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from smart.run import checkpoint
 from smart.run.command import progress
-from smart.run.folder import CONFIG, prepare
+from smart.run.folder import CONFIG, open_run_folder
 from smart.run.stop import StopRequest
 from smart.run.tracker import NullTracker, Tracker
 
@@ -44,7 +44,9 @@ class Run:
         with ExitStack() as opened:
             opened.enter_context(self._stop)  # first, since all that follows takes time
             if self._world.lead:
-                opened.enter_context(prepare(self.folder, self._config, resume=self._resume, overwrite=self._overwrite))
+                opened.enter_context(
+                    open_run_folder(self.folder, self._config, resume=self._resume, overwrite=self._overwrite)
+                )
             self._world.sum(0)  # the others wait until the folder exists
             if self._resume:
                 self.last = checkpoint.latest(self.checkpoints)

@@ -1,5 +1,5 @@
-"""``python -m smart.study`` is ``smart study``."""
+"""``python -m smart.study``."""
 
-from smart.study import main
+from smart.__main__ import start
 
-main(prog_name="smart study")
+start("study")

@@ -501,53 +501,8 @@ def pick_systems(ratings: Sequence[Rating], reference: str | None) -> tuple[list
     return [chosen, *(name for name in names if name != chosen)], f"The reference is {chosen} ({why})."
 
 
-@click.command("analyse", context_settings={"show_default": True})
-@click.argument("ratings", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the report, tables and figure.")
-@click.option(
-    "--study",
-    "folder",
-    type=click.Path(path_type=Path),
-    help="Folder of the study, for its silent excerpts and the length of an excerpt.",
-)
-@click.option(
-    "--reference", metavar="SYSTEM", help='System to compare the others with (default: "base", else the first by name).'
-)
-@click.option(
-    "--silence-max",
-    default=3.0,
-    type=click.FloatRange(LOW, HIGH),
-    help="Exclude participants who rate silence higher than this.",
-)
-@click.option(
-    "--repeat-max",
-    default=3.0,
-    type=click.FloatRange(0),
-    help="Exclude participants whose second ratings differ by more than this on average.",
-)
-@click.option(
-    "--listened-min",
-    default=0.8,
-    type=click.FloatRange(0, 1),
-    help="Exclude ratings if less than this share of the excerpt was heard.",
-)
-@click.option(
-    "--seconds",
-    default=10.0,
-    type=click.FloatRange(0, min_open=True),
-    help="Length of an excerpt in seconds, if there is no --study.",
-)
-@click.option("--silent", multiple=True, metavar="EXCERPT", help="Name of a silent excerpt (repeatable).")
-@click.option(
-    "--bootstrap",
-    "replicates",
-    default=200,
-    type=click.IntRange(0),
-    help="Refits for the intervals of the variances (0: no intervals).",
-)
-@click.option("--seed", default=1, type=click.IntRange(0), help="Seed of the bootstrap.")
-@click.option("--overwrite", is_flag=True, help="Replace an earlier report.")
-def main(
+def report(
+    *,
     ratings: Path,
     out: Path,
     folder: Path | None,
@@ -561,7 +516,7 @@ def main(
     seed: int,
     overwrite: bool,
 ) -> None:
-    """Analyse RATINGS, a CSV file from "smart study export"."""
+    """Write the report into ``out``. Arguments as in the command's help; raises ``UserError`` for mistakes in them."""
     if (out / "report.html").exists() and not overwrite:
         raise UserError(f"--out {out}: already holds a report; use --overwrite to replace it")
     rows, missing = read_ratings(ratings)

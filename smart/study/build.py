@@ -18,7 +18,6 @@ import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,7 +26,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from smart import UserError
+from smart import UserError, __version__
 from smart.files import hold, sha256, sync, write_atomically
 from smart.render import check_soundfont, find_soundfont, write_wav
 from smart.run import progress
@@ -249,7 +248,7 @@ def write_texts(
         undefined=jinja2.StrictUndefined,
     )
     text = environment.from_string(template).render(
-        design=design, sources=sources, options=options, power=power, version=version("smart")
+        design=design, sources=sources, options=options, power=power, version=__version__
     )
     (folder / "preregistration.md").write_text(text, encoding="utf-8")
 
@@ -344,84 +343,14 @@ def build(
     ]
 
 
-@click.command("build")
-@click.option(
-    "--runs", multiple=True, required=True, metavar="SYSTEM ...", help="Systems to compare; NAME=PATH names one."
-)
-@click.argument("more", nargs=-1, metavar="")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the study; must not exist yet.")
-@click.option("--prompts", default=15, show_default=True, type=click.IntRange(min=1), help="Rated excerpts per system.")
-@click.option(
-    "--practice",
-    default=2,
-    show_default=True,
-    type=click.IntRange(min=0),
-    help="Practice items per participant, not exported.",
-)
-@click.option(
-    "--repeats",
-    default=0,
-    show_default=True,
-    type=click.IntRange(min=0),
-    help="Excerpts that each participant hears a second time.",
-)
-@click.option(
-    "--silence", is_flag=True, help="Add one silent excerpt, to detect participants who rate without listening."
-)
-@click.option(
-    "--seconds",
-    default=10.0,
-    show_default=True,
-    type=click.FloatRange(min=0.1, max=600),
-    help="Length of an excerpt in seconds.",
-)
-@click.option(
-    "--sample-rate",
-    default=44100,
-    show_default=True,
-    type=click.IntRange(min=8000, max=192000),
-    help="Sample rate of the excerpts in Hz.",
-)
-@click.option(
-    "--lufs", default=loudness.TARGET, show_default=True, type=click.FloatRange(max=-5), help="Target loudness in LUFS."
-)
-@click.option("--seed", default=1, show_default=True, type=click.IntRange(min=0), help="Seed of prompts and music.")
-@click.option(
-    "--listeners",
-    default=20,
-    show_default=True,
-    type=click.IntRange(min=3),
-    help="Planned number of participants (for the power estimate).",
-)
-@click.option(
-    "--power",
-    default=100,
-    show_default=True,
-    type=click.IntRange(min=0),
-    help="Studies simulated for the power estimate (0: none).",
-)
-@click.option("--completion-code", is_flag=True, help="Show a personal code to each participant who finishes.")
-@click.option(
-    "--corpus",
-    type=click.Path(path_type=Path),
-    help="Corpus whose test split the prompts come from (default: procedural prompts).",
-)
-@click.option("--soundfont", default="timgm", show_default=True, help="Soundfont: a short name or a path.")
-@click.option(
-    "--tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Maximum new tokens per piece."
-)
-@click.option(
-    "--temperature",
-    default=1.0,
-    show_default=True,
-    type=click.FloatRange(0, 100, min_open=True),
-    help="Sampling temperature.",
-)
-@click.option(
-    "--workers", default=0, show_default=True, type=click.IntRange(0, 1024), help="Render processes (0: one per core)."
-)
-def main(runs: tuple[str, ...], more: tuple[str, ...], out: Path, **given: Any) -> None:
-    """Build a study. A SYSTEM is a run's folder, a model's folder or shipped name, or a folder of WAV files."""
+def build_study(
+    *,
+    runs: tuple[str, ...],
+    more: tuple[str, ...],
+    out: Path,
+    **given: Any,
+) -> None:
+    """Make the folder ``out``. Arguments as in the command's help; raises ``UserError`` for mistakes in them."""
     refuse(out)
     systems = [recordings(text) or find_model(text) for text in (*runs, *more)]
     names = [each.name for each in systems]
@@ -436,7 +365,7 @@ def main(runs: tuple[str, ...], more: tuple[str, ...], out: Path, **given: Any) 
     options = {
         "prompts": "dataset" if given["corpus"] else "procedural", "corpus": given["corpus"] and str(given["corpus"]),
         "soundfont": str(soundfont), "max_new_tokens": given["tokens"], "temperature": given["temperature"],
-        "workers": given["workers"],
+        "backend": given["backend"], "workers": given["workers"],
     }  # fmt: skip
     design = Design(
         format=FORMAT, study=secrets.token_hex(8), question=QUESTION, low=LOW, high=HIGH, systems=names,

@@ -37,15 +37,14 @@ def ratings_csv(store: Store) -> str:
     return text.getvalue()
 
 
-@click.command("export")
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option(
-    "--database", metavar="URL", envvar="SMART_STUDY_DATABASE", help="Database URL (default: an SQLite file in FOLDER)."
-)
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="CSV file to write.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
-def main(folder: Path, database: str | None, out: Path, overwrite: bool) -> None:
-    """Write the ratings of the study in FOLDER to a CSV file, one row per rating."""
+def export(
+    *,
+    folder: Path,
+    database: str | None,
+    out: Path,
+    overwrite: bool,
+) -> None:
+    """Write the file ``out``. Arguments as in the command's help; raises ``UserError`` for mistakes in them."""
     if out.exists() and not overwrite:
         raise UserError(f"--out {out}: already exists; use --overwrite to replace it")
     store = Store(Study(folder), database)

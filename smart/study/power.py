@@ -148,48 +148,8 @@ def table(rows: Sequence[Power]) -> str:
     return "\n".join(lines)
 
 
-@click.command("power", context_settings={"show_default": True})
-@click.option(
-    "--listeners", default=14, type=click.IntRange(3), help="Planned number of listeners; others are shown too."
-)
-@click.option(
-    "--prompts",
-    default=15,
-    type=click.IntRange(2),
-    help="Number of prompts; each listener rates two excerpts per prompt.",
-)
-@click.option("--effect", default=1.221, help="Difference between the systems' mean ratings.")
-@click.option("--intercept", default=4.075, help="Mean rating of the reference (matters only with --rounded).")
-@click.option(
-    "--intercept-variance", default=0.830, type=click.FloatRange(0), help="Variance of participants' mean ratings."
-)
-@click.option(
-    "--slope-variance", default=0.752, type=click.FloatRange(0), help="Variance of the effect between participants."
-)
-@click.option(
-    "--correlation",
-    default=0.488,
-    type=click.FloatRange(-1, 1),
-    help="Correlation of participants' mean ratings and effects.",
-)
-@click.option(
-    "--residual-variance",
-    default=4.194,
-    type=click.FloatRange(0, min_open=True),
-    help="Residual variance of single ratings.",
-)
-@click.option(
-    "--excerpt-variance",
-    default=0.0,
-    type=click.FloatRange(0),
-    help="Part of the residual variance that is due to excerpts.",
-)
-@click.option("--rounded", is_flag=True, help="Round and clip the ratings to 1, 2, ..., 10.")
-@click.option("--studies", default=200, type=click.IntRange(20), help="Simulated studies per size.")
-@click.option("--seed", default=1, type=click.IntRange(0), help="Seed of the simulation.")
-@click.option("--only", is_flag=True, help="Simulate only the planned number of listeners.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for power.csv and the figure.")
-def main(
+def compare_sizes(
+    *,
     listeners: int,
     prompts: int,
     effect: float,
@@ -205,7 +165,7 @@ def main(
     only: bool,
     out: Path | None,
 ) -> None:
-    """Simulate studies of different sizes, by default with the variances of the paper's Table 5."""
+    """Print a table, and draw it. Arguments as in the command's help; raises ``UserError`` for mistakes in them."""
     if excerpt_variance >= residual_variance:
         raise UserError(
             f"--excerpt-variance {excerpt_variance:g}: must be less than --residual-variance {residual_variance:g}"

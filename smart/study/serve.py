@@ -32,17 +32,16 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-@click.command("serve")
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on (0.0.0.0: all interfaces).")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="Port (0: any free one).")
-@click.option(
-    "--database", metavar="URL", envvar="SMART_STUDY_DATABASE", help="Database URL (default: an SQLite file in FOLDER)."
-)
-@click.option("--open", "open_enrolment", is_flag=True, help="Let anyone take part, via /join.")
-@click.option("--new-admin-token", is_flag=True, help="Create a new admin token; the old one stops working.")
-def main(folder: Path, host: str, port: int, database: str | None, open_enrolment: bool, new_admin_token: bool) -> None:
-    """Serve the pages of the study in FOLDER until Ctrl-C or SIGTERM; open requests are finished first."""
+def serve(
+    *,
+    folder: Path,
+    host: str,
+    port: int,
+    database: str | None,
+    open_enrolment: bool,
+    new_admin_token: bool,
+) -> None:
+    """Serve until a signal comes. Arguments as in the command's help; raises ``UserError`` for mistakes in them."""
     import uvicorn
 
     from smart.study.app import make_app

@@ -122,6 +122,17 @@ def test_rate_keeps_what_is_there_and_reads_no_more_than_asked(tmp_path: Path) -
     assert read(out)[-1]["windows"] == "3" and read(out)[-1]["low"]
 
 
+def test_the_bank_rates_as_the_pool(midi: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    words, cached = ["rate", midi[0], "--seconds", 3, "--sample-rate", RATE], []
+    for backend in ("pool", "bank"):
+        run(*words, "--backend", backend, "--out", tmp_path / f"{backend}.csv")
+        cached.append(len(list((tmp_path / "cache").rglob("*.safetensors"))))
+    assert cached[0] == 0 < cached[1]
+    pool, bank = (float(read(tmp_path / f"{name}.csv")[-1]["mean"]) for name in ("pool", "bank"))
+    assert bank == pytest.approx(pool, abs=1e-3)
+
+
 def test_the_interval_of_equal_windows_is_students() -> None:
     values = np.array([5.0, 6.5, 5.5, 7.0])
     found = rate.summarise(values, [10] * 4)
@@ -232,9 +243,12 @@ def test_soundfonts_compares_the_same_pieces_and_goes_on_where_it_was(
     table = (out / "ratings.csv").read_text().splitlines(keepends=True)
     write_atomically(out / "ratings.csv", "".join(line for line in table if not line.startswith("other")).encode())
     started = []
-    monkeypatch.setattr(soundfonts, "RenderPool", lambda path, **keys: started.append(path) or RenderPool(path, **keys))
+    opened = soundfonts.open_renderer
+    monkeypatch.setattr(
+        soundfonts, "open_renderer", lambda *args, **keys: started.append(args) or opened(*args, **keys)
+    )
     assert run(*words, "--out", out).output == output
-    assert started == [copy] and (out / "ratings.csv").read_text().splitlines(keepends=True) == table
+    assert started == [("pool", copy)] and (out / "ratings.csv").read_text().splitlines(keepends=True) == table
     assert "other settings" in run(*words, "--seed", 1, "--seconds", 2, "--out", out, code=2).output
 
 
@@ -404,7 +418,7 @@ def test_a_clip_that_failed_is_asked_for_its_error(monkeypatch: pytest.MonkeyPat
     with RenderPool("timgm", sample_rate=RATE, seconds=1.0, workers=1) as pool:
         submit = pool.submit
         monkeypatch.setattr(pool, "submit", lambda score: lost if isinstance(score, str) else submit(score))
-        rated = ratings.rate_scores([music(0), "lost", None], pool, [load_reward("ce_proxy")], change=np.negative)
+        rated = ratings.rate_scores([music(0), "lost", None], pool, [load_reward("ce_proxy")], RATE, change=np.negative)
     assert np.isfinite(rated["ce_proxy.CE"]).tolist() == [True, False, False]
     error = lost.exception()
     assert error is not None and error.__traceback__ is None
@@ -431,9 +445,9 @@ def test_two_processes_do_not_sample_into_one_table(tmp_path: Path) -> None:
     words += ["--workers", 1, "--device", "cpu", "--out", out]
     run(*words)
     made, parts = out.read_bytes(), tmp_path / "out.parquet.parts"
-    folder.claim(parts, read_settings(out)["settings"])
+    folder.claim_folder(parts, read_settings(out)["settings"])
     assert "nothing to do" in run(*words).output and not parts.exists()  # as left by a kill at the very end
-    folder.claim(parts, read_settings(out)["settings"])
+    folder.claim_folder(parts, read_settings(out)["settings"])
     out.unlink()
     with hold(parts):
         assert "another process is working in it" in run(*words, code=2).output

@@ -18,7 +18,7 @@ from smart import UserError, published
 from smart.config import load, to_dict
 from smart.corpus import Corpus
 from smart.files import hold, sha256
-from smart.reproduce.book import Book, Step, alone, perform
+from smart.reproduce.book import Book, Step, hold_out, perform
 from smart.reproduce.command import main
 from smart.reproduce.page import write_page
 from smart.reproduce.steps import SMOKE, Found, plan, variants
@@ -45,7 +45,7 @@ def out(tmp_path: Path) -> Path:
 
 def go(out: Path, *steps: Step) -> Book:
     book = Book(out)
-    with alone(out) as lock:
+    with hold_out(out) as lock:
         perform(steps, out, book, lock)
     return book
 
@@ -116,7 +116,7 @@ def test_a_program_that_refuses_to_go_on_once_it_is_finished_is_not_started_agai
 def test_one_process_at_a_time_and_only_in_a_folder_of_its_own(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go(out, writes("first", "a"))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    with alone(out), pytest.raises(UserError, match="another process is working in it"), alone(out):
+    with hold_out(out), pytest.raises(UserError, match="another process is working in it"), hold_out(out):
         pass
     foreign = out.with_name("foreign")
     foreign.mkdir()
@@ -273,9 +273,9 @@ def test_what_the_base_writes_becomes_a_corpus_and_survives_a_kill(tmp_path: Pat
 def test_a_kill_while_the_first_file_is_written_leaves_nothing_in_the_way(tmp_path: Path) -> None:
     """What an atomic write leaves beside its target is no other's folder: here, in a claimed folder, in a corpus."""
     from smart.corpus.build import _check_out
-    from smart.run import claim
+    from smart.run import claim_folder
 
-    for name, begin in (("state.json", Book), ("settings.json", lambda out: claim(out, {"n": 1}))):
+    for name, begin in (("state.json", Book), ("settings.json", lambda out: claim_folder(out, {"n": 1}))):
         out = tmp_path / name
         out.mkdir()
         (out / f".{name}.tmp").write_text("{")

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 from smart import UserError
 from smart.reward import load_reward
-from smart.reward.calibrate import cross_validate, fit, main, order_pairs, read_clip, read_scores, spearman
+from smart.reward.calibrate import cross_validate, fit, order_pairs, read_clip, read_scores, spearman
 from smart.reward.ce_proxy import DESCRIPTORS, SAMPLE_RATE, Coefficients, describe, predict
+from smart.reward.command import main
 
 CLIPS = 16
 TRUE_WEIGHTS = (0.8, 0.5, -0.3, 0.4)  # of standardised descriptors

@@ -3,8 +3,12 @@
 import json
 import math
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import click
 import numpy as np
 import pytest
 import soundfile
@@ -16,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from smart import UserError
 from smart.plots import curves, timeline
 from smart.render import read_audio, write_wav
-from smart.run import Stopwatch, Tracker, claim, prepare, read_metrics, run_command, summarise
+from smart.run import Stopwatch, Tracker, claim_folder, open_run_folder, read_metrics, run_command, summarise
 
 CONFIG = '[run]\nname = "a"\n\n[grpo]\nbeta = 0.04\n\n[render]\nworkers = 2\n'
 
@@ -25,11 +29,11 @@ def test_prepare_never_loses_a_run(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "a"
 
     def begin(config: str = CONFIG, *, resume: bool = False, overwrite: bool = False) -> None:
-        with prepare(folder, config, resume=resume, overwrite=overwrite):
+        with open_run_folder(folder, config, resume=resume, overwrite=overwrite):
             with pytest.raises(UserError, match="another process is working in it"):
-                prepare(folder, config, resume=True, overwrite=False).__enter__()
+                open_run_folder(folder, config, resume=True, overwrite=False).__enter__()
             with pytest.raises(UserError, match="another process is working in it"):
-                prepare(folder, config, resume=False, overwrite=True).__enter__()
+                open_run_folder(folder, config, resume=False, overwrite=True).__enter__()
 
     begin()
     (folder / "metrics.jsonl").write_text("kept")
@@ -63,12 +67,12 @@ def test_a_run_that_was_half_deleted_is_not_continued(tmp_path: Path, monkeypatc
             for function, name in ((os.unlink, "unlink"), (os.rmdir, "rmdir")):
                 real = function
                 monkeypatch.setattr(os, name, lambda *a, real=real, **k: (dies(), real(*a, **k)))
-            prepare(folder, CONFIG, resume=False, overwrite=True).__enter__()
+            open_run_folder(folder, CONFIG, resume=False, overwrite=True).__enter__()
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
         assert (folder / "config.toml").exists()
         assert (folder / "metrics.jsonl").exists() or not (folder / "checkpoints").exists()
-        with prepare(folder, CONFIG, resume=False, overwrite=True):
+        with open_run_folder(folder, CONFIG, resume=False, overwrite=True):
             assert [path.name for path in folder.iterdir()] == ["config.toml"]
 
 
@@ -77,32 +81,32 @@ def test_a_kill_at_the_first_write_leaves_nothing_in_the_way(tmp_path: Path) -> 
         folder = tmp_path / str(number)
         folder.mkdir()
         (folder / ".config.toml.tmp").write_text("[ru")
-        with prepare(folder, CONFIG, resume=resume, overwrite=overwrite):
+        with open_run_folder(folder, CONFIG, resume=resume, overwrite=overwrite):
             assert [path.name for path in folder.iterdir()] == ["config.toml"]
 
 
 def test_a_name_that_no_folder_can_have_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no folder can have that name"):
-        prepare(tmp_path / "a\0b", CONFIG, resume=False, overwrite=False).__enter__()
+        open_run_folder(tmp_path / "a\0b", CONFIG, resume=False, overwrite=False).__enter__()
 
 
 def test_prepare_deletes_nothing_that_is_not_a_run(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years")
     with pytest.raises(UserError, match=r"has no config\.toml and so is not a run"):
-        prepare(tmp_path, CONFIG, resume=False, overwrite=True).__enter__()
+        open_run_folder(tmp_path, CONFIG, resume=False, overwrite=True).__enter__()
     assert (tmp_path / "thesis.tex").exists()
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path)
     for name in ("file", "link"):
         with pytest.raises(UserError, match="is not a folder"):
-            prepare(tmp_path / name, CONFIG, resume=False, overwrite=True).__enter__()
+            open_run_folder(tmp_path / name, CONFIG, resume=False, overwrite=True).__enter__()
 
 
 def test_settings_that_are_no_text_are_refused(tmp_path: Path) -> None:
-    claim(tmp_path, {"n": "a"})
+    claim_folder(tmp_path, {"n": "a"})
     (tmp_path / "settings.json").write_bytes(b'{"n": "\xff"}')
     with pytest.raises(UserError, match="other settings"):
-        claim(tmp_path, {"n": "a"})
+        claim_folder(tmp_path, {"n": "a"})
 
 
 def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tmp_path: Path) -> None:
@@ -135,6 +139,12 @@ def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tmp_path: Path) -> 
         assert [point.value for point in points] == pytest.approx([step / 3 for step in range(1, 7)])
 
 
+def program(train: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> click.Command:
+    """A program whose module has this ``train``."""
+    monkeypatch.setitem(sys.modules, "program_of_a_test", SimpleNamespace(train=train))
+    return run_command("program_of_a_test", lambda *_: None, default="quickstart.toml", help="")
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -148,31 +158,28 @@ def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tmp_path: Path) -> 
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )
-def test_memory_and_disk_that_do_not_suffice_are_one_line(error: Exception) -> None:
-    @run_command("quickstart.toml")
-    def program(*_: object) -> None:
+def test_memory_and_disk_that_do_not_suffice_are_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*_: object, **options: object) -> None:
         raise error
 
-    done = CliRunner().invoke(program, [])
+    done = CliRunner().invoke(program(train, monkeypatch), [])
     assert done.exit_code == 1 and done.output.count("\n") == 1
     assert ("did not suffice" in done.output) != ("the run could not be written" in done.output)
     assert done.output.endswith("; what was saved is kept: go on with --resume\n")
 
 
-def test_a_bug_is_not_taken_for_a_lack_of_memory() -> None:
-    @run_command("quickstart.toml")
-    def program(*_: object) -> None:
+def test_a_bug_is_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*_: object, **options: object) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    assert isinstance(CliRunner().invoke(program, []).exception, RuntimeError)
+    assert isinstance(CliRunner().invoke(program(train, monkeypatch), []).exception, RuntimeError)
 
 
-def test_a_home_of_nobody_is_one_line() -> None:
-    @run_command("quickstart.toml")
-    def program(*_: object) -> None:
+def test_a_home_of_nobody_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*_: object, **options: object) -> None:
         Path("~nobody-of-this-name/x.sf2").expanduser()
 
-    done = CliRunner().invoke(program, [])
+    done = CliRunner().invoke(program(train, monkeypatch), [])
     assert done.exit_code == 2 and done.output == (
         "Error: a path begins with ~ and means a home directory that is not known here\n"
     )
@@ -221,11 +228,11 @@ def test_curves_are_drawn(tmp_path: Path) -> None:
     with Tracker(tmp_path) as run:
         for step in range(1, 30):
             run.metrics(step, {"reward/mean": math.sin(step)})
-    path = curves(tmp_path, ("reward/mean",), "reward")
+    path = curves(tmp_path, ("reward/mean",), "reward", step="iteration")
     assert path == tmp_path / "reward_mean.png"
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 5000
     with pytest.raises(UserError, match=r"has no metrics\.jsonl"):
-        curves(tmp_path / "nowhere", ("a",), "b")
+        curves(tmp_path / "nowhere", ("a",), "b", step="step")
 
 
 def test_stopwatch_adds_up() -> None:

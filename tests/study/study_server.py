@@ -45,9 +45,9 @@ def build(out: Path, runs: list[str], *options: str) -> str:
     """Run ``smart study build`` in this process; returns its output."""
     from click.testing import CliRunner
 
-    from smart.study.build import main
+    from smart.study import main
 
-    words = ["--runs", *runs, "--out", str(out), "--sample-rate", str(RATE), "--seconds", str(SECONDS)]
+    words = ["build", "--runs", *runs, "--out", str(out), "--sample-rate", str(RATE), "--seconds", str(SECONDS)]
     words += ["--power", "0", *options]
     done = CliRunner().invoke(main, words)
     assert done.exit_code == 0, done.output

@@ -186,17 +186,17 @@ def test_a_study_is_never_overwritten_and_goes_on_after_an_interruption(
     words += ["--power", "0"]
     with monkeypatch.context() as patch:
         patch.setattr(building, "assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert CliRunner().invoke(building.main, words).exit_code != 0
+        assert CliRunner().invoke(main, ["build", *words]).exit_code != 0
     assert not out.exists()
-    changed = CliRunner().invoke(building.main, [*words, "--seed", "2"])
+    changed = CliRunner().invoke(main, ["build", *words, "--seed", "2"])
     assert changed.exit_code == 2 and "other settings" in changed.output
     for path in (tmp_path / "a" / "00.wav", tmp_path / "b" / "01.wav"):
         path.write_bytes(b"is not read again")
-    done = CliRunner().invoke(building.main, words)
+    done = CliRunner().invoke(main, ["build", *words])
     assert done.exit_code == 0, done.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "study"]
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    again = CliRunner().invoke(building.main, words)
+    again = CliRunner().invoke(main, ["build", *words])
     assert again.exit_code == 2 and "already exists" in again.output
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
@@ -222,9 +222,9 @@ def test_models_get_the_same_prompts_and_seeds_and_go_on_where_they_were(
         if name == "parts":
             with monkeypatch.context() as patch:
                 patch.setattr(building.Work, "put", stop)
-                assert CliRunner().invoke(building.main, [*runs, "--out", str(out)]).exit_code == 1
+                assert CliRunner().invoke(main, ["build", *runs, "--out", str(out)]).exit_code == 1
             assert len(list((tmp_path / ".parts.work" / "clips").iterdir())) == 2 and not out.exists()
-        done = CliRunner().invoke(building.main, [*runs, "--out", str(out)])
+        done = CliRunner().invoke(main, ["build", *runs, "--out", str(out)])
         assert done.exit_code == 0, done.output
         made.append({(row["system"], row["prompt"], row["seed"]): row["sha256"] for row in key_of(out)})
     assert made[0] == made[1] and len({seed for _, _, seed in made[0]}) == 2
@@ -255,7 +255,7 @@ def test_mistakes_of_a_build_are_named_in_one_line(
         str(RATE),
         *(each.format(zebra=wavs[0], there=tmp_path) for each in change),
     ]
-    done = CliRunner().invoke(building.main, words)
+    done = CliRunner().invoke(main, ["build", *words])
     assert done.exit_code == 2 and told in done.output, done.output
     assert not (tmp_path / "study").exists()
 

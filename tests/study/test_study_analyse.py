@@ -12,7 +12,7 @@ from published_data import DYESTUFF, DYESTUFF2, PENICILLIN, SLEEPSTUDY, WINE
 from scipy import optimize, stats
 
 from smart import UserError
-from smart.study import analyse, mixed, power, ratings
+from smart.study import analyse, main, mixed, power, ratings
 from smart.study.mixed import Problem, Term, fit, profile_interval
 from smart.study.ordinal import Likelihood, fit_ordinal
 
@@ -380,7 +380,7 @@ def test_the_whole_analysis_of_a_small_study(tmp_path: Path) -> None:
     rows = write_study(path, name="=<b>tuned")
     rows[10][7] = "9"
     save(path, rows)
-    done = CliRunner().invoke(analyse.main, [str(path), "--out", str(out), "--bootstrap", "10"])
+    done = CliRunner().invoke(main, ["analyse", str(path), "--out", str(out), "--bootstrap", "10"])
     assert done.exit_code == 0, done.output
     assert "flagged: silence rated above 3" in done.output and "== After exclusions ==" in done.output
     html = (out / "report.html").read_text()
@@ -394,17 +394,17 @@ def test_the_whole_analysis_of_a_small_study(tmp_path: Path) -> None:
         values = {(r["ratings"], r["table"][:5], r["label"], r["column"]): r["value"] for r in csv.DictReader(file)}
     read = ratings.read_ratings(path)[0]
     for name, kept in (("All ratings", {"p0", "p1", "p2", "p3", "p4"}), ("After exclusions", {"p1", "p2", "p3", "p4"})):
-        main = [each for each in read if not each.check and not each.repeat and each.participant in kept]
+        rated = [each for each in read if not each.check and not each.repeat and each.participant in kept]
         gaps = [
-            np.mean([e.rating for e in main if e.participant == person and e.system != "base"])
-            - np.mean([e.rating for e in main if e.participant == person and e.system == "base"])
+            np.mean([e.rating for e in rated if e.participant == person and e.system != "base"])
+            - np.mean([e.rating for e in rated if e.participant == person and e.system == "base"])
             for person in kept
         ]
         assert float(values[name, "Fixed", "'=<b>tuned", "estimate"]) == pytest.approx(np.mean(gaps))
         assert f"{np.mean(gaps):+.2f} points relative to base" in done.output
         assert int(values[name, "Ratin", "base", "n"]) == 4 * len(kept)
     assert "Categories without a rating, merged with their neighbours: 1, 2" in done.output
-    again = CliRunner().invoke(analyse.main, [str(path), "--out", str(out)])
+    again = CliRunner().invoke(main, ["analyse", str(path), "--out", str(out)])
     assert again.exit_code == 2 and "--overwrite" in again.output
 
 
@@ -441,7 +441,7 @@ def test_excerpts_that_differ_widen_the_interval_and_rounding_takes_from_the_eff
 
 def test_power_on_the_command_line(tmp_path: Path) -> None:
     done = CliRunner().invoke(
-        power.main, ["--listeners", "6", "--prompts", "3", "--studies", "20", "--out", str(tmp_path / "power")]
+        main, ["power", "--listeners", "6", "--prompts", "3", "--studies", "20", "--out", str(tmp_path / "power")]
     )
     assert done.exit_code == 0, done.output
     with (tmp_path / "power" / "power.csv").open() as file:
@@ -449,7 +449,7 @@ def test_power_on_the_command_line(tmp_path: Path) -> None:
     assert [int(row["listeners"]) for row in rows] == power.grid(6) == [3, 4, 6, 9, 12]
     assert all(float(row["power_low"]) <= float(row["power"]) <= float(row["power_high"]) for row in rows)
     assert (tmp_path / "power" / "power.png").is_file() and "With 6 listeners and 3 prompts" in done.output
-    wrong = CliRunner().invoke(power.main, ["--excerpt-variance", "5", "--studies", "20"])
+    wrong = CliRunner().invoke(main, ["power", "--excerpt-variance", "5", "--studies", "20"])
     assert wrong.exit_code == 2 and "--residual-variance" in wrong.output
     assert power.exact(0, 20)[0] == 0 and power.exact(20, 20)[1] == 1
 

@@ -1,0 +1,90 @@
+"""The command line of ``smart demo``; what makes the page is imported when it is called."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from smart.prompts import KINDS
+from smart.render import RenderError
+from smart.run import backend_option, in_one_line
+
+
+@click.command()
+@click.option(
+    "--runs",
+    nargs=2,
+    metavar="FIRST SECOND",
+    help="The two models to compare: run folders, RUN@base, RUN@STEP, or bases; NAME=MODEL sets the name shown.",
+)
+@click.option(
+    "--section",
+    "sections",
+    nargs=3,
+    multiple=True,
+    metavar="TITLE FIRST SECOND",
+    help="Two models to compare in a section with this title; repeatable, instead of --runs.",
+)
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="HTML file to write.")
+@click.option("--overwrite", is_flag=True, help="Replace the file --out if it exists.")
+@click.option("--title", default="Before and after tuning", show_default=True, help="Title of the page.")
+@click.option(
+    "--prompts", "count", default=15, show_default=True, type=click.IntRange(min=1), help="Pairs per section."
+)
+@click.option(
+    "--kind", default="run", show_default=True, type=click.Choice(["run", *KINDS]),
+    help="Kind of prompts; run: the kind that SECOND was tuned on, or procedural if it is a base.",
+)  # fmt: skip
+@click.option(
+    "--corpus",
+    type=click.Path(path_type=Path),
+    help="Corpus whose test split gives dataset prompts.  [default: the run's]",
+)
+@click.option(
+    "--steps", "wanted", default="", metavar="all|N,N,...", help="Add a slider over these checkpoints of SECOND."
+)
+@click.option(
+    "--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Seed of prompts and sampling."
+)
+@click.option(
+    "--tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Maximum new tokens per piece."
+)
+@click.option(
+    "--temperature", default=1.0, show_default=True, type=click.FloatRange(0, 100, min_open=True),
+    help="Sampling temperature.",
+)  # fmt: skip
+@click.option(
+    "--top-k", default=0, show_default=True, type=click.IntRange(min=0),
+    help="Sample only from the K most likely tokens (0: from all).",
+)  # fmt: skip
+@click.option(
+    "--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True),
+    help="Sample only from the most likely tokens that together have this probability (1: from all).",
+)  # fmt: skip
+@click.option("--reward", "rated_by", default="ce_proxy", show_default=True, help="Reward that rates the pieces.")
+@click.option(
+    "--reward-option", "options", multiple=True, metavar="KEY=VALUE", help="Setting of the reward; repeatable."
+)
+@click.option("--soundfont", default="timgm", show_default=True, help="Soundfont: short name or path.")
+@click.option(
+    "--sample-rate", default=44100, show_default=True, type=click.IntRange(8000, 48000),
+    help="Sample rate of the audio in Hz.",
+)  # fmt: skip
+@click.option(
+    "--seconds", default=10.0, show_default=True, type=click.FloatRange(0, 600, min_open=True),
+    help="Seconds to render, from the beginning of each piece.",
+)  # fmt: skip
+@backend_option
+@click.option(
+    "--workers", default=0, show_default=True, type=click.IntRange(min=0), help="Render processes (0: one per core)."
+)
+@click.option(
+    "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]),
+    help="Where models and the reward run; auto: on CUDA if available.",
+)  # fmt: skip
+def main(**options: Any) -> None:
+    """Make a page that compares two models pair by pair: audio, piano rolls, ratings, blind listening."""
+    from smart.demo.build import build
+
+    with in_one_line("the page", "nothing was written", RenderError):
+        build(**options)
