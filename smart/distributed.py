@@ -67,6 +67,10 @@ class World:
         self._exchange(lambda: dist.all_reduce(total, group=self.hosts))
         return [float(value) for value in total.tolist()]
 
+    def wait(self) -> None:
+        """Wait until all processes have come this far."""
+        self.sum(0)
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process; every process gets the same result at the same point."""
         return self.sum(float(flag))[0] > 0

@@ -26,8 +26,9 @@ from smart import UserError, diversity
 from smart.features import midi_features
 from smart.files import parse_json, write_atomically
 from smart.logprobs import Reference
+from smart.render import Audio
 from smart.reward import Reward
-from smart.rollout import Audio, Batch, Batches, Drawn, Scorer
+from smart.rollout import Batch, Batches, Drawn, Scorer
 from smart.sampler import Sampler
 from smart.tokens import decode
 
@@ -37,9 +38,9 @@ STATE = "guard.json"  # in a checkpoint
 # the measures in the rule for collapse: each is large if pieces differ. Velocities are not among them: even
 # with beta 0.04 a policy may come to use few loudness levels (docs/overoptimisation.md)
 VARIETY = ("vendi", "vendi_within", "distance", "distinct_4grams", "pitches")
-FEWEST = 0.5  # of the base's value
+COLLAPSED_SHARE = 0.5  # of the base's value
 # far from the base a smaller loss is enough; healthy runs of the quickstart lose as much, but stay under 0.2 nats
-FAR, FEWER = 0.25, 0.75  # nats per token; of the base's value
+FAR_KL, FAR_COLLAPSED_SHARE = 0.25, 0.75  # nats per token; of the base's value
 
 
 def collapsed(baseline: Mapping[str, float], now: Mapping[str, float]) -> str | None:
@@ -53,9 +54,9 @@ def collapsed(baseline: Mapping[str, float], now: Mapping[str, float]) -> str | 
     kl = now.get("kl", math.nan)
     for name in VARIETY:
         before, after = baseline.get(name, math.nan), now.get(name, math.nan)
-        if after < FEWEST * before:
+        if after < COLLAPSED_SHARE * before:
             return f"{name} is {after:.3g}, under half of the base's {before:.3g}"
-        if after < FEWER * before and kl > FAR:
+        if after < FAR_COLLAPSED_SHARE * before and kl > FAR_KL:
             reason = f"{name} is {after:.3g}, under three quarters of the base's {before:.3g}"
             return f"{reason}, at a KL of {kl:.2g} nats per token"
     return None
@@ -88,8 +89,9 @@ class Judge:
     are none, plausibility: the mean log-probability of a completion's tokens under the base, in nats per token.
     """
 
-    def __init__(self, reward: Reward, other: Reward | None = None) -> None:
+    def __init__(self, reward: Reward, other: Reward | None = None, *, deadline: float = math.inf) -> None:
         self.other = other
+        self.deadline = deadline  # seconds per batch of clips that ``other`` rates
         self.axes = [axis for axis in reward.axes if not reward.weights.get(axis)]
         if other is not None:
             self.name = f"{other.name} ({' '.join(other.weights)})"
@@ -102,7 +104,13 @@ class Judge:
         """(N,) ratings of ``batch``, NaN for clips that failed; ``drawn`` is this process's share of it."""
         if self.other is not None:
             scorer = batches.scorer
-            second = Scorer(scorer.tokenizer, scorer.pool, self.other, sample_rate=scorer.sample_rate)
+            second = Scorer(
+                scorer.tokenizer,
+                scorer.pool,
+                self.other,
+                sample_rate=scorer.sample_rate,
+                deadline=self.deadline,
+            )
             rated = second.collect(drawn.clips.in_order())
             return torch.cat(batches.world.gather(rated.rewards))
         if self.axes:
@@ -227,8 +235,8 @@ class Guard:
             return None
         sound = [one for one in tuned if not self._is_over_budget(one) and not self._collapsed(one)]
         if not sound:
-            return min(tuned, key=lambda one: _or(one.values["kl"], math.inf)).step
-        return max(sound, key=lambda one: _or(one.values["judge"], -math.inf)).step
+            return min(tuned, key=lambda one: _finite_or(one.values["kl"], math.inf)).step
+        return max(sound, key=lambda one: _finite_or(one.values["judge"], -math.inf)).step
 
     def write(self, folder: Path) -> None:
         """Write all measurements into a checkpoint."""
@@ -249,5 +257,5 @@ class Guard:
         return collapsed(self.history[0].values, measured.values)
 
 
-def _or(value: float, otherwise: float) -> float:
+def _finite_or(value: float, otherwise: float) -> float:
     return value if math.isfinite(value) else otherwise

@@ -115,11 +115,11 @@ def check_sizes(config: Config, world: World) -> None:
 class Tuning:
     """A GRPO run without its algorithm, as a context manager: entering it builds or resumes the run.
 
-    ``reward`` replaces the configured one. Entering raises ``UserError`` for what the user can correct, before any
-    work; leaving raises ``Failure`` if training cannot continue.
+    ``reward`` replaces the configured one. Entering raises ``UserError`` for mistakes that the user can correct,
+    before any work; leaving raises ``Failure`` if training cannot continue.
 
-    Attributes: ``policy``, ``optimizer``, ``reference``, ``autocast`` (the precision of the policy's forward pass),
-    ``world`` (all processes), ``folder`` of the run.
+    ``train`` uses ``policy``, ``optimizer``, ``autocast`` (the precision of the policy's forward pass), ``world`` (all
+    processes) and ``folder`` of the run; the other attributes are for the methods here.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Tuning:
             config = replace(config, reward=given)
         self.config = config
         self.folder = Path(config.run.folder) / config.run.name
-        self._unlearnt: int | None = None  # the current iteration, until it has changed the weights
+        self._before_update: int | None = None  # the current iteration, until it has changed the weights
         self._reward, self._resume, self._overwrite = reward, resume, overwrite
         self._opened = ExitStack()
 
@@ -146,9 +146,9 @@ class Tuning:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._opened.__exit__(kind, error, trace)
-        if isinstance(error, FloatingPointError | Failure) and self._unlearnt is not None:
+        if isinstance(error, FloatingPointError | Failure) and self._before_update is not None:
             raise Failure(
-                f"iteration {self._unlearnt} stopped before it changed the weights: {error}. "
+                f"iteration {self._before_update} stopped before it changed the weights: {error}. "
                 f"The last good checkpoint is {checkpoint.latest(self.run.checkpoints)}."
             ) from None
 
@@ -199,7 +199,7 @@ class Tuning:
 
     def _restore(self, last: Path) -> Rollout | None:
         """Restore checkpoint ``last``; returns this process's share of the batch that was sampled ahead, if any."""
-        self.policy.load_state_dict(load_base(last, device=self.world.device)[0].state_dict())
+        self._load_weights(last)
         checkpoint.read_state(last, self.policy, self.optimizer, **self.generators)
         if not (last / AHEAD).is_file():
             return None
@@ -210,6 +210,9 @@ class Tuning:
         except TypeError as error:
             raise UserError(f"checkpoint {last}: {AHEAD} does not hold a batch ({error})") from None
         return Rollout(*(part.to(self.world.device) for part in share))
+
+    def _load_weights(self, folder: Path) -> None:
+        self.policy.load_state_dict(load_base(folder, device=self.world.device)[0].state_dict())
 
     def _open_files(self, opened: ExitStack) -> None:
         """Open the run's files and its renderer, and set up sampling, rating and measuring."""
@@ -255,7 +258,7 @@ class Tuning:
                 self._draw_prompts(track.held_out_prompts, torch.Generator().manual_seed(seed), self.parts.unseen),
                 seed=seed,
                 batches=self.batches,
-                judge=Judge(self.parts.reward, self.parts.judge),
+                judge=Judge(self.parts.reward, self.parts.judge, deadline=self.config.guard.judge.deadline),
                 reference=self.reference,
             )
         guard = Guard(
@@ -291,7 +294,7 @@ class Tuning:
         """The remaining iterations, counted from 1; they end early if the guard stops the run."""
         for step in self.run.steps(self.done, self.config.grpo.iterations, unless=lambda: self.guard.stop):
             self.watch.restart()
-            self._unlearnt = step
+            self._before_update = step
             yield step
 
     def draw(self, step: int) -> Drawn:
@@ -301,9 +304,16 @@ class Tuning:
         """
         drawn = self._drawn_ahead or self._draw_batch()
         more = self.config.grpo.rollouts_ahead and step < self.config.grpo.iterations
-        self._drawn_ahead = self._draw_batch() if more else None  # while the workers render ``drawn``
+        # while the workers render ``drawn``
+        self._drawn_ahead = self._draw_batch()._replace(stale=True) if more else None
         self.watch.lap("generate")
         return drawn
+
+    def reference_logprobs(self, drawn: Drawn) -> torch.Tensor:
+        """Log-probabilities (n, T) of the completions under the frozen base."""
+        ref_logp = self.reference.logprobs(drawn.rollout)
+        self.watch.lap("reference")
+        return ref_logp
 
     def _draw_batch(self) -> Drawn:
         settings = self.config.grpo
@@ -316,17 +326,17 @@ class Tuning:
         )
 
     def _render_rollout(self, rollout: Rollout) -> Drawn:
-        """Have a rollout from a checkpoint rendered; returns the same as ``_draw_batch``."""
+        """Have a rollout from a checkpoint rendered: a batch that was sampled ahead."""
         clips = Clips(self.batches.scorer, self.watch)
         clips.submit_rest(rollout)
-        return Drawn(rollout, clips, self.world.share(self.config.grpo.prompts).start * self.config.grpo.group_size)
+        first = self.world.share(self.config.grpo.prompts).start * self.config.grpo.group_size
+        return Drawn(rollout, clips, first, stale=True)
 
     def rate(self, step: int, drawn: Drawn, ref_logp: torch.Tensor) -> Batch:
-        """The whole batch with its rewards, in every process. ``ref_logp`` (n, T) is under the base.
+        """Rate the clips and gather the whole batch; ``ref_logp`` (n, T) is gathered with it.
 
-        Raises ``FloatingPointError`` if no clip has a reward.
+        Raises ``Failure`` if no clip has a reward.
         """
-        self.watch.lap("reference")
         batch = self.batches.rate(drawn, ref_logp, keep=self._kept_rows(step))
         fallback = self.batches.scorer.pool.fallback_fraction(drawn.clips.in_order())
         self._render_metrics = {} if fallback is None else {"render/fallback_fraction": fallback}
@@ -354,7 +364,7 @@ class Tuning:
         ``advantages`` (N,); ``stats`` are those of ``smart.grpo.update``.
         """
         self.watch.lap("learn")
-        self._unlearnt = None
+        self._before_update = None
         run, track, group_size = self.run, self.config.track, self.config.grpo.group_size
         metrics = {
             **batch.rated.metrics(group_size),
@@ -414,9 +424,9 @@ class Tuning:
         """Write ``tuned/``, the last policy or the best one, and compare it with the base on new prompts."""
         run = self.run
         if self.guard.stop:
-            self.world.sum(0)  # the lead has written the best checkpoint
+            self.world.wait()  # until the lead has written the best checkpoint
             why, best = self.guard.stop, self._best_checkpoint()
-            self.policy.load_state_dict(load_base(best, device=self.world.device)[0].state_dict())
+            self._load_weights(best)
             run.log(f"stopped early: {why}; tuned/ is iteration {int(best.name)}, the best by the held-out score")
         rewards = self._compare_rewards()
         if self.world.lead:
@@ -464,7 +474,7 @@ class Tuning:
             drawn = self.batches.draw(sampler, prompts, generator=torch.Generator(device).manual_seed(seed))
             if self.run.stopping():  # again, since rating takes long
                 self.run.leave()
-            batch = self.batches.rate(drawn, drawn.rollout.logprobs, keep=kept)
+            batch = self.batches.rate(drawn, keep=kept)
             rewards[name] = batch.rated.rewards[batch.rated.rewards.isfinite()].numpy()
             self._write_pieces(f"final/{{:02d}}-{name}", batch, kept)
         return rewards

@@ -143,11 +143,11 @@ def reference_loss(
     st.integers(0, 10_000),
 )
 def test_loss_and_gradient_against_the_formula(
-    n: int, t: int, average: str, clip: float, beta: float, behind: bool, seed: int
+    n: int, t: int, average: str, clip: float, beta: float, stale: bool, seed: int
 ) -> None:
     random = np.random.default_rng(seed)
     logp, old, ref, start = (-random.exponential(1.0, (n, t)) for _ in range(4))
-    start = start if behind else old
+    start = start if stale else old
     adv = random.normal(size=n)
     mask = np.arange(t) < random.integers(1, t + 1, size=(n, 1))
 
@@ -155,7 +155,7 @@ def test_loss_and_gradient_against_the_formula(
         return reference_loss(x, old, ref, adv, mask, start, clip, beta, average)
 
     x = torch.tensor(logp, requires_grad=True)
-    given = torch.tensor(start) if behind else None
+    given = torch.tensor(start) if stale else None
     loss, stats = grpo_loss(
         x, *map(torch.tensor, (old, ref, adv, mask)), clip=clip, beta=beta, average=average, start_logp=given
     )
@@ -210,7 +210,7 @@ def make_rollout(model: Any, n: int = 8, prompt: int = 4, t: int = 9) -> Rollout
 
 
 def gradients(
-    model: Any, world: Any = None, behind: bool = False, **settings_: Any
+    model: Any, world: Any = None, stale: bool = False, **settings_: Any
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Gradient and stats of one ``update`` that does not move the weights."""
     rollout = make_rollout(model)
@@ -223,7 +223,7 @@ def gradients(
         torch.linspace(-1, 1, 8),
         Grpo(max_grad_norm=1e9, **settings_),
         autocast=torch.autocast("cpu", torch.bfloat16, enabled=False),
-        behind=behind,
+        stale=stale,
         world=world,
     )
     return {name: weights.grad.clone() for name, weights in model.named_parameters()}, stats
@@ -231,9 +231,9 @@ def gradients(
 
 @pytest.mark.parametrize("average", ["token", "sequence", "constant"])
 @pytest.mark.parametrize("micro_batch", [1, 3, 8])
-@pytest.mark.parametrize("behind", [False, True])
-def test_micro_batches_change_nothing(tiny_model: Any, average: str, micro_batch: int, behind: bool) -> None:
-    same: dict[str, Any] = {"average": average, "behind": behind, "inner_epochs": 2}
+@pytest.mark.parametrize("stale", [False, True])
+def test_micro_batches_change_nothing(tiny_model: Any, average: str, micro_batch: int, stale: bool) -> None:
+    same: dict[str, Any] = {"average": average, "stale": stale, "inner_epochs": 2}
     whole, stats = gradients(tiny_model, micro_batch=64, **same)
     split, split_stats = gradients(tiny_model, micro_batch=micro_batch, **same)
     for name, gradient in whole.items():
@@ -256,11 +256,11 @@ def test_update_is_the_gradient_of_the_loss(tiny_model: Any) -> None:
         assert stats[key] == pytest.approx(value, rel=1e-4), key
 
 
-@pytest.mark.parametrize("behind", [False, True])
-def test_update_against_float64(tiny_model: Any, behind: bool) -> None:
+@pytest.mark.parametrize("stale", [False, True])
+def test_update_against_float64(tiny_model: Any, stale: bool) -> None:
     """Gradients and stats of micro-batches against the formula on the whole batch, spelled out in float64."""
     rollout = make_rollout(tiny_model)
-    got, stats = gradients(tiny_model, micro_batch=3, behind=behind)
+    got, stats = gradients(tiny_model, micro_batch=3, stale=stale)
     exact = copy.deepcopy(tiny_model).double()
     exact.zero_grad()
     mask, adv = rollout.mask, torch.linspace(-1, 1, 8).double()[:, None]
@@ -270,7 +270,7 @@ def test_update_against_float64(tiny_model: Any, behind: bool) -> None:
     log_ratio = old - 0.1 - logp
     ratio = (logp - old).exp()
     gain = torch.minimum(ratio * adv, ratio.clamp(0.8, 1.2) * adv)
-    if behind:  # the first step is never clipped; tokens are weighted instead
+    if stale:  # the first step is never clipped; tokens are weighted instead
         gain = ratio.detach().clamp(max=2) * (logp - logp.detach()).exp() * adv
     loss = ((0.04 * (log_ratio.exp() - log_ratio - 1) - gain) * mask).sum() / mask.sum()
     loss.backward()

@@ -166,7 +166,7 @@ def test_the_second_score_is_never_what_training_optimises(tokenizer: Any) -> No
     rollout = Rollout(torch.zeros(2, 6, dtype=torch.int64), mask, torch.zeros(2, 2))
     drawn = Drawn(rollout, Clips(scorer), 0)
     drawn.clips.futures = dict(enumerate(clips))
-    batch = Batch(rollout, torch.tensor([[-0.5, -1.5], [-2.0, -9.0]]), scorer.collect(clips))
+    batch = Batch(rollout, scorer.collect(clips), torch.tensor([[-0.5, -1.5], [-2.0, -9.0]]))
     other = Judge(Loudness())
     assert "long" in other.name and "loud " not in other.name
     assert other.rate(drawn, batch, batches).tolist() == [800, 1600]

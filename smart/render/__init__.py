@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING
 
 from smart.render.audio import load_soundfile, read_audio, write_midi, write_wav
-from smart.render.notes import NOTE_COLUMNS, Notes, check_notes, played_notes, score_notes
+from smart.render.notes import MAX_BEATS, NOTE_COLUMNS, Notes, check_notes, played_notes, score_notes
 from smart.render.pool import Renderer, RenderPool
 from smart.render.soundfonts import available_soundfonts, check_soundfont, find_soundfont, package_of, short_name
 from smart.render.synth import Audio, RenderError, load_soundfont, render_notes
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from smart.render.bank_pool import BankPool
 
 __all__ = [
+    "MAX_BEATS",
     "NOTE_COLUMNS",
     "Audio",
     "Notes",

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 Notes = npt.NDArray[np.float64]  # (n, 6), columns NOTE_COLUMNS
+MAX_BEATS = 100.0  # quarter notes of a score that are rendered (paper section 3.5)
 NOTE_COLUMNS = ("onset", "duration", "pitch", "velocity", "program", "drum")
 _HIGHEST = (86_400.0, 86_400.0, 127.0, 127.0, 127.0, 1.0)  # value of each column; no piece lasts a day
 
@@ -45,7 +46,7 @@ def check_notes(notes: npt.ArrayLike) -> Notes:
     return array
 
 
-def score_notes(score: Any, *, max_beats: float = 100.0) -> Notes:
+def score_notes(score: Any, *, max_beats: float = MAX_BEATS) -> Notes:
     """The notes of a ``symusic.Score`` of any time unit as an (n, 6) array, in seconds by its tempo map.
 
     The score is cut at ``max_beats`` quarter notes: notes that start there or later are dropped, longer ones end there.

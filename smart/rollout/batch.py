@@ -24,14 +24,15 @@ class Drawn(NamedTuple):
     rollout: Rollout  # n rows
     clips: Clips  # n
     first: int  # index of the first row in the whole batch
+    stale: bool = False  # an older policy than the one that learns from it sampled it
 
 
 class Batch(NamedTuple):
     """A whole batch with its ratings, the same in every process."""
 
     rollout: Rollout  # tokens (N, P+T), mask (N, T), logprobs (N, T)
-    ref_logp: torch.Tensor  # (N, T) log-probabilities under the base
     rated: Rated  # rewards (N,), scores, audio
+    ref_logp: torch.Tensor  # (N, T) log-probabilities under the base; empty where they are not needed
 
 
 def write(
@@ -97,16 +98,17 @@ class Batches:
         )
         return Drawn(rollout, clips, first)
 
-    def rate(self, drawn: Drawn, ref_logp: torch.Tensor, *, keep: Iterable[int] = ()) -> Batch:
-        """Rate the clips as they arrive, and gather the whole batch.
+    def rate(self, drawn: Drawn, ref_logp: torch.Tensor | None = None, *, keep: Iterable[int] = ()) -> Batch:
+        """Rate the clips as they arrive, then gather the whole batch.
 
-        ``ref_logp`` (n, T) holds the log-probabilities of the rollout's tokens under the base. Audio is kept only for
-        the rows in ``keep``, which are indices into the whole batch.
+        ``ref_logp`` (n, T) holds the log-probabilities of the rollout's tokens under the base, which are gathered with
+        the rest. Audio is kept only for the rows in ``keep``, which are indices into the whole batch.
         """
         rated = drawn.clips.rate(keep=[row - drawn.first for row in keep])
+        ref_logp = drawn.rollout.logprobs[:, :0] if ref_logp is None else ref_logp
         if self.world.size == 1:
-            return Batch(drawn.rollout, ref_logp, rated)
-        return Batch(self.gather(drawn.rollout), self.world.gather_rows(ref_logp), _merge(self.world.gather(rated)))
+            return Batch(drawn.rollout, rated, ref_logp)
+        return Batch(self.gather(drawn.rollout), _merge(self.world.gather(rated)), self.world.gather_rows(ref_logp))
 
     def gather(self, rollout: Rollout) -> Rollout:
         """The whole batch from the shares of all processes, by rank, padded to the longest completion."""

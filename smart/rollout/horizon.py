@@ -14,9 +14,9 @@ import torch
 from miditok.constants import TIME_SIGNATURE
 from symusic.core import TempoTick
 
+from smart.render import MAX_BEATS
 from smart.tokens import vocabulary
 
-MAX_BEATS = 100.0  # quarter notes after which nothing is rendered: the default of ``smart.render.score_notes``
 MARGIN = 1e-3  # seconds; more than a sample, so that rounding onsets to samples cannot matter
 NEVER = 2**40  # ticks
 

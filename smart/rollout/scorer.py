@@ -46,9 +46,9 @@ class Rated(NamedTuple):
     silent: int  # number of silent clips
 
     def check(self) -> None:
-        """Raise ``FloatingPointError`` if no clip has a reward, so that there is nothing to learn from."""
+        """Raise ``Failure`` if no clip has a reward, so that there is nothing to learn from."""
         if not self.rewards.isfinite().any():
-            raise FloatingPointError(
+            raise Failure(
                 f"none of {len(self.rewards)} clips could be rated; {self.failed} of them could not be rendered"
             )
 
@@ -186,10 +186,6 @@ class Scorer:
         worker, now = threading.current_thread().name, time.perf_counter()
         stopwatch.span("render", max(submitted, self.busy_until.get(worker, 0.0)), now, worker)
         self.busy_until[worker] = now
-
-    def submit(self, rollout: Rollout) -> list[Future[Audio]]:
-        """Start rendering N completions, each with its prompt; returns N futures."""
-        return Clips(self).submit_rest(rollout)
 
     def collect(
         self, clips: Sequence[Future[Audio]], *, keep: Iterable[int] = (), stopwatch: Stopwatch | None = None

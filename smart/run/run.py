@@ -47,7 +47,7 @@ class Run:
                 opened.enter_context(
                     open_run_folder(self.folder, self._config, resume=self._resume, overwrite=self._overwrite)
                 )
-            self._world.sum(0)  # the others wait until the folder exists
+            self._world.wait()  # until the folder exists
             if self._resume:
                 self.last = checkpoint.latest(self.checkpoints)
             self._opened = opened.pop_all()

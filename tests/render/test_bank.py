@@ -16,7 +16,7 @@ from smart.render.bank import NoteBank
 from smart.render.bank_pool import BankPool
 from smart.render.regions import read_regions, write_variant
 from smart.reward import load_reward, resample
-from smart.rollout import Scorer
+from smart.rollout import Clips, Scorer
 from smart.sampler import Rollout
 
 RATE, SECONDS = 22050, 3.0
@@ -189,7 +189,7 @@ def test_the_pool_takes_what_the_bank_does_not(soundfont: Any, tokenizer: Any) -
             tokens += [tokenizer.vocab[name] for name in ("Pitch_60", "Velocity_127", "Duration_1.0.12")]
             rollout = Rollout(torch.tensor([tokens]), torch.ones(1, 3, dtype=torch.bool), torch.zeros(1, 3))
             ours, theirs = (Scorer(tokenizer, each, reward, sample_rate=RATE) for each in (pool, reference))
-            rated = [each.collect(each.submit(rollout)).rewards.item() for each in (ours, theirs)]
+            rated = [each.collect(Clips(each).submit_rest(rollout)).rewards.item() for each in (ours, theirs)]
             assert rated[0] == pytest.approx(rated[1], abs=0.02)
             assert reference.fallback_fraction(futures) is None
     pool.close()

@@ -23,7 +23,8 @@ from smart.model import build_model
 from smart.prompts import draw
 from smart.render import RenderError, RenderPool, load_soundfont, played_notes, render_notes, score_notes
 from smart.reward import Reward, load_reward, resample
-from smart.rollout import Clips, Horizon, Rated, Scorer, completion_metrics
+from smart.rollout import Clips, Rated, Scorer, completion_metrics
+from smart.rollout.horizon import Horizon
 from smart.run import Stopwatch
 from smart.sampler import Rollout, Sampler
 from smart.tokens import build_grammar, build_tokenizer, decode, vocabulary
@@ -55,7 +56,7 @@ def test_each_clip_is_rated_as_if_it_were_alone(tokenizer: Any, pool: RenderPool
     reward = load_reward("ce_proxy")
     scorer = Scorer(tokenizer, pool, reward, sample_rate=RATE, batch=2)
     rollout = rollout_of(tokenizer, NOTE + HIGH, NOTE, [*NOTE, "Position_24", *HIGH, "EOS_None"], ["EOS_None"])
-    rated = scorer.collect(scorer.submit(rollout), keep=[0, 2])
+    rated = scorer.collect(Clips(scorer).submit_rest(rollout), keep=[0, 2])
     assert (rated.failed, rated.silent) == (0, 1)
     assert [clip is not None for clip in rated.audio] == [True, False, True, False]
     for row, tokens in enumerate(rollout.tokens):
@@ -95,13 +96,13 @@ def test_what_a_model_of_many_instruments_writes_is_heard(pool: RenderPool) -> N
     assert completion_metrics(rollout, facts.eos_id, grammar)["completions/unplayable_rate"] == 0
     assert np.isin(rollout.tokens, facts.drum_ids).any()
     scorer = Scorer(tokenizer, pool, load_reward("ce_proxy"), sample_rate=RATE)
-    rated = scorer.collect(scorer.submit(rollout))
+    rated = scorer.collect(Clips(scorer).submit_rest(rollout))
     assert rated.failed == rated.silent == 0 and rated.rewards.isfinite().all()
 
 
 def test_a_clip_that_failed_is_nan_and_counted(tokenizer: Any, pool: RenderPool) -> None:
     scorer = Scorer(tokenizer, pool, load_reward("ce_proxy"), sample_rate=RATE)
-    clips = scorer.submit(rollout_of(tokenizer, NOTE, HIGH, NOTE))
+    clips = Clips(scorer).submit_rest(rollout_of(tokenizer, NOTE, HIGH, NOTE))
     lost: Future[Any] = Future()
     lost.set_exception(RenderError("twice"))
     rated = scorer.collect([clips[0], lost, clips[2]], keep=[1])
@@ -113,7 +114,7 @@ def test_a_clip_that_failed_is_nan_and_counted(tokenizer: Any, pool: RenderPool)
     nothing = scorer.collect([lost, lost])
     lost_clips = Clips(scorer)
     lost_clips.futures = {1: lost, 0: lost}
-    with pytest.raises(FloatingPointError, match="none of 2 clips could be rated; 2 of them"):
+    with pytest.raises(Failure, match="none of 2 clips could be rated; 2 of them"):
         lost_clips.rate().check()
     assert nothing.failed == 2 and nothing.rewards.isnan().all()
     assert all(math.isnan(value) for key, value in nothing.metrics(2).items() if key == "reward/mean")
@@ -167,7 +168,7 @@ class Broken(Reward):
 def test_a_reward_that_breaks_is_named(tokenizer: Any, pool: RenderPool, how: str, reason: str) -> None:
     scorer = Scorer(tokenizer, pool, Broken(how), sample_rate=RATE)
     with pytest.raises(Failure, match=f"reward Broken failed on 2 clips .*{reason}"):
-        scorer.collect(scorer.submit(rollout_of(tokenizer, NOTE, HIGH)))
+        scorer.collect(Clips(scorer).submit_rest(rollout_of(tokenizer, NOTE, HIGH)))
 
 
 def test_a_reward_that_hangs_ends_the_process_in_one_line() -> None:
@@ -272,7 +273,7 @@ def test_a_reward_of_several_axes_is_combined(tokenizer: Any, pool: RenderPool) 
     reward = TwoAxes()
     reward.set_weights({"LOUD": 1.0, "LONG": -3.0})
     scorer = Scorer(tokenizer, pool, reward, sample_rate=RATE)
-    rated = scorer.collect(scorer.submit(rollout_of(tokenizer, NOTE, [*NOTE, "Position_24", *NOTE])))
+    rated = scorer.collect(Clips(scorer).submit_rest(rollout_of(tokenizer, NOTE, [*NOTE, "Position_24", *NOTE])))
     assert rated.scores["LONG"].tolist() == pytest.approx([0.5, 1.5], abs=1e-3)
     expected = (rated.scores["LOUD"] - 3 * rated.scores["LONG"]) / 4
     torch.testing.assert_close(rated.rewards, expected)
@@ -441,7 +442,7 @@ def test_clips_are_submitted_while_others_are_drawn_and_rated_as_they_arrive(tok
 
     stage, reward = Stage(), Recorded()
     scorer = Scorer(tokenizer, stage, reward, sample_rate=RATE, seconds=2.0, batch=4)
-    late = scorer.submit(rollout)
+    late = Clips(scorer).submit_rest(rollout)
     stage.arrive(late)
     expected = scorer.collect(late)
     assert len(reward.batches) == 3 and len(expected.rewards.unique()) > 6
@@ -476,7 +477,7 @@ def test_a_batch_waits_for_its_own_clips_only(tokenizer: Any) -> None:
 
     reward = Patient()
     scorer = Scorer(tokenizer, stage, reward, sample_rate=RATE, seconds=2.0, batch=2)
-    clips = scorer.submit(rollout_of(tokenizer, NOTE, HIGH, NOTE + HIGH, [*NOTE, "Position_24", *HIGH]))
+    clips = Clips(scorer).submit_rest(rollout_of(tokenizer, NOTE, HIGH, NOTE + HIGH, [*NOTE, "Position_24", *HIGH]))
     slow = [clips[1]]
     stage.arrive([clips[3], clips[0], clips[2]])
     rated = scorer.collect(clips, keep=[1])
