@@ -1,12 +1,12 @@
-"""Supervised worker processes, which answer one request after another and may crash, hang or talk nonsense.
+"""Supervised worker processes: they answer one request after another, and may crash, hang or answer nonsense.
 
 ``Worker`` is the caller's side, ``serve`` the process's. A worker is a fresh Python interpreter: neither the caller's
 main program nor its threads come along. It dies with the *thread* that started it, however that ends (on Linux;
-elsewhere at its next request), and Ctrl-C does not reach it.
+elsewhere when it next reads from its connection), and Ctrl-C does not reach it.
 
-A message is a frame: a header, a few fields as JSON, and raw bytes. Nothing that a worker sends is unpickled, and none
-of its answers may be longer than agreed, because it may have read a hostile file in native code. Requests and answers
-are numbered, so that an answer too many is not taken for the answer to the next request.
+A message is a frame: a header, a few fields as JSON, and raw bytes. Nothing that a worker sends is unpickled, and its
+answers have a maximum length, because it may have read a hostile file in native code. Requests and answers are
+numbered, so that a surplus answer is not taken for the answer to the next request.
 """
 
 import contextlib
@@ -25,20 +25,19 @@ from typing import Any, TypeVar
 
 from smart.files import parse_json
 
-STARTS = 3  # workers that may die one after another before they are ready; then something else is wrong
+STARTS = 3  # workers that may die one after another before they are ready; then their pool gives up
 
 Answer = tuple[dict[str, Any], bytes]  # fields, and raw bytes
 _HEADER = struct.Struct("<QIQ")  # number of the request, length of the fields, length of the raw bytes
 _LONGEST_FIELDS = 1 << 16
 
-# Imports nothing but the smallest modules before it asks to die with its parent: so there is hardly a moment in which
-# a worker that hangs, deep in its other imports, say, would be left behind. sys.path is handed over, so that a worker
-# finds this package where its parent did.
+# A worker asks to die with its parent before it imports anything large, so that none is left behind that hangs in its
+# imports. It gets its parent's sys.path, so that it finds this package in the same place.
 _BOOT = """
 import ctypes, os, signal, sys
 if sys.platform.startswith("linux"):
     ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-if os.getppid() != {parent}:  # it died before we could ask
+if os.getppid() != {parent}:  # the parent died before we could ask
     os._exit(1)
 sys.path[:] = sys.argv[2:]
 """
@@ -63,19 +62,20 @@ def _send(connection: socket.socket, number: int, fields: dict[str, Any], data: 
 def _receive(
     connection: socket.socket, numbers: range | None = None, longest: int = 0, until: float | None = None
 ) -> tuple[int, dict[str, Any], bytes]:
-    """Number, fields, raw bytes. ``EOFError`` when the other side is gone, ``TimeoutError`` past ``until`` (monotonic).
+    """Number, fields and raw bytes of the next message.
 
-    A message that is not trusted has one of ``numbers`` and at most ``longest`` raw bytes, or is a ``ValueError``.
+    Raises ``EOFError`` when the other side is gone, ``TimeoutError`` after ``until`` (monotonic), and, if ``numbers``
+    are given, ``ValueError`` for a message with another number or more than ``longest`` raw bytes.
     """
     number, length, size = _HEADER.unpack(_read(connection, _HEADER.size, until))
     if numbers is not None:
         if number not in numbers:
-            raise ValueError(f"it is to request {number}, expected {numbers.start}")
+            raise ValueError(f"it answers request {number}, which is not due")
         if length > _LONGEST_FIELDS or size > longest:
             raise ValueError(f"it has {length} + {size} bytes, expected at most {_LONGEST_FIELDS} + {longest}")
     fields = parse_json(_read(connection, length, until))
     if not isinstance(fields, dict):
-        raise ValueError("its fields are no JSON object")
+        raise ValueError("its fields are not a JSON object")
     return number, fields, _read(connection, size, until)
 
 
@@ -98,9 +98,9 @@ def _read(connection: socket.socket, length: int, until: float | None) -> bytes:
 
 
 def serve(descriptor: int, prepare: Callable[..., Callable[[bytes], Answer]]) -> None:
-    """What a worker process runs: ``prepare(**settings)``, then what that returned for each request, to the end.
+    """The life of a worker process: call ``prepare(**settings)``, then the function that it returns for each request.
 
-    An exception is answered with its text; after one of ``prepare`` the process ends.
+    An exception is answered with its text; if ``prepare`` raises it, the process ends.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash is expected and handled: no core file
     with socket.socket(fileno=descriptor) as connection, contextlib.suppress(EOFError, ConnectionError):
@@ -160,15 +160,15 @@ class Died(WorkerFailure):
 
 
 class Worker:
-    """A worker process, for the one thread that starts it and asks it; any thread may ``kill`` it.
+    """A worker process. Only the thread that started it may use it, but any thread may ``kill`` it.
 
     ``program`` is Python source that ends with ``serve(int(sys.argv[1]), prepare)``. ``settings`` are the first
-    request, and the answer to it says that the worker is ready. ``files`` are descriptors that it inherits. ``OSError``
-    where the system gives no process, or not what one needs.
+    request, and its answer says that the worker is ready. ``longest`` is the most raw bytes that an answer may have,
+    ``files`` are descriptors that the process inherits. Raises ``OSError`` if the system cannot start a process.
     """
 
     def __init__(self, program: str, settings: dict[str, Any], *, longest: int = 0, files: Sequence[int] = ()) -> None:
-        self.longest = longest  # raw bytes of an answer
+        self.longest = longest
         self.asked = self.answered = 0
         path = [os.path.abspath(place) for place in sys.path]
         with contextlib.ExitStack() as opened:
@@ -195,18 +195,18 @@ class Worker:
         return self.process.poll() is None
 
     def send(self, data: bytes = b"", *, fields: dict[str, Any] | None = None, seconds: float = 10.0) -> None:
-        """Send a request. Where that fails, reading the answer says why."""
+        """Send a request. If that fails, ``receive`` says why."""
         self.asked += 1
         self.connection.settimeout(seconds)
         with contextlib.suppress(TimeoutError, ConnectionError):
             _send(self.connection, self.asked, fields or {}, data)
 
     def receive(self, seconds: float, *, since: float | None = None) -> Answer:
-        """The next answer, ``seconds`` from now, or from ``since`` (monotonic), at most; else ``WorkerFailure``."""
+        """The next answer, within ``seconds`` from now or from ``since`` (monotonic). Raises ``WorkerFailure``."""
         until = (time.monotonic() if since is None else since) + seconds
         try:
-            numbers = range(self.answered + 1, min(self.answered + 1, self.asked) + 1)
-            _, fields, data = _receive(self.connection, numbers, self.longest, until)
+            due = range(self.answered + 1, self.asked + 1)[:1]
+            _, fields, data = _receive(self.connection, due, self.longest, until)
         except TimeoutError:
             raise NoAnswer(f"no answer within {seconds:g} s") from None
         except (EOFError, ConnectionError):
@@ -221,7 +221,7 @@ class Worker:
         return fields, data
 
     def ask(self, data: bytes, seconds: float) -> Answer:
-        """``send`` and ``receive``, ``seconds`` at most for both."""
+        """``send`` and ``receive``, within ``seconds`` for both."""
         since = time.monotonic()
         self.send(data, seconds=seconds)
         return self.receive(seconds, since=since)
@@ -230,7 +230,7 @@ class Worker:
         self.process.kill()
 
     def close(self, patience: float = 0.0) -> int:
-        """Give the process ``patience`` seconds to end by itself, kill it, and reap it; its exit status."""
+        """End and reap the process, which has ``patience`` seconds to end by itself; returns its exit status."""
         self.connection.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
             return self.process.wait(patience)
@@ -242,7 +242,7 @@ AnyWorker = TypeVar("AnyWorker", bound=Worker)
 
 
 def answering(workers: Iterable[AnyWorker], seconds: float) -> list[AnyWorker]:
-    """Which of ``workers`` have sent something or ended; waits ``seconds`` at most for the first of them."""
+    """The ``workers`` that have sent something or ended; waits at most ``seconds`` for the first."""
     with selectors.PollSelector() as selector:
         for worker in workers:
             selector.register(worker.connection, selectors.EVENT_READ, worker)

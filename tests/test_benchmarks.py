@@ -144,6 +144,7 @@ def test_peer(tmp_path: Path) -> None:
     assert {"generate", "render", "score", "learn_and_rest"} <= set(found["peer"]["seconds"])
 
 
+@pytest.mark.slow
 def test_soak(tmp_path: Path) -> None:
     """From the second third of 60 iterations, open files, threads and memory do not grow."""
     table, found = run("soak.py", "--iterations 60 --parts 3", cwd=tmp_path, fresh=True)

@@ -163,6 +163,7 @@ def together(base: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.slow
 def test_two_processes_tune_as_one_does(
     base: Path,
     together: list[Path],
@@ -200,6 +201,7 @@ def test_two_processes_tune_as_one_does(
         torch.testing.assert_close(b[name], weights, atol=2e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_run_with_its_name(base: Path, together: list[Path], tmp_path: Path) -> None:
     """Each process finds its share of the batch that was sampled ahead."""
     more = arguments(base, tmp_path, **{"grpo.prompts": 3, "grpo.rollouts_ahead": 1})

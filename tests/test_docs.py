@@ -13,6 +13,7 @@ from runs import HELD_OUT
 from smart.config import shipped
 
 
+@pytest.mark.slow
 def test_every_command_of_the_readme_works_in_its_order(tmp_path: Path) -> None:
     furnish(tmp_path)
     assert len(commands(README)) >= 10

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from pages import PAGES, README, commands, furnish, give
 
+pytestmark = pytest.mark.slow
 WITH_COMMANDS = [page for page in PAGES if commands(page)]
 BEFORE = ("--config quickstart.toml", "--out my-corpus")  # how the README's commands end that each page builds on
 

@@ -1,9 +1,9 @@
 """Run every example, shortened, with only what the package ships."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
+
+import programs
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -13,8 +13,7 @@ def test_a_reward_of_my_own_tunes_the_shipped_base(tmp_path: Path) -> None:
     assert len(script.read_text(encoding="utf-8").splitlines()) <= 40
     small = ["grpo.iterations=1", "grpo.prompts=2", "grpo.group_size=2", "sampling.max_new_tokens=48"]
     small += ["track.final_prompts=2", "render.workers=1"]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run([sys.executable, script, *small], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = programs.run([sys.executable, script, *small], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "brightness"
     assert "reward: Brightness" in (run / "log.txt").read_text()

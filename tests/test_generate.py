@@ -223,6 +223,7 @@ def test_the_best_of_several_is_the_one_that_rates_best(tmp_path: Path) -> None:
     assert (tmp_path / "best" / "0000.mid").read_bytes() == (tmp_path / "all" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on(tmp_path: Path) -> None:
     arguments = ["-n", "70", "--tokens", "16", "--seconds", "2"]  # two batches
     assert generate("--out", tmp_path / "whole", *arguments).exit_code == 0

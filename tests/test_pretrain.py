@@ -125,6 +125,7 @@ def test_evaluation_does_not_depend_on_the_batch(tiny_model: Any) -> None:
 
 
 @pytest.mark.parametrize("config", ["base-small.toml", "base.toml"])
+@pytest.mark.slow
 def test_pretraining_killed_and_resumed_gives_the_same_curve(config: str, corpus: Path, tmp_path: Path) -> None:
     status, output = run("pretrain", *pretrain(corpus, tmp_path / "a", config), fresh=config == "base-small.toml")
     assert status == 0, output
@@ -152,6 +153,7 @@ def test_pretraining_killed_and_resumed_gives_the_same_curve(config: str, corpus
     assert status == 2 and "progress.json cannot be read" in output and "Traceback" not in output, output
 
 
+@pytest.mark.slow
 def test_pretraining_asked_to_stop_saves_and_goes_on_with_the_same_curve(corpus: Path, tmp_path: Path) -> None:
     long = ["--set", "optimisation.steps=400", "--set", "optimisation.evaluate_every=100"]
     status, output = run("pretrain", *pretrain(corpus, tmp_path / "a"), *long)
@@ -173,6 +175,7 @@ def test_pretraining_asked_to_stop_saves_and_goes_on_with_the_same_curve(corpus:
     assert (folder / weights).read_bytes() == (tmp_path / "a" / "r" / weights).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(corpus: Path, tmp_path: Path) -> None:
     """Rows of different lengths, an odd number of them: the mean over the batch's tokens is not one of means."""
     uneven: dict[str, Any] = {

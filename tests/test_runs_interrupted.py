@@ -23,7 +23,7 @@ def test_an_existing_run_is_kept(finished: Path, base: Path, tmp_path: Path) -> 
     before = (finished / "metrics.jsonl").read_bytes()
     again = arguments(base, tmp_path)
     status, output = run("grpo", *again)
-    assert status == 2 and "exists already; continue it with --resume, replace it with --overwrite" in output
+    assert status == 2 and "already exists; use --resume to continue it, --overwrite to replace it" in output
     status, output = run("grpo", *again, "--resume", "--overwrite")
     assert status == 2 and "contradict" in output
     status, output = run("grpo", *again, "--resume", "--set", "grpo.beta=0.5", "--set", "grpo.rollouts_ahead=1")
@@ -42,6 +42,7 @@ def test_an_existing_run_is_kept(finished: Path, base: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
+@pytest.mark.slow
 def test_killed_again_and_again_then_resumed_is_the_same_run(
     base: Path, either: list[Path], tmp_path: Path, ahead: int
 ) -> None:
@@ -230,7 +231,7 @@ def test_a_disk_that_takes_no_more_ends_the_run_in_one_line(base: Path, tmp_path
     settings = arguments(base, tmp_path, **{"render.seconds": 0.25})
     status, output = run("grpo", "--config", "quickstart.toml", *settings, file_size=limit)
     assert status == 1 and "Traceback" not in output, output
-    assert "could not be written" in output and "go on with --resume" in output
+    assert "could not be written" in output and "continue with --resume" in output
     assert list((tmp_path / "r" / "checkpoints").iterdir()) == []
     status, output = run("grpo", "--config", "quickstart.toml", *settings, "--resume")
     assert status == 0, output
@@ -277,7 +278,7 @@ def test_a_disk_that_fills_up_and_then_is_read_only(
         small_disk(f"size={size}")
         status, output = run("grpo", *args, "--resume")
         assert status == 1 and "Traceback" not in output, output
-        assert "could not be written" in output and "go on with --resume" in output
+        assert "could not be written" in output and "continue with --resume" in output
         assert len(list(checkpoints.iterdir())) >= made
     small_disk("size=64m,ro")
     status, output = run("grpo", *args, "--resume")

@@ -82,11 +82,11 @@ def test_a_worker_that_is_late_or_gone() -> None:
         assert worker.close(patience=30) == 0  # it ends by itself when its connection does
 
 
-def test_an_answer_to_nothing_is_garbled() -> None:
+def test_an_answer_too_many_is_garbled() -> None:
     twice = "send = workers._send\nworkers._send = lambda *words: (send(*words), send(*words))\n"
     with started(ECHO + twice + SERVE) as worker:
         worker.receive(30)
-        with pytest.raises(GarbledAnswer, match="it is to request 1, expected 2"):
+        with pytest.raises(GarbledAnswer, match="it answers request 1, which is not due"):
             worker.ask(b"", 30)
 
 

@@ -62,7 +62,7 @@ def _answer(reader: "PieceReader", path: bytes) -> Answer:
     try:
         if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
             raise Reject("cannot be read", "not a regular file")  # opening a pipe would wait for its other end
-        with open(path, "rb") as file:  # for a folder an error: that it is one, or that it may not be listed
+        with open(path, "rb") as file:  # a folder gives an error: it is one, or it may not be listed
             data = file.read(reader.limits.max_bytes + 1)
         if len(data) > reader.limits.max_bytes:
             raise Reject("too large", f"over {reader.limits.max_bytes} bytes")
@@ -72,7 +72,7 @@ def _answer(reader: "PieceReader", path: bytes) -> Answer:
     except Reject as reject:
         reason, detail = reject.reason, reject.detail
     except MemoryError:
-        os._exit(CRASHED_BY_MEMORY)  # its heap may be in pieces: a fresh process decides
+        os._exit(CRASHED_BY_MEMORY)  # its heap may be fragmented: let a fresh process decide
     except OSError as error:
         reason, detail = "cannot be read", str(error.strerror)
     except Exception as error:  # a parser's or tokenizer's bug on this file: a reject with its text, never silence
@@ -86,7 +86,7 @@ def _answer(reader: "PieceReader", path: bytes) -> Answer:
 
 
 def _understand(fields: dict[str, Any], tokens: bytes) -> Piece | tuple[str, str]:
-    """The answer that a worker sent for a file. Raises ``GarbledAnswer`` if it is none."""
+    """The answer that a worker sent for a file. Raises ``GarbledAnswer`` if it makes no sense."""
     try:
         match fields:
             case {"reason": str(reason), "detail": str(detail)} if (reason + detail).encode():
@@ -95,7 +95,7 @@ def _understand(fields: dict[str, Any], tokens: bytes) -> Piece | tuple[str, str
                 len(digest) == 32 and 0 <= notes < 2**31 and 0 <= bars < 2**31 and math.isfinite(seconds)
             ):
                 return Piece(bytes.fromhex(digest), tokens, notes, bars, seconds)
-    except ValueError:  # no hexadecimal number, or no text
+    except ValueError:  # a digest that is not hexadecimal, or text that cannot be encoded
         pass
     raise GarbledAnswer(fields)
 
@@ -105,8 +105,8 @@ class _FileWorker(Worker):
 
     def __init__(self, tokenizer_file: Path, limits: Limits) -> None:
         settings = {"tokenizer_file": str(tokenizer_file), "limits": asdict(limits)}
-        # no piece has more tokens, of two bytes each: six for a note, two for a tempo, which takes seven bytes of the
-        # file, and two for a bar, of which a quarter note holds 16 at most
+        # no piece is longer: two bytes per token, six tokens per note, two per tempo (seven bytes of the file), and two
+        # per bar (at most 16 bars per quarter note)
         longest = 12 * limits.max_notes + limits.max_bytes + 64 * limits.max_quarters
         super().__init__(PROGRAM, settings, longest=longest)
         self.limits = limits
@@ -180,7 +180,7 @@ class ReaderPool:
     def _read(self, worker: _FileWorker) -> Iterator[tuple[bytes, Piece | tuple[str, str]]]:
         was_ready = worker.ready
         try:
-            fields, tokens = worker.receive(GRACE)  # one that hangs within an answer is not waited for for ever
+            fields, tokens = worker.receive(GRACE)  # not for ever, if it hangs within an answer
             answer = _understand(fields, tokens) if was_ready else None
         except WorkerFailure as failure:
             yield from self._bury(worker, failure)

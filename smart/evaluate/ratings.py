@@ -131,7 +131,7 @@ class Kept:
         text = json.dumps(settings, indent=1) + "\n"
         with writing(folder):
             if folder.exists() and (not folder.is_dir() or (not is_empty(folder) and not settings_file.is_file())):
-                raise UserError(f"--out {folder}: holds something else; give a new folder")
+                raise UserError(f"--out {folder} holds something else; choose a new folder")
             if settings_file.is_file():
                 if settings_file.read_text(encoding="utf-8") != text:
                     raise UserError(f"--out {folder}: holds ratings made with other settings; give a new folder")

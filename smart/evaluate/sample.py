@@ -208,7 +208,7 @@ def sample(
         changed = changes(read_settings(out)["settings"], settings)
         if changed:
             raise UserError(
-                f"--out {out}: holds pieces made with other settings ({'; '.join(changed)}); choose another file"
+                f"--out {out} holds pieces made with other settings ({'; '.join(changed)}); choose another file"
             )
         shutil.rmtree(parts, ignore_errors=True)  # left over if the process was killed right after writing the table
         click.echo(f"{out} is already complete: nothing to do")

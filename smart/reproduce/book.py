@@ -47,7 +47,7 @@ class Book:
         self.out = out
         try:
             if out.exists() and (not out.is_dir() or (not is_empty(out) and not (out / STATE).is_file())):
-                raise UserError(f"--out {out}: holds something else; give a new folder")
+                raise UserError(f"--out {out} holds something else; choose a new folder")
             out.mkdir(parents=True, exist_ok=True)
             self.rows: dict[str, dict[str, Any]] = {}
             if (out / STATE).is_file():

@@ -13,15 +13,15 @@ from tqdm import tqdm
 
 from smart import UserError
 
-LATE = ("miditok", "transformers.models.phi3.modeling_phi3")  # large, and imported by what every run calls
+LATE = ("miditok", "transformers.models.phi3.modeling_phi3")  # large, and needed by every run
 
 
 def run_command(program: str, load: Callable[..., Any], *, default: str, help: str) -> click.Command:
     """The command line of a program that makes a run: ``--config``, ``--set``, ``--resume``, ``--overwrite``.
 
     It reads the configuration with ``load(path, overrides)``, and only then imports the module ``program`` and calls
-    its ``train(config, resume=, overwrite=)``. What ends it before its time is one line (``in_one_line``); what was
-    saved before stays.
+    its ``train(config, resume=, overwrite=)``. An early end is explained in one line (``in_one_line``), and everything
+    saved so far is kept.
     """
 
     @click.command(help=help)
@@ -38,12 +38,12 @@ def run_command(program: str, load: Callable[..., Any], *, default: str, help: s
     def main(path: str, overrides: tuple[str, ...], resume: bool, overwrite: bool) -> None:
         if resume and overwrite:
             raise click.UsageError("--resume and --overwrite contradict each other")
-        with in_one_line("the run", "what was saved is kept: go on with --resume"):
+        with in_one_line("the run", "everything saved so far is kept: continue with --resume"):
             config = load(path, overrides)
             train = import_module(program).train
             for name in LATE:
                 import_module(name)
-            gc.freeze()  # what imports made is not looked at again, so that the garbage of an iteration is found soon
+            gc.freeze()  # later collections skip what imports made, so that they find an iteration's garbage soon
             train(config, resume=resume, overwrite=overwrite)
 
     return main
@@ -59,16 +59,16 @@ def backend_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return option(function)
 
 
-# words for it: torch's, on CUDA and on a CPU, those of threads, of C++, and of CUDA's libraries
+# how torch (on CUDA and on a CPU), Python's threads, C++ and CUDA's libraries say it
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "can't start new thread", "bad_alloc", "ALLOC_FAILED")
 
 
 @contextmanager
 def in_one_line(writing: str, then: str, *expected: type[Exception]) -> Iterator[None]:
-    """End a program with one line, and exit code 1, for what is no bug and no mistake in what was asked of it.
+    """End a program with one line and exit code 1 for failures that are neither bugs nor mistakes of the user.
 
-    That is Ctrl-C, a disk that is full or may not be written (``writing`` names what should have been), memory that
-    does not suffice, and errors of the kinds ``expected``; ``then`` says what to do.
+    These are Ctrl-C, a disk that is full or read-only (``writing`` names what could not be written), too little memory,
+    and errors of the kinds ``expected``; ``then`` says what to do.
     """
     try:
         yield
@@ -81,12 +81,12 @@ def in_one_line(writing: str, then: str, *expected: type[Exception]) -> Iterator
     except (MemoryError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if reason.startswith("Could not determine home directory"):  # pathlib's words
-            raise UserError("a path begins with ~ and means a home directory that is not known here") from error
+            raise UserError("a path begins with ~, and the home directory that it stands for is unknown") from error
         if not isinstance(error, MemoryError) and not any(words in reason for words in OUT_OF_MEMORY):
             raise
-        raise click.ClickException(f"memory did not suffice ({reason}); {then}") from error
+        raise click.ClickException(f"not enough memory ({reason}); {then}") from error
 
 
 def progress(rows: Iterable[Any] | None = None, *, show: bool = True, **options: Any) -> Any:
-    """A tqdm bar on stderr, silent where that is not a terminal, or not to ``show``."""
+    """A tqdm bar on stderr; silent if stderr is not a terminal, or if not ``show``."""
     return tqdm(rows, disable=not (show and sys.stderr.isatty()), dynamic_ncols=True, **options)

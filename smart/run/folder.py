@@ -1,4 +1,4 @@
-"""A run's folder: made, continued or replaced, and held by one process; nothing is ever lost silently."""
+"""A run's folder: created, continued or replaced, and held by one process; nothing is lost silently."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ NEEDED = ("pyarrow", "tensorboard", "matplotlib", "soundfile")
 
 
 def check_packages() -> None:
-    """Raise ``UserError`` naming what the ``track`` extra would install and is not there."""
+    """Raise ``UserError`` naming the packages of the ``track`` extra that are not installed."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         raise UserError(f"a run needs {', '.join(missing)}: pip install {' '.join(missing)}")
@@ -25,40 +25,42 @@ def check_packages() -> None:
 
 @contextmanager
 def open_run_folder(folder: Path, config: str, *, resume: bool, overwrite: bool) -> Iterator[None]:
-    """Make the run's folder, or check that it may be continued or replaced; nothing is ever lost silently.
+    """Create the run's folder, or check that it may be continued or replaced; nothing is lost silently.
 
-    Until the end of the ``with`` no other process can do the same, so that two never write one run.
+    Until the end of the ``with`` no other process can open it, so that two never write one run.
     """
     if "\0" in str(folder):
-        raise UserError(f"run {str(folder)!r}: no folder can have that name; choose another run.name")
+        raise UserError(f"run {str(folder)!r}: a folder cannot have that name; choose another run.name")
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise UserError(f"run {folder}: is not a folder; choose another run.name")
+        raise UserError(f"run {folder} is not a folder; choose another run.name")
     with ExitStack() as held:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(hold(folder))
             _make_or_check(folder, config, resume=resume, overwrite=overwrite)
         except BlockingIOError:
-            raise UserError(f"run {folder}: another process is working in it; wait for it, or stop it") from None
+            raise UserError(
+                f"run {folder}: another process is working in it; wait for that process, or stop it"
+            ) from None
         except OSError as error:
-            raise UserError(f"run {folder}: cannot be written ({error.strerror})") from None
+            raise UserError(f"run {folder} cannot be written ({error.strerror})") from None
         yield
 
 
 def _make_or_check(folder: Path, config: str, *, resume: bool, overwrite: bool) -> None:
-    # checkpoints go first, so that what is half deleted is not continued without what came before them; what says that
-    # it is a run goes last
+    # checkpoints go first, so that a half-deleted run is not continued from one of them; the file that marks the folder
+    # as a run goes last
     order = {"checkpoints": 0, CONFIG: 2}
     inside = [] if is_empty(folder) else sorted(folder.iterdir(), key=lambda path: order.get(path.name, 1))
     if inside and overwrite:
         if not (folder / CONFIG).is_file():
-            raise UserError(f"run {folder}: not overwritten, since it has no {CONFIG} and so is not a run")
+            raise UserError(f"run {folder} was not overwritten: it has no {CONFIG}, so it is not a run")
         for path in inside:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     elif inside and not resume:
         raise UserError(
-            f"run {folder}: exists already; continue it with --resume, replace it with --overwrite, "
-            "or give another name with --set run.name=NAME"
+            f"run {folder} already exists; use --resume to continue it, --overwrite to replace it, "
+            "or --set run.name=NAME to choose another name"
         )
     elif (folder / CONFIG).is_file():
         _refuse_changes(folder, config)
@@ -67,36 +69,38 @@ def _make_or_check(folder: Path, config: str, *, resume: bool, overwrite: bool) 
 
 
 def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Make ``folder`` for what ``settings`` produce, or go on with one of the same; they are kept in it as JSON.
+    """Create ``folder`` for the output of ``settings``, or continue one with the same; they are kept in it as JSON.
 
-    Raises ``UserError`` where it holds something else, was begun with other settings, or cannot be written.
+    Raises ``UserError`` if it holds something else, was begun with other settings, or cannot be written.
     """
     text, kept = json.dumps(settings, indent=1) + "\n", folder / SETTINGS
     try:
         if folder.exists() and (not folder.is_dir() or (not is_empty(folder) and not kept.is_file())):
-            raise UserError(f"--out {folder}: holds something else; give a new folder")
+            raise UserError(f"--out {folder} holds something else; choose a new folder")
         if kept.is_file():
             before = kept.read_text(encoding="utf-8", errors="replace")
             if before != text:
                 raise UserError(
-                    f"--out {folder}: holds pieces made with other settings ({_changes_in(before, text)}); "
-                    "give a new folder"
+                    f"--out {folder} holds pieces made with other settings ({_changes_in(before, text)}); "
+                    "choose a new folder"
                 )
         else:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(kept, text.encode())
     except OSError as error:
-        raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from None
+        raise UserError(f"--out {folder} cannot be written ({error.strerror})") from None
 
 
 @contextmanager
 def hold_folder(folder: Path) -> Iterator[None]:
-    """Hold a claimed folder, so that no two processes write into it. Raises ``UserError`` where another one does."""
+    """Hold a claimed folder, so that only this process writes into it. Raises ``UserError`` if another one does."""
     with ExitStack() as held:
         try:
             held.enter_context(hold(folder))
         except BlockingIOError:
-            raise UserError(f"--out {folder}: another process is working in it; wait for it, or stop it") from None
+            raise UserError(
+                f"--out {folder}: another process is working in it; wait for that process, or stop it"
+            ) from None
         yield
 
 
@@ -115,11 +119,11 @@ MAY_CHANGE = (
     "render.deadline",
     "reward.deadline",
     "track.trace_every",
-)  # without changing what comes out
+)  # these do not change the result
 
 
 def _refuse_changes(folder: Path, config: str) -> None:
-    """A run is continued under its own configuration, or it would not be that run."""
+    """Raise ``UserError`` if a run would be continued with another configuration."""
     try:
         before = parse_toml((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -127,13 +131,13 @@ def _refuse_changes(folder: Path, config: str) -> None:
     changed = changes(before, parse_toml(config), but=MAY_CHANGE)
     if changed:
         raise UserError(
-            f"run {folder}: cannot be continued with another configuration: {'; '.join(changed)}; "
+            f"run {folder} cannot be continued with another configuration: {'; '.join(changed)}; "
             f"use --config {folder / CONFIG}, or another run.name"
         )
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], *, but: Collection[str] = ()) -> list[str]:
-    """How nested settings differ, a clause for each key (dotted), those of ``but`` left out."""
+    """How nested settings differ: one clause per dotted key, except those in ``but``."""
     old, new = _flat(before), _flat(now)
     return [
         f"{key} was {old.get(key)!r} and is {new.get(key)!r}"

@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import programs
 import pytest
 from corpora import GOOD, MALFORMED, build_small, contents, hooked, run, song, table, wait_until_gone, write_songs
 
@@ -305,17 +305,11 @@ def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path, limit: int) -> No
     """A limit on the size of a file, below that of the table of what has been read, or of the tokenizer."""
     write_songs(tmp_path / "midi", range(12))
     words = [sys.executable, "-m", "smart.corpus", "build", "--midi", tmp_path / "midi", "--out", tmp_path / "out"]
-    done = subprocess.run(
-        words,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = programs.run(words, fresh=limit == 0, file_size=limit, timeout=120)
     assert done.returncode == 1 and done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.endswith("; run the same command again to continue\n")
     assert not (tmp_path / "out" / "manifest.json").exists()
-    subprocess.run(words, check=True, capture_output=True, timeout=120)
+    programs.run(words, check=True, timeout=120)
     assert len(Corpus(tmp_path / "out").split("train")) > 0
 
 

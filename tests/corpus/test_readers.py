@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import programs
 import pytest
 from corpora import GOOD, MALFORMED, contents, hooked, song, table, wait_until_gone, write_songs
 from hypothesis import given, settings
@@ -257,7 +258,7 @@ os.kill(worker.process.pid, signal.SIGSTOP)
 print(worker.process.pid, flush=True)
 time.sleep(60)
 """
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+    with programs.start([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         pid = int(process.stdout.readline())
         process.kill()

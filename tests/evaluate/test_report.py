@@ -347,6 +347,7 @@ def test_mistakes_are_one_line(make: Make, tmp_path: Path) -> None:
 # --- The whole way ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on_to_the_same_bytes_and_a_report(tmp_path: Path) -> None:
     save_base(make_tiny_model(TOKENIZER), TOKENIZER, tmp_path / "tiny")
     arguments = ["piano-small", tmp_path / "tiny", "-n", 70, "--tokens", 16, "--seconds", 1, "--sample-rate", 16000]

@@ -131,7 +131,7 @@ def test_one_process_at_a_time_and_only_in_a_folder_of_its_own(out: Path, monkey
 
 DRIVER = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from pathlib import Path
 from test_reproduce import go, step, writes
 go(Path({out!r}), writes("first", "a"), step("slow", {code!r}), writes("third", "c", "first"))
@@ -139,7 +139,7 @@ go(Path({out!r}), writes("first", "a"), step("slow", {code!r}), writes("third", 
 
 
 def drive(out: Path, code: str) -> subprocess.Popen[str]:
-    program = DRIVER.format(tests=str(Path(__file__).parent), out=str(out), code=code)
+    program = DRIVER.format(tests=[str(folder) for folder in Path(__file__).parents[:2]], out=str(out), code=code)
     return programs.start([sys.executable, "-c", program], stderr=subprocess.PIPE)
 
 
@@ -158,7 +158,7 @@ SLOW = "import time; (here / 'pid').touch(); time.sleep(600)"
 
 def test_a_killed_reproduction_takes_its_step_along_and_goes_on(out: Path) -> None:
     process = drive(out, SLOW)
-    wait_for(lambda: (out / "slow" / "pid").is_file())
+    wait_for(lambda: (out / "slow" / "pid").is_file(), process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     wait_for(lambda: _free(out))  # which the step, asleep for ten minutes, holds as long as it lives
@@ -176,7 +176,7 @@ def _free(folder: Path) -> bool:
 
 def test_ctrl_c_reaches_the_step_and_says_how_to_go_on(out: Path) -> None:
     process = drive(out, SLOW)
-    wait_for(lambda: (out / "slow" / "pid").is_file())
+    wait_for(lambda: (out / "slow" / "pid").is_file(), process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode and "stopped in step slow; the same command goes on from here" in errors
@@ -250,6 +250,7 @@ def test_every_step_is_a_command_that_its_program_takes(tmp_path: Path) -> None:
             assert any(str(tmp_path) in str(value) for value in parsed.params.values()), "it writes into OUT"
 
 
+@pytest.mark.slow
 def test_what_the_base_writes_becomes_a_corpus_and_survives_a_kill(tmp_path: Path) -> None:
     """The first steps of the smoke test as a user starts them, killed while the second one works, and again."""
     out = tmp_path / "out"

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
+import programs
 import pytest
 import torch
 
@@ -190,7 +191,7 @@ print("alive", flush=True)
 scorer.collect([clip])
 print("not reached")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    done = programs.run([sys.executable, "-c", code], timeout=50)
     assert (done.returncode, done.stdout) == (1, "[1.0, 1.0]\nalive\n")
     assert (
         done.stderr == "Error: reward Hangs gave no answer within 0.5 s, so the process ends; what was saved is kept\n"
@@ -200,7 +201,7 @@ print("not reached")
 def test_a_reward_that_hangs_ends_the_process_though_nobody_listens() -> None:
     code = "import time; from smart.rollout.scorer import _within\nwith _within(0.3, 'it'): time.sleep(30)"
     reading, writing = os.pipe()
-    with subprocess.Popen([sys.executable, "-c", code], stderr=writing) as process:
+    with programs.start([sys.executable, "-c", code], stderr=writing) as process:
         os.close(reading)
         os.close(writing)
         assert process.wait(20) == 1
@@ -219,7 +220,7 @@ print("done", flush=True)
 
 
 def test_a_pause_is_no_hang() -> None:
-    with subprocess.Popen([sys.executable, "-c", PAUSED], stdout=subprocess.PIPE, text=True) as process:
+    with programs.start([sys.executable, "-c", PAUSED], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == "begun\n"
         process.send_signal(signal.SIGSTOP)
         time.sleep(4)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -198,7 +199,7 @@ while True:
 """
     reached = 0
     for delay in (0.01, 0.05, 0.013, 0.11, 0.027, 0.06):
-        process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(reached)])
+        process = programs.start([sys.executable, "-c", code, str(tmp_path), str(reached)])
         deadline = time.monotonic() + 60
         while not any(step > reached for step in checkpoint.steps(tmp_path)):
             assert time.monotonic() < deadline

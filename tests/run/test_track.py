@@ -37,7 +37,7 @@ def test_prepare_never_loses_a_run(tmp_path: Path) -> None:
 
     begin()
     (folder / "metrics.jsonl").write_text("kept")
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         begin()
     begin(CONFIG.replace("workers = 2", "workers = 1"), resume=True)
     with pytest.raises(UserError, match=r"grpo\.beta was 0\.04 and is 0\.0"):
@@ -86,13 +86,13 @@ def test_a_kill_at_the_first_write_leaves_nothing_in_the_way(tmp_path: Path) -> 
 
 
 def test_a_name_that_no_folder_can_have_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no folder can have that name"):
+    with pytest.raises(UserError, match="a folder cannot have that name"):
         open_run_folder(tmp_path / "a\0b", CONFIG, resume=False, overwrite=False).__enter__()
 
 
 def test_prepare_deletes_nothing_that_is_not_a_run(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years")
-    with pytest.raises(UserError, match=r"has no config\.toml and so is not a run"):
+    with pytest.raises(UserError, match=r"has no config\.toml, so it is not a run"):
         open_run_folder(tmp_path, CONFIG, resume=False, overwrite=True).__enter__()
     assert (tmp_path / "thesis.tex").exists()
     (tmp_path / "file").write_text("")
@@ -164,8 +164,8 @@ def test_memory_and_disk_that_do_not_suffice_are_one_line(error: Exception, monk
 
     done = CliRunner().invoke(program(train, monkeypatch), [])
     assert done.exit_code == 1 and done.output.count("\n") == 1
-    assert ("did not suffice" in done.output) != ("the run could not be written" in done.output)
-    assert done.output.endswith("; what was saved is kept: go on with --resume\n")
+    assert ("not enough memory" in done.output) != ("the run could not be written" in done.output)
+    assert done.output.endswith("; everything saved so far is kept: continue with --resume\n")
 
 
 def test_a_bug_is_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +181,7 @@ def test_a_home_of_nobody_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
     done = CliRunner().invoke(program(train, monkeypatch), [])
     assert done.exit_code == 2 and done.output == (
-        "Error: a path begins with ~ and means a home directory that is not known here\n"
+        "Error: a path begins with ~, and the home directory that it stands for is unknown\n"
     )
 
 
