@@ -42,7 +42,13 @@ PER_PROCESS = (
     "MASTER_ADDR",
     "MASTER_PORT",
 )
-LATE = ("matplotlib.pyplot", "pyarrow.parquet", "scipy.stats", "torch.utils.tensorboard")  # imported by functions
+LATE = (
+    "matplotlib.pyplot",
+    "pyarrow.parquet",
+    "scipy.stats",
+    "torch.utils.tensorboard",
+    "transformers.models.phi3.modeling_phi3",
+)  # imported by functions
 
 
 def start(
