@@ -40,6 +40,11 @@ def test_links_and_names_exist(page: Path) -> None:
         assert (page.parent / target).exists(), target
     for name in re.findall(r"`(?:configs/)?([\w-]+\.toml)`", text):
         assert name in {*shipped(), "config.toml", "pyproject.toml"}, name
+    tests = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    for name in re.findall(r"`(?:tests/)?(?:[\w]+/)?(test_\w+\.py)`", text):
+        assert name in tests, name
+    for name in re.findall(r"`(smart/[\w/]+(?:\.py|/))`", text):
+        assert (ROOT / name).exists(), name
 
 
 def test_every_logged_metric_is_defined() -> None:
