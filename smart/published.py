@@ -1,4 +1,4 @@
-"""What the paper published (Jonason, Casini, Sturm 2025), to stand beside what is measured here."""
+"""The paper's published numbers (Jonason, Casini, Sturm 2025), for comparison with those measured here."""
 
 AXES = ("CE", "CU", "PC", "PQ")  # Audiobox Aesthetics: enjoyment and usefulness of the content, complexity and quality
 BASE = "lucacasini/metamidipianophi3_4L"  # section 3.1, on the Hugging Face hub

@@ -85,7 +85,7 @@ def check_structure(data: bytes, limits: Limits) -> int:
         if name == b"MTrk":
             found += 1
             if place > len(data):
-                raise Reject("truncated", f"track {found} should go on for {place - len(data)} bytes")
+                raise Reject("truncated", f"track {found} lacks its last {place - len(data)} bytes")
             silence = max(silence, _check_track(data, place - length, place, f"track {found}"))
     if found < tracks:
         raise Reject("truncated", f"{found} tracks, the header says {tracks}")

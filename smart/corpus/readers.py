@@ -131,7 +131,7 @@ class ReaderPool:
     """``count`` workers; ``answers`` runs tasks through them and replaces those that die.
 
     The file that a worker was reading when it died, ran out of time or answered nonsense is read once more by another,
-    because the file may not be to blame: the machine slept, somebody killed the worker, a parser leaked. The second
+    because the file may not be to blame: the machine slept, the worker was killed, a parser leaked. The second
     failure rejects the file. A worker dies with the thread that started it, so one thread must make the pool and ask
     for answers.
     """

@@ -1,4 +1,4 @@
-"""The state of a reproduction: which steps are done, and with what."""
+"""The steps of a reproduction: which are done, from which inputs, and running the rest."""
 
 import contextlib
 import hashlib
@@ -19,23 +19,23 @@ from smart.files import hold, is_empty, parse_json, sha256, write_atomically
 from smart.run import StopRequest
 
 STATE, LOGS, REPLACED = "state.json", "logs", "replaced"
-OUT = "{out}"  # in a step's words: the folder that all goes into, wherever it is
+OUT = "{out}"  # stands for the output folder in a step's words
 
 
 class Step(NamedTuple):
-    """One program to run, and what it makes in the folder ``<OUT>/<name>``."""
+    """One program to run, and its outputs in the folder ``<OUT>/<name>``."""
 
     name: str
     title: str
     words: tuple[str, ...]  # module and arguments, after ``python -m``
-    outputs: tuple[str, ...]  # patterns below the step's folder: what later steps and the page read
+    outputs: tuple[str, ...]  # patterns in the step's folder: the files that later steps and the page read
     after: tuple[str, ...] = ()  # steps whose outputs it reads
-    given: str = ""  # what else decides what comes out: a configuration's text, checksums of files from outside
-    resume: tuple[str, ...] = ()  # said beside, where it was begun before
-    last: str = ""  # what the program writes last, in one rename, where it refuses to run once that is there
+    given: str = ""  # other inputs: a configuration's text, checksums of files from elsewhere
+    resume: tuple[str, ...] = ()  # further arguments to continue an unfinished step
+    last: str = ""  # the file that the program writes last, in one rename, if it refuses to run once that exists
 
     def key(self, done: dict[str, dict[str, Any]]) -> str:
-        """A hash of the command, and of what the steps before it made."""
+        """A hash of the command and of the outputs of the steps before it."""
         made = {name: done[name]["outputs"] for name in self.after}
         return hashlib.sha256(json.dumps([self.words, self.given, made], sort_keys=True).encode()).hexdigest()
 
@@ -53,13 +53,13 @@ class Book:
             if (out / STATE).is_file():
                 self.rows = parse_json((out / STATE).read_text(encoding="utf-8"))
                 if not isinstance(self.rows, dict) or not all(map(self._is_row, self.rows.values())):
-                    raise ValueError("it is of another shape")
+                    raise ValueError("it has a different structure")
             else:
                 self._write()
         except OSError as error:
             raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
         except ValueError as error:
-            raise UserError(f"--out {out}: {STATE} cannot be read ({error}); give a new folder") from None
+            raise UserError(f"--out {out}: {STATE} cannot be read ({error}); choose a new folder") from None
 
     @staticmethod
     def _is_row(row: Any) -> bool:
@@ -74,25 +74,25 @@ class Book:
         write_atomically(self.out / STATE, json.dumps(self.rows, indent=1).encode())
 
     def is_done(self, step: Step) -> bool:
-        """Whether a step was finished, with this command and these inputs, and what it made is as it was."""
+        """Whether a step was finished with this command and these inputs, and its outputs are unchanged."""
         row = self.rows.get(step.name)
         if row is None or "outputs" not in row or any(name not in self.rows for name in step.after):
             return False
         return bool(row["key"] == step.key(self.rows)) and self.made(step) == row["outputs"]
 
     def was_begun(self, step: Step) -> bool:
-        """Whether what is in the step's folder comes from this command and these inputs, unfinished."""
+        """Whether the step's folder holds unfinished work of this command and these inputs."""
         row = self.rows.get(step.name)
         return row is not None and "outputs" not in row and bool(row["key"] == step.key(self.rows))
 
     def made(self, step: Step) -> dict[str, str]:
-        """SHA-256 of each output that there is, by its name."""
+        """SHA-256 of each existing output, by name."""
         folder = self.out / step.name
         files = sorted({path for pattern in step.outputs for path in folder.glob(pattern) if path.is_file()})
         return {str(path.relative_to(folder)): sha256(path) for path in files}
 
     def begin(self, step: Step) -> None:
-        """Note that a step is being done; what its folder held before is moved out of the way."""
+        """Record that a step has begun; earlier contents of its folder are moved to ``replaced/``."""
         folder = self.out / step.name
         if folder.exists():
             aside = self.out / REPLACED
@@ -103,47 +103,49 @@ class Book:
         self._write()
 
     def spend(self, step: Step, seconds: float) -> float:
-        """Add to a step's time; returns the sum."""
+        """Add to a step's time; returns the total."""
         self.rows[step.name]["seconds"] = total = self.rows[step.name]["seconds"] + seconds
         self._write()
         return float(total)
 
     def finish(self, step: Step) -> None:
-        """Note that a step is done."""
+        """Record that a step is done."""
         self.rows[step.name]["outputs"] = self.made(step)
         self._write()
 
 
 @contextlib.contextmanager
 def hold_out(out: Path) -> Iterator[int]:
-    """Hold the folder's lock, whose descriptor is handed to each step's process: one that outlives us keeps it."""
+    """Hold the folder's lock. Each step's process gets its descriptor and keeps it, even if it outlives this one."""
     with contextlib.ExitStack() as held:
-        for patience in range(100, -1, -1):  # a step whose starter was killed takes a moment to end
+        for patience in range(100, -1, -1):  # a step takes a moment to end after its parent was killed
             try:
                 lock = held.enter_context(hold(out))
                 break
             except BlockingIOError:
                 if not patience:
-                    raise UserError(f"--out {out}: another process is working in it; wait for it, or stop it") from None
+                    raise UserError(
+                        f"--out {out}: another process is working in it; wait for that process, or stop it"
+                    ) from None
                 time.sleep(0.1)
         yield lock
 
 
-# a step's process before its program: it ends at once when the process that started it (its first argument) does
+# runs before a step's program: the process ends as soon as its parent (its first argument) does
 START = """
 import ctypes, os, runpy, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
 if os.getppid() != int(sys.argv[1]):
-    sys.exit("whoever started this has ended")
+    sys.exit("the process that started this one has ended")
 del sys.argv[:2]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 
 
 def run(step: Step, out: Path, log: Path, lock: int, stop: StopRequest, say: str, *, again: bool) -> int:
-    """Run one step's program, with its output in ``log``; returns its exit code, or minus the signal that ended it.
+    """Run one step's program, with its output in ``log``; returns its exit code, or minus the number of the signal that ended it.
 
-    A request to stop is passed on as SIGINT: every program then saves what it has.
+    A request to stop is passed on as SIGINT, on which every program saves its work.
     """
     words = [word.replace(OUT, str(out)) for word in (*step.words, *(step.resume if again else ()))]
     log.parent.mkdir(exist_ok=True)
@@ -157,7 +159,7 @@ def run(step: Step, out: Path, log: Path, lock: int, stop: StopRequest, say: str
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for us; it is passed on below
+            start_new_session=True,  # Ctrl-C reaches only this process, which passes it on below
             pass_fds=(lock,),
         )
         began, told = time.monotonic(), 0
@@ -173,7 +175,7 @@ def run(step: Step, out: Path, log: Path, lock: int, stop: StopRequest, say: str
                     child.send_signal(signal.SIGINT)
                 if shown:
                     _overwrite(f"{say} {_clock(time.monotonic() - began)}  {_last_line(log)}")
-        except BaseException:  # a second Ctrl-C, or our own failure
+        except BaseException:  # a second Ctrl-C, or a failure here
             child.kill()
             child.wait()
             raise
@@ -184,14 +186,14 @@ def run(step: Step, out: Path, log: Path, lock: int, stop: StopRequest, say: str
 
 
 def _overwrite(text: str) -> None:
-    with contextlib.suppress(OSError):  # a terminal that was closed
+    with contextlib.suppress(OSError):  # the terminal was closed
         width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
         sys.stderr.write(f"\r\033[K{text[:width]}")
         sys.stderr.flush()
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # a terminal that was closed, a pipe that nobody reads any more
+    with contextlib.suppress(OSError):  # the terminal was closed, or nobody reads the pipe any more
         click.echo(text, err=True)
 
 
@@ -208,7 +210,7 @@ def _clock(seconds: float) -> str:
 
 
 def perform(steps: Sequence[Step], out: Path, book: Book, lock: int) -> None:
-    """Do what is not done yet. Raises ``click.ClickException`` with the step's exit code where one fails."""
+    """Run the steps that are not done yet. Raises ``click.ClickException`` with the step's exit code if one fails."""
     with StopRequest() as stop:
         for number, step in enumerate(steps, 1):
             say = f"[{number:2}/{len(steps)}] {step.name}: {step.title}"
@@ -219,25 +221,27 @@ def perform(steps: Sequence[Step], out: Path, book: Book, lock: int) -> None:
             again = book.was_begun(step)
             if not again:
                 book.begin(step)
-            _say(f"{say} - {'goes on' if again else 'begins'}")
+            _say(f"{say} - {'continues' if again else 'begins'}")
             began = time.monotonic()
             finished = again and step.last and (out / step.name / step.last).is_file()
             code = 0 if finished else run(step, out, log, lock, stop, say, again=again)
             seconds = book.spend(step, time.monotonic() - began)
             if stop.requested and code:
-                raise _Failed(f"stopped in step {step.name}; the same command goes on from here", 128 + stop.requested)
+                raise _Failed(
+                    f"stopped in step {step.name}; run the same command again to continue", 128 + stop.requested
+                )
             missing = [pattern for pattern in step.outputs if not any((out / step.name).glob(pattern))]
             if code or missing:
                 what = _ended(code) if code else f"did not write {', '.join(missing)}"
                 raise _Failed(
                     f"step {step.name} {what}; its log is {log}, which ends:\n"
-                    f"  {_last_line(log)}\nThe same command goes on from this step.",
+                    f"  {_last_line(log)}\nRun the same command again to continue with this step.",
                     code if code > 0 else 1,
                 )
             book.finish(step)
             _say(f"{say} - done in {_clock(seconds)}")
             if stop.requested:
-                raise _Failed("stopped; the same command goes on from here", 128 + stop.requested)
+                raise _Failed("stopped; run the same command again to continue", 128 + stop.requested)
 
 
 def _ended(code: int) -> str:

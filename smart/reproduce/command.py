@@ -1,14 +1,14 @@
 """The whole paper in one command: ``python -m smart.reproduce --config paper.toml --corpus FOLDER --out FOLDER``.
 
-It runs the other programs, one after another, each as a process: the base's check, the tuning of section 3.5, the
-longer runs of section 5.2, the dataset prompts of section 5.3, then every table and figure; and writes ``index.html``,
-which puts what the paper published beside what was measured here. ``--smoke`` does all of it with what ships with the
-package, offline, in minutes: it shows that everything works, and says nothing about music.
+It runs the other programs one after another, each in its own process: a check of the base, the tuning of section 3.5,
+the longer runs of section 5.2, the dataset prompts of section 5.3, then every table and figure. Finally it writes
+``index.html``, which puts the paper's numbers next to those measured here. ``--smoke`` does all of this at a tiny size,
+offline and in minutes, with what the package ships: it shows that everything works, and says nothing about music.
 
-Each step owns one folder in OUT. A step is finished when its process ended well and what it made is listed, with its
-SHA-256, in ``state.json``; it is done again where its command, a configuration that it reads, or what an earlier step
-made has changed since; what it made before is moved to ``replaced/``. So the same command goes on after a failure,
-Ctrl-C or SIGKILL at any instant: finished steps are passed over, and an unfinished one continues where its program can.
+Each step has its own folder in OUT. A step is finished when its process has succeeded and its outputs are listed in
+``state.json`` with their SHA-256. It is repeated if its command, a configuration that it reads, or the output of an
+earlier step has changed; its old outputs are moved to ``replaced/``. After a failure, Ctrl-C or SIGKILL at any time the
+same command continues: it skips finished steps and resumes an unfinished one where its program can.
 """
 
 import dataclasses
@@ -28,15 +28,33 @@ from smart.run import in_one_line
 
 
 @click.command()
-@click.option("--config", "path", help="TOML file, or a shipped one's name.  [default: paper.toml]")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder, new or unfinished.")
-@click.option("--corpus", type=click.Path(path_type=Path), help="Folder written by smart corpus build.")
+@click.option("--config", "path", help="Config file (TOML), or the name of a shipped one.  [default: paper.toml]")
 @click.option(
-    "--recording", "recordings", multiple=True, type=click.Path(path_type=Path), help="Audio to rate; repeatable."
+    "--out", type=click.Path(path_type=Path), required=True, help="Output folder: a new one, or one to continue."
 )
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one key of all runs.")
-@click.option("--smoke", is_flag=True, help="All of it, tiny, with what ships with the package; offline, in minutes.")
-@click.option("--list", "listing", is_flag=True, help="Show the steps, and what is missing; do nothing.")
+@click.option(
+    "--corpus",
+    type=click.Path(path_type=Path),
+    help="Corpus for dataset prompts: a folder written by smart corpus build.",
+)
+@click.option(
+    "--recording",
+    "recordings",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Recording to rate for table 1 (repeatable).",
+)
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="Override one setting in all runs (repeatable).",
+)
+@click.option(
+    "--smoke", is_flag=True, help="Run everything at a tiny size, offline and in minutes, with what the package ships."
+)
+@click.option("--list", "listing", is_flag=True, help="List the steps and everything that is missing, then exit.")
 def main(
     path: str | None,
     out: Path,
@@ -46,7 +64,7 @@ def main(
     smoke: bool,
     listing: bool,
 ) -> None:
-    """Every experiment, table and figure of the paper, into one folder with a page that compares."""
+    """Run every experiment of the paper into one folder, with a page that compares the results."""
     if smoke and (path is not None or corpus is not None):
         raise click.UsageError("--smoke brings its own configuration and corpus: leave out --config and --corpus")
     config: Config = load("quickstart.toml", (*SMOKE, *overrides)) if smoke else load(path or "paper.toml", overrides)
@@ -62,11 +80,11 @@ def main(
     steps = plan(config, where, fonts, recordings, found.checksums() if found else "")
     if listing:
         _list(steps, out)
-        click.echo("nothing is missing" if found else problem)
+        click.echo("All requirements found." if found else problem)
         return
     assert found is not None
     book = Book(out)
-    with in_one_line("the reproduction", "the same command goes on from here"), hold_out(out) as lock:
+    with in_one_line("the reproduction", "run the same command again to continue"), hold_out(out) as lock:
         (out / CONFIGS).mkdir(exist_ok=True)
         for name, one in variants(config, str(corpus) if corpus else str(out / "corpus")).items():
             write_atomically(out / CONFIGS / f"{name}.toml", dumps(one).encode())

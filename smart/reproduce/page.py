@@ -16,7 +16,7 @@ from smart.run import read_metrics
 
 
 class Section(NamedTuple):
-    """A part of the page: words, a table (its first row is the header), figures with their data."""
+    """A part of the page: text, a table (its first row is the header), and figures."""
 
     title: str
     words: str = ""
@@ -25,7 +25,7 @@ class Section(NamedTuple):
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """A number as the page shows it; a dash where there is none."""
+    """A number as the page shows it; a dash if it is missing."""
     return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
 
 
@@ -36,18 +36,18 @@ def with_interval(estimate: dict[str, float | None], digits: int = 2) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """What a step wrote."""
+    """The JSON file that a step wrote."""
     return parse_json(path.read_text(encoding="utf-8"))
 
 
 def duration(run: Path) -> float:
-    """Minutes of a run's iterations, added up."""
+    """Total minutes of a run's iterations."""
     rows = read_metrics(run)
     return sum(row.get("seconds/iteration") or 0.0 for row in rows) / 60
 
 
 def sections(out: Path, config: Config, found: Found) -> list[Section]:
-    """All of the page, from what the steps wrote."""
+    """The whole page, from the outputs of the steps."""
     real = bool(getattr(found.reward, "is_published", False))
     return [
         _training(out, config),
@@ -58,7 +58,7 @@ def sections(out: Path, config: Config, found: Found) -> list[Section]:
         _frontier(out),
         Section(
             "Listening study (section 4.3, table 5)",
-            "Not reproduced here: it needs listeners. The paper's values; smart study makes and analyses one.",
+            "Not reproduced, because it needs listeners. The values are the paper's; smart study holds a new study.",
             [("", "paper"), *LISTENING.items()],
         ),
     ]
@@ -85,11 +85,11 @@ def _training(out: Path, config: Config) -> Section:
     return Section(
         "Tuning (sections 3.5, 5.2 and 5.3; figure 2)",
         f"The paper: {ITERATIONS} iterations in {MINUTES} minutes on one NVIDIA GeForce RTX 3090. Minutes "
-        "are of another machine here, and so are no verdict. Rewards: means of fresh samples, with 95% intervals.",
+        "measured here are from a different machine. Rewards are means of fresh samples, with 95% intervals.",
         rows,
         [
             (
-                "Figure 2: mean reward by iteration, and one standard deviation",
+                "Figure 2: mean reward by iteration, with one standard deviation",
                 out / "report" / "reward-by-iteration.png",
             )
         ],
@@ -111,9 +111,9 @@ def _table_1(out: Path, kind: str, real: bool) -> Section:
         if name not in TABLE_1:
             mine = [ratings.get(axis, "") for axis in AXES]
             rows.append((name, *(f"- / {number(float(here)) if here else '-'}" for here in mine), ""))
-    words = f"Here: {kind}. Recordings are not part of this package; one that is called as its row is set beside it."
+    words = f"Here: {kind}. The package has no recordings; yours appears in a row if its file has that name."
     if not real:
-        words += " No verdict: these are not the published weights of Audiobox Aesthetics."
+        words += " No verdict, because these are not the published weights of Audiobox Aesthetics."
     return Section("Table 1: ratings of recordings, silence and noise", words, rows)
 
 
@@ -145,8 +145,8 @@ def _table_2(out: Path, real: bool) -> Section:
         rows.append((name, *cells, f"{sum(inside)} of {len(inside)} agree" if real and inside else ""))
     return Section(
         "Table 2: the same pieces with several soundfonts",
-        "The paper's ten pieces are not known; these are others. So a verdict says whether the paper's mean is in the "
-        "95% interval of the mean here, and is given for the published weights alone.",
+        "The paper's ten pieces are not known, so these are different ones. A verdict says whether the paper's mean lies "
+        "in the 95% interval of the mean here; it is given only for the published weights.",
         rows,
         [("Means, and rank correlation over pieces", out / "table-2" / "soundfonts.png")],
     )
@@ -166,8 +166,8 @@ def _effects(out: Path, judged: bool) -> list[Section]:
         found.append(
             Section(
                 f"{prompts} prompts: effects of tuning (section 5.1; figures {figures})",
-                "The paper prints no numbers for these, but says which way they go."
-                + ("" if judged else " No verdict: the base or the reward is not the paper's."),
+                "The paper gives no numbers for these, only directions."
+                + ("" if judged else " No verdict, because the base or the reward is not the paper's."),
                 rows,
                 pictures,
             )
@@ -181,8 +181,8 @@ def _hacks(out: Path) -> Section:
         mean, apart = _here(line, "mean", ""), _here(line, "difference", "difference_")
         rows.append((line["probe"], line["kind"], line["rating"], mean, apart, line["verdict"]))
     return Section(
-        "What else than music the reward likes",
-        "Not in the paper. Each probe is made from each of the base's pieces, and compared with it.",
+        "Can the reward be fooled by non-music?",
+        "Not in the paper. Each probe is made from each of the base's pieces and compared with it.",
         rows,
         [("Ratings of probes", out / "hacks" / "hacks.png")],
     )
@@ -194,7 +194,7 @@ def _csv(path: Path) -> list[dict[str, str]]:
 
 
 def _here(line: dict[str, str], name: str, prefix: str) -> str:
-    """``name`` of a line of a table, with its interval, which stands in the columns ``<prefix>low`` and ``high``."""
+    """``name`` of a table row, with its interval from the columns ``<prefix>low`` and ``<prefix>high``."""
     middle, low, high = (number(float(line[key] or "nan"), 3) for key in (name, f"{prefix}low", f"{prefix}high"))
     return f"{middle} [{low}, {high}]"
 
@@ -202,7 +202,7 @@ def _here(line: dict[str, str], name: str, prefix: str) -> str:
 def _frontier(out: Path) -> Section:
     summary = read_json(out / "frontier" / "summary.json")
     rows: list[Sequence[str]] = [
-        ("run", "checkpoint to keep", "reward, against the base", "judge, against the base", "collapsed")
+        ("run", "checkpoint to keep", "reward, against the base", "second score, against the base", "collapsed")
     ]
     for name, one in summary["runs"].items():
         gone = one["collapsed"]
@@ -215,7 +215,7 @@ def _frontier(out: Path) -> Section:
                 f"{len(gone)}, from iteration {gone[0]['step']}: {gone[0]['why']}" if gone else "none",
             )
         )
-    words = [f"Judge: {summary['judge']}. {summary['prompts']} held-out prompts. The rule: {summary['rule']}"]
+    words = [f"Second score: {summary['judge']}. {summary['prompts']} held-out prompts. The rule: {summary['rule']}"]
     words += [
         f"{fit['series']}, {fit['measure']}: alpha {with_interval(fit['alpha'])}, beta {with_interval(fit['beta'])}."
         if fit["alpha"]
@@ -228,7 +228,7 @@ def _frontier(out: Path) -> Section:
         rows,
         [
             (
-                "Reward, judge and diversity against KL; laws of Gao, Schulman and Hilton (2023)",
+                "Reward, second score and diversity against KL; laws of Gao, Schulman and Hilton (2023)",
                 out / "frontier" / "frontier.png",
             )
         ],
@@ -236,13 +236,13 @@ def _frontier(out: Path) -> Section:
 
 
 def write_page(steps: Sequence[Step], out: Path, book: Book, config: Config, found: Found, *, smoke: bool) -> Path:
-    """``index.html``: one file, with its figures in it, and links to their data beside it."""
+    """Write ``index.html``: one file that contains its figures and links to their data."""
     import jinja2
 
     template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page.filters["embed"] = lambda path: base64.b64encode(path.read_bytes()).decode()
-    page.filters["beside"] = lambda path: str(path.relative_to(out))
+    page.filters["relative"] = lambda path: str(path.relative_to(out))
     page.globals["siblings"] = lambda path: sorted(
         other for other in path.parent.glob(f"{path.stem}.*") if other.suffix in (".pdf", ".csv", ".parquet")
     )

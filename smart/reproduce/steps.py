@@ -1,4 +1,4 @@
-"""Every experiment of the paper as a step: a command, what it needs, what it leaves."""
+"""Every experiment of the paper as a step: its command, inputs and outputs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PACKAGES = (*NEEDED, "jinja2", "scipy")
 
 
 class Found(NamedTuple):
-    """What comes from outside."""
+    """The inputs that come from elsewhere."""
 
     base: Path
     reward: Reward
@@ -36,13 +36,13 @@ class Found(NamedTuple):
     soundfonts: list[Path]
 
     def checksums(self) -> str:
-        """Of the files that decide what comes out."""
+        """Checksums of the files that affect the results."""
         files = [self.base / "model.safetensors", *self.soundfonts]
         files += [self.corpus.folder / MANIFEST] if self.corpus else []
         return " ".join([*map(sha256, files), self.reward.provenance])
 
 
-# with the quickstart's base, reward and soundfont: everything once, in minutes on two cores
+# settings on top of the quickstart's with which everything takes minutes on two cores
 SMOKE = (
     "run.name=smoke",
     "grpo.iterations=4",
@@ -58,9 +58,9 @@ SMOKE = (
     "track.final_prompts=24",
     "track.final_listen=2",
 )
-SMOKE_PIECES = 96  # that the base writes for a corpus: enough that no split of it is empty
-PIECES = 10  # of the corpus, for table 2
-PROBED = 24  # pieces that probes are made of
+SMOKE_PIECES = 96  # written by the base as a corpus: enough that none of its splits is empty
+PIECES = 10  # from the corpus, for table 2
+PROBED = 24  # pieces that the probes are made from
 LONGER = 5  # section 5.2: 1000 iterations instead of 200
 
 
@@ -83,9 +83,9 @@ def variants(config: Config, corpus: str) -> dict[str, Config]:
 def plan(
     config: Config, corpus: Path | None, fonts: Sequence[str], recordings: Sequence[Path], outside: str
 ) -> list[Step]:
-    """All steps, in order. Without ``corpus`` the base writes one first; ``outside`` tells files from elsewhere."""
+    """All steps, in order. Without ``corpus`` the base writes one first; ``outside`` identifies other input files."""
     many, n = config.track.final_prompts, str(config.track.final_prompts)
-    own = () if corpus else ("corpus",)  # what a step with dataset prompts waits for
+    own = () if corpus else ("corpus",)  # the step that dataset prompts wait for
     folder = str(corpus) if corpus else f"{OUT}/corpus"
     sound = ("--soundfont", config.render.soundfont, "--sample-rate", str(config.render.sample_rate))
     device = ("--device", config.run.device)
@@ -117,7 +117,7 @@ def plan(
         where = ("--prompts", kind, *(("--corpus", folder) if kind == "dataset" else ()))
         return Step(
             name,
-            f"{n} pieces of each of {len(models)} models, {kind} prompts",
+            f"{n} pieces per model, {len(models)} models, {kind} prompts",
             ("smart.evaluate", "sample", *models, "--out", f"{OUT}/{name}/{kind}.parquet", "-n", n, *where, *rates,
              *sound, *drawn, *device),
             (f"{kind}.parquet",),
@@ -157,14 +157,14 @@ def plan(
         ),
         Step(
             "hacks",
-            f"what else than music the reward likes, beside {PROBED} pieces of the base",
+            f"ratings of non-music, compared with {PROBED} pieces of the base",
             ("smart.evaluate", "hacks", "--model", config.model.base, "-n", str(PROBED), *rates, *sound, *device,
              "--seconds", f"{config.render.seconds:g}", "--out", f"{OUT}/hacks"),
             ("hacks.csv", "hacks.png"),
         ),
         Step(
             "frontier",
-            "reward, a held-out judge and diversity against KL",
+            "reward, a second score and diversity against KL",
             ("smart.evaluate", "frontier", *(f"{OUT}/{run}" for run in aggressive), "--out", f"{OUT}/frontier",
              "-n", str(max(many // 4, 8)), "--best-of", str(min(max(many // 8, 4), 16)), *device),
             ("frontier.png", "frontier.csv", "summary.json"),
@@ -190,7 +190,7 @@ def plan(
 def find(
     config: Config, corpus: Path | None, fonts: Sequence[str], recordings: Sequence[Path], *, smoke: bool
 ) -> Found:
-    """Everything that the steps need from outside. Raises one ``UserError`` that lists all that is missing."""
+    """Find all inputs from elsewhere. Raises one ``UserError`` that lists everything that is missing."""
 
     def packages() -> None:
         missing = [name for name in PACKAGES if find_spec(name) is None]

@@ -116,7 +116,7 @@ def test_a_program_that_refuses_to_go_on_once_it_is_finished_is_not_started_agai
 def test_one_process_at_a_time_and_only_in_a_folder_of_its_own(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go(out, writes("first", "a"))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    with hold_out(out), pytest.raises(UserError, match="another process is working in it"), hold_out(out):
+    with hold_out(out), pytest.raises(UserError, match="another process works in it"), hold_out(out):
         pass
     foreign = out.with_name("foreign")
     foreign.mkdir()
@@ -179,7 +179,7 @@ def test_ctrl_c_reaches_the_step_and_says_how_to_go_on(out: Path) -> None:
     wait_for(lambda: (out / "slow" / "pid").is_file(), process)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode and "stopped in step slow; the same command goes on from here" in errors
+    assert process.returncode and "stopped in step slow; run the same command again to continue" in errors
     rows = json.loads((out / "state.json").read_text())
     assert "outputs" in rows["first"] and "outputs" not in rows["slow"] and "third" not in rows
 
@@ -198,7 +198,7 @@ def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "smart.reproduce", "--smoke", "--out", str(tmp_path / "out")]
     done = programs.run(words, fresh=True, file_size=500, timeout=120)
     assert done.returncode == 1 and done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1, done.stderr
-    assert done.stderr.endswith("; the same command goes on from here\n")
+    assert done.stderr.endswith("; run the same command again to continue\n")
 
 
 def test_the_runs_are_those_of_the_shipped_configurations() -> None:
