@@ -14,6 +14,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
+# the files that take longest: with several processes, one that begins last would keep all others waiting
+LONG = (
+    "test_study_browser", "test_docs_pages", "test_runs_interrupted", "test_docs", "test_pretrain", "test_benchmarks",
+    "test_runs", "test_readers", "test_distributed", "test_audiobox", "test_build", "test_report", "test_pool",
+)  # fmt: skip
+
 # Before anything imports torch: several test processes share the cores, and threads that wait for each other on a busy
 # machine make a test of seconds one of minutes. What the user has set stays.
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -25,6 +31,16 @@ if (found := importlib.util.find_spec("smart")) is None or found.origin is None:
     root = str(Path(__file__).parent.parent)
     sys.path.insert(0, root)
     os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist's, which begins with the files of most tests
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture(autouse=True, scope="module")
