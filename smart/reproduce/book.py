@@ -124,9 +124,7 @@ def hold_out(out: Path) -> Iterator[int]:
                 break
             except BlockingIOError:
                 if not patience:
-                    raise UserError(
-                        f"--out {out}: another process is working in it; wait for that process, or stop it"
-                    ) from None
+                    raise UserError(f"--out {out}: another process works in it; wait for it, or stop it") from None
                 time.sleep(0.1)
         yield lock
 

@@ -111,7 +111,7 @@ def _table_1(out: Path, kind: str, real: bool) -> Section:
         if name not in TABLE_1:
             mine = [ratings.get(axis, "") for axis in AXES]
             rows.append((name, *(f"- / {number(float(here)) if here else '-'}" for here in mine), ""))
-    words = f"Here: {kind}. The package has no recordings; yours appears in a row if its file has that name."
+    words = f"Here: {kind}. The package has no recordings; yours fills a row if its file has that name."
     if not real:
         words += " No verdict, because these are not the published weights of Audiobox Aesthetics."
     return Section("Table 1: ratings of recordings, silence and noise", words, rows)
