@@ -141,7 +141,7 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
 def run(step: Step, out: Path, log: Path, lock: int, stop: StopRequest, say: str, *, again: bool) -> int:
-    """Run one step's program, with its output in ``log``; returns its exit code, or minus the number of the signal that ended it.
+    """Run one step's program with its output in ``log``; returns its exit code, or minus the signal that ended it.
 
     A request to stop is passed on as SIGINT, on which every program saves its work.
     """

@@ -145,7 +145,7 @@ def _table_2(out: Path, real: bool) -> Section:
         rows.append((name, *cells, f"{sum(inside)} of {len(inside)} agree" if real and inside else ""))
     return Section(
         "Table 2: the same pieces with several soundfonts",
-        "The paper's ten pieces are not known, so these are different ones. A verdict says whether the paper's mean lies "
+        "The paper's ten pieces are not known, so these are others. A verdict says whether the paper's mean lies "
         "in the 95% interval of the mean here; it is given only for the published weights.",
         rows,
         [("Means, and rank correlation over pieces", out / "table-2" / "soundfonts.png")],
