@@ -56,7 +56,7 @@ def preflight(config: Config, world: World, reward: Reward | None = None) -> Par
     found = require(
         lambda: find_base(config.model.base),
         lambda: _find_soundfont(config.render.soundfont),
-        lambda: reward or _load_reward(config.reward, world),
+        lambda: _load_reward(config.reward, world) if reward is None else reward,
         lambda: _find_judge(config, world),
         lambda: _find_pieces(config, config.prompts.split),
         lambda: _find_unseen(config),
