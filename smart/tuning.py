@@ -125,6 +125,8 @@ class Tuning:
     def __init__(
         self, config: Config, *, reward: Reward | None = None, resume: bool = False, overwrite: bool = False
     ) -> None:
+        if not (reward is None or isinstance(reward, Reward)):
+            raise TypeError(f"reward: expected an object of a subclass of smart.reward.Reward, got {reward!r}")
         if reward is not None:  # name it in the run's configuration, so that nobody resumes with a different one
             given = replace(config.reward, kind=reward.name, weights=reward.weights, options={})
             config = replace(config, reward=given)
