@@ -56,7 +56,7 @@ def preflight(config: Config, world: World, reward: Reward | None = None) -> Par
     found = require(
         lambda: find_base(config.model.base),
         lambda: _find_soundfont(config.render.soundfont),
-        lambda: reward or _load_reward(config.reward, world),
+        lambda: _load_reward(config.reward, world) if reward is None else reward,
         lambda: _find_judge(config, world),
         lambda: _find_pieces(config, config.prompts.split),
         lambda: _find_unseen(config),
@@ -125,6 +125,8 @@ class Tuning:
     def __init__(
         self, config: Config, *, reward: Reward | None = None, resume: bool = False, overwrite: bool = False
     ) -> None:
+        if not (reward is None or isinstance(reward, Reward)):
+            raise TypeError(f"reward: expected an object of a subclass of smart.reward.Reward, got {reward!r}")
         if reward is not None:  # name it in the run's configuration, so that nobody resumes with a different one
             given = replace(config.reward, kind=reward.name, weights=reward.weights, options={})
             config = replace(config, reward=given)

@@ -28,6 +28,7 @@ from smart.grpo import train
 from smart.model import build_model, load_base, save_base
 from smart.prompts import draw
 from smart.render import RenderError, open_renderer
+from smart.reward import Reward
 from smart.run.checkpoint import read_tensors
 from smart.sampler import Sampler
 from smart.tokens import vocabulary
@@ -433,3 +434,10 @@ def test_many_instruments_from_midi_files_to_a_tuned_model(tmp_path: Path) -> No
         assert {(track.program, track.is_drum) for track in tracks} >= set(band), folder
         for path in folder.rglob("*.wav"):
             assert soundfile.read(path)[0].any()
+
+
+def test_a_reward_that_is_no_object_of_a_reward_class_is_refused(tmp_path: Path) -> None:
+    for wrong in ("ce_proxy", Reward):
+        with pytest.raises(TypeError, match=r"reward: expected an object of a subclass of smart\.reward\.Reward, got"):
+            train(load("quickstart.toml", [f"run.folder={tmp_path}"]), reward=wrong)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())

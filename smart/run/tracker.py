@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from smart import UserError
+from smart import Failure, UserError
 from smart.files import is_leftover, parse_json, write_atomically
 from smart.render import Audio, write_midi, write_wav
 
@@ -122,8 +122,14 @@ class NullTracker(Tracker):
 def summarise(folder: Path, rewards: Mapping[str, npt.NDArray[np.float32]]) -> str:
     """Write ``summary.json``: mean rewards of new base and tuned samples, and their difference; returns it as text.
 
-    ``rewards`` maps "base" and "tuned" to (n,) rewards each, without NaN.
+    ``rewards`` maps "base" and "tuned" to (n,) rewards each, without NaN. Raises ``Failure`` if n is below 2.
     """
+    if min(map(len, rewards.values())) < 2:
+        rated = ", ".join(f"{len(values)} of the {name} model" for name, values in rewards.items())
+        raise Failure(
+            f"base and tuned model cannot be compared: too few fresh samples could be rated ({rated}; expected at "
+            f"least 2 each). The tuned model is saved in {folder / 'tuned'}"
+        )
     mean = {name: float(values.mean()) for name, values in rewards.items()}
     error = {name: float(values.std(ddof=1)) / math.sqrt(len(values)) for name, values in rewards.items()}
     difference, its_error = mean["tuned"] - mean["base"], math.hypot(*error.values())

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from safetensors import SafetensorError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from smart import UserError
+from smart import Failure, UserError
 from smart.plots import curves, timeline
 from smart.render import read_audio, write_wav
 from smart.run import Stopwatch, Tracker, claim_folder, open_run_folder, read_metrics, run_command, summarise
@@ -222,6 +222,13 @@ def test_summary_by_hand(tmp_path: Path) -> None:
     assert summary["difference"] == pytest.approx({"reward": 3.5, "standard_error": error})
     assert f"= {3.5 / error:.1f} standard errors" in text and str(tmp_path / "tuned") in text
     assert "standard errors" not in summarise(tmp_path, {"base": np.ones(2), "tuned": np.ones(2)})
+
+
+def test_too_few_ratings_to_compare_end_in_one_line(tmp_path: Path) -> None:
+    for base in ([], [1.0]):
+        with pytest.raises(Failure, match=rf"{len(base)} of the base model, 3 of the tuned model; expected at least 2"):
+            summarise(tmp_path, {"base": np.array(base, np.float32), "tuned": np.ones(3, np.float32)})
+    assert not list(tmp_path.iterdir())
 
 
 def test_curves_are_drawn(tmp_path: Path) -> None:
