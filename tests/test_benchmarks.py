@@ -11,6 +11,8 @@ from typing import Any
 import programs
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "benchmarks"
 PEER = sys.executable if find_spec("trl") else os.environ.get("SMART_PEER_PYTHON", "")
@@ -92,7 +94,6 @@ assert common.flops(lambda: attend(q, q, q)) == 2 * (2 * 2 * 4 * 6 * 6 * 8)
     programs.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
 
 
-@pytest.mark.slow
 def test_reward(tmp_path: Path) -> None:
     """At full size, the only one: scores equal the official predictor's for any weights."""
     table, found = run("reward.py", "--clips 2 --rounds 1 --dtypes float32", cwd=tmp_path)
@@ -131,7 +132,6 @@ def test_a_mistake_is_one_line(tmp_path: Path) -> None:
     assert done.stderr.startswith("Error: --peer") and done.stderr.count("\n") == 1
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     not PEER, reason="needs TRL: an environment of benchmarks/peers/requirements.txt, named by SMART_PEER_PYTHON"
 )
@@ -144,7 +144,6 @@ def test_peer(tmp_path: Path) -> None:
     assert {"generate", "render", "score", "learn_and_rest"} <= set(found["peer"]["seconds"])
 
 
-@pytest.mark.slow
 def test_soak(tmp_path: Path) -> None:
     """From the second third of 60 iterations, open files, threads and memory do not grow."""
     table, found = run("soak.py", "--iterations 60 --parts 3", cwd=tmp_path, fresh=True)

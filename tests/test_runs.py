@@ -240,6 +240,7 @@ def test_the_bonus_for_diversity_moves_advantages_alone(
     assert [row["advantage"] for row in rows] != pytest.approx([row["advantage"] for row in plain], abs=1e-2)
 
 
+@pytest.mark.slow
 def test_a_spent_budget_ends_the_run_with_the_best(base: Path, tmp_path: Path) -> None:
     """Its policy runs away from the base; the budget lies between two of its measurements; one checkpoint is kept."""
     changes: dict[str, Any] = {"grpo.learning_rate": 3e-3, "grpo.beta": 0, "grpo.iterations": 8}
@@ -315,6 +316,7 @@ runpy.run_module("smart.grpo", run_name="__main__", alter_sys=True)
 """
 
 
+@pytest.mark.slow
 def test_a_run_asks_no_network(base: Path, tmp_path: Path) -> None:
     args = arguments(base, tmp_path, **{"grpo.iterations": 1, "track.held_out_every": 0})
     done = programs.run([sys.executable, "-c", WITHOUT_NETWORK, *args], fresh=True, timeout=120)
@@ -404,6 +406,7 @@ def test_shipped_config_runs_shortened(name: str, base: Path, tmp_path: Path, co
     assert status == 0, output
 
 
+@pytest.mark.slow
 def test_many_instruments_from_midi_files_to_a_tuned_model(tmp_path: Path) -> None:
     """Strings, bass and drums: a corpus, a base that learns from it for seconds, two iterations, a few pieces."""
     from symusic import Score

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from smart.tuning import AHEAD
 
+pytestmark = pytest.mark.slow
+
 
 def test_an_existing_run_is_kept(finished: Path, base: Path, tmp_path: Path) -> None:
     finished = shutil.copytree(finished, tmp_path / "r", symlinks=True)
@@ -42,7 +44,6 @@ def test_an_existing_run_is_kept(finished: Path, base: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
-@pytest.mark.slow
 def test_killed_again_and_again_then_resumed_is_the_same_run(
     base: Path, either: list[Path], tmp_path: Path, ahead: int
 ) -> None:

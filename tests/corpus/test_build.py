@@ -144,6 +144,7 @@ def test_no_piece_is_in_two_splits_whatever_its_file(tmp_path: Path) -> None:
     assert {row["path"] for row in table(tmp_path / "out" / "pieces.csv")} == {f"midi/0-{n}.mid" for n in range(6)}
 
 
+@pytest.mark.slow
 def test_killed_and_continued_is_bit_identical(tmp_path: Path) -> None:
     """SIGKILL in the middle, then Ctrl-C; workers die with the build; the result is that of one go."""
     write_songs(tmp_path / "midi", range(40))
@@ -178,6 +179,7 @@ def _children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     """The build's own peak for 30 pieces and for 400 differ by little, and so does the reader's."""
     peaks = {}

@@ -19,6 +19,8 @@ from smart.corpus import Limits, Piece, ReaderPool, readers
 from smart.corpus.build import build
 from smart.tokens import FILE_NAME, save_tokenizer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def hook(monkeypatch: pytest.MonkeyPatch) -> Any:

@@ -20,6 +20,8 @@ from smart.demo.page import Page, Section
 from smart.render import score_notes
 from smart.reward import load_reward
 
+pytestmark = pytest.mark.slow
+
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
 BROWSER = shutil.which("chromium")
 if BROWSER is None:

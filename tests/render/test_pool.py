@@ -501,6 +501,7 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+@pytest.mark.slow
 def test_nothing_is_left_after_many_pools_and_clips(sine_file: Path) -> None:
     with RenderPool(sine_file, workers=1) as one:
         one.submit(notes((0, 1, 60))).result()

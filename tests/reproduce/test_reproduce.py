@@ -193,6 +193,7 @@ def test_it_goes_on_when_nobody_reads_what_it_says(out: Path) -> None:
     assert (out / "third" / "made.txt").read_text() == "ca"
 
 
+@pytest.mark.slow
 def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path) -> None:
     """A limit on the size of a file, below that of a configuration."""
     words = [sys.executable, "-m", "smart.reproduce", "--smoke", "--out", str(tmp_path / "out")]

@@ -308,7 +308,7 @@ def test_a_broken_torchaudio_is_never_imported(small: Weights, tmp_path: Path) -
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])},
         capture_output=True,
         text=True,
         timeout=120,

@@ -1027,6 +1027,7 @@ def addresses(draw: st.DrawFn) -> str:
 @example(method="POST", address="/admin", body=b"token={admin}&action=withdraw&number=" + b"9" * 5000, headers={})
 @example(method="GET", address="/s/{token}/audio/-1", body=b"", headers={"range": f"bytes={'9' * 5000}-"})
 @example(method="GET", address="/s/{token}/audio/-1", body=b"", headers={"range": f"bytes=-{'9' * 5000}"})
+@pytest.mark.slow
 def test_any_request_is_answered_and_none_stores_nonsense(
     fuzzed: Fuzzed, method: str, address: str, body: bytes, headers: dict[str, str]
 ) -> None:

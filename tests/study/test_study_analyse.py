@@ -375,6 +375,7 @@ def test_columns_and_systems_that_are_missing(tmp_path: Path) -> None:
     assert not found and len(left) == 2
 
 
+@pytest.mark.slow
 def test_the_whole_analysis_of_a_small_study(tmp_path: Path) -> None:
     path, out = tmp_path / "ratings.csv", tmp_path / "report"
     rows = write_study(path, name="=<b>tuned")
@@ -411,6 +412,7 @@ def test_the_whole_analysis_of_a_small_study(tmp_path: Path) -> None:
 # --- Simulation ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_simulated_studies_have_the_power_and_coverage_that_theory_gives() -> None:
     """Balanced studies: the noncentral t of the paired test. Bounds: binomial, one in ten thousand outside."""
     listeners, prompts, studies = 8, 6, 150

@@ -12,6 +12,8 @@ import httpx
 import pytest
 from study_server import SECONDS, Server, build, make_wavs, needed, serving, take_part
 
+pytestmark = pytest.mark.slow
+
 TRIALS = 30
 PHONE = {"width": 360, "height": 740}
 
@@ -198,7 +200,6 @@ def test_a_phone_that_loses_the_network_after_every_trial(browser: Any, server: 
     visitor.context.close()
 
 
-@pytest.mark.slow
 def test_fifty_at_once_and_a_server_that_is_killed(browser: Any, server: Server) -> None:
     """Forty-seven without a browser and three with one; SIGKILL twice. No rating is lost, duplicated or mixed up."""
     links = server.invite(50)
