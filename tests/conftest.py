@@ -25,8 +25,10 @@ LONG = (
 # machine make a test of seconds one of minutes. What the user has set stays.
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
-# what hypothesis keeps of failures; by default it is a folder in the clone
-os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), f"hypothesis-{os.getuid()}"))
+# These keep notes of failures and a list of fonts: not in the clone, nor in a home that may be read-only, where each
+# process would make, and remove, a folder for its fonts. Forks would remove that of the process that they come from.
+for name, folder in (("HYPOTHESIS_STORAGE_DIRECTORY", "hypothesis"), ("MPLCONFIGDIR", "matplotlib")):
+    os.environ.setdefault(name, os.path.join(tempfile.gettempdir(), f"smart-tests-{folder}-{os.getuid()}"))
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a background job of a shell; children would ignore it, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # Python finds no package, or takes the folder of the clone for one, when it is started in the folder above
