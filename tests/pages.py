@@ -110,9 +110,12 @@ def give(command: str, folder: Path) -> None:
         words += SMALL.get(named, "").split()
     if "--resume" in words:  # its own configuration is the short one already
         words = words[: words.index("--resume") + 1]
+    before = set(os.listdir(folder))
     done = programs.run(words, fresh=program in FRESH, cwd=folder, env=env)
     assert "Traceback" not in done.stderr, f"{command}\n{done.stderr}"
     if "paper.toml" in words:
         assert done.returncode == 2 and "are missing" in done.stderr, f"{command}\n{done.stderr}"
     else:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    left = set(os.listdir(folder)) - before - {word.rpartition("=")[2] for word in words} - {"runs"}
+    assert not left, f"{command}\nleaves {left}, which it does not name"
