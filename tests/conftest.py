@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,8 @@ LONG = (
 # machine make a test of seconds one of minutes. What the user has set stays.
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(name, "1")
+# what hypothesis keeps of failures; by default it is a folder in the clone
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), f"hypothesis-{os.getuid()}"))
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a background job of a shell; children would ignore it, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # Python finds no package, or takes the folder of the clone for one, when it is started in the folder above

@@ -33,6 +33,7 @@ def ask(*arguments: str) -> tuple[int, dict[str, list[str]]]:
     return done.exit_code, rows
 
 
+@pytest.mark.slow
 def test_a_machine_that_is_ready(tmp_path: Path) -> None:
     """In a new process, from an empty folder, without a network; it leaves no files."""
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HOME": str(tmp_path)}

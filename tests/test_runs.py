@@ -377,6 +377,7 @@ def test_a_vocabulary_of_another_layout_is_tuned(tmp_path: Path) -> None:
     assert load_base(tmp_path / "r" / "tuned")[1].vocab == tokenizer.vocab
 
 
+@pytest.mark.slow
 def test_paper_config_lists_all_that_is_missing_in_one_message(tmp_path: Path) -> None:
     env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "HOME": str(tmp_path)}
     words = [sys.executable, "-m", "smart.grpo", "--config", "paper-dataset.toml"]

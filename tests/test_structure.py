@@ -118,6 +118,7 @@ def test_a_render_worker_imports_no_torch() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_importing_the_programs_opens_no_connection() -> None:
     code = """
 import socket, sys

@@ -177,6 +177,7 @@ def table_of(out: Path) -> dict[tuple[str, int], dict[str, Any]]:
     return {(row["series"], row["step"]): row for row in pq.read_table(out / "frontier.parquet").to_pylist()}
 
 
+@pytest.mark.slow
 def test_each_point_is_what_the_pieces_say(run: Path, made: Path) -> None:
     """KL against the learner's own log-probabilities, ratings against the stored ones, best-of-n by hand."""
     rows = table_of(made)

@@ -235,6 +235,7 @@ def test_a_verdict_goes_by_the_interval() -> None:
 # --- The page -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_report_of_tables_and_a_run(make: Make, tmp_path: Path) -> None:
     (tmp_path / "first").mkdir()
     lines = [f'{{"step": {step}, "reward/mean": {5 + step / 10}, "reward/std": 0.5}}\n' for step in range(1, 9)]

@@ -525,6 +525,7 @@ def ask_a_hub_at(port: int, cache: Path) -> tuple[str, float]:
 
 
 @pytest.mark.parametrize("hub", ["refuses", "is silent"])
+@pytest.mark.slow
 def test_an_unreachable_hub_is_given_up_on_within_seconds(hub: str, tmp_path: Path) -> None:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
