@@ -24,6 +24,8 @@ TIMEOUT = timedelta(minutes=10)  # how long a process waits for the others befor
 
 T = TypeVar("T")
 
+_KEPT: list[Any] = []  # groups of gloo that were left
+
 
 @dataclass(frozen=True)
 class World:
@@ -117,14 +119,12 @@ def join(device: torch.device) -> Iterator[World]:
         torch.cuda.set_device(device)
     on_cuda = device.type == "cuda"
     dist.init_process_group("nccl" if on_cuda else "gloo", timeout=TIMEOUT)
+    hosts = dist.new_group(backend="gloo", timeout=TIMEOUT) if on_cuda else None
+    # the end of a gloo group joins its threads while it holds Python's lock, which one of them may still wait for in
+    # order to let go of a tensor: so the group stays until this process ends
+    _KEPT.append(hosts or dist.group.WORLD)
     try:
-        yield World(
-            device,
-            dist.get_rank(),
-            dist.get_world_size(),
-            int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-            dist.new_group(backend="gloo", timeout=TIMEOUT) if on_cuda else None,
-        )
+        yield World(device, dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")), hosts)
     except SystemExit:  # all processes have agreed to stop
         dist.destroy_process_group()
         raise
