@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 
 from smart.distributed import World
 
+pytestmark = pytest.mark.slow  # whole programs
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 

@@ -22,6 +22,7 @@ def test_every_command_of_the_readme_works_in_its_order(tmp_path: Path) -> None:
     subprocess.run(["sh", "-n", str(ROOT / "install.sh")], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_of_the_pages_runs(page: Path, tmp_path: Path) -> None:
     """The README's snippets as they stand; docs/rewards.md has tests of its own."""

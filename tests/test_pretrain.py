@@ -201,6 +201,7 @@ def test_two_processes_learn_what_one_does(corpus: Path, tmp_path: Path) -> None
     assert two[2]["validation_loss"] == pytest.approx(one[2]["validation_loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_pretraining_goes_on_from_a_base(corpus: Path, base: Path, tmp_path: Path) -> None:
     status, output = run(
         "pretrain", *pretrain(corpus, tmp_path), "--set", f"model.base={base}", "--set", "optimisation.steps=3"

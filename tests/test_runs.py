@@ -34,6 +34,8 @@ from smart.sampler import Sampler
 from smart.tokens import vocabulary
 from smart.tuning import AHEAD
 
+pytestmark = pytest.mark.slow  # whole programs
+
 
 def test_what_a_run_leaves(finished: Path, base: Path) -> None:
     at_base, *rows = metrics(finished)

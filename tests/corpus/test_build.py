@@ -302,6 +302,7 @@ def test_other_settings_do_not_continue_a_build(tmp_path: Path) -> None:
     assert build([tmp_path / "midi"], tmp_path / "out", overwrite=True).counts == {"kept": 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [0, 3000, 9000])
 def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path, limit: int) -> None:
     """A limit on the size of a file, below that of the table of what has been read, or of the tokenizer."""

@@ -30,6 +30,8 @@ from smart.render import score_notes
 from smart.reward import load_reward, resample
 from smart.rollout import Piece, System, compose, find_system
 
+pytestmark = pytest.mark.slow  # whole programs
+
 RATE, COUNT = 22050, 2
 
 

@@ -35,6 +35,8 @@ from smart.grpo import token_logprobs
 from smart.model import load_base, save_base
 from smart.run.checkpoint import save
 
+pytestmark = pytest.mark.slow  # whole programs
+
 
 def test_the_weights_of_order_statistics_worked_by_hand() -> None:
     # of the six pairs of 1, 2, 3, 4 the maximum is 2 once, 3 twice, 4 three times

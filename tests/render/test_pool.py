@@ -150,6 +150,7 @@ def test_a_killed_worker_is_replaced_and_its_clip_rendered_again(piano: Any) -> 
         assert (one.retries, one.failures, one.restarts) == (1, 0, 2)
 
 
+@pytest.mark.slow
 def test_a_stopped_worker_is_replaced_after_the_deadline(sine_file: Path, sine: Any) -> None:
     with RenderPool(sine_file, workers=1, deadline=1.0) as one:
         os.kill(one.pids[0], signal.SIGSTOP)
@@ -182,6 +183,7 @@ def poisoned(effect: str) -> str:
     return POISON.format(effect=effect) + pool_file.PROGRAM
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("effect", "reason", "restarts"),
     [
@@ -429,6 +431,7 @@ def test_nonsense_from_a_worker_fails_the_clip(sine_file: Path, monkeypatch: pyt
         assert not running(first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("answer", "reason"), [("connection.close()", "it closed its connection"), ("sys.exit(3)", "exit status 3")]
 )

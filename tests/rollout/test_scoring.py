@@ -220,6 +220,7 @@ print("done", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_a_pause_is_no_hang() -> None:
     with programs.start([sys.executable, "-c", PAUSED], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdout.readline() == "begun\n"

@@ -135,6 +135,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["00000001"]
 
 
+@pytest.mark.slow
 def test_a_crash_at_any_operation_leaves_a_checkpoint_that_loads(tmp_path: Path, tiny_model: Any) -> None:
     """The process dies before its k-th operation on files, for every k, with and without an older one of that step."""
     optimizer = torch.optim.AdamW(tiny_model.parameters())

@@ -782,6 +782,7 @@ def test_a_changed_consent_is_shown_again(study: Path, tmp_path: Path, client: h
         assert page.status_code == 404 and client.post(f"{server.url}/join").status_code == 404  # not opened
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_no_acknowledged_rating_is_lost_when_the_server_is_killed(kind: str, study: Path, tmp_path: Path) -> None:
     """Six participants at once; SIGKILL twice; each continues when the server is back."""
@@ -822,6 +823,7 @@ def test_no_acknowledged_rating_is_lost_when_the_server_is_killed(kind: str, stu
         assert all(len(each) == PROMPTS * 2 + 3 for each in rated_)
 
 
+@pytest.mark.slow
 def test_start_and_stop(study: Path, tmp_path: Path, client: httpx.Client) -> None:
     with serving(study, tmp_path) as server:
         first = server.token

@@ -441,6 +441,7 @@ def test_excerpts_that_differ_widen_the_interval_and_rounding_takes_from_the_eff
     assert difference == pytest.approx(power._rounded_effect(rounded), abs=0.05) and difference < 1.5
 
 
+@pytest.mark.slow
 def test_power_on_the_command_line(tmp_path: Path) -> None:
     done = CliRunner().invoke(
         main, ["power", "--listeners", "6", "--prompts", "3", "--studies", "20", "--out", str(tmp_path / "power")]
