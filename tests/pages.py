@@ -19,7 +19,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 if not README.is_file():
     pytest.skip("the documentation is not part of an installed package", allow_module_level=True)
 
-# a whole run in seconds: what each program is given beside what the page says
+# a whole run in seconds: the arguments added to those on the page
 SHORT = {
     "smart.grpo": {
         "grpo.iterations": 2, "grpo.prompts": 2, "grpo.group_size": 2, "sampling.max_new_tokens": 24,
@@ -46,7 +46,7 @@ SMALL = {
     "benchmarks/learner.py": "--rounds 1 --layers 2 --hidden 32 --heads 2 --intermediate 48",
     "benchmarks/sampler.py": "--repeats 1 --layers 2 --hidden 32 --heads 2 --intermediate 48",
 }
-FRESH = {"pytest", "smart.demo"}  # no test of its own starts it as a fresh process
+FRESH = {"pytest", "smart.demo"}  # no other test starts these as a fresh process
 
 
 def commands(page: Path) -> list[str]:

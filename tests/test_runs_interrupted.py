@@ -105,7 +105,7 @@ def test_killed_right_after_the_last_checkpoint_the_rest_is_made_up_for(
 
 
 def stop_once_there_is(path: Path, process: subprocess.Popen[str], folder: Path) -> None:
-    """SIGTERM as soon as a run has written ``path``: it says how to go on."""
+    """SIGTERM as soon as a run has written ``path``: it prints the command that continues."""
     while not path.exists():
         assert process.poll() is None
         time.sleep(0.001)
@@ -257,7 +257,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 
 def test_a_folder_that_is_moved_ends_the_run_in_one_line(base: Path, tmp_path: Path) -> None:
-    """TensorBoard's thread meets it first, and would print a traceback of its own."""
+    """TensorBoard's thread meets it first, and would print its own traceback."""
     process = start("grpo", "--config", "quickstart.toml", *arguments(base, tmp_path, **{"grpo.iterations": 1000}))
     path = tmp_path / "r" / "metrics.jsonl"
     while not (path.exists() and path.read_text().count("\n") >= 2):

@@ -386,7 +386,7 @@ def test_killed_at_the_very_end_the_rest_is_cleared_away(tmp_path: Path, small: 
 
 
 def test_files_that_are_gone_are_forgotten(tmp_path: Path) -> None:
-    """A build that goes on after files were removed and added is that of the files that are there."""
+    """A build that continues after files were removed and added equals a fresh build of the present files."""
     write_songs(tmp_path / "midi", range(6))
     state = State(tmp_path / "out" / ".work")
     state.list_files(find_files([tmp_path / "midi"]))

@@ -193,7 +193,7 @@ def test_a_worker_that_answers_nonsense_costs_nothing(tmp_path: Path, hook: Any,
 
 
 def answer_once(hook: Any, mark: Path, answer: str) -> None:
-    """Have the first worker that reads song 4 make the file ``mark`` and do ``answer`` in place of its own answer."""
+    """Have the first worker that reads song 4 create the file ``mark`` and run ``answer`` instead of answering."""
     hook(f"""
     if data == {bytes(song(4).dumps_midi())!r} and not os.path.exists({str(mark)!r}):
         open({str(mark)!r}, 'w').close()

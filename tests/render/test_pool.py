@@ -538,7 +538,7 @@ def test_a_worker_stays_small(pool: RenderPool) -> None:
         assert int(status["VmHWM"].split()[0]) * 1024 < allowed
         loaded = Path(f"/proc/{pid}/maps").read_text()
         assert "numpy" in loaded and "torch" not in loaded and "symusic" not in loaded
-        for file in Path(f"/proc/{pid}/fd").iterdir():  # no named memory that somebody would have to remove
+        for file in Path(f"/proc/{pid}/fd").iterdir():  # no named memory that would have to be removed
             assert int(file.name) <= 2 or not os.readlink(file).startswith(("/dev/shm", "/tmp"))
 
 

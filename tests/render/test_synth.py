@@ -50,7 +50,7 @@ def test_the_cut_changes_nothing_before_it_but_the_scale(piano: Any) -> None:
     whole, cut = (render_notes(piano, random_notes(1, length=4.0), seconds=s) for s in (10.0, 2.0))
     assert cut.shape == (2, 2 * RATE)
     scale = np.abs(whole[:, : 2 * RATE]).max()
-    np.testing.assert_allclose(cut * scale, whole[:, : 2 * RATE], atol=2e-5)  # the 1e-6 beside the peak
+    np.testing.assert_allclose(cut * scale, whole[:, : 2 * RATE], atol=2e-5)  # the 1e-6 that is added to the peak
 
 
 def test_peak_is_one_over_both_channels(piano: Any) -> None:

@@ -251,7 +251,7 @@ def test_what_was_passed_over_was_not_heard(browser: Any, server: Server) -> Non
     visitor.rate(5)
     visitor.left(0)
     assert visitor.position() == 1
-    # the first playback skips most of the sound, as when somebody seeks with a key on their headphones
+    # the first playback skips most of the sound, as when a listener seeks with a key on the headphones
     page.evaluate("""() => {
         const play = HTMLMediaElement.prototype.play;
         HTMLMediaElement.prototype.play = function () {
