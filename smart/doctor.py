@@ -21,7 +21,7 @@ import numpy as np
 
 from smart import UserError, __version__, hub
 from smart.config import Config, load
-from smart.render import check_soundfont, find_soundfont, package_of
+from smart.render import checked_soundfont, find_soundfont, package_of
 from smart.run import check_packages
 
 READY, MISSING, NOTE = "ready", "MISSING", "note"
@@ -138,8 +138,7 @@ def _disk(config: Config, base: Path | None) -> Finding:
 
 def _soundfont(config: Config) -> Finding:
     try:
-        path = find_soundfont(config.render.soundfont)
-        check_soundfont(path)
+        path = checked_soundfont(config.render.soundfont)
     except UserError as error:
         package = package_of(config.render.soundfont)
         return Finding(MISSING, error.message, f"sudo apt-get install {package}" if package else "")

@@ -28,8 +28,7 @@ from smart.files import sha256, write_atomically
 from smart.model import load_base, pick_device
 from smart.render import (
     RenderError,
-    check_soundfont,
-    find_soundfont,
+    checked_soundfont,
     open_renderer,
     score_notes,
     write_midi,
@@ -426,17 +425,17 @@ def generate(
         where = "cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda"
         return load_reward(kind, device=where, **read_options(options))
 
-    def sound() -> Path:
-        path = find_soundfont(soundfont)
-        check_soundfont(path)
-        return path
-
     def song_file() -> None:
         if song is not None and not song.is_file():
             raise UserError(f"--continue {song}: no such file; expected a MIDI file")
 
     where, folder, soundfont_file, rates, *_ = require(
-        lambda: pick_device(device), lambda: find_system(model).model, sound, reward, song_file, check_packages
+        lambda: pick_device(device),
+        lambda: find_system(model).model,
+        lambda: checked_soundfont(soundfont),
+        reward,
+        song_file,
+        check_packages,
     )
     network, tokenizer = load_base(folder, device=where)
     facts, grammar = vocabulary(tokenizer), build_grammar(tokenizer)

@@ -41,7 +41,7 @@ from smart.files import parse_json, sync
 from smart.model import build_model, load_base, pick_device, pick_precision, save_base
 from smart.plots import curves
 from smart.prompts import Pieces, draw
-from smart.render import RenderError, check_soundfont, find_soundfont, open_renderer
+from smart.render import RenderError, checked_soundfont, open_renderer
 from smart.rollout import SILENT, completion_metrics
 from smart.run import Run, Tracker, check_packages, checkpoint
 from smart.sampler import Sampler
@@ -219,8 +219,7 @@ class Pretraining:
                 f"optimisation.batch = {settings.batch}: expected at least one row for each of {many} processes"
             )
         self.corpus = Corpus(Path(data.corpus))
-        soundfont = find_soundfont(config.render.soundfont)
-        check_soundfont(soundfont)
+        soundfont = checked_soundfont(config.render.soundfont)
         self.tokenizer = self.corpus.tokenizer
         self.facts = vocabulary(self.tokenizer)
         model: Any = _start(config, self.tokenizer)

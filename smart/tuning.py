@@ -26,7 +26,7 @@ from smart.logprobs import Reference
 from smart.model import find_base, load_base, pick_device, pick_precision, save_base
 from smart.plots import curves, timeline
 from smart.prompts import LONGEST, Pieces, draw
-from smart.render import Renderer, check_soundfont, find_soundfont, open_renderer
+from smart.render import Renderer, checked_soundfont, open_renderer
 from smart.reward import Reward, load_reward
 from smart.rollout import Batch, Batches, Clips, Drawn, Scorer, completion_metrics
 from smart.run import Run, Stopwatch, check_packages, checkpoint, summarise
@@ -55,7 +55,7 @@ def preflight(config: Config, world: World, reward: Reward | None = None) -> Par
     """
     found = require(
         lambda: find_base(config.model.base),
-        lambda: _find_soundfont(config.render.soundfont),
+        lambda: checked_soundfont(config.render.soundfont),
         lambda: _load_reward(config.reward, world) if reward is None else reward,
         lambda: _find_judge(config, world),
         lambda: _find_pieces(config, config.prompts.split),
@@ -63,12 +63,6 @@ def preflight(config: Config, world: World, reward: Reward | None = None) -> Par
         check_packages,
     )
     return Parts(*found[:6])
-
-
-def _find_soundfont(name: str) -> Path:
-    path = find_soundfont(name)
-    check_soundfont(path)
-    return path
 
 
 def _load_reward(wanted: RewardConfig, world: World) -> Reward:

@@ -14,7 +14,7 @@ from smart import UserError, __version__, require
 from smart.demo.page import Page, Section
 from smart.files import parse_toml, sha256, write_atomically
 from smart.model import pick_device
-from smart.render import check_soundfont, find_soundfont
+from smart.render import checked_soundfont
 from smart.reward import load_reward, read_options
 from smart.rollout import System, compose, find_system
 from smart.run import CONFIG, check_packages, progress
@@ -64,16 +64,11 @@ def build(
         raise UserError(f"--out {out}: the folder {out.parent} does not exist; create it first")
     asked = [("Pairs", *runs)] if runs else list(sections)
 
-    def sound() -> Path:
-        path = find_soundfont(soundfont)
-        check_soundfont(path)
-        return path
-
     def pairs() -> list[Section]:
         return [_section(name, first, second, wanted, kind, corpus) for name, first, second in asked]
 
     font, chosen, reward, *_ = require(
-        sound,
+        lambda: checked_soundfont(soundfont),
         pairs,
         lambda: load_reward(rated_by, device=pick_device(device), **read_options(options)),
         check_packages,

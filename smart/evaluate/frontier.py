@@ -63,7 +63,7 @@ from smart.evaluate.points import (
 from smart.files import sha256, write_atomically
 from smart.guard import collapsed
 from smart.model import load_base, pick_device
-from smart.render import check_soundfont, find_soundfont
+from smart.render import checked_soundfont, find_soundfont
 from smart.reward import Reward, load_reward
 from smart.rollout import System, find_system
 from smart.run import CONFIG, changes, checkpoint, claim_folder, hold_folder, progress
@@ -206,7 +206,7 @@ def report(
         return load_reward(wanted.kind, weights=wanted.weights or None, device=where, **wanted.options)
 
     def sound() -> None:
-        check_soundfont(find_soundfont(config.render.soundfont))
+        checked_soundfont(config.render.soundfont)
 
     def checkpoints_of(run: Path) -> list[System]:
         steps = checkpoint.steps(run / "checkpoints")

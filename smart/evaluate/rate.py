@@ -42,8 +42,7 @@ from smart.published import AXES, TABLE_1, tolerance
 from smart.render import (
     Renderer,
     RenderError,
-    check_soundfont,
-    find_soundfont,
+    checked_soundfont,
     open_renderer,
     read_audio,
     score_notes,
@@ -156,10 +155,7 @@ def rate_files(
     with_midi = any(path.suffix.lower() in MIDI for path in files)
 
     def sound() -> Path | None:
-        if with_midi:
-            check_soundfont(path := find_soundfont(soundfont))
-            return path
-        return None
+        return checked_soundfont(soundfont) if with_midi else None
 
     rewards, soundfont_file = require(lambda: load_rewards(kinds, options, device), sound)
     announce(rewards)

@@ -26,7 +26,7 @@ from smart.evaluate.ratings import load_rewards
 from smart.features import SCALARS, is_empty, midi_features
 from smart.files import parse_json, sha256, write_atomically
 from smart.model import pick_device
-from smart.render import check_soundfont, find_soundfont, write_midi, write_wav
+from smart.render import checked_soundfont, write_midi, write_wav
 from smart.reward import Reward
 from smart.rollout import BLOCK, SILENT, Piece, System, compose, find_systems
 from smart.run import changes, claim_folder, hold_folder, progress
@@ -153,11 +153,6 @@ def sample(
 ) -> None:
     """Write the table ``out``. Arguments as in the command's help; raises ``UserError`` for mistakes in them."""
 
-    def sound() -> Path:
-        path = find_soundfont(soundfont)
-        check_soundfont(path)
-        return path
-
     def source() -> str | None:
         if prompts != "dataset":
             return None
@@ -166,7 +161,12 @@ def sample(
         return sha256(Corpus(corpus).folder / MANIFEST)
 
     where = pick_device(device)
-    found = require(lambda: find_systems(models), sound, lambda: load_rewards(kinds, options, device), source)
+    found = require(
+        lambda: find_systems(models),
+        lambda: checked_soundfont(soundfont),
+        lambda: load_rewards(kinds, options, device),
+        source,
+    )
     systems: list[System] = found[0]
     rewards: list[Reward] = found[2]
     names = [system.name for system in systems]

@@ -40,7 +40,7 @@ from smart.evaluate.ratings import (
 from smart.files import sha256
 from smart.model import pick_device
 from smart.published import AXES, TABLE_2
-from smart.render import check_soundfont, find_soundfont, open_renderer, short_name
+from smart.render import checked_soundfont, open_renderer, short_name
 from smart.run import check_packages
 from smart.tokens import decode
 
@@ -61,8 +61,7 @@ def find_fonts(names: Sequence[str]) -> list[Font]:
     """Find the soundfonts of ``names`` and give each a unique name. Raises ``UserError`` for a missing one."""
     fonts = []
     for text in names:
-        file = find_soundfont(text)
-        check_soundfont(file)
+        file = checked_soundfont(text)
         fonts.append(Font(short_name(file) or file.stem, file, short_name(file)))
     shown = [font.name for font in fonts]
     return [

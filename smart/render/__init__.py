@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 from smart.render.audio import load_soundfile, read_audio, write_midi, write_wav
 from smart.render.notes import MAX_BEATS, NOTE_COLUMNS, Notes, check_notes, played_notes, score_notes
 from smart.render.pool import Renderer, RenderPool
-from smart.render.soundfonts import available_soundfonts, check_soundfont, find_soundfont, package_of, short_name
+from smart.render.soundfonts import (
+    available_soundfonts,
+    check_soundfont,
+    checked_soundfont,
+    find_soundfont,
+    package_of,
+    short_name,
+)
 from smart.render.synth import Audio, RenderError, load_soundfont, render_notes
 
 if TYPE_CHECKING:
@@ -29,6 +36,7 @@ __all__ = [
     "available_soundfonts",
     "check_notes",
     "check_soundfont",
+    "checked_soundfont",
     "find_soundfont",
     "load_soundfile",
     "load_soundfont",

@@ -158,6 +158,13 @@ _RECORDS = {
 _WHAT_TO_GIVE = "give the path of an sf2 or sf3 file"
 
 
+def checked_soundfont(name_or_path: str | os.PathLike[str]) -> Path:
+    """``find_soundfont``, then ``check_soundfont``: raises ``UserError`` if it is missing or damaged."""
+    path = find_soundfont(name_or_path)
+    check_soundfont(path)
+    return path
+
+
 def check_soundfont(path: str | os.PathLike[str]) -> None:
     """Raise ``UserError``, in one line, if ``path`` is missing, a folder, empty, cut short or not a soundfont.
 

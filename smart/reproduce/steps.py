@@ -15,7 +15,7 @@ from smart.config import Config, dumps
 from smart.corpus import MANIFEST, Corpus
 from smart.files import sha256
 from smart.model import find_base
-from smart.render import check_soundfont, find_soundfont
+from smart.render import checked_soundfont
 from smart.reproduce.book import OUT, Step
 from smart.reward import load_reward
 from smart.run import NEEDED
@@ -200,11 +200,6 @@ def find(
     def base() -> Path:
         return find_base(config.model.base)
 
-    def soundfont(name: str) -> Path:
-        path = find_soundfont(name)
-        check_soundfont(path)
-        return path
-
     def reward() -> Reward:
         wanted = config.reward
         return load_reward(wanted.kind, weights=wanted.weights or None, **wanted.options)
@@ -230,6 +225,6 @@ def find(
 
     names = dict.fromkeys((config.render.soundfont, *fonts))
     _, _, *found = require(
-        packages, excerpts, base, reward, pieces, *(functools.partial(soundfont, name) for name in names)
+        packages, excerpts, base, reward, pieces, *(functools.partial(checked_soundfont, name) for name in names)
     )
     return Found(base=found[0], reward=found[1], corpus=found[2], soundfonts=found[3:])

@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from smart import UserError, __version__
 from smart.files import hold, sha256, sync, write_atomically
-from smart.render import check_soundfont, find_soundfont, write_wav
+from smart.render import checked_soundfont, write_wav
 from smart.run import progress
 from smart.study import loudness
 from smart.study.folder import AUDIO, CHECK, CONSENT, FORMAT, KEY, KEY_COLUMNS, Design, write_csv, write_design
@@ -360,8 +360,7 @@ def build_study(
     if given["repeats"] > given["prompts"] * len(names) // 2:
         count = given["prompts"] * len(names)
         raise UserError(f"--repeats {given['repeats']}: at most half of the {count} excerpts can be repeated")
-    soundfont = find_soundfont(given["soundfont"])
-    check_soundfont(soundfont)
+    soundfont = checked_soundfont(given["soundfont"])
     options = {
         "prompts": "dataset" if given["corpus"] else "procedural", "corpus": given["corpus"] and str(given["corpus"]),
         "soundfont": str(soundfont), "max_new_tokens": given["tokens"], "temperature": given["temperature"],
