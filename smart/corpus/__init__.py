@@ -7,7 +7,7 @@ tokenises it, and ``shards`` stores the tokens.
 
 from smart.corpus.midi import Limits, Piece, Reject, check_structure
 from smart.corpus.readers import ReaderPool
-from smart.corpus.shards import MANIFEST, SPLITS, Corpus, ShardWriter, Split, read_manifest
+from smart.corpus.shards import MANIFEST, SPLITS, Corpus, ShardWriter, Split
 
 __all__ = [
     "MANIFEST",
@@ -20,5 +20,4 @@ __all__ = [
     "ShardWriter",
     "Split",
     "check_structure",
-    "read_manifest",
 ]
