@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 import smart.doctor
+import smart.doctor.machine
 from smart.model import SHIPPED
 
 READY = ["--set", "render.workers=1"]
@@ -82,7 +83,7 @@ def test_the_folder_of_a_user_whom_nobody_knows(tmp_path: Path) -> None:
 
 
 def test_a_small_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(smart.doctor, "_available_memory", lambda: 1 << 30)
+    monkeypatch.setattr(smart.doctor.machine, "_available_memory", lambda: 1 << 30)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1 << 20))
     code, rows = ask("--set", f"run.folder={tmp_path}", "--set", "render.workers=999")
     assert code == 1 and rows["disk"][0] == "MISSING" and "0.0 GiB free" in rows["disk"][1]
@@ -112,4 +113,4 @@ def test_a_ready_run_that_exists_is_continued(tmp_path: Path) -> None:
 
 def test_memory_of_the_control_group_counts() -> None:
     total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
-    assert 0 < smart.doctor._available_memory() <= total
+    assert 0 < smart.doctor.machine._available_memory() <= total

@@ -298,6 +298,3 @@ def main(path: str, overrides: tuple[str, ...]) -> None:
         words.append("--resume")
     click.echo(f"\nready: {shlex.join(words)}")
 
-
-if __name__ == "__main__":
-    main()
