@@ -132,25 +132,6 @@ def trace(path: Path | None, function: Callable[[], Any]) -> None:
         profiler.export_chrome_trace(str(path))
 
 
-def random_audiobox(folder: Path, seed: int = 0) -> Path:
-    """Write Audiobox Aesthetics with random weights, which are as fast as real ones; returns ``folder``.
-
-    Some weights are scaled up, so that clips get different ratings.
-    """
-    from audiobox_aesthetics.model.aes import AesMultiOutput
-
-    transform = {"CE": (5.1, 1.5), "CU": (5.7, 1.8), "PC": (3.2, 1.3), "PQ": (6.4, 1.6)}
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore", FutureWarning)  # torch warns about the package's weight_norm
-        torch.manual_seed(seed)
-        network = AesMultiOutput(target_transform={axis: {"mean": m, "std": s} for axis, (m, s) in transform.items()})
-        for axis in transform:
-            network.proj_layer[axis][-1].weight.mul_(20)
-            network.layer_weights[axis].normal_()
-    network.save_pretrained(folder)
-    return folder
-
-
 def official_audiobox(folder: Path, device: str) -> Any:
     """The network, loaded as by the official predictor from a folder in the hub's format."""
     from audiobox_aesthetics.model.aes import AesMultiOutput

@@ -26,6 +26,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -40,6 +41,7 @@ import torch
 
 from smart import UserError, hub
 from smart.config import Config, dumps, load
+from smart.doctor.made_up import random_audiobox
 from smart.grpo import token_logprobs, train
 from smart.model import build_model, find_base, load_base, pick_device, pick_precision, save_base
 from smart.render import RenderPool, find_soundfont
@@ -62,7 +64,7 @@ def resolve(options: argparse.Namespace, folder: Path) -> Config:
             save_base(build_model(tokenizer), tokenizer, folder / "base")
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, base=str(folder / "base")))
         if config.reward.kind == "audiobox":
-            weights = str(common.random_audiobox(folder / "audiobox"))
+            weights = str(random_audiobox(folder / "audiobox"))
             reward = dataclasses.replace(config.reward, options=config.reward.options | {"model": weights})
             config = dataclasses.replace(config, reward=reward)
     many = 1 + options.iterations + config.grpo.rollouts_ahead
@@ -71,7 +73,12 @@ def resolve(options: argparse.Namespace, folder: Path) -> Config:
         run=dataclasses.replace(config.run, folder=str(folder / "runs"), device=options.device),
         grpo=dataclasses.replace(config.grpo, iterations=many),
         track=dataclasses.replace(
-            config.track, checkpoint_every=many, samples_every=many + 1, final_prompts=2, held_out_every=0
+            config.track,
+            checkpoint_every=many,
+            samples_every=many + 1,
+            trace_every=many - config.grpo.rollouts_ahead,  # the last one that samples
+            final_prompts=2,
+            held_out_every=0,
         ),
     )
 
@@ -150,7 +157,11 @@ def quietly(function: Callable[[Config], Path], config: Config) -> Path:
 
 
 def measure(options: argparse.Namespace, config: Config) -> dict[str, Any]:
-    run = quietly(train, config)
+    made: list[Path] = []
+    memory = common.peak_memory(lambda: made.append(quietly(train, config)), options.device)
+    run = made[0]
+    if options.timeline:
+        shutil.copyfile(max((run / "traces").glob("*.json")), options.timeline)
     times = stages(config)
     medians = {stage: statistics.median(taken) for stage, taken in times.items()}
     by_itself = alone(config, run)
@@ -168,6 +179,7 @@ def measure(options: argparse.Namespace, config: Config) -> dict[str, Any]:
         "seconds_all": times,
         "share": {stage: medians[stage] / medians["iteration"] for stage in LAPS},
         "seconds_alone": by_itself,
+        "peak_memory_gb": memory,
         "busiest_resource": busiest,
         "busiest_seconds": own[busiest],
         "times_busiest": medians["iteration"] / own[busiest],
@@ -258,6 +270,9 @@ def main() -> None:
     )
     parser.add_argument("--iterations", type=common.whole, default=3, help="timed iterations (default: %(default)s)")
     parser.add_argument("--random-weights", action="store_true", help="use random weights for models on the hub")
+    parser.add_argument(
+        "--timeline", type=Path, help="also write a Chrome trace of the last iteration's stages to this"
+    )
     parser.add_argument("--peer", metavar="PYTHON", help="also run the peer, with this Python interpreter")
     parser.add_argument(
         "--rounds", type=common.whole, default=3, help="runs of ours and of the peer with --peer (default: 3)"
@@ -291,7 +306,7 @@ def main() -> None:
             print(f"{stage:18}{taken:9.3f}")
         print(
             f"busiest: {found['busiest_resource']}, {found['busiest_seconds']:.2f} s of work per iteration; "
-            f"the iteration takes {found['times_busiest']:.2f} times as long"
+            f"the iteration takes {found['times_busiest']:.2f} times as long; peak {found['peak_memory_gb']:.1f} GB"
         )
     common.report("iteration", options, {"completions": rows, "reward": config.reward.kind, **found})
 

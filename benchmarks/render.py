@@ -28,24 +28,12 @@ import symusic
 import torch
 
 from smart import UserError
+from smart.doctor.made_up import random_clip
 from smart.render import Notes, RenderPool, load_soundfont, render_notes, score_notes
 from smart.render.bank import NoteBank
 from smart.reward import load_reward, resample
 
 SAMPLE_RATE = 44100
-
-
-def random_clip(rng: np.random.Generator, *, count: int = 70, seconds: float = 10.0) -> Notes:
-    """(count, 6) piano notes, spread over ``seconds``."""
-    columns = (
-        rng.uniform(0, seconds, count),
-        rng.uniform(0.1, 1.5, count),
-        rng.integers(30, 91, count),
-        rng.integers(20, 128, count),
-        np.zeros(count),
-        np.zeros(count),
-    )
-    return np.stack([np.asarray(column, np.float64) for column in columns], axis=1)
 
 
 def real_clips(folder: Path, count: int, rng: np.random.Generator, *, seconds: float = 10.0) -> list[Notes]:

@@ -21,6 +21,7 @@ import common
 import torch
 from scipy.stats import spearmanr
 
+from smart.doctor.made_up import random_audiobox
 from smart.model import load_base
 from smart.prompts import draw
 from smart.render import RenderPool
@@ -122,7 +123,7 @@ def main() -> None:
     if options.clips < 2:
         parser.error("--clips 1: a rank correlation needs at least 2")
     with tempfile.TemporaryDirectory() as temporary:
-        found = measure(options, options.model or common.random_audiobox(Path(temporary)))
+        found = measure(options, options.model or random_audiobox(Path(temporary)))
     print(
         f"{options.clips} clips ({found['padded_clips']} shorter than ten seconds), "
         f"{found['gflop_per_clip']:.0f} GFLOP per clip"

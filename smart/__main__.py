@@ -26,7 +26,7 @@ MODULES = {
     "corpus": "smart.corpus.command",
     "demo": "smart.demo.command",
     "study": "smart.study.command",
-    "doctor": "smart.doctor",
+    "doctor": "smart.doctor.command",
     "reproduce": "smart.reproduce.command",
     "calibrate": "smart.reward.command",
 }

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -123,6 +124,35 @@ def test_iteration(tmp_path: Path) -> None:
         assert found["busiest_seconds"] == pytest.approx(sum(found["seconds_alone"].values()))
     assert found["times_busiest"] == pytest.approx(found["seconds"]["iteration"] / found["busiest_seconds"])
     assert not list(tmp_path.glob("runs*"))  # its run is deleted
+
+
+def test_everything_for_a_gpu(tmp_path: Path) -> None:
+    """gpu.sh at small sizes on the CPU: it leaves one file with all results, and a timeline."""
+    env = os.environ | {"SMALL": "1", "PYTHON": sys.executable, "SMART_PEER_PYTHON": ""}
+    out = tmp_path / "out"
+    done = subprocess.run(
+        ["sh", str(FOLDER / "gpu.sh"), str(out)], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((out / "gpu.json").read_text())
+    assert found["failed"] == [] and found["machine"]
+    assert {"sampler", "render", "reward", "learner", "iteration"} <= set(found)
+    check_finite(found)
+    for name in ("ms per step", "left to workers", "times the limit", "GB at its peak"):
+        assert name in done.stdout
+    check_trace(out / "timeline.json", "generate", "learn")
+
+
+def test_a_step_that_fails_is_named_and_the_others_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "sampler.log").write_text("Traceback\nRuntimeError: no kernel image\n")
+    (tmp_path / "doctor.log").write_text("")
+    (tmp_path / "doctor.json").write_text('{"ok": false, "checks": [{"name": "memory", "verdict": "x", "found": "y"}]}')
+    (tmp_path / "peer.log").write_text("")
+    (tmp_path / "peer.json").write_text('{"smart_seconds": 1.0, "peer_seconds": 15.0, "ratio": 15.0}')
+    done = programs.run([sys.executable, str(FOLDER / "gather.py"), str(tmp_path)])
+    assert done.returncode == 1
+    assert "failed: RuntimeError: no kernel image" in done.stdout and "15.00 times as fast" in done.stdout
+    assert json.loads((tmp_path / "gpu.json").read_text())["failed"] == ["doctor", "sampler"]
 
 
 def test_a_mistake_is_one_line(tmp_path: Path) -> None:

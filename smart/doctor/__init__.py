@@ -1,5 +1,5 @@
-"""``smart doctor``: check whether this machine can run a configuration, and list how to fix what is missing."""
+"""``smart doctor``: can this machine run a configuration, and does its GPU compute what a CPU does?"""
 
-from smart.doctor.machine import main
+from smart.doctor.command import main
 
 __all__ = ["main"]

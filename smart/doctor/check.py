@@ -8,6 +8,8 @@ OK, DIFFERS, FAILED = "ok", "DIFFERS", "FAILED"
 MEASURED, SKIPPED = "measured", "skipped"
 BAD = {DIFFERS, FAILED}
 
+LESS_MEMORY = "--set grpo.micro_batch=8 --set reward.options.batch_size=2"
+
 
 class Check(NamedTuple):
     """One row of the table; ``values`` are its numbers for the JSON line."""
@@ -21,7 +23,9 @@ class Check(NamedTuple):
 
 def compare(name: str, values: Mapping[str, float], limits: Mapping[str, float], remedy: str) -> Check:
     """A check that each value with a limit is at most that; NaN is not."""
-    parts = [f"{key} {value:.3g}" + (f" (limit {limits[key]:g})" if key in limits else "") for key, value in values.items()]
+    parts = [
+        f"{key} {value:.3g}" + (f" (limit {limits[key]:g})" if key in limits else "") for key, value in values.items()
+    ]
     good = all(values[key] <= limit for key, limit in limits.items())
     return Check(name, OK if good else DIFFERS, ", ".join(parts), values, "" if good else remedy)
 

@@ -19,7 +19,7 @@ import torch
 from smart import UserError, __version__, brief, hub
 from smart.config import Config
 from smart.doctor import agreement, speed
-from smart.doctor.check import BAD, FAILED, MEASURED, SKIPPED, Check, finite
+from smart.doctor.check import BAD, FAILED, LESS_MEMORY, MEASURED, SKIPPED, Check, finite
 from smart.doctor.made_up import random_audiobox, random_clip, waves
 from smart.model import FILES, SHIPPED, build_model, load_base
 from smart.prompts import draw
@@ -29,6 +29,7 @@ from smart.sampler import Rollout, Sampler
 from smart.tokens import build_tokenizer, vocabulary
 
 BOTH = (torch.float32, torch.bfloat16)
+LONG = 256  # tokens of the completions that are compared
 FONTS = ("timgm", "fluidr3", "musescore")  # what stands in for a soundfont that is not here
 Part = tuple[str, Callable[[], list[Check]]]
 
@@ -39,10 +40,13 @@ def parts(config: Config, device: torch.device, folder: Path) -> Iterator[Part]:
     facts = vocabulary(tokenizer)
     prompts = draw("procedural", 8, tokenizer, torch.Generator().manual_seed(0))
     for dtype in BOTH:
-        work = partial(agreement.sampler, model, prompts, device=device, dtype=dtype, eos_id=facts.eos_id)
-        yield f"sampler {agreement.SHORT_NAMES[dtype]}", work
+        options = {"device": device, "dtype": dtype, "eos_id": facts.eos_id, "tokens": LONG}
+        yield f"sampler {agreement.SHORT_NAMES[dtype]}", partial(agreement.sampler, model, prompts, **options)
     audio, lengths = waves()
-    yield "ce_proxy", partial(agreement.reward, "ce_proxy", partial(load_reward, "ce_proxy"), audio, lengths, device=device)
+    yield (
+        "ce_proxy",
+        partial(agreement.reward, "ce_proxy", partial(load_reward, "ce_proxy"), audio, lengths, device=device),
+    )
     weights = find_audiobox(config, folder)
     dtypes = ("float32", "bfloat16")
 
@@ -86,13 +90,10 @@ def attempt(name: str, work: Callable[[], list[Check]]) -> list[Check]:
         return [Check(name, FAILED, brief(error), remedy="--set run.device=cpu")]
 
 
-LESS_MEMORY = "--set grpo.micro_batch=8 --set reward.options.batch_size=2"
-
-
 def written(model: Any, prompts: torch.Tensor, eos_id: int | None) -> Rollout:
     """Completions that the model writes on the CPU."""
     sampler = Sampler(model, pad_id=int(model.config.pad_token_id), eos_id=eos_id)
-    return sampler.sample(prompts, max_new_tokens=128, group_size=4, generator=torch.Generator().manual_seed(2))
+    return sampler.sample(prompts, max_new_tokens=LONG // 2, group_size=4, generator=torch.Generator().manual_seed(2))
 
 
 # What is at hand ----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""``smart doctor``: check whether this machine can run a configuration, and list how to fix what is missing.
+"""Check whether this machine can run a configuration, and list how to fix what is missing.
 
 It checks what the given configuration needs, and nothing else. It uses the network only if the configuration names a
 model on the Hugging Face hub that is not in the local cache, and even then it downloads nothing.
@@ -16,7 +16,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-import click
 import numpy as np
 
 from smart import UserError, __version__, hub
@@ -264,37 +263,3 @@ def examine(path: str, overrides: tuple[str, ...]) -> dict[str, Finding]:
         findings["run"] = _run(config)
     findings["study"] = _study()
     return findings
-
-
-@click.command()
-@click.option(
-    "--config",
-    "path",
-    default="quickstart.toml",
-    show_default=True,
-    help="Config file (TOML) of the run to check, or the name of a shipped one.",
-)
-@click.option(
-    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one setting (repeatable)."
-)
-def main(path: str, overrides: tuple[str, ...]) -> None:
-    """Check whether this machine can run a configuration, and list how to fix what is missing.
-
-    The exit code is 1 if something is missing.
-    """
-    findings = examine(path, overrides)
-    width = max(map(len, findings))
-    for name, finding in findings.items():
-        click.echo(f"{finding.state:7}  {name:{width}}  {finding.found}")
-        if finding.remedy:
-            click.echo(f"{'':7}  {'':{width}}  -> {finding.remedy}")
-    missing = [name for name, finding in findings.items() if finding.state == MISSING]
-    if missing:
-        click.echo(f"\nnot ready: {', '.join(missing)}")
-        raise SystemExit(1)
-    words = [sys.executable, "-m", "smart.grpo", "--config", path]
-    words += [word for override in overrides for word in ("--set", override)]
-    if findings["run"].state == NOTE:  # it exists: without --resume it would be refused
-        words.append("--resume")
-    click.echo(f"\nready: {shlex.join(words)}")
-

@@ -15,7 +15,7 @@ import torch
 from smart.config import Config
 from smart.distributed import World
 from smart.doctor.agreement import learn
-from smart.doctor.check import OK, Check, measured
+from smart.doctor.check import LESS_MEMORY, Check, compare, measured
 from smart.doctor.made_up import MusicInstead
 from smart.logprobs import Reference
 from smart.model import pick_precision
@@ -77,9 +77,7 @@ def iterations(
         for number in range(counted + 1):
             generator = torch.Generator(device).manual_seed(number)
             watch.restart()
-            drawn = batches.draw(
-                sampler, prompts, group_size=settings.group_size, generator=generator, stopwatch=watch
-            )
+            drawn = batches.draw(sampler, prompts, group_size=settings.group_size, generator=generator, stopwatch=watch)
             watch.lap("generate")
             ref_logp = reference.logprobs(drawn.rollout)
             watch.lap("reference")
@@ -107,7 +105,9 @@ def _finish(device: torch.device) -> None:
 
 def overlap(spans: Sequence[Span], count: int) -> Check:
     """How much of the rendering, and of the rating, was done while something else was, in seconds per iteration."""
-    stages = {stage: [span for span in spans if span.stage == stage] for stage in ("generate", "render", "rate", "wait")}
+    stages = {
+        stage: [span for span in spans if span.stage == stage] for stage in ("generate", "render", "rate", "wait")
+    }
     total = {stage: sum(span.end - span.start for span in found) / count for stage, found in stages.items()}
     values = {
         "rendering": total["render"],
@@ -140,9 +140,6 @@ def memory(device: torch.device) -> list[Check]:
     if device.type != "cuda":
         return []
     total = torch.cuda.get_device_properties(device).total_memory
-    values = {
-        "tensors": torch.cuda.max_memory_allocated(device) / 2**30,
-        "reserved": torch.cuda.max_memory_reserved(device) / 2**30,
-        "card": total / 2**30,
-    }
-    return [measured("memory", values, "GiB")._replace(verdict=OK)]
+    tensors, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    values = {"GiB of tensors": tensors / 2**30, "GiB reserved": reserved / 2**30, "of the card": reserved / total}
+    return [compare("memory", values, {"of the card": 0.95}, LESS_MEMORY)]
