@@ -13,21 +13,21 @@ here=$(dirname "$0")
 out=${1:-gpu-results}
 mkdir -p "$out" || exit 2
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-font=${SOUNDFONT:-timgm}
+font=${SOUNDFONT:-timgm} patience=
 HF_HUB_OFFLINE=1 PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}"
 export HF_HUB_OFFLINE PYTHONPATH
 rm -f "$out"/*.json "$out"/*.log
 
 # measure NAME SECONDS COMMAND...: one step; if it fails, the others still run
 measure() {
-    name=$1 limit=$2
+    name=$1 limit=${patience:-$2}
     shift 2
     echo "$name ..."
     timeout "$limit" "$python" "$@" > "$out/$name.log" 2>&1 || echo "$name failed ($?): see $out/$name.log" >&2
 }
 
 if [ "${SMALL:-}" ]; then
-    device=cpu tiny="--layers 2 --hidden 32 --heads 2 --intermediate 48 --tokens 8"
+    device=cpu patience=600 tiny="--layers 2 --hidden 32 --heads 2 --intermediate 48 --tokens 8"
     sampler="$tiny --rows 4 --group-size 2 --repeats 1" learner="$tiny --rows 4 --micro 4 --rounds 1"
     reward="--clips 2 --rounds 1 --dtypes float32" render="--clips 2 --rounds 1 --workers 1"
     run="--config quickstart.toml --iterations 1 --set grpo.prompts=2 --set grpo.group_size=2

@@ -5,7 +5,7 @@ import sys
 
 import click
 
-from smart.config import load
+from smart.config import Config, load
 from smart.doctor.machine import MISSING, NOTE, examine
 
 
@@ -38,7 +38,7 @@ def main(path: str | None, overrides: tuple[str, ...], gpu: bool) -> None:
 
 
 def _check_gpu(path: str, overrides: tuple[str, ...]) -> None:
-    config = load(path, overrides)
+    config: Config = load(path, overrides)
     from smart.model import pick_device
 
     device = pick_device("cuda")

@@ -27,6 +27,7 @@ from smart.render import find_soundfont
 from smart.reward import Reward, audiobox, load_reward
 from smart.sampler import Rollout, Sampler
 from smart.tokens import build_tokenizer, vocabulary
+from smart.workers import usable_cores
 
 BOTH = (torch.float32, torch.bfloat16)
 LONG = 256  # tokens of the completions that are compared
@@ -40,8 +41,12 @@ def parts(config: Config, device: torch.device, folder: Path) -> Iterator[Part]:
     facts = vocabulary(tokenizer)
     prompts = draw("procedural", 8, tokenizer, torch.Generator().manual_seed(0))
     for dtype in BOTH:
-        options = {"device": device, "dtype": dtype, "eos_id": facts.eos_id, "tokens": LONG}
-        yield f"sampler {agreement.SHORT_NAMES[dtype]}", partial(agreement.sampler, model, prompts, **options)
+        yield (
+            f"sampler {agreement.SHORT_NAMES[dtype]}",
+            partial(
+                agreement.sampler, model, prompts, device=device, dtype=dtype, eos_id=facts.eos_id, tokens=LONG
+            ),
+        )
     audio, lengths = waves()
     yield (
         "ce_proxy",
@@ -59,8 +64,8 @@ def parts(config: Config, device: torch.device, folder: Path) -> Iterator[Part]:
     def mix() -> list[Check]:
         rng, render = np.random.default_rng(1), config.render
         clips = [random_clip(rng, seconds=render.seconds) for _ in range(4)]
-        sizes = {"sample_rate": render.sample_rate, "seconds": render.seconds}
-        return agreement.note_bank(font(config), clips, device=device, **sizes)
+        rate, seconds = render.sample_rate, render.seconds
+        return agreement.note_bank(font(config), clips, device=device, sample_rate=rate, seconds=seconds)
 
     yield "note bank", mix
 
@@ -72,8 +77,14 @@ def parts(config: Config, device: torch.device, folder: Path) -> Iterator[Part]:
 
     def iterate() -> list[Check]:
         base, vocab, real = find_base_or_random(config)
-        rate = reward_of(config, weights, device)
-        return speed.iterations(config, base, vocab, rate, font(config), device=device, music=real)
+        rate, soundfont, render = reward_of(config, weights, device), font(config), config.render
+        text = (
+            f"{config.grpo.prompts * config.grpo.group_size} completions of {config.sampling.max_new_tokens} tokens; "
+            f"base {config.model.base if real else 'of random weights'}; reward {rate.provenance or rate.name}; "
+            f"{soundfont.name}; {render.backend} of {render.workers or usable_cores()} workers"
+        )
+        rows = speed.iterations(config, base, vocab, rate, soundfont, device=device, music=real)
+        return [Check("iteration", MEASURED, text), *rows]
 
     yield "iteration", iterate
 

@@ -68,6 +68,7 @@ def iterations(
     laps: list[dict[str, float]] = []
     spans: list[Span] = []
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what earlier work has left reserved
         torch.cuda.reset_peak_memory_stats(device)
     with opened as renderer:
         pool = renderer if music else MusicInstead(renderer, render.seconds)
