@@ -47,7 +47,7 @@ def sampled(model: Any, prompts: Tensor, *, captured: bool, sampler: Sampler | N
 
 def assert_same_rollout(one: Rollout, other: Rollout, dtype: torch.dtype | None = torch.float32) -> None:
     """The same tokens; in bfloat16, where attention over other numbers of places rounds otherwise, until they part."""
-    one, other = (Rollout(*(part.cpu() for part in rollout)) for rollout in (one, other))
+    one, other = one.to("cpu"), other.to("cpu")
     if dtype == torch.bfloat16:
         length = min(one.mask.shape[1], other.mask.shape[1])
         first, second = (part.tokens[:, -part.mask.shape[1] :][:, :length] for part in (one, other))
