@@ -18,7 +18,7 @@ HF_HUB_OFFLINE=1 PYTHONPATH="$here/..${PYTHONPATH:+:$PYTHONPATH}"
 export HF_HUB_OFFLINE PYTHONPATH
 rm -f "$out"/*.json "$out"/*.log
 
-# measure NAME SECONDS COMMAND...: one step; if it fails, the others still run
+# measure NAME SECONDS COMMAND...: one step, ended after so many seconds (480 in all); if it fails, the others still run
 measure() {
     name=$1 limit=${patience:-$2}
     shift 2
@@ -39,18 +39,18 @@ else
     sampler="--repeats 3" learner="--micro 16 64 --rounds 3"
     reward="--clips 16 --rounds 2" render="--clips 64 --rounds 2 --workers 1,$(nproc)"
     run="--config paper.toml --iterations 3" peer="--config paper.toml --iterations 2"
-    measure doctor 120 -m smart.doctor --gpu --set render.soundfont="$font"
+    measure doctor 90 -m smart.doctor --gpu --set render.soundfont="$font"
     grep '^{' "$out/doctor.log" | tail -n 1 > "$out/doctor.json"
 fi
 # word splitting is wanted: each variable holds several options
-measure sampler 60 "$here/sampler.py" --device $device $sampler --json "$out/sampler.json"
-measure render 90 "$here/render.py" --bank $device --soundfont "$font" $render --json "$out/render.json"
-measure reward 90 "$here/reward.py" --device $device $reward --json "$out/reward.json"
-measure learner 60 "$here/learner.py" --device $device $learner --json "$out/learner.json"
-measure iteration 120 "$here/iteration.py" --device $device $run --random-weights --set render.soundfont="$font" \
+measure sampler 40 "$here/sampler.py" --device $device $sampler --json "$out/sampler.json"
+measure render 60 "$here/render.py" --bank $device --soundfont "$font" $render --json "$out/render.json"
+measure reward 50 "$here/reward.py" --device $device $reward --json "$out/reward.json"
+measure learner 40 "$here/learner.py" --device $device $learner --json "$out/learner.json"
+measure iteration 60 "$here/iteration.py" --device $device $run --random-weights --set render.soundfont="$font" \
     --timeline "$out/timeline.json" --json "$out/iteration.json"
 if [ "${SMART_PEER_PYTHON:-}" ]; then
-    measure peer 180 "$here/iteration.py" --device $device $peer --random-weights --set render.soundfont="$font" \
+    measure peer 140 "$here/iteration.py" --device $device $peer --random-weights --set render.soundfont="$font" \
         --rounds 1 --peer "$SMART_PEER_PYTHON" --json "$out/peer.json"
 fi
 "$python" "$here/gather.py" "$out"

@@ -161,7 +161,7 @@ def reward(
         gap = max((rated[axis].cpu() - values).abs().max().item() for axis, values in expected.items())
         remedy = "--set reward.options.dtype=float32"
         if dtype == "float32":
-            remedy = "unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE and NVIDIA_TF32_OVERRIDE, else --set run.device=cpu"
+            remedy = "unset NVIDIA_TF32_OVERRIDE if it is set, else --set run.device=cpu"
         label = f"{name} {dtype}" if choice else name
         found.append(compare(label, {"difference": gap}, {"difference": RATING[dtype]}, remedy))
     return found

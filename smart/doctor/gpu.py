@@ -43,9 +43,7 @@ def parts(config: Config, device: torch.device, folder: Path) -> Iterator[Part]:
     for dtype in BOTH:
         yield (
             f"sampler {agreement.SHORT_NAMES[dtype]}",
-            partial(
-                agreement.sampler, model, prompts, device=device, dtype=dtype, eos_id=facts.eos_id, tokens=LONG
-            ),
+            partial(agreement.sampler, model, prompts, device=device, dtype=dtype, eos_id=facts.eos_id, tokens=LONG),
         )
     audio, lengths = waves()
     yield (
@@ -174,9 +172,9 @@ def run(config: Config, device: torch.device) -> bool:
         for name, work in todo:
             for row in attempt(name, work):
                 rows.append(row)
-                click.echo(f"{row.verdict:9} {row.name:24} {row.found}")
+                click.echo(f"{row.verdict:9} {row.name:26} {row.found}")
                 if row.remedy:
-                    click.echo(f"{'':9} {'':24} -> {row.remedy}")
+                    click.echo(f"{'':9} {'':26} -> {row.remedy}")
     bad = [row.name for row in rows if row.verdict in BAD]
     took = time.perf_counter() - began
     click.echo(f"\n{'not as it should be: ' + ', '.join(bad) if bad else 'all as on a CPU'} ({took:.0f} s)")
