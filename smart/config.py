@@ -181,6 +181,7 @@ class Optimisation:
     learning_rate: float = _number(5e-4, above=0.0, high=1.0)
     final_learning_rate: float = _number(5e-6, low=0.0, high=1.0)
     warmup: int = _number(500, low=0)
+    optimizer: str = _choice("adamw", "adamw", "muon")  # muon: for the layers' matrices; AdamW for the rest
     weight_decay: float = _number(0.01, low=0.0)
     max_grad_norm: float = _number(1.0, above=0.0)
     precision: str = _choice("auto", "auto", "float32", "bfloat16")  # auto: bf16 autocast on CUDA only
