@@ -169,6 +169,8 @@ class Data:
     corpus: str = ""
     crop: int = _number(512, low=8)  # tokens of a training row, BOS and EOS included
     transpose: int = _number(0, low=0, high=11)  # largest shift in semitones, up or down; drawn for every row
+    velocity_shift: int = _number(0, low=0, high=31)  # largest shift of a row's velocities, in steps of the vocabulary
+    tempo_shift: int = _number(0, low=0, high=63)  # largest shift of a row's tempos, in steps of the vocabulary
     openings: float = _number(0.0, low=0.0, high=1.0)  # share of rows that start at the beginning of a piece
 
 

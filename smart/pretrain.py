@@ -53,7 +53,8 @@ class Crops:
 
     A piece is drawn in proportion to the number of rows that it would fill, so that every token is seen about equally
     often. With ``data.transpose`` all pitches of a row are shifted by the same number of semitones, within the
-    vocabulary's range. ``data.openings`` is the share of rows that start at the beginning of a piece, half of them
+    vocabulary's range; ``data.velocity_shift`` and ``data.tempo_shift`` do the same to its velocities and tempos.
+    ``data.openings`` is the share of rows that start at the beginning of a piece, half of them
     without BOS, like prompts. Raises ``UserError`` if there are no pieces.
     """
 
@@ -63,8 +64,15 @@ class Crops:
             raise UserError(f"corpus {data.corpus}: a split that training needs is empty; build a larger corpus")
         lengths = np.array([len(pieces[index]) for index in range(len(pieces))])
         self.cumulative = np.cumsum(np.ceil((lengths + 2) / data.crop))
-        self.is_pitch = np.zeros(facts.size, dtype=bool)
-        self.is_pitch[list(facts.pitch_ids)] = True
+        self.shifts = [
+            (np.isin(np.arange(facts.size), ids), ids[0], ids[-1], largest)
+            for ids, largest in (
+                (facts.pitch_ids, data.transpose),
+                (facts.velocity_ids, data.velocity_shift),
+                (facts.tempo_ids, data.tempo_shift),
+            )
+            if largest
+        ]
 
     def batch(self, rows: int, random: np.random.Generator) -> torch.Tensor:
         """(rows, crop) int64, right-padded with PAD; ``random`` decides everything."""
@@ -83,12 +91,11 @@ class Crops:
         if random.random() < self.data.openings:
             start = int(random.integers(2))
         tokens = tokens[start : start + crop]
-        pitches = self.is_pitch[tokens]
-        if self.data.transpose and pitches.any():
-            shift = int(random.integers(-self.data.transpose, self.data.transpose + 1))
-            low, high = self.facts.pitch_ids[0], self.facts.pitch_ids[-1]
-            shift = min(max(shift, low - tokens[pitches].min()), high - tokens[pitches].max())
-            tokens[pitches] += shift
+        for of_this_kind, low, high, largest in self.shifts:
+            places = of_this_kind[tokens]
+            if places.any():
+                shift = int(random.integers(-largest, largest + 1))
+                tokens[places] += min(max(shift, low - tokens[places].min()), high - tokens[places].max())
         return tokens
 
 
@@ -230,9 +237,9 @@ class Pretraining:
         if data.crop > longest:
             raise UserError(f"data.crop = {data.crop}: expected at most the base's max_positions = {longest}")
         self.rows = Crops(self.corpus.split("train"), self.facts, data)
-        self.validation = Crops(self.corpus.split("validation"), self.facts, replace(data, transpose=0)).batch(
-            settings.evaluate_rows, np.random.default_rng((config.run.seed, 0))
-        )
+        self.validation = Crops(
+            self.corpus.split("validation"), self.facts, replace(data, transpose=0, velocity_shift=0, tempo_shift=0)
+        ).batch(settings.evaluate_rows, np.random.default_rng((config.run.seed, 0)))
         self._compiling = _compiles(settings.compile, self.world.device)
         run = Run(
             self.folder,
