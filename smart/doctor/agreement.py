@@ -16,8 +16,7 @@ import torch
 from smart.doctor.check import FAILED, Check, compare, measured
 from smart.logprobs import completion_logits, logprobs_and_entropy, token_logprobs
 from smart.model import load_base, save_base
-from smart.render import Notes, RenderPool
-from smart.render.bank import NoteBank
+from smart.render import Notes, RenderPool, bank
 from smart.reward import Reward
 from smart.run import checkpoint
 from smart.sampler import Rollout, Sampler
@@ -174,8 +173,8 @@ def note_bank(
     soundfont: Path, clips: Sequence[Notes], *, device: torch.device, sample_rate: int, seconds: float
 ) -> list[Check]:
     """Compare clips mixed on ``device`` from stored notes with those of a render worker."""
-    bank = NoteBank(soundfont, sample_rate=sample_rate, seconds=seconds, device=device)
-    found, again = bank.try_render(clips), bank.try_render(clips)
+    mixer = bank.NoteBank(soundfont, sample_rate=sample_rate, seconds=seconds, device=device)
+    found, again = mixer.try_render(clips), mixer.try_render(clips)
     with RenderPool(soundfont, sample_rate=sample_rate, seconds=seconds, workers=1) as pool:
         expected = [torch.from_numpy(audio) for audio in pool.map(clips)]
     noise, changed, left = -math.inf, 0.0, 0

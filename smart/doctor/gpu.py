@@ -27,7 +27,6 @@ from smart.render import find_soundfont
 from smart.reward import Reward, audiobox, load_reward
 from smart.sampler import Rollout, Sampler
 from smart.tokens import build_tokenizer, vocabulary
-from smart.workers import usable_cores
 
 BOTH = (torch.float32, torch.bfloat16)
 LONG = 256  # tokens of the completions that are compared
@@ -79,7 +78,7 @@ def parts(config: Config, device: torch.device, folder: Path) -> Iterator[Part]:
         text = (
             f"{config.grpo.prompts * config.grpo.group_size} completions of {config.sampling.max_new_tokens} tokens; "
             f"base {config.model.base if real else 'of random weights'}; reward {rate.provenance or rate.name}; "
-            f"{soundfont.name}; {render.backend} of {render.workers or usable_cores()} workers"
+            f"{soundfont.name}; {render.backend}, workers: {render.workers or 'one per core'}"
         )
         rows = speed.iterations(config, base, vocab, rate, soundfont, device=device, music=real)
         return [Check("iteration", MEASURED, text), *rows]

@@ -23,11 +23,9 @@ from smart.prompts import draw
 from smart.render import Renderer, open_renderer
 from smart.reward import Reward
 from smart.rollout import Batches, Scorer
-from smart.run import Stopwatch
-from smart.run.stopwatch import Span
+from smart.run import Span, Stopwatch
 from smart.sampler import Sampler
 from smart.tokens import vocabulary
-from smart.workers import usable_cores
 
 STAGES = ("generate", "reference", "score", "learn")
 
@@ -63,7 +61,7 @@ def iterations(
     prompts = draw(kind, settings.prompts, tokenizer, torch.Generator().manual_seed(0)).to(device)
     opened: AbstractContextManager[Renderer] = open_renderer(
         render.backend, soundfont, sample_rate=render.sample_rate, seconds=render.seconds,
-        workers=render.workers or usable_cores(), deadline=render.deadline, device=device,
+        workers=render.workers or None, deadline=render.deadline, device=device,
     )  # fmt: skip
     laps: list[dict[str, float]] = []
     spans: list[Span] = []

@@ -16,7 +16,7 @@ from smart.run.folder import (
 )
 from smart.run.run import Run
 from smart.run.stop import StopRequest
-from smart.run.stopwatch import Stopwatch
+from smart.run.stopwatch import Span, Stopwatch
 from smart.run.tracker import METRICS, Tracker, read_metrics, summarise
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "NEEDED",
     "SETTINGS",
     "Run",
+    "Span",
     "StopRequest",
     "Stopwatch",
     "Tracker",

@@ -19,10 +19,9 @@ from smart.config import load
 from smart.doctor import agreement, gpu, speed
 from smart.doctor.check import BAD, DIFFERS, FAILED, OK, SKIPPED, Check, compare
 from smart.doctor.made_up import random_audiobox, random_clip, waves
-from smart.render import find_soundfont
+from smart.render import bank, find_soundfont
 from smart.reward import load_reward
-from smart.run import checkpoint
-from smart.run.stopwatch import Span
+from smart.run import Span, checkpoint
 from smart.sampler import Rollout, Sampler
 from smart.tokens import build_tokenizer
 
@@ -128,12 +127,12 @@ def test_the_note_bank_agrees_with_a_worker(device: torch.device, monkeypatch: p
         return row
 
     assert check().verdict == OK
-    try_render = agreement.NoteBank.try_render
+    try_render = bank.NoteBank.try_render
 
-    def off(bank: Any, clips: Any) -> list[Any]:
-        return [audio.roll(1, 1) for audio in try_render(bank, clips)]  # type: ignore[union-attr]
+    def off(mixer: Any, clips: Any) -> list[Any]:
+        return [audio.roll(1, 1) for audio in try_render(mixer, clips)]  # type: ignore[union-attr]
 
-    monkeypatch.setattr(agreement.NoteBank, "try_render", off)
+    monkeypatch.setattr(bank.NoteBank, "try_render", off)
     row = check()
     assert row.verdict == DIFFERS and row.remedy == "--set render.backend=pool"
 
