@@ -136,7 +136,7 @@ def test_everything_for_a_gpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((out / "gpu.json").read_text())
     assert found["failed"] == [] and found["machine"]
-    assert {"sampler", "render", "reward", "learner", "iteration"} <= set(found)
+    assert {"sampler", "render", "learner", "iteration"} <= set(found)
     check_finite(found)
     for name in ("ms per step", "left to workers", "times the limit", "GB at its peak"):
         assert name in done.stdout
@@ -147,11 +147,13 @@ def test_a_step_that_fails_is_named_and_the_others_are_kept(tmp_path: Path) -> N
     (tmp_path / "sampler.log").write_text("Traceback\nRuntimeError: no kernel image\n")
     (tmp_path / "doctor.log").write_text("")
     (tmp_path / "doctor.json").write_text('{"ok": false, "checks": [{"name": "memory", "verdict": "x", "found": "y"}]}')
-    (tmp_path / "peer.log").write_text("")
+    row = {"way": "smart float32", "seconds_per_clip": 0.01, "ratio": 9, "difference": 1e-7, "peak_memory_gb": 2}
+    (tmp_path / "reward.json").write_text(json.dumps({"results": [row]}))
     (tmp_path / "peer.json").write_text('{"smart_seconds": 1.0, "peer_seconds": 15.0, "ratio": 15.0}')
     done = programs.run([sys.executable, str(FOLDER / "gather.py"), str(tmp_path)])
     assert done.returncode == 1
-    assert "failed: RuntimeError: no kernel image" in done.stdout and "15.00 times as fast" in done.stdout
+    for text in ("failed: RuntimeError: no kernel image", "15.00 times as fast", "10.0 ms per clip", "x: y"):
+        assert text in done.stdout
     assert json.loads((tmp_path / "gpu.json").read_text())["failed"] == ["doctor", "sampler"]
 
 
