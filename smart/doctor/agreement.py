@@ -22,8 +22,7 @@ from smart.run import checkpoint
 from smart.sampler import Rollout, Sampler
 
 SHORT_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-# nats: the largest and the mean difference of a token's log-probability. In bfloat16 the learner's output layer is
-# rounded too, and a kernel may add in another order.
+# nats: the largest and the mean difference of a token's log-probability; a kernel may add in another order
 LOGPROBS = {
     torch.float32: {"largest": 1e-3, "mean": 1e-4},
     torch.bfloat16: {"largest": 0.3, "mean": 0.03},
@@ -56,8 +55,8 @@ def sampler(
     """
     pad_id = int(model.config.pad_token_id)
     truth, moved = copy.deepcopy(model), copy.deepcopy(model).to(device)
-    one = Sampler(moved, pad_id=pad_id, eos_id=eos_id, dtype=dtype)
-    other = _step_by_step(Sampler(moved, pad_id=pad_id, eos_id=eos_id, dtype=dtype))
+    one, other = (Sampler(moved, pad_id=pad_id, eos_id=eos_id, dtype=dtype) for _ in range(2))
+    other.step_by_step()
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     by_steps, by_forward, by_cpu, common = [], [], [], []
     padded = prompts.clone()
@@ -88,7 +87,7 @@ def sampler(
         compare(f"{name}, CPU", _spread(by_cpu), limits, lower),
     ]
     if device.type != "cpu":
-        if not _has_graph(one):
+        if not one._graphs:
             return [
                 Check(f"{name}, graph", FAILED, "no CUDA graph could be captured; runs sample step by step"),
                 *found,
@@ -98,17 +97,7 @@ def sampler(
     return found
 
 
-# runs compare them, too
 NO_GRAPH = "nothing: a run finds this in its first iteration and then samples step by step; please report it"
-
-
-def _step_by_step(sampler: Sampler) -> Sampler:
-    sampler._captures = False
-    return sampler
-
-
-def _has_graph(sampler: Sampler) -> bool:
-    return bool(sampler._graphs)
 
 
 def _disturb(model: Any) -> None:
