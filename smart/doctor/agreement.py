@@ -168,7 +168,7 @@ def note_bank(
         expected = [torch.from_numpy(audio) for audio in pool.map(clips)]
     noise, changed, left = -math.inf, 0.0, 0
     for mixed, repeated, rendered in zip(found, again, expected, strict=True):
-        if isinstance(mixed, str) or isinstance(repeated, str):
+        if not (isinstance(mixed, torch.Tensor) and isinstance(repeated, torch.Tensor)):
             left += 1
             continue
         error = (mixed.cpu().double() - rendered).square().sum() / rendered.double().square().sum()
