@@ -51,7 +51,8 @@ from smart.run import read_metrics
 from smart.sampler import Sampler
 from smart.tokens import build_tokenizer, decode, vocabulary
 
-LAPS = ("generate", "reference", "score", "learn")  # in sequence; other timed work overlaps with them (docs/metrics.md)
+# one after another; other timed work overlaps with them (docs/metrics.md)
+LAPS = ("save", "generate", "reference", "score", "learn", "record")
 PEER = Path(__file__).parent / "peers" / "grpo_trl.py"
 
 
