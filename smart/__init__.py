@@ -16,6 +16,10 @@ from typing import Any
 
 import click
 
+from smart.cores import bound_spin
+
+bound_spin()  # here, since every program imports this package before torch
+
 __version__ = "0.1.0"
 
 

@@ -83,7 +83,7 @@ def _torch(config: Config | None) -> Finding:
 
 
 def _cores(config: Config | None) -> Finding:
-    from smart.workers import usable_cores
+    from smart.cores import usable_cores
 
     cores = usable_cores()
     if config is not None and config.render.workers > cores:

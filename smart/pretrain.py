@@ -35,6 +35,7 @@ from transformers import Phi3ForCausalLM
 
 from smart import UserError
 from smart.config import Data, Optimisation, PretrainConfig, dumps
+from smart.cores import summary
 from smart.corpus import Corpus
 from smart.distributed import World, join
 from smart.files import parse_json, sync
@@ -285,6 +286,7 @@ class Pretraining:
             f"{self.world.device}{f' and {others} more' if others else ''}, "
             f"{self.corpus.split('train').tokens:,} tokens to learn from, from step {self.progress.step}"
         )
+        self.run.log(summary(workers=1))
         self._restart_clock()
 
     def _restart_clock(self) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from smart import Failure, UserError, require
 from smart.config import Config, RewardConfig, dumps
+from smart.cores import share, summary
 from smart.corpus import Corpus
 from smart.distributed import World, join
 from smart.diversity import alikeness, distinct_rewards
@@ -32,7 +33,6 @@ from smart.rollout import Batch, Batches, Clips, Drawn, Scorer, completion_metri
 from smart.run import Run, Stopwatch, check_packages, checkpoint, summarise
 from smart.sampler import Rollout, Sampler
 from smart.tokens import build_grammar, decode, vocabulary
-from smart.workers import usable_cores
 
 AHEAD = "ahead.safetensors"  # in a checkpoint: the batch that was sampled ahead
 
@@ -214,12 +214,13 @@ class Tuning:
         """Open the run's files and its renderer, and set up sampling, rating and measuring."""
         render, sampling = self.config.render, self.config.sampling
         self.run.open(self.done, self.config.grpo.iterations, "iteration")
+        self._workers = render.workers or share(self.world.neighbours)
         renderer: AbstractContextManager[Renderer] = open_renderer(
             render.backend,
             self.parts.soundfont,
             sample_rate=render.sample_rate,
             seconds=render.seconds,
-            workers=render.workers or max(usable_cores() // self.world.neighbours, 1),
+            workers=self._workers,
             deadline=render.deadline,
             device=self.world.device,
         )
@@ -273,6 +274,7 @@ class Tuning:
         log, device = self.run.log, self.world.device
         iterations = self.config.grpo.iterations
         log(f"run {self.folder}: base {self.parts.base} on {device}, {self.done} of {iterations} iterations done")
+        log(summary(self._workers))
         log(f"reward: {self.parts.reward.provenance or self.parts.reward.name}")
         if self.guard.held_out:
             log(f"held-out score: {self.guard.held_out.judge.name}")

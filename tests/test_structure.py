@@ -10,7 +10,7 @@ import pytest
 import smart
 
 PACKAGE = Path(smart.__file__).parent
-GROUND = {"config", "tokens", "model", "hub", "files", "distributed", "published", "workers"}
+GROUND = {"config", "tokens", "model", "hub", "files", "distributed", "published", "workers", "cores", "gpu"}
 ROOMS = {
     "logprobs",
     "prompts",

@@ -20,10 +20,11 @@ import numpy as np
 from tinysoundfont import _tinysoundfont as tsf
 
 from smart import Failure, UserError
+from smart.cores import share
 from smart.render.notes import NOTE_COLUMNS, Notes, most_samples, to_notes
 from smart.render.soundfonts import check_soundfont, check_unchanged, file_state, find_soundfont
 from smart.render.synth import Audio, RenderError, render_notes
-from smart.workers import STARTS, Answer, Died, GarbledAnswer, Refused, Worker, WorkerFailure, usable_cores
+from smart.workers import STARTS, Answer, Died, GarbledAnswer, Refused, Worker, WorkerFailure
 
 GIVE_UP = 16  # clips that may fail in a row, each of them twice, before a pool stops trying
 # seconds between attempts to start a worker: a system that lacks files or processes may have them again
@@ -158,7 +159,7 @@ class RenderPool:
     ) -> None:
         most_samples(sample_rate, seconds)
         if workers is None:
-            workers = usable_cores()
+            workers = share()
         if not (isinstance(workers, int) and workers >= 1):
             raise ValueError(f"workers: expected a whole number from 1, got {workers!r}")
         for name, value in (("deadline", deadline), ("load_deadline", load_deadline)):

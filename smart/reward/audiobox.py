@@ -13,7 +13,7 @@ import os
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ import torch
 from smart import UserError, brief, hub
 from smart.files import parse_json
 from smart.reward import Reward
+from smart.reward.precision import exact_float32
 
 __all__ = ["Audiobox", "check"]
 
@@ -94,7 +95,6 @@ class Audiobox(Reward):
         self._network = network.to(self.device).eval().requires_grad_(False)
         precision = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         self._autocast = torch.autocast(self.device.type, precision, enabled=precision != torch.float32)
-        self._exact = dtype == "float32" and self.device.type == "cuda"
         self._convolutions = None
         if self.device.type == "cpu":
             self._convolutions = _Convolutions(self._network.wavlm_model.feature_extractor, precision)
@@ -106,6 +106,7 @@ class Audiobox(Reward):
         for layer in self._network.wavlm_model.encoder.layers:
             layer.self_attn.register_forward_pre_hook(self._float_mask, with_kwargs=True)
 
+    @exact_float32()
     def rate(self, audio: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
         """Rate clips (N, S) of ``lengths`` (N,) samples, as ``AesPredictor.forward`` does; axis -> (N,)."""
         windows = (lengths + WINDOW - 1) // WINDOW  # of each clip
@@ -135,9 +136,7 @@ class Audiobox(Reward):
         network = self._network
         padding = torch.arange(WINDOW, device=wav.device) >= valid.to(wav.device)[:, None]
         self._padded = bool((valid < WINDOW).any())
-        # by default cuDNN rounds float32 to TensorFloat-32, 10 bits
-        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if self._exact else nullcontext()
-        with self._autocast, _numpy_state_kept(), exact:
+        with self._autocast, _numpy_state_kept():
             if self._convolutions is not None:
                 features = self._convolutions(wav)  # (B, F, C)
             else:

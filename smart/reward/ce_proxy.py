@@ -34,6 +34,7 @@ import torch
 from smart import UserError
 from smart.files import parse_json
 from smart.reward import Reward
+from smart.reward.precision import exact_float32
 
 __all__ = ["DESCRIPTORS", "CEProxy", "Coefficients", "Term", "describe", "load_coefficients"]
 
@@ -134,6 +135,7 @@ def predict(descriptors: torch.Tensor, coefficients: Coefficients) -> torch.Tens
     return score.clamp(LOWEST, HIGHEST)
 
 
+@exact_float32()
 def describe(clip: torch.Tensor) -> torch.Tensor:
     """The descriptors of one clip, in the order of ``DESCRIPTORS``.
 
