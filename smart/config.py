@@ -187,7 +187,7 @@ class Optimisation:
     weight_decay: float = _number(0.01, low=0.0)
     max_grad_norm: float = _number(1.0, above=0.0)
     precision: str = _choice("auto", "auto", "float32", "bfloat16")  # auto: bf16 autocast on CUDA only
-    compile: str = _choice("auto", "auto", "on", "off")  # torch.compile; auto: on CUDA with a C compiler
+    compile: str = _choice("auto", "auto", "on", "off")  # torch.compile; auto: on CUDA, if what it needs is there
     evaluate_every: int = _number(500, low=1)
     evaluate_rows: int = _number(256, low=1)  # validation rows, the same ones each time
     patience: int = _number(10, low=1)  # stop after so many evaluations without a better validation loss

@@ -61,8 +61,8 @@ def summary(workers: int) -> str:
     """One line for the log of a run: what this process decided."""
     import torch
 
-    threads = torch.get_num_threads()
+    cores, threads = usable_cores(), torch.get_num_threads()
     return (
-        f"{usable_cores()} usable core(s): {threads} thread{'s' * (threads > 1)} to compute, "
+        f"{cores} usable core{'s' * (cores > 1)}: {threads} thread{'s' * (threads > 1)} to compute, "
         f"{workers} render worker{'s' * (workers > 1)}"
     )
