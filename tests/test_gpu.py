@@ -12,7 +12,7 @@ import smart.doctor
 from smart import UserError, gpu
 from smart.model import pick_device
 
-OPEN = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {}  Release Build  (dvs-builder@U22)\nGCC version:  12.3.0\n"
+OPEN = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  {}  Release Build\nGCC version:  12.3.0\n"
 CLOSED = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  {}  Sat Aug 12 00:13:34 UTC 2023\nGCC version:  gcc 11.4.0\n"
 GIB = 1 << 30
 

@@ -144,9 +144,7 @@ def test_every_process_needs_a_row(name: str) -> None:
     settings = replace(PretrainConfig().optimisation, **changes)
     run = Pretraining(replace(PretrainConfig(), data=Data(corpus="somewhere"), optimisation=settings))
     run.world = World(torch.device("cpu"), rank=0, size=2)
-    with pytest.raises(
-        UserError, match=rf"optimisation\.{name} = 1: expected at least one row for each of 2 processes"
-    ):
+    with pytest.raises(UserError, match=rf"optimisation\.{name} = 1: expected at least one row for each of 2"):
         run._find_parts(ExitStack())
 
 

@@ -221,6 +221,27 @@ def test_the_positional_convolution_by_fourier_transforms(taps: int, frames: int
     torch.testing.assert_close(found, exact, rtol=0, atol=1e-6 * exact.abs().max().item())
 
 
+def test_nothing_outside_rounds_float32(small: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    audio, lengths = batch(make_clips(1.0))
+    reward = load_reward("audiobox", model=small.folder)
+    seen = set()
+
+    def forward(*given: Any, **options: Any) -> Any:
+        seen.add((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        return encode(*given, **options)
+
+    encode = reward._network.wavlm_model.encoder.forward
+    monkeypatch.setattr(reward._network.wavlm_model.encoder, "forward", forward)
+    expected = reward.score(audio, lengths)
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert difference(reward.score(audio, lengths), expected) == 0
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == {("highest", False)}
+
+
 def test_batching_order_and_neighbours_do_not_change_ratings(small: Weights) -> None:
     clips = make_clips(3.0, 21.0, 10.0, 0.5, 12.0)
     whole = load_reward("audiobox", model=str(small.folder), batch_size=64).score(*batch(clips))
