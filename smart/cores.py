@@ -3,7 +3,7 @@
 - Cores are those of the affinity mask, and no more than the control group allows; the processes that ``torchrun``
   started on a machine divide them evenly.
 - On a CPU this process computes with a thread for each of its cores. On CUDA it uses one thread: it has little to
-  compute, and a thread that waits for another one while render workers hold the cores costs a thousand times as much.
+  compute, and where render workers hold the cores, a thread that waits for another takes hundreds of times as long.
 - Workers: one for each core. They have one thread each (``smart.workers``).
 - A thread that waits for others spins for a short time, then sleeps. OpenMP's own limit lets it spin for many
   milliseconds, longer than another program's turn on the core that the others need.
