@@ -24,6 +24,7 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "GPUs that a program may use.",
     "OMP_NUM_THREADS": "Threads to compute with on the CPU (default: one per usable core, or one if a GPU computes).",
     "GOMP_SPINCOUNT": f"How long a thread waits for others before it sleeps (default: {SPINS}).",
+    "SMART_SOUNDFONTS": "More folders to search for soundfonts, separated by colons.",
     "XDG_CACHE_HOME": "Folder of the note bank's cache (default: ~/.cache).",
     "HF_HUB_OFFLINE": "Set to 1 to use only models of the Hugging Face hub that were downloaded before.",
 }
