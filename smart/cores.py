@@ -15,7 +15,7 @@ import math
 import os
 from pathlib import Path
 
-SPINS = 10_000  # rounds of waiting before a thread sleeps, up to about half a millisecond; OpenMP's own are 300,000
+SPINS = 1_000  # rounds of waiting before a thread sleeps, 25 to 75 microseconds; OpenMP's own are 300,000
 GROUPS = Path("/sys/fs/cgroup")
 
 
