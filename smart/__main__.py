@@ -1,11 +1,12 @@
 """``smart PROGRAM ...`` runs ``python -m smart.PROGRAM ...``; each program is imported only when it is called."""
 
+import sys
 from functools import partial
 from importlib import import_module
 
 import click
 
-from smart import Group, __version__
+from smart import Group, __version__, missing
 from smart.cores import SPINS
 
 PROGRAMS = {
@@ -74,7 +75,12 @@ def command(name: str) -> click.Command:
 
 def start(name: str) -> None:
     """Run a program that was started as ``python -m``, which names it so in its usage line, and exit."""
-    command(name)()
+    try:
+        command(name)()
+    except ModuleNotFoundError as error:
+        problem = missing(name, error)
+        problem.show()
+        sys.exit(problem.exit_code)
 
 
 @click.group(cls=Programs)

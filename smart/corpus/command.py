@@ -138,5 +138,5 @@ def stats_command(folder: Path, picture: Path | None) -> None:
     try:
         plot(corpus, stats, picture)
     except ModuleNotFoundError as error:
-        raise UserError(f"the plot needs {error.name}; install it with: pip install 'smart[track]'") from None
+        raise UserError(f"the plot needs {error.name}; install it with: pip install {error.name}") from None
     click.echo(f"plotted in {picture}")
