@@ -239,6 +239,25 @@ def test_skipping_the_mask_of_full_windows_changes_nothing(small: Weights) -> No
     assert difference(alone, {axis: values[:1] for axis, values in beside.items()}) < 1e-5
 
 
+def test_the_position_bias_is_computed_once(small: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in every pass, on the host; and it is the encoder's, bit for bit."""
+    attention = sys.modules["audiobox_aesthetics.model.wavlm"].MultiheadAttention
+    reward, clips = load_reward("audiobox", model=str(small.folder)), batch(make_clips(3.0, 21.0, 10.0))
+    computed, bucket = [], attention._relative_positions_bucket
+
+    def counted(self: Any, positions: torch.Tensor, **options: Any) -> Any:
+        computed.append(positions.shape)
+        return bucket(self, positions, **options)
+
+    monkeypatch.setattr(attention, "_relative_positions_bucket", counted)
+    scores = [reward.score(*clips) for _ in range(2)]
+    assert computed == [(499, 499)]
+    del reward._network.wavlm_model.encoder.layers[0].self_attn.compute_bias  # the encoder's own again
+    scores.append(reward.score(*clips))
+    assert len(computed) > 3
+    assert difference(scores[0], scores[1]) == difference(scores[0], scores[2]) == 0.0
+
+
 def test_damaged_and_empty_clips_are_nan_beside_good_ones(small: Weights) -> None:
     reward = load_reward("audiobox", model=str(small.folder))
     clips = make_clips(2.0, 2.0, 12.0, 2.0)
