@@ -222,6 +222,7 @@ class Tuning:
             workers=render.workers or max(usable_cores() // self.world.neighbours, 1),
             deadline=render.deadline,
             device=self.world.device,
+            bank_megabytes=render.bank_megabytes,
         )
         pool = opened.enter_context(renderer)
         scorer = Scorer(
@@ -334,12 +335,20 @@ class Tuning:
         Raises ``Failure`` if no clip has a reward.
         """
         batch = self.batches.rate(drawn, ref_logp, keep=self._kept_rows(step))
-        fallback = self.batches.scorer.pool.fallback_fraction(drawn.clips.in_order())
-        self._render_metrics = {} if fallback is None else {"render/fallback_fraction": fallback}
+        self._render_metrics = self._fallbacks(drawn)
         drawn.clips.free_audio()  # before the update, which needs the memory
         batch.rated.check()
         self.watch.lap("score")
         return batch
+
+    def _fallbacks(self, drawn: Drawn) -> dict[str, float]:
+        """The share of this process's clips that the note bank left to the workers, in all and by reason."""
+        pool, clips = self.batches.scorer.pool, drawn.clips.in_order()
+        share = pool.fallback_fraction(clips)
+        if share is None:
+            return {}
+        kinds = {f"render/fallback_fraction_{kind}": part for kind, part in pool.fallback_kinds(clips).items()}
+        return {"render/fallback_fraction": share} | kinds
 
     def _kept_rows(self, step: int) -> range:
         """Rows of the batch that are written as MIDI and WAV."""

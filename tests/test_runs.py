@@ -156,6 +156,9 @@ class Late:
     def fallback_fraction(self, clips: Any) -> None:
         return None
 
+    def fallback_kinds(self, clips: Any) -> dict[str, float]:
+        return {}
+
     def arrive(self, number: int) -> None:
         for late, clip in self.asked[max(number, 0) * self.batch : (number + 1) * self.batch]:
             audio = clip.result()

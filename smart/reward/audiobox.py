@@ -90,6 +90,8 @@ class Audiobox(Reward):
         files = _find_local(model) or _find_cached(str(model)) or _download(str(model))
         network = _build(_read(files), files)
         self.batch_size = batch_size
+        # a window's last bits depend on the others of its pass: matrix products of other sizes round differently
+        self.together = min(batch_size, Reward.together)
         self.is_published = files.hub_id == HUB_ID  # by hub id; the origin of a folder or file is unknown
         self.provenance = f"Audiobox Aesthetics, {_provenance(files)}, {dtype}"
         self._network = network.to(self.device).eval().requires_grad_(False)

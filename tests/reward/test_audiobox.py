@@ -231,6 +231,17 @@ def test_batching_order_and_neighbours_do_not_change_ratings(small: Weights) -> 
         assert difference({axis: values.flip(0) for axis, values in reversed_scores.items()}, whole) < 1e-5
 
 
+def test_a_pass_of_one_window_leaves_no_trace_of_neighbours(small: Weights) -> None:
+    """So a clip can be rated as it arrives, alone; larger passes are always those of the same neighbours."""
+    clips = make_clips(3.0, 21.0, 10.0)
+    reward = load_reward("audiobox", model=str(small.folder))
+    whole = reward.score(*batch(clips))
+    alone = [reward.score(clip[None]) for clip in clips]
+    assert difference({axis: torch.cat([one[axis] for one in alone]) for axis in whole}, whole) == 0.0
+    together = [load_reward("audiobox", model=str(small.folder), batch_size=size).together for size in (1, 8, 64)]
+    assert (reward.together, together) == (1, [1, 8, 16])
+
+
 def test_skipping_the_mask_of_full_windows_changes_nothing(small: Weights) -> None:
     reward = load_reward("audiobox", model=str(small.folder))
     full, short = make_clips(10.0, 10.0)
