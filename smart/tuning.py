@@ -205,7 +205,7 @@ class Tuning:
             share = whole.rows(slice(groups.start * size, groups.stop * size))
         except TypeError as error:
             raise UserError(f"checkpoint {last}: {AHEAD} does not hold a batch ({error})") from None
-        return Rollout(*(part.to(self.world.device) for part in share))
+        return share.to(self.world.device)
 
     def _load_weights(self, folder: Path) -> None:
         self.policy.load_state_dict(load_base(folder, device=self.world.device)[0].state_dict())
@@ -289,8 +289,10 @@ class Tuning:
 
     def steps(self) -> Iterator[int]:
         """The remaining iterations, counted from 1; they end early if the guard stops the run."""
+        self.watch.lap("start")  # belongs to no iteration
         for step in self.run.steps(self.done, self.config.grpo.iterations, unless=lambda: self.guard.stop):
             self.watch.restart()
+            self.watch.lap("save")  # since the last iteration was logged
             self._before_update = step
             yield step
 
@@ -371,25 +373,29 @@ class Tuning:
         self.watch.lap("learn")
         self._before_update = None
         run, track, group_size = self.run, self.config.track, self.config.grpo.group_size
+        batch = batch._replace(rollout=batch.rollout.to("cpu"))  # once: the rest is no work for a GPU
+        measured = self.guard.look(step, self.samplers["tuned"])
+        run.files.completions(
+            row | {"step": step, "advantage": advantage}
+            for row, advantage in zip(batch.rated.rows(batch.rollout, group_size), advantages.tolist(), strict=True)
+        )
+        self._write_pieces(f"samples/{step:08d}/{{:02d}}", batch, self._kept_rows(step))
+        quality = completion_metrics(batch.rollout, self._eos_id, self._grammar)
+        self.watch.lap("record")
         metrics = {
             **batch.rated.metrics(group_size),
             **{f"policy/{key}": value for key, value in stats.items()},
             "policy/learning_rate": self.optimizer.param_groups[0]["lr"],
-            **completion_metrics(batch.rollout, self._eos_id, self._grammar),
+            **quality,
             **self._render_metrics,
             **self.watch.metrics(),
-            **(measured := self.guard.look(step, self.samplers["tuned"])),
+            **measured,
         }
         run.files.metrics(step, metrics)
         if measured and self.guard.collapse:
             run.log(f"iteration {step}: diversity has collapsed: {self.guard.collapse}")
         if self.world.lead and track.trace_every and step % track.trace_every == 0:
             timeline(self.watch.write(self.folder / "traces" / f"{step:08d}.json"))
-        run.files.completions(
-            row | {"step": step, "advantage": advantage}
-            for row, advantage in zip(batch.rated.rows(batch.rollout, group_size), advantages.tolist(), strict=True)
-        )
-        self._write_pieces(f"samples/{step:08d}/{{:02d}}", batch, self._kept_rows(step))
         run.bar.update()
         run.bar.set_postfix(reward=f"{metrics['reward/mean']:.3f}", kl=f"{stats['kl']:.4f}")
         stopping = run.stopping()

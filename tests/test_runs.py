@@ -55,11 +55,11 @@ def test_what_a_run_leaves(finished: Path, base: Path) -> None:
         assert all(isinstance(row[key], float) for row in rows), key
     assert all(row["policy/dlogp_max"] < 1e-4 for row in rows)  # the sampler and the learner agree
     assert all(row["policy/dlogp_mean"] <= row["policy/dlogp_max"] for row in rows)
-    stages = ("generate", "reference", "score", "learn", "iteration", "wait", "rate", "render")
+    stages = ("save", "generate", "reference", "score", "learn", "record", "iteration", "wait", "rate", "render")
     timed = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     for row in timed[1:]:
         seconds = {stage: row[f"seconds/{stage}"] for stage in stages}
-        assert seconds["iteration"] == pytest.approx(sum(seconds[stage] for stage in stages[:4]))
+        assert seconds["iteration"] == pytest.approx(sum(seconds[stage] for stage in stages[:6]))
         assert seconds["wait"] + seconds["rate"] <= seconds["score"]
     traces = sorted((finished / "traces").iterdir())
     assert [path.name for path in traces] == ["00000004.json", "00000004.png"]
@@ -197,7 +197,7 @@ def test_rendering_is_hidden_behind_the_next_batch(base: Path, tmp_path: Path, m
     for path in (tmp_path / "r" / "traces").glob("*.json"):
         events = json.loads(path.read_text())["traceEvents"]
         spans = [(e["ts"], e["ts"] + e["dur"], e["name"]) for e in events if e["ph"] == "X" and e["tid"] == 0]
-        assert [name for *_, name in sorted(spans)] == ["generate", "reference", "score", "learn"]
+        assert [name for *_, name in sorted(spans)] == ["save", "generate", "reference", "score", "learn", "record"]
         rendered += sum(e["name"] == "render" for e in events)
     assert rendered == 4 * 6  # each belongs to the iteration in which it arrived
 

@@ -247,7 +247,7 @@ def _draw(
         generator=[generator for _, generator in starts],
         **options,
     )
-    rollout = Rollout(*(part.cpu() for part in rollout))
+    rollout = rollout.to("cpu")
     prompt_length = len(starts[0][0])
     lengths = rollout.mask.sum(dim=1).tolist()
     return _Drawn(

@@ -87,7 +87,10 @@ class Rated(NamedTuple):
 
 
 def completion_metrics(rollout: Rollout, eos_id: int, grammar: Grammar) -> dict[str, float]:
-    """Mean length in tokens, share of completions cut off before an end-of-sequence, share of unplayable tokens."""
+    """Mean length in tokens, share of completions cut off before an end-of-sequence, share of unplayable tokens.
+
+    On the device of the rollout; on the CPU it costs a GPU nothing.
+    """
     prompt_length = rollout.tokens.shape[1] - rollout.mask.shape[1]
     ended = (rollout.tokens[:, prompt_length:] == eos_id) & rollout.mask
     bad = unplayable(rollout.tokens, prompt_length, rollout.mask, grammar)

@@ -62,6 +62,10 @@ class Rollout(NamedTuple):
     mask: Tensor
     logprobs: Tensor
 
+    def to(self, device: torch.device | str) -> Rollout:
+        """The rollout on another device."""
+        return Rollout(*(part.to(device) for part in self))
+
     def rows(self, which: slice) -> Rollout:
         """Some of the rows, cut to the longest completion among them; the tensors are views."""
         length, longest = self.tokens.shape[1] - self.mask.shape[1], int(self.mask[which].any(0).sum())

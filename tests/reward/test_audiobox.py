@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from audiobox_weights import TRANSFORM, random_network, thin_architecture
 
 from smart import UserError
 from smart.hub import SECONDS
@@ -24,12 +25,6 @@ from smart.reward import audiobox, load_reward
 
 aes = pytest.importorskip("audiobox_aesthetics.model.aes")
 RATE = 16000
-TRANSFORM = {
-    "CE": {"mean": 5.1, "std": 1.5},
-    "CU": {"mean": 5.7, "std": 1.8},
-    "PC": {"mean": 3.2, "std": 1.3},
-    "PQ": {"mean": 6.4, "std": 1.6},
-}
 
 
 class Weights(NamedTuple):
@@ -38,21 +33,6 @@ class Weights(NamedTuple):
     folder: Path
     checkpoint: Path
     official: Any
-
-
-def random_network(seed: int) -> Any:
-    """AesMultiOutput with random weights that make ratings differ between clips."""
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch on the package's weight_norm
-        torch.manual_seed(seed)
-        network = aes.AesMultiOutput(target_transform=TRANSFORM)
-        with torch.no_grad():
-            for axis in TRANSFORM:
-                network.proj_layer[axis][-1].weight.mul_(20)
-                network.layer_weights[axis].normal_()
-            for layer in network.wavlm_model.encoder.layers:
-                layer.self_attn.grep_a.normal_(1, 0.3)
-    return network
 
 
 def save_both(network: Any, folder: Path) -> tuple[Path, Path]:
@@ -132,22 +112,7 @@ def difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) ->
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Weights]:
     """The same architecture, but thin: 3 layers of 48 channels over 32-channel convolutions."""
-    config = dict(vars(aes.DEFAULT_AUDIO_CFG)) | {
-        "encoder_layers": 3,
-        "encoder_embed_dim": 48,
-        "encoder_ffn_embed_dim": 96,
-        "encoder_attention_heads": 4,
-        "conv_feature_layers": "[(32,10,5)] + [(32,3,2)] * 4 + [(32,2,2)] * 2",
-        "conv_pos_groups": 4,
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(aes, "DEFAULT_AUDIO_CFG", type(aes.DEFAULT_AUDIO_CFG)(config))
-        patch.setattr(aes.AesMultiOutput, "nth_layer", 4)
-        patch.setattr(
-            aes.AesMultiOutput.__init__,
-            "__defaults__",
-            tuple(4 if value == 13 else value for value in aes.AesMultiOutput.__init__.__defaults__),
-        )
+    with thin_architecture():
         folder, checkpoint = save_both(random_network(1), tmp_path_factory.mktemp("small"))
         yield Weights(folder, checkpoint, official_predictor(checkpoint))
 
