@@ -440,7 +440,6 @@ def unplayable(tokens: torch.Tensor, prompt_length: int, mask: torch.Tensor, gra
     previous Position in its bar or is past the end of the bar: see ``Grammar``. Tokens outside ``mask`` are not
     marked. Raises ``ValueError`` if the shapes do not fit or the prompt is empty.
     """
-    import torch
 
     wanted = (tokens.shape[0], tokens.shape[-1] - prompt_length)
     if tokens.ndim != 2 or prompt_length < 1 or tuple(mask.shape) != wanted:

@@ -28,13 +28,15 @@ from smart.plots import curves, timeline
 from smart.prompts import LONGEST, Pieces, draw
 from smart.render import Renderer, checked_soundfont, open_renderer
 from smart.reward import Reward, load_reward
-from smart.rollout import Batch, Batches, Clips, Drawn, Scorer, completion_metrics
+from smart.rollout import Agreement, Batch, Batches, Clips, Drawn, Scorer, completion_metrics, device_names
 from smart.run import Run, Stopwatch, check_packages, checkpoint, summarise
 from smart.sampler import Rollout, Sampler
 from smart.tokens import build_grammar, decode, vocabulary
 from smart.workers import usable_cores
 
-AHEAD = "ahead.safetensors"  # in a checkpoint: the batch that was sampled ahead
+# in a checkpoint: the batch that was sampled ahead; the names of the devices that the run used
+AHEAD, DEVICES = "ahead.safetensors", "devices.txt"
+CHECKED = 2  # iterations whose batches are checked: the second one's are drawn with other weights
 
 
 class Parts(NamedTuple):
@@ -175,6 +177,7 @@ class Tuning:
         settings, sampling, device = self.config.grpo, self.config.sampling, self.world.device
         precision = pick_precision(settings.precision, device)
         self.autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+        self._precisions = (precision, pick_precision(sampling.dtype, device))
         self.reference = Reference(
             self.policy, temperature=sampling.temperature, micro_batch=settings.micro_batch, autocast=self.autocast
         )
@@ -183,7 +186,7 @@ class Tuning:
             "prompts": torch.Generator().manual_seed(self.config.run.seed),
             "sampler": torch.Generator(device).manual_seed(self.config.run.seed),
         }
-        facts, dtype = vocabulary(self.tokenizer), pick_precision(sampling.dtype, device)
+        facts, dtype = vocabulary(self.tokenizer), self._precisions[1]
         self._eos_id, self._grammar = facts.eos_id, build_grammar(self.tokenizer)
         self.samplers = {
             name: Sampler(model, pad_id=facts.pad_id, eos_id=facts.eos_id, dtype=dtype)
@@ -241,10 +244,28 @@ class Tuning:
             top_k=sampling.top_k,
             top_p=sampling.top_p,
         )
+        self._devices = device_names(self.world)
+        self.batches.agreement = self._agreement()
         self.guard = self._open_guard()
         self.watch = Stopwatch()
         self._drawn_ahead = None if self._restored_rollout is None else self._render_rollout(self._restored_rollout)
         self._render_metrics: dict[str, float] = {}  # of the current batch
+
+    def _agreement(self) -> Agreement | None:
+        """The check of the sampler, if the run uses CUDA devices that it has not used before."""
+        last = self.run.last
+        known = last is not None and (last / DEVICES).is_file() and (last / DEVICES).read_text("utf-8") == self._devices
+        if self.world.device.type != "cuda" or known:
+            return None
+        return Agreement(
+            self.samplers.values(),
+            self.world,
+            autocast=self.autocast,
+            precision=torch.bfloat16 if torch.bfloat16 in self._precisions else torch.float32,
+            micro_batch=self.config.grpo.micro_batch,
+            options=self.batches.options,
+            log=self.run.log,
+        )
 
     def _open_guard(self) -> Guard:
         """Set up the measurements on held-out prompts, which are drawn separately, with their own generator."""
@@ -294,7 +315,10 @@ class Tuning:
             self.watch.restart()
             self.watch.lap("save")  # since the last iteration was logged
             self._before_update = step
+            if step > self.done + CHECKED:
+                self.batches.agreement = None
             yield step
+        self.batches.agreement = None
 
     def draw(self, step: int) -> Drawn:
         """Sample this process's share of a batch; workers render each completion once it has settled.
@@ -426,6 +450,7 @@ class Tuning:
         save_base(self.policy, self.tokenizer, target)
         checkpoint.write_state(target, self.policy, self.optimizer, **self.generators)
         self.guard.write(target)
+        (target / DEVICES).write_text(self._devices, encoding="utf-8")
         if ahead is not None:
             save_file(ahead._asdict(), target / AHEAD)
 

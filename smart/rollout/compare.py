@@ -25,7 +25,7 @@ from smart.reward import Reward
 from smart.rollout.batch import write
 from smart.rollout.scorer import Scorer, rendered_audio
 from smart.rollout.systems import System
-from smart.sampler import Rollout, Sampler
+from smart.sampler import Sampler
 from smart.tokens import decode, load_tokenizer, vocabulary
 from smart.workers import usable_cores
 

@@ -1,5 +1,7 @@
 """Checks that the tests of the CUDA paths share; the tests of mutations show that they can fail."""
 
+import __future__
+
 import contextlib
 import inspect
 import textwrap
@@ -153,7 +155,10 @@ def mutated(owner: Any, name: str, old: str, new: str) -> Iterator[None]:
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(old) == 1, f"{name} has changed: {old!r} occurs {source.count(old)} times in it"
     namespace = dict(function.__globals__)
-    exec(compile(source.replace(old, new), f"<{name}, mutated>", "exec", dont_inherit=True), namespace)
+    code = compile(
+        source.replace(old, new), f"<{name}, mutated>", "exec", __future__.annotations.compiler_flag, dont_inherit=True
+    )
+    exec(code, namespace)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, namespace[name])
         yield

@@ -28,7 +28,7 @@ def used_again_in_bfloat16() -> None:
 MUTATIONS: dict[str, tuple[Any, str, str, str, Callable[[], None]]] = {
     "stale weights": (graph, "_fill", "held.copy_(now)", "pass", used_again_in_bfloat16),
     "weights that were replaced": (sample.Sampler, "_graph", ", *weights)", ")", used_again),
-    "a length that is baked in": (graph, "_step", "slots.cache, column)", "slots.cache, 5)", captured_step),
+    "a length that is baked in": (graph, "_step", "slots.cache, column)", "slots.cache, column * 0 + 5)", used_again),
     "a place that is not reset": (graph, "_fill", "slots.next[-1] = length", "pass", used_again),
     "places that the last batch saw": (graph, "_fill", "slots.seen.fill_(-math.inf)", "pass", used_again),
     "a number read in the step": (graph, "_step", "slots.next.add_(1)", "slots.next.add_(1)[0].item()", captured_step),

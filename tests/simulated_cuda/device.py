@@ -5,13 +5,12 @@ import functools
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 import smart
 
@@ -42,6 +41,33 @@ class Forbidden(RuntimeError):
 def _is_taken_apart(function: Any) -> bool:
     """Whether an operation consists of others on CUDA."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CompositeImplicitAutograd"))
+
+
+@functools.cache
+def _in_package(filename: str) -> str | None:
+    """The path of a source file, from the package's name on; None outside the package."""
+    path = Path(filename)
+    return str(path.relative_to(PACKAGE.parent)) if path.is_relative_to(PACKAGE) else None
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    """All tensors among an operation's arguments (torch's own functions for this take most of the time)."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _map(change: Callable[[Any], Any], value: Any) -> Any:
+    """``value`` with ``change`` applied to all that is in its lists and tuples."""
+    if isinstance(value, list | tuple):
+        return type(value)([_map(change, part) for part in value])
+    return change(value)
+
+
+def _held(value: Any) -> Any:
+    return value.held if isinstance(value, CudaTensor) else value
 
 
 class CudaTensor(torch.Tensor):
@@ -138,8 +164,8 @@ class Device:
     def place(self) -> str:
         frame: Any = sys._getframe(2)
         while frame is not None:
-            if frame.f_code.co_filename.startswith(str(PACKAGE)):
-                return f"{Path(frame.f_code.co_filename).relative_to(PACKAGE.parent)}:{frame.f_lineno}"
+            if file := _in_package(frame.f_code.co_filename):
+                return f"{file}:{frame.f_lineno}"
             frame = frame.f_back
         return "?"
 
@@ -178,9 +204,9 @@ class Device:
         if _is_taken_apart(function):  # it comes whole in inference mode
             with Mode():
                 return function.decompose(*args, **kwargs)
-        flat, spec = tree_flatten((args, kwargs))
-        here = [part for part in flat if isinstance(part, CudaTensor)]
-        there = [part for part in flat if isinstance(part, torch.Tensor) and not isinstance(part, CudaTensor)]
+        parts = [*_tensors(args), *_tensors(kwargs.values())]
+        here = [part for part in parts if isinstance(part, CudaTensor)]
+        there = [part for part in parts if not isinstance(part, CudaTensor)]
         named = kwargs.get("device")
         target = torch.device(named) if named is not None else (CUDA if here else CPU)
         name = function._schema.name.partition("::")[2]
@@ -193,15 +219,13 @@ class Device:
         if name == "copy_" and isinstance(args[0], CudaTensor) != isinstance(args[1], CudaTensor):
             return self._copy(*args, **kwargs)
         if name in LIKE and target.type == "cpu":
-            plain = tree_map(lambda part: part.held if isinstance(part, CudaTensor) else part, (args, kwargs))
-            return self._on_host(function, *plain)
+            return self._on_host(function, _map(_held, args), kwargs)
         self.refuse_two_devices(name, args, here, there)
         self._wait_if_it_must(name, args, kwargs)
         self._note_rounding(name, args)
 
         known = {id(part.held): part for part in here}
-        flat = [part.held if isinstance(part, CudaTensor) else part for part in flat]
-        inner, inner_kwargs = tree_unflatten(flat, spec)
+        inner, inner_kwargs = _map(_held, args), {key: _map(_held, value) for key, value in kwargs.items()}
         if named is not None:
             inner_kwargs = {key: value for key, value in inner_kwargs.items() if key != "pin_memory"} | {"device": CPU}
         view = function.is_view or name in NO_KERNEL
@@ -219,7 +243,7 @@ class Device:
                 return part
             return known[id(part)] if id(part) in known else CudaTensor(part)
 
-        return tree_map(wrap, out)
+        return _map(wrap, out)
 
     def _on_host(self, function: Any, args: Any, kwargs: Any) -> Any:
         pin = kwargs.get("pin_memory")
