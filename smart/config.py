@@ -170,6 +170,8 @@ class Data:
     corpus: str = ""
     crop: int = _number(512, low=8)  # tokens of a training row, BOS and EOS included
     transpose: int = _number(0, low=0, high=11)  # largest shift in semitones, up or down; drawn for every row
+    velocity_shift: int = _number(0, low=0, high=31)  # largest shift of a row's velocities, in steps of the vocabulary
+    tempo_shift: int = _number(0, low=0, high=63)  # largest shift of a row's tempos, in steps of the vocabulary
     openings: float = _number(0.0, low=0.0, high=1.0)  # share of rows that start at the beginning of a piece
 
 
@@ -182,6 +184,7 @@ class Optimisation:
     learning_rate: float = _number(5e-4, above=0.0, high=1.0)
     final_learning_rate: float = _number(5e-6, low=0.0, high=1.0)
     warmup: int = _number(500, low=0)
+    optimizer: str = _choice("adamw", "adamw", "muon")  # muon: for the layers' matrices; AdamW for the rest
     weight_decay: float = _number(0.01, low=0.0)
     max_grad_norm: float = _number(1.0, above=0.0)
     precision: str = _choice("auto", "auto", "float32", "bfloat16")  # auto: bf16 autocast on CUDA only

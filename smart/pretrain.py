@@ -1,9 +1,9 @@
 """Pretraining of a base model: next-token prediction on tokenised music (paper section 3.1).
 
 A training row is ``BOS + piece + EOS``, cropped at random to at most ``crop`` tokens and right-padded; padding is not a
-target. The optimiser is AdamW with linear warm-up and cosine decay. The rows of a step are drawn by a generator seeded
-with (seed, step), so that a resumed run sees the same rows in the same order, and so that several processes that share
-a batch learn the same as one.
+target. The optimiser is AdamW or Muon, with linear warm-up and cosine decay. The rows of a step are drawn by a
+generator seeded with (seed, step), so that a resumed run sees the same rows in the same order, and so that several
+processes that share a batch learn the same as one.
 
     python -m smart.pretrain --config base.toml
     torchrun --nproc-per-node 4 -m smart.pretrain --config base.toml
@@ -53,7 +53,8 @@ class Crops:
 
     A piece is drawn in proportion to the number of rows that it would fill, so that every token is seen about equally
     often. With ``data.transpose`` all pitches of a row are shifted by the same number of semitones, within the
-    vocabulary's range. ``data.openings`` is the share of rows that start at the beginning of a piece, half of them
+    vocabulary's range; ``data.velocity_shift`` and ``data.tempo_shift`` do the same to its velocities and tempos.
+    ``data.openings`` is the share of rows that start at the beginning of a piece, half of them
     without BOS, like prompts. Raises ``UserError`` if there are no pieces.
     """
 
@@ -63,8 +64,15 @@ class Crops:
             raise UserError(f"corpus {data.corpus}: a split that training needs is empty; build a larger corpus")
         lengths = np.array([len(pieces[index]) for index in range(len(pieces))])
         self.cumulative = np.cumsum(np.ceil((lengths + 2) / data.crop))
-        self.is_pitch = np.zeros(facts.size, dtype=bool)
-        self.is_pitch[list(facts.pitch_ids)] = True
+        self.shifts = [
+            (np.isin(np.arange(facts.size), ids), ids[0], ids[-1], largest)
+            for ids, largest in (
+                (facts.pitch_ids, data.transpose),
+                (facts.velocity_ids, data.velocity_shift),
+                (facts.tempo_ids, data.tempo_shift),
+            )
+            if largest
+        ]
 
     def batch(self, rows: int, random: np.random.Generator) -> torch.Tensor:
         """(rows, crop) int64, right-padded with PAD; ``random`` decides everything."""
@@ -83,12 +91,11 @@ class Crops:
         if random.random() < self.data.openings:
             start = int(random.integers(2))
         tokens = tokens[start : start + crop]
-        pitches = self.is_pitch[tokens]
-        if self.data.transpose and pitches.any():
-            shift = int(random.integers(-self.data.transpose, self.data.transpose + 1))
-            low, high = self.facts.pitch_ids[0], self.facts.pitch_ids[-1]
-            shift = min(max(shift, low - tokens[pitches].min()), high - tokens[pitches].max())
-            tokens[pitches] += shift
+        for of_this_kind, low, high, largest in self.shifts:
+            places = of_this_kind[tokens]
+            if places.any():
+                shift = int(random.integers(-largest, largest + 1))
+                tokens[places] += min(max(shift, low - tokens[places].min()), high - tokens[places].max())
         return tokens
 
 
@@ -162,13 +169,14 @@ def learn(run: "Pretraining", batch: torch.Tensor) -> tuple[float, float]:
     Raises ``click.ClickException`` before the step if the gradient is not finite.
     """
     world, settings, pad_id = run.world, run.config.optimisation, run.facts.pad_id
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(run.progress.step, settings)
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(run.progress.step, settings)
     mine = batch[world.rank :: world.size].to(world.device)
     run.model.train()
     with run.autocast:
         loss = next_token_loss(run.forward, mine, pad_id, reduction="sum") / count_targets(batch, pad_id)
-    run.optimizer.zero_grad(set_to_none=True)
+    run.model.zero_grad(set_to_none=True)
     (loss * world.size).backward()  # gradients of several processes are averaged
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.max_grad_norm).item()
     run.model.eval()
@@ -178,7 +186,8 @@ def learn(run: "Pretraining", batch: torch.Tensor) -> tuple[float, float]:
             f"gradient norm {norm:g}; try a lower optimisation.learning_rate. "
             f"The last good checkpoint is {checkpoint.latest(run.run.checkpoints)}."
         )
-    run.optimizer.step()
+    for optimizer in run.optimizers:
+        optimizer.step()
     return loss.item(), norm
 
 
@@ -186,7 +195,7 @@ class Pretraining:
     """A pretraining run without its optimiser steps, as a context manager: entering it builds or resumes the run.
 
     Attributes: ``model``; ``forward``, the same model for the forward pass (compiled, or wrapped for several
-    processes); ``optimizer``; ``autocast``; ``rows``, the training rows; ``world`` (all processes); ``progress``.
+    processes); ``optimizers``; ``autocast``; ``rows``, the training rows; ``world`` (all processes); ``progress``.
     """
 
     def __init__(self, config: PretrainConfig, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -200,7 +209,7 @@ class Pretraining:
         with contextlib.ExitStack() as opened:
             self.world = opened.enter_context(join(pick_device(self.config.run.device)))
             soundfont = self._find_parts(opened)
-            self._build_optimizer()
+            self._build_optimizers()
             self._open_files(opened, soundfont)
             self._opened = opened.pop_all()
         return self
@@ -228,9 +237,9 @@ class Pretraining:
         if data.crop > longest:
             raise UserError(f"data.crop = {data.crop}: expected at most the base's max_positions = {longest}")
         self.rows = Crops(self.corpus.split("train"), self.facts, data)
-        self.validation = Crops(self.corpus.split("validation"), self.facts, replace(data, transpose=0)).batch(
-            settings.evaluate_rows, np.random.default_rng((config.run.seed, 0))
-        )
+        self.validation = Crops(
+            self.corpus.split("validation"), self.facts, replace(data, transpose=0, velocity_shift=0, tempo_shift=0)
+        ).batch(settings.evaluate_rows, np.random.default_rng((config.run.seed, 0)))
         self._compiling = _compiles(settings.compile, self.world.device)
         run = Run(
             self.folder,
@@ -244,18 +253,16 @@ class Pretraining:
         self.run = opened.enter_context(run)
         return soundfont
 
-    def _build_optimizer(self) -> None:
-        """Make optimiser and forward pass; if the run is resumed, restore it from the last checkpoint."""
+    def _build_optimizers(self) -> None:
+        """Make optimisers and forward pass; if the run is resumed, restore it from the last checkpoint."""
         settings, device = self.config.optimisation, self.world.device
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=device.type == "cuda"
-        )
+        self.optimizers = _optimizers(self.model, settings, fused=device.type == "cuda")
         precision = pick_precision(settings.precision, device)
         self.autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
         last = self.run.last
         if last is not None:
             self.model.load_state_dict(load_base(last)[0].state_dict())
-            checkpoint.read_state(last, self.model, self.optimizer)
+            checkpoint.read_state(last, self.model, *self.optimizers)
             try:
                 self.progress = Progress(**parse_json((last / "progress.json").read_text(encoding="utf-8")))
             except (OSError, ValueError, TypeError) as error:
@@ -320,7 +327,7 @@ class Pretraining:
             "loss": loss / done.steps,
             "validation_loss": value,
             "validation_perplexity": math.exp(value),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": self.optimizers[0].param_groups[0]["lr"],
             "gradient_norm": norm,
             "tokens": float(done.step * seen),
             "tokens_per_second": (done.step - self._since) * seen / (time.perf_counter() - self._began),
@@ -346,7 +353,7 @@ class Pretraining:
 
     def _write_checkpoint(self, progress: Progress, target: Path) -> None:
         save_base(self.model, self.tokenizer, target)
-        checkpoint.write_state(target, self.model, self.optimizer)
+        checkpoint.write_state(target, self.model, *self.optimizers)
         (target / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
 
     def finish(self) -> None:
@@ -418,6 +425,26 @@ def _start(config: PretrainConfig, tokenizer: Any) -> Phi3ForCausalLM:
             f"with --tokenizer {config.model.base}"
         )
     return model
+
+
+def _optimizers(model: Any, settings: Optimisation, *, fused: bool) -> list[torch.optim.Optimizer]:
+    """AdamW for all parameters; or Muon for the matrices within the layers, and AdamW for all others.
+
+    Muon's updates are scaled to the size of AdamW's, so that both take the same learning rate and weight decay
+    (Liu et al., *Muon is scalable for LLM training*, 2025).
+    """
+    adamw = list(model.named_parameters())
+    optimizers: list[torch.optim.Optimizer] = []
+    if settings.optimizer == "muon":
+        inner = {name for name, weights in adamw if weights.ndim == 2 and ".layers." in name}
+        matrices = [weights for name, weights in adamw if name in inner]
+        adamw = [(name, weights) for name, weights in adamw if name not in inner]
+        optimizers.append(
+            torch.optim.Muon(matrices, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw")
+        )
+    others = [weights for _, weights in adamw]
+    optimizers.append(torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=settings.weight_decay, fused=fused))
+    return optimizers
 
 
 def _compiles(wanted: str, device: torch.device) -> bool:

@@ -74,6 +74,20 @@ def test_transposition_moves_every_pitch_alike_and_nothing_else(tokenizer: Any) 
     assert (rows[:, [1, 3, 5]] == torch.tensor([facts.bar_id, others[3], others[7]])).all()
 
 
+def test_velocities_and_tempos_are_shifted_alike_within_their_range(tokenizer: Any) -> None:
+    """Every velocity of a row moves by the same number of steps, every tempo by another, and nothing else moves."""
+    facts = vocabulary(tokenizer)
+    loud, fast = facts.velocity_ids, facts.tempo_ids
+    whole = np.array([facts.bar_id, fast[5], facts.pitch_ids[40], loud[1], fast[7], facts.pitch_ids[3], loud[9]])
+    data = Data(crop=len(whole) + 2, velocity_shift=3, tempo_shift=4)
+    rows = Crops([whole.astype(np.uint16)], facts, data).batch(400, np.random.default_rng(0))
+    moved = rows[:, 1:-1].numpy() - whole
+    assert not moved[:, [0, 2, 5]].any()
+    assert (moved[:, 1] == moved[:, 4]).all() and (moved[:, 3] == moved[:, 6]).all()
+    assert set(moved[:, 3].tolist()) == {-1, 0, 1, 2, 3}  # the softest velocity is one step from the end
+    assert set(moved[:, 1].tolist()) == set(range(-4, 5))
+
+
 def test_transposition_leaves_drums_and_programs_alone() -> None:
     tokenizer = build_tokenizer("all")
     names = ["Program_48", "Pitch_60", "Velocity_63", "Duration_1.0.12"]

@@ -5,17 +5,19 @@ gives each file to a worker process (``ReaderPool``), ``midi`` and ``piece`` che
 tokenises it, and ``shards`` stores the tokens.
 """
 
-from smart.corpus.midi import Limits, Piece, Reject, check_structure
+from smart.corpus.midi import BARS, Limits, Piece, Reading, Reject, check_structure
 from smart.corpus.readers import ReaderPool
 from smart.corpus.shards import MANIFEST, SPLITS, Corpus, ShardWriter, Split
 
 __all__ = [
+    "BARS",
     "MANIFEST",
     "SPLITS",
     "Corpus",
     "Limits",
     "Piece",
     "ReaderPool",
+    "Reading",
     "Reject",
     "ShardWriter",
     "Split",

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from smart import UserError, __version__
-from smart.corpus.midi import Limits, Piece
+from smart.corpus.midi import Limits, Piece, Reading
 from smart.corpus.readers import ReaderPool
 from smart.corpus.shards import DTYPE, FORMAT, MANIFEST, SHARD_TOKENS, SPLITS, ShardWriter
 from smart.files import hold, is_leftover, sha256, write_atomically
@@ -57,7 +57,7 @@ SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT);
 CREATE TABLE IF NOT EXISTS files (
     path BLOB PRIMARY KEY, reason TEXT, detail,
-    hash BLOB, place INTEGER, length INTEGER, notes INTEGER, bars INTEGER, seconds REAL
+    hash BLOB, place INTEGER, length INTEGER, notes INTEGER, bars INTEGER, seconds REAL, stretch REAL, placed TEXT
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_hash ON files (hash, path) WHERE hash IS NOT NULL;
 """
@@ -124,11 +124,12 @@ class State:
         row: tuple[Any, ...]
         if isinstance(answer, Piece):
             self.spool.write(answer.tokens)
-            row = (KEPT, "", answer.digest, self.end, len(answer.tokens), answer.notes, answer.bars, answer.seconds)
+            numbers = answer.notes, answer.bars, answer.seconds, answer.stretch
+            row = (KEPT, "", answer.digest, self.end, len(answer.tokens), *numbers, answer.placed)
             self.end += len(answer.tokens)
         else:
-            row = (*answer, *[None] * 6)
-        self.table.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (key, *row))
+            row = (*answer, *[None] * 8)
+        self.table.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (key, *row))
 
     def unread(self) -> Iterator[bytes]:
         """Keys of files that have not been read, in order; a page at a time, because rows change meanwhile."""
@@ -172,6 +173,9 @@ class Summary:
     counts: dict[str, int] = field(default_factory=dict)
     pieces: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
+    pedalled: int = 0  # pieces with notes that the pedal lengthens
+    stretch: float = 1.0  # how many times as long these pieces' notes are, on average
+    placed: dict[str, int] = field(default_factory=dict)  # pieces by where their bar lines are
     read: int = 0  # files read by this run; fewer than all if it continued another
     seconds: float = 0.0  # of this run
 
@@ -213,6 +217,7 @@ def build(
     workers: int = 1,
     tokenizer: Any = None,
     limits: Limits | None = None,
+    reading: Reading | None = None,
     include: Sequence[str] = (),
     listed: frozenset[str] | None = None,
     overwrite: bool = False,
@@ -222,7 +227,7 @@ def build(
 
     Raises ``UserError`` if a folder is missing, ``out`` holds something else, or no file can be kept.
     """
-    limits, tokenizer = limits or Limits(), tokenizer or build_tokenizer()
+    limits, reading, tokenizer = limits or Limits(), reading or Reading(), tokenizer or build_tokenizer()
     roots = [Path(folder).resolve() for folder in folders]
     for root in roots:
         if not root.is_dir():
@@ -244,6 +249,7 @@ def build(
             "include": sorted(include),
             "list": None if listed is None else hashlib.sha256("\n".join(sorted(listed)).encode()).hexdigest(),
             "limits": asdict(limits),
+            "reading": asdict(reading),
             "shard_tokens": shard_tokens,
             "tokenizer": sha256(tokenizer_file),
         }
@@ -258,7 +264,7 @@ def build(
                 f"--midi {', '.join(map(str, folders))}: no .mid or .midi file found that --include and --list allow"
             )
         summary = Summary()
-        with ReaderPool(tokenizer_file, limits, min(workers, max(state.count("reason IS NULL"), 1))) as pool:
+        with ReaderPool(tokenizer_file, limits, min(workers, max(state.count("reason IS NULL"), 1)), reading) as pool:
             summary.read = _read_all(state, {os.fsencode(root.name): os.fsencode(root) for root in roots}, pool)
         _write(state, out, settings, summary)
         (out / ".work").rename(out / ".work.tmp")  # in one step, so that a kill leaves no half-deleted state
@@ -331,6 +337,12 @@ def _write(state: State, out: Path, settings: dict[str, Any], summary: Summary) 
         path.unlink(missing_ok=True)  # left by a run that was killed here; its files may have changed since
     state.mark_duplicates()
     summary.counts = state.reasons()
+    longer = "reason = ? AND stretch > 1"
+    summary.pedalled = state.count(longer, KEPT)
+    if summary.pedalled:
+        summary.stretch = sum(row[0] for row in state.rows("stretch", longer, KEPT)) / summary.pedalled
+    for (how,) in state.rows("placed", "reason = ?", KEPT):
+        summary.placed[how] = summary.placed.get(how, 0) + 1
     if KEPT not in summary.counts:
         reasons = ", ".join(f"{number} {reason}" for reason, number in summary.counts.items())
         raise UserError(f"--midi: no file can be kept ({reasons}); nothing was built")
@@ -356,15 +368,19 @@ def _write(state: State, out: Path, settings: dict[str, Any], summary: Summary) 
 
 
 def _write_pieces(state: State, writers: dict[str, ShardWriter], file: IO[bytes]) -> None:
-    table = _table(file, "path", "hash", "split", "shard", "index", "tokens", "notes", "bars", "seconds")
-    columns = "path, hash, place, length, notes, bars, seconds"
+    table = _table(
+        file, "path", "hash", "split", "shard", "index", "tokens", "notes", "bars", "seconds", "stretch", "placed"
+    )
+    columns = "path, hash, place, length, notes, bars, seconds, stretch, placed"
     with open(state.folder / "spool.bin", "rb") as spool:
-        for path, digest, place, length, notes, bars, seconds in state.rows(columns, "reason = ?", KEPT):
+        for path, digest, place, length, notes, bars, seconds, stretch, placed in state.rows(
+            columns, "reason = ?", KEPT
+        ):
             spool.seek(place)
             split = split_of(digest)
             shard, index = writers[split].add(spool.read(length))
-            numbers = (length // DTYPE.itemsize, notes, bars, f"{seconds:.2f}")
-            table([_shown(path), digest.hex(), split, shard, index, *numbers])
+            numbers = (length // DTYPE.itemsize, notes, bars, f"{seconds:.2f}", f"{stretch:.3f}")
+            table([_shown(path), digest.hex(), split, shard, index, *numbers, placed])
 
 
 def _write_rejects(state: State, file: IO[bytes]) -> None:

@@ -10,7 +10,7 @@ import click
 
 from smart import Group, UserError
 from smart.corpus.build import DAMAGED, build
-from smart.corpus.midi import Limits
+from smart.corpus.midi import BARS, Limits, Reading
 from smart.corpus.shards import SPLITS, Corpus
 from smart.corpus.stats import describe, measure, plot
 from smart.run import in_one_line
@@ -60,6 +60,19 @@ FOLDER = click.Path(path_type=Path)
 @click.option(
     "--list", "listed", type=FOLDER, help="Text file with one FOLDER-NAME/PATH per line; only these are read."
 )
+@click.option(
+    "--pedal/--no-pedal",
+    default=True,
+    show_default=True,
+    help="Lengthen notes that end under the pressed sustain pedal to its release (the paper's form: --no-pedal).",
+)
+@click.option(
+    "--bars",
+    default="written",
+    type=click.Choice(BARS),
+    show_default=True,
+    help="Keep bar lines as written, or find the beat of files whose bar lines do not follow it (performances).",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an existing corpus or unfinished build.")
 @_limit_options
 def build_command(
@@ -70,6 +83,8 @@ def build_command(
     tokenizer: str | None,
     include: tuple[str, ...],
     listed: Path | None,
+    pedal: bool,
+    bars: str,
     overwrite: bool,
     **limits: Any,
 ) -> None:
@@ -89,6 +104,7 @@ def build_command(
                 workers=workers,
                 tokenizer=load_tokenizer(tokenizer) if tokenizer else build_tokenizer(instruments),
                 limits=Limits(**limits),
+                reading=Reading(pedal, bars),
                 include=include,
                 listed=only,
                 overwrite=overwrite,
@@ -100,6 +116,12 @@ def build_command(
     click.echo(f"{'split':30}{'pieces':>12}{'tokens':>16}")
     for split in SPLITS:
         click.echo(f"  {split:28}{summary.pieces[split]:>12,}{summary.tokens[split]:>16,}")
+    if summary.pedalled:
+        click.echo(
+            f"the pedal lengthens notes in {summary.pedalled:,} pieces, to {summary.stretch:.2f} times on average"
+        )
+    if bars != "written":
+        click.echo("bar lines: " + ", ".join(f"{number:,} {how}" for how, number in sorted(summary.placed.items())))
     rate = summary.read / summary.seconds
     click.echo(f"{summary.read:,} files read in {summary.seconds:.1f} s, {rate:.1f} files/s -> {out}")
 

@@ -40,6 +40,17 @@ class Limits:
     megabytes: int = _limit(1024, "Most memory that reading a file may take, in MiB, beyond that of an idle worker.")
 
 
+BARS = ("written", "found")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a file is read. The paper's form: no pedal, and bars as they are written."""
+
+    pedal: bool = True  # whether notes that end under the pressed sustain pedal are lengthened to its release
+    bars: str = "written"  # "found": bar lines that are displaced or missing are put where the beat is
+
+
 class Reject(Exception):
     """A file is left out: ``reason`` is one of a few, by which rejects are counted; ``detail`` is about this file."""
 
@@ -57,6 +68,8 @@ class Piece:
     notes: int
     bars: int
     seconds: float
+    stretch: float  # how many times as long its notes are, on average, because of the pedal
+    placed: str  # where its bar lines are: "as written", "shifted" or "tracked"
 
 
 def check_structure(data: bytes, limits: Limits) -> int:

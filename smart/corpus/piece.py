@@ -12,23 +12,14 @@ import numpy as np
 import numpy.typing as npt
 from symusic.core import ScoreTick
 
-from smart.corpus.midi import Limits, Piece, Reject, check_structure
+from smart.corpus.beats import find_bars
+from smart.corpus.midi import Limits, Piece, Reading, Reject, check_structure
+from smart.corpus.notes import gather, seconds_at
+from smart.corpus.pedal import sustain
 from smart.corpus.remi import FastRemi
 from smart.tokens import all_tracks, decode, encode, merge_piano, vocabulary
 
 TOKEN = np.dtype("<u2")
-
-
-def gather(score: ScoreTick) -> dict[str, npt.NDArray[np.int64]]:
-    """The notes of all tracks, (notes,) each: time, duration, pitch, voice (program, drums 128); sorted by time."""
-    columns = [
-        {**track.notes.numpy(), "voice": np.full(len(track.notes), 128 if track.is_drum else track.program)}
-        for track in score.tracks
-    ]
-    names = ("time", "duration", "pitch", "voice")
-    notes = {name: np.concatenate([[], *(part[name] for part in columns)]).astype(np.int64) for name in names}
-    order = np.argsort(notes["time"], kind="stable")
-    return {name: column[order] for name, column in notes.items()}
 
 
 def check_notes(score: ScoreTick, notes: dict[str, npt.NDArray[np.int64]], tail: int, limits: Limits) -> float:
@@ -66,17 +57,6 @@ def check_notes(score: ScoreTick, notes: dict[str, npt.NDArray[np.int64]], tail:
     return float(stops[-1])
 
 
-def seconds_at(
-    ticks: npt.NDArray[np.int64], tempos: dict[str, npt.NDArray[Any]], per_quarter: int
-) -> npt.NDArray[np.float64]:
-    """Seconds at each of ``ticks``; ``tempos`` has sorted columns time and mspq; 120 bpm before the first tempo."""
-    changes = np.append(0, tempos["time"]).astype(np.float64)
-    length = np.append(500_000, tempos["mspq"]) / 1e6 / per_quarter  # seconds per tick
-    begins = np.append(0.0, np.cumsum(np.diff(changes) * length[:-1]))
-    which = np.searchsorted(changes, ticks, side="right") - 1
-    return np.asarray(begins[which] + (ticks - changes[which]) * length[which])
-
-
 def content_hash(score: ScoreTick) -> bytes:
     """16 bytes that depend only on the notes' onsets (in quarter notes), pitches and programs."""
     notes, division = gather(score), score.ticks_per_quarter
@@ -90,8 +70,8 @@ def content_hash(score: ScoreTick) -> bytes:
 class PieceReader:
     """Reads MIDI files for one tokenizer within ``limits``; keeps all tracks if the vocabulary has programs."""
 
-    def __init__(self, tokenizer: Any, limits: Limits) -> None:
-        self.tokenizer, self.limits = tokenizer, limits
+    def __init__(self, tokenizer: Any, limits: Limits, reading: Reading) -> None:
+        self.tokenizer, self.limits, self.reading = tokenizer, limits, reading
         self.facts = vocabulary(tokenizer)
         self.is_pitch = np.zeros(self.facts.size, dtype=bool)
         self.is_pitch[[*self.facts.pitch_ids, *self.facts.drum_ids]] = True
@@ -102,22 +82,32 @@ class PieceReader:
         """The piece in the bytes of a MIDI file. Raises ``Reject`` with the reason for leaving it out."""
         tail = check_structure(data, self.limits)
         try:
-            score = ScoreTick.from_midi(data)
+            whole = ScoreTick.from_midi(data)
         except (RuntimeError, ValueError, OverflowError) as error:
             raise Reject("cannot be parsed", str(error).splitlines()[0][:200]) from None
-        raw = sum(len(track.notes) for track in score.tracks)
+        raw = sum(len(track.notes) for track in whole.tracks)
         if raw > self.limits.max_notes:  # before any work that grows with their number
             raise Reject("too many notes", f"{raw}, expected at most {self.limits.max_notes}")
-        if self.tokenizer.config.use_programs:
-            score = all_tracks(score)
-        else:
-            score = merge_piano(score, tuple(self.tokenizer.config.pitch_range))
+        score = self._kept_tracks(whole)
         if not len(score.tracks):
             raise Reject("no notes" if self.tokenizer.config.use_programs else "no piano notes")
         seconds = check_notes(score, gather(score), tail, self.limits)
+        digest, stretch = content_hash(score), 1.0  # of what was written, so that a piece stays in its split
+        if self.reading.pedal:
+            held = self._kept_tracks(sustain(whole, data))
+            stretch = float(gather(held)["duration"].mean() / max(gather(score)["duration"].mean(), 1e-9))
+            score = held
+        placed = "as written"
+        if self.reading.bars == "found":
+            score, placed = find_bars(score)
         tokens = self._tokens(score)
         notes, bars = self._check_bars(tokens)
-        return Piece(content_hash(score), tokens.astype(TOKEN).tobytes(), notes, bars, seconds)
+        return Piece(digest, tokens.astype(TOKEN).tobytes(), notes, bars, seconds, stretch, placed)
+
+    def _kept_tracks(self, score: ScoreTick) -> ScoreTick:
+        if self.tokenizer.config.use_programs:
+            return all_tracks(score)
+        return merge_piano(score, tuple(self.tokenizer.config.pitch_range))
 
     def _tokens(self, score: ScoreTick) -> npt.NDArray[np.int64]:
         """Tokens of ``score`` that survive decoding and encoding again. Raises ``Reject`` if there are none."""

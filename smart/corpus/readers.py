@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smart import Failure
-from smart.corpus.midi import Limits, Piece, Reject
+from smart.corpus.midi import Limits, Piece, Reading, Reject
 from smart.workers import STARTS, Answer, GarbledAnswer, NoAnswer, Worker, WorkerFailure, answering
 
 if TYPE_CHECKING:
@@ -44,12 +44,12 @@ serve(int(sys.argv[1]), prepare)
 # The process ------------------------------------------------------------------------------------------------
 
 
-def prepare(tokenizer_file: str, limits: dict[str, Any]) -> Callable[[bytes], Answer]:
+def prepare(tokenizer_file: str, limits: dict[str, Any], reading: dict[str, Any]) -> Callable[[bytes], Answer]:
     """What a worker process does with a path; limits the memory of this process."""
     from smart.corpus.piece import PieceReader
     from smart.tokens import load_tokenizer
 
-    reader = PieceReader(load_tokenizer(tokenizer_file), Limits(**limits))
+    reader = PieceReader(load_tokenizer(tokenizer_file), Limits(**limits), Reading(**reading))
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     bound = in_use + (reader.limits.megabytes << 20)
     resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
@@ -67,8 +67,8 @@ def _answer(reader: "PieceReader", path: bytes) -> Answer:
         if len(data) > reader.limits.max_bytes:
             raise Reject("too large", f"over {reader.limits.max_bytes} bytes")
         piece = reader.read(data)
-        numbers = {"notes": piece.notes, "bars": piece.bars, "seconds": piece.seconds}
-        return {"digest": piece.digest.hex(), **numbers}, piece.tokens
+        facts = {name: getattr(piece, name) for name in ("notes", "bars", "seconds", "stretch", "placed")}
+        return {"digest": piece.digest.hex(), **facts}, piece.tokens
     except Reject as reject:
         reason, detail = reject.reason, reject.detail
     except MemoryError:
@@ -91,10 +91,15 @@ def _understand(fields: dict[str, Any], tokens: bytes) -> Piece | tuple[str, str
         match fields:
             case {"reason": str(reason), "detail": str(detail)} if (reason + detail).encode():
                 return reason, detail
-            case {"digest": str(digest), "notes": int(notes), "bars": int(bars), "seconds": float(seconds)} if (
-                len(digest) == 32 and 0 <= notes < 2**31 and 0 <= bars < 2**31 and math.isfinite(seconds)
-            ):
-                return Piece(bytes.fromhex(digest), tokens, notes, bars, seconds)
+            case {
+                "digest": str(digest),
+                "notes": int(notes),
+                "bars": int(bars),
+                "seconds": float(seconds),
+                "stretch": float(stretch),
+                "placed": str(placed),
+            } if len(digest) == 32 and 0 <= notes < 2**31 and 0 <= bars < 2**31 and math.isfinite(seconds + stretch):
+                return Piece(bytes.fromhex(digest), tokens, notes, bars, seconds, stretch, placed)
     except ValueError:  # a digest that is not hexadecimal, or text that cannot be encoded
         pass
     raise GarbledAnswer(fields)
@@ -103,8 +108,8 @@ def _understand(fields: dict[str, Any], tokens: bytes) -> Piece | tuple[str, str
 class _FileWorker(Worker):
     """A worker that reads files one after another; ``pending`` are those that it has not answered yet."""
 
-    def __init__(self, tokenizer_file: Path, limits: Limits) -> None:
-        settings = {"tokenizer_file": str(tokenizer_file), "limits": asdict(limits)}
+    def __init__(self, tokenizer_file: Path, limits: Limits, reading: Reading) -> None:
+        settings = {"tokenizer_file": str(tokenizer_file), "limits": asdict(limits), "reading": asdict(reading)}
         # no piece is longer: two bytes per token, six tokens per note, two per tempo (seven bytes of the file), and two
         # per bar (at most 16 bars per quarter note)
         longest = 12 * limits.max_notes + limits.max_bytes + 64 * limits.max_quarters
@@ -136,8 +141,8 @@ class ReaderPool:
     for answers.
     """
 
-    def __init__(self, tokenizer_file: Path, limits: Limits, count: int) -> None:
-        self.tokenizer_file, self.limits = tokenizer_file, limits
+    def __init__(self, tokenizer_file: Path, limits: Limits, count: int, reading: Reading | None = None) -> None:
+        self.tokenizer_file, self.limits, self.reading = tokenizer_file, limits, reading or Reading()
         self.again: deque[tuple[bytes, bytes]] = deque()
         self.died_on: set[bytes] = set()
         self.failed_starts = 0
@@ -175,7 +180,7 @@ class ReaderPool:
                 yield from self._read(worker)
 
     def _start(self) -> _FileWorker:
-        return _FileWorker(self.tokenizer_file, self.limits)
+        return _FileWorker(self.tokenizer_file, self.limits, self.reading)
 
     def _read(self, worker: _FileWorker) -> Iterator[tuple[bytes, Piece | tuple[str, str]]]:
         was_ready = worker.ready

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 from safetensors import SafetensorError
@@ -130,35 +130,41 @@ def latest(root: Path) -> Path | None:
 
 
 def write_state(
-    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, **generators: torch.Generator
+    folder: Path, model: torch.nn.Module, *optimizers: torch.optim.Optimizer, **generators: torch.Generator
 ) -> None:
-    """Write the optimiser's state (by parameter name) and the states of ``generators`` into a checkpoint."""
+    """Write the optimisers' states (by parameter name) and the states of ``generators`` into a checkpoint."""
     from safetensors.torch import save_file  # it imports torch, which is not needed to find a checkpoint
 
     tensors = {f"rng.{name}": generator.get_state() for name, generator in generators.items()}
     for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{key}.{name}"] = value.detach().cpu().contiguous()
+        for optimizer in optimizers:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = value.detach().cpu().contiguous()
     save_file(tensors, folder / STATE)
 
 
 def read_state(
-    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, **generators: torch.Generator
+    folder: Path, model: torch.nn.Module, *optimizers: torch.optim.Optimizer, **generators: torch.Generator
 ) -> None:
     """Restore what ``write_state`` wrote. Raises ``UserError`` if it cannot be read or does not fit the model."""
+    import torch
+
     tensors = read_tensors(folder / STATE)
+    names = {parameter: name for name, parameter in model.named_parameters()}
     try:
         for name, generator in generators.items():
             generator.set_state(tensors[f"rng.{name}"])
-        for name, parameter in model.named_parameters():
-            state: dict[str, Any] = optimizer.state[parameter]
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                value = tensors[f"optimizer.{key}.{name}"]
-                if key != "step" and value.shape != parameter.shape:
-                    raise RuntimeError(f"optimizer.{key}.{name} is {tuple(value.shape)}")
-                # AdamW keeps its step counter on the CPU unless it is fused
-                fused = bool(optimizer.param_groups[0].get("fused"))
-                state[key] = value.to(parameter.device) if key != "step" or fused else value
+        for optimizer in optimizers:
+            muon = isinstance(optimizer, torch.optim.Muon)
+            # AdamW keeps its step counter on the CPU unless it is fused
+            fused = bool(optimizer.param_groups[0].get("fused"))
+            for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+                name, state = names[parameter], optimizer.state[parameter]
+                for key in ("momentum_buffer",) if muon else ("step", "exp_avg", "exp_avg_sq"):
+                    value = tensors[f"optimizer.{key}.{name}"]
+                    if key != "step" and value.shape != parameter.shape:
+                        raise RuntimeError(f"optimizer.{key}.{name} is {tuple(value.shape)}")
+                    state[key] = value.to(parameter.device) if key != "step" or fused else value
     except (KeyError, RuntimeError) as error:
         raise UserError(f"checkpoint {folder}: {STATE} does not fit this run ({error})") from None
 

@@ -8,13 +8,14 @@ import pytest
 from corpora import END, GOOD, MALFORMED, MELODY, delta, midi, notes, song, tempo
 from symusic.core import NoteTick, ScoreTick, TempoTick, TrackTick
 
-from smart.corpus import Limits, Reject
-from smart.corpus.piece import PieceReader, content_hash, seconds_at
+from smart.corpus import Limits, Reading, Reject
+from smart.corpus.notes import seconds_at
+from smart.corpus.piece import PieceReader, content_hash
 from smart.tokens import decode, encode, merge_piano
 
 
 def reader(tokenizer: Any, **limits: Any) -> PieceReader:
-    return PieceReader(tokenizer, Limits(**limits))
+    return PieceReader(tokenizer, Limits(**limits), Reading())
 
 
 @pytest.mark.parametrize("name", MALFORMED)
