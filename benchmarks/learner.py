@@ -32,7 +32,7 @@ def batch(options: argparse.Namespace, vocabulary: int) -> tuple[Rollout, torch.
     tokens = torch.randint(3, vocabulary, (options.rows, options.prompt + options.tokens), generator=generator)
     mask = torch.ones(options.rows, options.tokens, dtype=torch.bool)
     logprobs = torch.full((options.rows, options.tokens), -6.0)
-    rollout = Rollout(*(part.to(options.device) for part in (tokens, mask, logprobs)))
+    rollout = Rollout(tokens, mask, logprobs).to(options.device)
     return rollout, torch.randn(options.rows, generator=generator).to(options.device)
 
 

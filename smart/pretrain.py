@@ -381,6 +381,7 @@ class Samples:
             seconds=render.seconds,
             workers=1,
             device=model.device,
+            bank_megabytes=render.bank_megabytes,
         )
 
     def __enter__(self) -> "Samples":

@@ -345,11 +345,15 @@ class Grammar:
 
     def read(self, tokens: torch.Tensor) -> Place:
         """The state after rows of tokens (N, L), L >= 1. Padding on the left does not matter."""
-        first = tokens[:, 0]
-        place = Place(first, first.new_full(first.shape, -1), first.new_full(first.shape, self.default_positions))
-        for column in tokens.unbind(1):
-            place = self.step(place, column)
-        return place
+        return Place(*(part[:, -1] for part in self.read_all(tokens)))
+
+    def read_all(self, tokens: torch.Tensor) -> Place:
+        """The state after each of the tokens (N, L), as (N, L)."""
+        position, bar_positions = self.position[tokens], self.bar_positions[tokens]
+        counted = (position >= 0) | (tokens == self.bar_id)
+        return Place(
+            tokens, _latest(position, counted, -1), _latest(bar_positions, bar_positions > 0, self.default_positions)
+        )
 
     def step(self, place: Place, tokens: torch.Tensor) -> Place:
         """The state after one more token per row, (N,), allowed or not. Does not synchronise with the device."""
@@ -365,6 +369,15 @@ class Grammar:
         later = self.position > place.position[:, None]
         within = self.position < place.bar_positions[:, None]
         return self.allowed[place.token] & ((self.position < 0) | (later & within))
+
+
+def _latest(values: torch.Tensor, counted: torch.Tensor, default: int) -> torch.Tensor:
+    """Of ``values`` (N, L), the last one up to each place that is ``counted``; ``default`` where there is none."""
+    import torch
+
+    places = torch.arange(values.shape[1], device=values.device).expand_as(values)
+    last = places.masked_fill(~counted, -1).cummax(1).values
+    return values.gather(1, last.clamp(min=0)).masked_fill(last < 0, default)
 
 
 def allowed_transitions(tokenizer: REMI) -> torch.Tensor:
@@ -427,7 +440,6 @@ def unplayable(tokens: torch.Tensor, prompt_length: int, mask: torch.Tensor, gra
     previous Position in its bar or is past the end of the bar: see ``Grammar``. Tokens outside ``mask`` are not
     marked. Raises ``ValueError`` if the shapes do not fit or the prompt is empty.
     """
-    import torch
 
     wanted = (tokens.shape[0], tokens.shape[-1] - prompt_length)
     if tokens.ndim != 2 or prompt_length < 1 or tuple(mask.shape) != wanted:
@@ -436,9 +448,8 @@ def unplayable(tokens: torch.Tensor, prompt_length: int, mask: torch.Tensor, gra
             f"P {prompt_length}, mask {tuple(mask.shape)}"
         )
     grammar = (grammar if isinstance(grammar, Grammar) else build_grammar(grammar)).to(tokens.device)
-    place = grammar.read(tokens[:, :prompt_length])
-    bad = torch.zeros_like(mask, dtype=torch.bool)
-    for step, column in enumerate(tokens[:, prompt_length:].unbind(1)):
-        bad[:, step] = ~grammar.playable(place).gather(1, column[:, None])[:, 0]
-        place = grammar.step(place, column)
-    return bad & mask.bool()
+    before = Place(*(part[:, prompt_length - 1 : -1] for part in grammar.read_all(tokens)))
+    after = tokens[:, prompt_length:]
+    position = grammar.position[after]
+    in_order = (position < 0) | ((position > before.position) & (position < before.bar_positions))
+    return ~(grammar.allowed[before.token, after] & in_order) & mask.bool()

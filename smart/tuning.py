@@ -29,12 +29,14 @@ from smart.plots import curves, timeline
 from smart.prompts import LONGEST, Pieces, draw
 from smart.render import Renderer, checked_soundfont, open_renderer
 from smart.reward import Reward, load_reward
-from smart.rollout import Batch, Batches, Clips, Drawn, Scorer, completion_metrics
+from smart.rollout import Agreement, Batch, Batches, Clips, Drawn, Scorer, completion_metrics, device_names
 from smart.run import Run, Stopwatch, check_packages, checkpoint, summarise
 from smart.sampler import Rollout, Sampler
 from smart.tokens import build_grammar, decode, vocabulary
 
-AHEAD = "ahead.safetensors"  # in a checkpoint: the batch that was sampled ahead
+# in a checkpoint: the batch that was sampled ahead; the names of the devices that the run used
+AHEAD, DEVICES = "ahead.safetensors", "devices.txt"
+CHECKED = 2  # iterations whose batches are checked: the second one's are drawn with other weights
 
 
 class Parts(NamedTuple):
@@ -175,6 +177,7 @@ class Tuning:
         settings, sampling, device = self.config.grpo, self.config.sampling, self.world.device
         precision = pick_precision(settings.precision, device)
         self.autocast = torch.autocast(device.type, precision, enabled=precision != torch.float32)
+        self._precisions = (precision, pick_precision(sampling.dtype, device))
         self.reference = Reference(
             self.policy, temperature=sampling.temperature, micro_batch=settings.micro_batch, autocast=self.autocast
         )
@@ -183,7 +186,7 @@ class Tuning:
             "prompts": torch.Generator().manual_seed(self.config.run.seed),
             "sampler": torch.Generator(device).manual_seed(self.config.run.seed),
         }
-        facts, dtype = vocabulary(self.tokenizer), pick_precision(sampling.dtype, device)
+        facts, dtype = vocabulary(self.tokenizer), self._precisions[1]
         self._eos_id, self._grammar = facts.eos_id, build_grammar(self.tokenizer)
         self.samplers = {
             name: Sampler(model, pad_id=facts.pad_id, eos_id=facts.eos_id, dtype=dtype)
@@ -205,7 +208,7 @@ class Tuning:
             share = whole.rows(slice(groups.start * size, groups.stop * size))
         except TypeError as error:
             raise UserError(f"checkpoint {last}: {AHEAD} does not hold a batch ({error})") from None
-        return Rollout(*(part.to(self.world.device) for part in share))
+        return share.to(self.world.device)
 
     def _load_weights(self, folder: Path) -> None:
         self.policy.load_state_dict(load_base(folder, device=self.world.device)[0].state_dict())
@@ -223,6 +226,7 @@ class Tuning:
             workers=self._workers,
             deadline=render.deadline,
             device=self.world.device,
+            bank_megabytes=render.bank_megabytes,
         )
         pool = opened.enter_context(renderer)
         scorer = Scorer(
@@ -241,10 +245,28 @@ class Tuning:
             top_k=sampling.top_k,
             top_p=sampling.top_p,
         )
+        self._devices = device_names(self.world)
+        self.batches.agreement = self._agreement()
         self.guard = self._open_guard()
         self.watch = Stopwatch()
         self._drawn_ahead = None if self._restored_rollout is None else self._render_rollout(self._restored_rollout)
         self._render_metrics: dict[str, float] = {}  # of the current batch
+
+    def _agreement(self) -> Agreement | None:
+        """The check of the sampler, if the run uses CUDA devices that it has not used before."""
+        last = self.run.last
+        known = last is not None and (last / DEVICES).is_file() and (last / DEVICES).read_text("utf-8") == self._devices
+        if self.world.device.type != "cuda" or known:
+            return None
+        return Agreement(
+            self.samplers.values(),
+            self.world,
+            autocast=self.autocast,
+            precision=torch.bfloat16 if torch.bfloat16 in self._precisions else torch.float32,
+            micro_batch=self.config.grpo.micro_batch,
+            options=self.batches.options,
+            log=self.run.log,
+        )
 
     def _open_guard(self) -> Guard:
         """Set up the measurements on held-out prompts, which are drawn separately, with their own generator."""
@@ -290,10 +312,15 @@ class Tuning:
 
     def steps(self) -> Iterator[int]:
         """The remaining iterations, counted from 1; they end early if the guard stops the run."""
+        self.watch.lap("start")  # belongs to no iteration
         for step in self.run.steps(self.done, self.config.grpo.iterations, unless=lambda: self.guard.stop):
             self.watch.restart()
+            self.watch.lap("save")  # since the last iteration was logged
             self._before_update = step
+            if step > self.done + CHECKED:
+                self.batches.agreement = None
             yield step
+        self.batches.agreement = None
 
     def draw(self, step: int) -> Drawn:
         """Sample this process's share of a batch; workers render each completion once it has settled.
@@ -336,12 +363,20 @@ class Tuning:
         Raises ``Failure`` if no clip has a reward.
         """
         batch = self.batches.rate(drawn, ref_logp, keep=self._kept_rows(step))
-        fallback = self.batches.scorer.pool.fallback_fraction(drawn.clips.in_order())
-        self._render_metrics = {} if fallback is None else {"render/fallback_fraction": fallback}
+        self._render_metrics = self._fallbacks(drawn)
         drawn.clips.free_audio()  # before the update, which needs the memory
         batch.rated.check()
         self.watch.lap("score")
         return batch
+
+    def _fallbacks(self, drawn: Drawn) -> dict[str, float]:
+        """The share of this process's clips that the note bank left to the workers, in all and by reason."""
+        pool, clips = self.batches.scorer.pool, drawn.clips.in_order()
+        share = pool.fallback_fraction(clips)
+        if share is None:
+            return {}
+        kinds = {f"render/fallback_fraction_{kind}": part for kind, part in pool.fallback_kinds(clips).items()}
+        return {"render/fallback_fraction": share} | kinds
 
     def _kept_rows(self, step: int) -> range:
         """Rows of the batch that are written as MIDI and WAV."""
@@ -364,25 +399,29 @@ class Tuning:
         self.watch.lap("learn")
         self._before_update = None
         run, track, group_size = self.run, self.config.track, self.config.grpo.group_size
+        batch = batch._replace(rollout=batch.rollout.to("cpu"))  # once: the rest is no work for a GPU
+        measured = self.guard.look(step, self.samplers["tuned"])
+        run.files.completions(
+            row | {"step": step, "advantage": advantage}
+            for row, advantage in zip(batch.rated.rows(batch.rollout, group_size), advantages.tolist(), strict=True)
+        )
+        self._write_pieces(f"samples/{step:08d}/{{:02d}}", batch, self._kept_rows(step))
+        quality = completion_metrics(batch.rollout, self._eos_id, self._grammar)
+        self.watch.lap("record")
         metrics = {
             **batch.rated.metrics(group_size),
             **{f"policy/{key}": value for key, value in stats.items()},
             "policy/learning_rate": self.optimizer.param_groups[0]["lr"],
-            **completion_metrics(batch.rollout, self._eos_id, self._grammar),
+            **quality,
             **self._render_metrics,
             **self.watch.metrics(),
-            **(measured := self.guard.look(step, self.samplers["tuned"])),
+            **measured,
         }
         run.files.metrics(step, metrics)
         if measured and self.guard.collapse:
             run.log(f"iteration {step}: diversity has collapsed: {self.guard.collapse}")
         if self.world.lead and track.trace_every and step % track.trace_every == 0:
             timeline(self.watch.write(self.folder / "traces" / f"{step:08d}.json"))
-        run.files.completions(
-            row | {"step": step, "advantage": advantage}
-            for row, advantage in zip(batch.rated.rows(batch.rollout, group_size), advantages.tolist(), strict=True)
-        )
-        self._write_pieces(f"samples/{step:08d}/{{:02d}}", batch, self._kept_rows(step))
         run.bar.update()
         run.bar.set_postfix(reward=f"{metrics['reward/mean']:.3f}", kl=f"{stats['kl']:.4f}")
         stopping = run.stopping()
@@ -413,6 +452,7 @@ class Tuning:
         save_base(self.policy, self.tokenizer, target)
         checkpoint.write_state(target, self.policy, self.optimizer, **self.generators)
         self.guard.write(target)
+        (target / DEVICES).write_text(self._devices, encoding="utf-8")
         if ahead is not None:
             save_file(ahead._asdict(), target / AHEAD)
 

@@ -65,13 +65,13 @@ def tokenizer() -> Any:
     return build_tokenizer()
 
 
-def make_tiny_model(tokenizer: Any) -> Any:
+def make_tiny_model(tokenizer: Any, seed: int = 3) -> Any:
     """Random Phi-3, 2 layers x 32; logits spread enough that sampling is not uniform."""
     import torch
 
     from smart.model import build_model
 
-    model = build_model(tokenizer, layers=2, hidden=32, heads=4, intermediate=64, seed=3)
+    model = build_model(tokenizer, layers=2, hidden=32, heads=4, intermediate=64, seed=seed)
     with torch.no_grad():
         model.lm_head.weight.mul_(20)
     return model

@@ -55,11 +55,11 @@ def test_what_a_run_leaves(finished: Path, base: Path) -> None:
         assert all(isinstance(row[key], float) for row in rows), key
     assert all(row["policy/dlogp_max"] < 1e-4 for row in rows)  # the sampler and the learner agree
     assert all(row["policy/dlogp_mean"] <= row["policy/dlogp_max"] for row in rows)
-    stages = ("generate", "reference", "score", "learn", "iteration", "wait", "rate", "render")
+    stages = ("save", "generate", "reference", "score", "learn", "record", "iteration", "wait", "rate", "render")
     timed = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     for row in timed[1:]:
         seconds = {stage: row[f"seconds/{stage}"] for stage in stages}
-        assert seconds["iteration"] == pytest.approx(sum(seconds[stage] for stage in stages[:4]))
+        assert seconds["iteration"] == pytest.approx(sum(seconds[stage] for stage in stages[:6]))
         assert seconds["wait"] + seconds["rate"] <= seconds["score"]
     traces = sorted((finished / "traces").iterdir())
     assert [path.name for path in traces] == ["00000004.json", "00000004.png"]
@@ -156,6 +156,9 @@ class Late:
     def fallback_fraction(self, clips: Any) -> None:
         return None
 
+    def fallback_kinds(self, clips: Any) -> dict[str, float]:
+        return {}
+
     def arrive(self, number: int) -> None:
         for late, clip in self.asked[max(number, 0) * self.batch : (number + 1) * self.batch]:
             audio = clip.result()
@@ -166,6 +169,18 @@ class Late:
         for late, _ in self.asked:
             if not late.done():
                 late.set_exception(RenderError("it would have waited for ever"))
+
+
+def test_what_the_bank_leaves_to_the_workers_is_counted_by_reason(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stored note of ten minutes needs 100 MB, so none fits into the memory that the configuration allows."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    changes = {"render.backend": "bank", "render.bank_megabytes": 16, "render.seconds": 600.0, "grpo.iterations": 1}
+    train(load("quickstart.toml", arguments(base, tmp_path, **changes)[1::2]))
+    row = metrics(tmp_path / "r")[1]
+    assert row["render/fallback_fraction_memory"] == row["render/fallback_fraction"] > 0
+    assert row["clips/failed"] == 0
 
 
 def test_rendering_is_hidden_behind_the_next_batch(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +209,7 @@ def test_rendering_is_hidden_behind_the_next_batch(base: Path, tmp_path: Path, m
     for path in (tmp_path / "r" / "traces").glob("*.json"):
         events = json.loads(path.read_text())["traceEvents"]
         spans = [(e["ts"], e["ts"] + e["dur"], e["name"]) for e in events if e["ph"] == "X" and e["tid"] == 0]
-        assert [name for *_, name in sorted(spans)] == ["generate", "reference", "score", "learn"]
+        assert [name for *_, name in sorted(spans)] == ["save", "generate", "reference", "score", "learn", "record"]
         rendered += sum(e["name"] == "render" for e in events)
     assert rendered == 4 * 6  # each belongs to the iteration in which it arrived
 

@@ -50,6 +50,10 @@ class Renderer(Protocol):
         """Share of these finished clips that a fallback rendered; None for a renderer that has no fallback."""
         ...
 
+    def fallback_kinds(self, clips: Collection[Future[Audio]]) -> dict[str, float]:
+        """The same share by the kind of its reason."""
+        ...
+
 
 # The process ------------------------------------------------------------------------------------------------
 
@@ -221,6 +225,10 @@ class RenderPool:
     def fallback_fraction(self, clips: Collection[Future[Audio]]) -> float | None:
         """None: this renderer has no fallback."""
         return None
+
+    def fallback_kinds(self, clips: Collection[Future[Audio]]) -> dict[str, float]:
+        """Nothing: this renderer has no fallback."""
+        return {}
 
     def map(self, scores: Iterable[Any]) -> Iterator[Audio]:
         """Audio of each score, in order; submits only a few in advance, so that memory is bounded.

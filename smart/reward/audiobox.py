@@ -7,6 +7,7 @@ de-normalised with the checkpoint's mean and standard deviation. Windows are pad
 of a batch are shorter: the encoder's first layer normalises over time, so the zeros affect the rating.
 """
 
+import functools
 import hashlib
 import numbers
 import os
@@ -90,6 +91,8 @@ class Audiobox(Reward):
         files = _find_local(model) or _find_cached(str(model)) or _download(str(model))
         network = _build(_read(files), files)
         self.batch_size = batch_size
+        # a window's last bits depend on the others of its pass: matrix products of other sizes round differently
+        self.together = min(batch_size, Reward.together)
         self.is_published = files.hub_id == HUB_ID  # by hub id; the origin of a folder or file is unknown
         self.provenance = f"Audiobox Aesthetics, {_provenance(files)}, {dtype}"
         self._network = network.to(self.device).eval().requires_grad_(False)
@@ -103,6 +106,10 @@ class Audiobox(Reward):
             frames = (WINDOW - self._convolutions.reach) // self._convolutions.hop + 1
             encoder.pos_conv = torch.nn.Sequential(_PositionalConvolution(convolution, frames), activation)
         self._padded = True
+        # the bias of the positions depends on nothing but the number of frames, and the encoder would compute it on the
+        # host and upload it in every pass
+        first = self._network.wavlm_model.encoder.layers[0].self_attn
+        first.compute_bias = functools.lru_cache(maxsize=1)(first.compute_bias)
         for layer in self._network.wavlm_model.encoder.layers:
             layer.self_attn.register_forward_pre_hook(self._float_mask, with_kwargs=True)
 

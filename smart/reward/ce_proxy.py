@@ -113,6 +113,7 @@ class CEProxy(Reward):
     axes = (AXIS,)
     sample_rate = SAMPLE_RATE
     is_stand_in = True
+    together = 1  # clips are described one at a time
 
     def __init__(self, *, coefficients: str | Path | None = None, device: str | torch.device = "cpu") -> None:
         super().__init__(device=device)

@@ -1,5 +1,6 @@
 """Sample, render and rate batches of completions, and compare models on the same prompts."""
 
+from smart.rollout.agreement import Agreement, device_names
 from smart.rollout.batch import Batch, Batches, Drawn
 from smart.rollout.compare import BLOCK, Piece, compose, seed_of
 from smart.rollout.scorer import SILENT, Clips, Rated, Scorer, completion_metrics
@@ -8,6 +9,7 @@ from smart.rollout.systems import System, find_system, find_systems
 __all__ = [
     "BLOCK",
     "SILENT",
+    "Agreement",
     "Batch",
     "Batches",
     "Clips",
@@ -18,6 +20,7 @@ __all__ = [
     "System",
     "completion_metrics",
     "compose",
+    "device_names",
     "find_system",
     "find_systems",
     "seed_of",

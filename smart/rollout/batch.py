@@ -7,11 +7,13 @@ completion length.
 """
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from smart.distributed import World
+from smart.rollout.agreement import Agreement
 from smart.rollout.scorer import Clips, Rated, Scorer
 from smart.run import Stopwatch
 from smart.sampler import Rollout, Sampler
@@ -63,13 +65,15 @@ def write(
 class Batches:
     """Samples and rates whole batches; each process of ``world`` does its share.
 
-    ``options`` go to ``Sampler.sample``: max_new_tokens, temperature, top_k, top_p.
+    ``options`` go to ``Sampler.sample``: max_new_tokens, temperature, top_k, top_p. While ``agreement`` is set, it
+    checks each batch that is drawn.
     """
 
     def __init__(self, scorer: Scorer, world: World, **options: Any) -> None:
         self.scorer = scorer
         self.world = world
         self.options = options
+        self.agreement: Agreement | None = None
 
     def draw(
         self,
@@ -86,7 +90,8 @@ class Batches:
         """
         mine = self.world.share(len(prompts))
         first = mine.start * group_size
-        rollout, clips = write(
+        attempt = partial(
+            write,
             sampler,
             self.scorer,
             prompts[mine.start : mine.stop],
@@ -96,6 +101,7 @@ class Batches:
             share=(first, len(prompts) * group_size),
             **self.options,
         )
+        rollout, clips = self.agreement.draw(sampler, generator, attempt) if self.agreement else attempt()
         return Drawn(rollout, clips, first)
 
     def rate(self, drawn: Drawn, ref_logp: torch.Tensor | None = None, *, keep: Iterable[int] = ()) -> Batch:

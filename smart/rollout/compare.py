@@ -26,7 +26,7 @@ from smart.reward import Reward
 from smart.rollout.batch import write
 from smart.rollout.scorer import Scorer, rendered_audio
 from smart.rollout.systems import System
-from smart.sampler import Rollout, Sampler
+from smart.sampler import Sampler
 from smart.tokens import decode, load_tokenizer, vocabulary
 
 BLOCK = 64  # pieces that are sampled together
@@ -247,7 +247,7 @@ def _draw(
         generator=[generator for _, generator in starts],
         **options,
     )
-    rollout = Rollout(*(part.cpu() for part in rollout))
+    rollout = rollout.to("cpu")
     prompt_length = len(starts[0][0])
     lengths = rollout.mask.sum(dim=1).tolist()
     return _Drawn(

@@ -32,11 +32,10 @@ class Stopwatch:
         self._last = time.perf_counter()
 
     def restart(self) -> None:
-        """Begin the next iteration; it includes what other threads have finished since the last lap."""
+        """Begin the next iteration where the last lap ended; it includes what other threads have finished since."""
         # a single statement, since other threads may be adding spans; spans are ordered by their end
         del self.spans[: sum(span.end <= self._last for span in self.spans)]
         self.laps = {}
-        self._last = time.perf_counter()
 
     def lap(self, stage: str) -> None:
         """End a stage of the main thread, which began at the last lap."""

@@ -49,7 +49,7 @@ def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     past = cumulative > uniform[:, None] * cumulative[:, -1:]
     # Rank 2: possible, and past the number (a parallel sum need not be monotone to the last bit). Rank 1: possible;
     # it is only drawn if rounding left no token of rank 2. argmax returns the first of the maxima.
-    token = ((probs > 0) * (past.to(torch.int32) + 1)).argmax(-1)
+    token = ((probs > 0) * (past + 1)).argmax(-1)
     return token, logprobs.gather(-1, token[:, None])[:, 0]
 
 
@@ -82,7 +82,8 @@ class Choice(NamedTuple):
             logits = logits.masked_fill(~self.grammar.playable(state), -math.inf)
         filtered = filter_logits(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
         drawn, logprob = draw(filtered, uniform)
-        drawn, logprob = drawn.masked_fill(~alive, self.pad_id), logprob.masked_fill(~alive, 0.0)
+        dead = ~alive
+        drawn, logprob = drawn.masked_fill_(dead, self.pad_id), logprob.masked_fill_(dead, 0.0)
         if self.grammar is not None and state is not None:
             state = self.grammar.step(state, drawn)
         return drawn, logprob, alive if self.eos_id is None else alive & (drawn != self.eos_id), state

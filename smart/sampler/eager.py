@@ -33,7 +33,7 @@ class Start(NamedTuple):
 
 
 def decode_eagerly(
-    net: Network, table: tuple[Tensor, Tensor], start: Start, choice: Choice, watch: Watch | None
+    net: Network, table: Tensor, start: Start, choice: Choice, watch: Watch | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens (N, P+T), mask (N, T) and logprobs (N, T), where T is the longest possible completion.
 
@@ -44,9 +44,8 @@ def decode_eagerly(
     choice = choice.to(device)
     steps, n = uniforms.shape
     total = length + steps
-    cos, sin = table
     cache = new_cache(net, n, total)
-    logits = prefill(net, prompts, real, cos, sin, group_size, cache)
+    logits = prefill(net, prompts, real, table, group_size, cache)
     tokens = prompts.new_full((n, total), choice.pad_id)
     tokens[:, :length] = prompts.repeat_interleave(group_size, 0)
     mask = torch.zeros(n, steps, dtype=torch.bool, device=device)
@@ -79,6 +78,6 @@ def decode_eagerly(
         if step + 1 < steps:
             end = length + step + 1
             seen = None if padding is None else padding[..., :end]
-            logits = forward(net, drawn[:, None], cos[place, None], sin[place, None], seen, cache, end - 1)
+            logits = forward(net, drawn[:, None], table[place, None], seen, cache, end - 1)
             place = place + 1
     return tokens, mask, logprobs

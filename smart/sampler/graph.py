@@ -39,42 +39,35 @@ class _Slots(NamedTuple):
 
     net: Network
     cache: Cache
-    cos: Tensor  # (L, R)
-    sin: Tensor
-    places: Tensor  # (L,) int64: 0, 1, 2, ...
-    padding: Tensor  # (N, 1, 1, L), -inf on the prompts' padding, else 0
+    table: Tensor  # (L, 2, R), the rotation
+    seen: Tensor  # (N, 1, 1, L), 0 where attention may look, else -inf: on the prompts' padding and on later places
     uniforms: Tensor  # (L, N) float64, at the place of the token that they decide
     tokens: Tensor  # (N, L) int64
     mask: Tensor  # (N, L) bool
     logprobs: Tensor  # (N, L) float32
     logits: Tensor  # (N, V) float32, of the next token
     alive: Tensor  # (N,) bool
-    place: Tensor  # (N,) int64, rotary position of the next token
-    column: Tensor  # (1,) int64, place of the next token in its row
+    next: Tensor  # (N+1,) int64, of the next token: each row's rotary position, then its place in all rows
     state: Place | None  # (N,) each: the grammar's state, if there is a grammar
 
 
 def _new_slots(model: Phi3ForCausalLM, dtype: torch.dtype, n: int, places: int, choice: Choice) -> _Slots:
     net = read_network(model, dtype)
     device = net.embedding.device
-    cos, sin = rotation_table(model, places)
     tokens = torch.full((n, places), choice.pad_id, device=device)
     state = choice.read_state(tokens[:, :1])
     return _Slots(
         net=net,
         cache=new_cache(net, n, places),
-        cos=cos,
-        sin=sin,
-        places=torch.arange(places, device=device),
-        padding=torch.zeros(n, 1, 1, places, dtype=net.cache_dtype, device=device),
+        table=rotation_table(model, places),
+        seen=torch.zeros(n, 1, 1, places, dtype=net.cache_dtype, device=device),
         uniforms=torch.zeros(places, n, dtype=torch.float64, device=device),
         tokens=tokens,
         mask=torch.zeros(n, places, dtype=torch.bool, device=device),
         logprobs=torch.zeros(n, places, device=device),
         logits=torch.zeros(n, net.head.shape[0], device=device),
         alive=torch.zeros(n, dtype=torch.bool, device=device),
-        place=torch.zeros(n, dtype=torch.int64, device=device),
-        column=torch.zeros(1, dtype=torch.int64, device=device),
+        next=torch.zeros(n + 1, dtype=torch.int64, device=device),
         state=None if state is None else Place(*(part.clone() for part in state)),
     )
 
@@ -86,21 +79,21 @@ def _fill(slots: _Slots, model: Phi3ForCausalLM, start: Start, choice: Choice) -
     for held, now in zip(weights_of(slots.net), weights_of(read_network(model, slots.net.dtype)), strict=True):
         if held.data_ptr() != now.data_ptr():  # a cast copy of the parameter
             held.copy_(now)
-    for pair in slots.cache:
-        for full in pair:
-            full.zero_()  # a masked position must be finite: 0 times NaN would be NaN
-    padding = padding_mask(real, group_size, len(slots.places), slots.padding.dtype)
-    slots.padding.zero_() if padding is None else slots.padding.copy_(padding)
+    for full in slots.cache:
+        full.zero_()  # a masked position must be finite: 0 times NaN would be NaN
+    padding = padding_mask(real, group_size, length, slots.seen.dtype)
+    slots.seen.fill_(-math.inf)
+    slots.seen[..., :length] = 0.0 if padding is None else padding
     slots.uniforms[length : length + len(uniforms)] = uniforms
     slots.tokens.fill_(choice.pad_id)
     slots.tokens[:, :length] = prompts.repeat_interleave(group_size, 0)
     slots.mask.zero_()
     slots.logprobs.zero_()
     slots.alive.fill_(True)
-    slots.place.copy_(real.sum(-1).repeat_interleave(group_size))
-    slots.column.fill_(length)
+    slots.next[:-1] = real.sum(-1).repeat_interleave(group_size)
+    slots.next[-1] = length
     _write(slots.state, choice.read_state(slots.tokens[:, :length]))
-    slots.logits.copy_(prefill(slots.net, prompts, real, slots.cos, slots.sin, group_size, slots.cache))
+    slots.logits.copy_(prefill(slots.net, prompts, real, slots.table, group_size, slots.cache))
 
 
 def _write(held: Place | None, now: Place | None) -> None:
@@ -110,18 +103,18 @@ def _write(held: Place | None, now: Place | None) -> None:
 
 def _step(slots: _Slots, choice: Choice) -> None:
     """Draw the next token of every row and run it through the network, in place, without synchronisation."""
-    uniform = slots.uniforms.index_select(0, slots.column)[0]
-    slots.mask.index_copy_(1, slots.column, slots.alive[:, None])
+    place, column = slots.next[:-1], slots.next[-1:]
+    uniform = slots.uniforms.index_select(0, column)[0]
+    slots.mask.index_copy_(1, column, slots.alive[:, None])
     drawn, logprob, alive, state = choice.choose(slots.logits, uniform, slots.alive, slots.state)
     _write(slots.state, state)
-    slots.tokens.index_copy_(1, slots.column, drawn[:, None])
-    slots.logprobs.index_copy_(1, slots.column, logprob[:, None])
+    slots.tokens.index_copy_(1, column, drawn[:, None])
+    slots.logprobs.index_copy_(1, column, logprob[:, None])
     slots.alive.copy_(alive)
-    cos, sin = (part.index_select(0, slots.place)[:, None] for part in (slots.cos, slots.sin))
-    seen = slots.padding.masked_fill(slots.places > slots.column, -math.inf)
-    slots.logits.copy_(forward(slots.net, drawn[:, None], cos, sin, seen, slots.cache, slots.column))
-    slots.place.add_(1)
-    slots.column.add_(1)
+    slots.seen.index_fill_(3, column, 0.0)
+    turns = slots.table.index_select(0, place)[:, None]
+    slots.logits.copy_(forward(slots.net, drawn[:, None], turns, slots.seen, slots.cache, column))
+    slots.next.add_(1)
 
 
 def _capture(step: Callable[[], None]) -> Callable[[], None]:

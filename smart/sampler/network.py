@@ -47,7 +47,7 @@ class Network(NamedTuple):
     head_dim: int
 
 
-Cache = list[tuple[Tensor, Tensor]]  # keys and values of every layer, each (rows, K, positions, D)
+Cache = list[Tensor]  # of every layer (rows, 2K, positions, D): the keys, then the values
 
 
 def read_network(model: Phi3ForCausalLM, dtype: torch.dtype) -> Network:
@@ -93,24 +93,23 @@ def _head_dim(config: Any) -> int:
 
 def new_cache(net: Network, rows: int, positions: int) -> Cache:
     """An empty cache; its memory is not initialised."""
-    shape = (rows, net.kv_heads, positions, net.head_dim)
-    empty = [net.embedding.new_empty(shape, dtype=net.cache_dtype) for _ in range(2 * len(net.layers))]
-    return list(zip(empty[::2], empty[1::2], strict=True))
+    shape = (rows, 2 * net.kv_heads, positions, net.head_dim)
+    return [net.embedding.new_empty(shape, dtype=net.cache_dtype) for _ in net.layers]
 
 
-def rotation_table(model: Phi3ForCausalLM, positions: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (positions, R) of the rotary embedding, the first half of the sines negated.
+def rotation_table(model: Phi3ForCausalLM, positions: int) -> Tensor:
+    """Cosines and sines (positions, 2, R) of the rotary embedding, the first half of the sines negated.
 
     ``x * cos + roll(x, R/2) * sin`` is then the rotation of the pairs (x[i], x[i + R/2]).
     """
     rotary = model.model.rotary_emb
     angle = torch.arange(positions, device=rotary.inv_freq.device)[:, None] * rotary.inv_freq.float()
     cos, sin = angle.cos() * rotary.attention_scaling, angle.sin() * rotary.attention_scaling
-    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+    return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), 1)
 
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """query (N, Q, H, D), keys and values (N, K, positions, D), mask (N, 1, Q, positions) -> (N, Q, H*D).
+    """query (N, Q, H, D), keys and values (N, K, positions, D), mask (N, 1, Q*H/K, positions) -> (N, Q, H*D).
 
     The H/K heads that share a key-value head are folded into the query axis, so that the cache is never repeated.
     """
@@ -118,48 +117,52 @@ def _attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) ->
     kv_heads = keys.shape[1]
     shared = heads // kv_heads
     folded = query.unflatten(2, (kv_heads, shared)).permute(0, 2, 3, 1, 4).flatten(2, 3)
-    if mask is not None and shared > 1:
-        mask = mask.repeat(1, 1, shared, 1)
     attended = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
     return attended.unflatten(2, (shared, q)).permute(0, 3, 1, 2, 4).reshape(n, q, -1)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) * weight over the last axis (F.rms_norm takes four times as long on a CPU)."""
+    """x / sqrt(mean(x²) + eps) * weight over the last axis."""
+    if x.is_cuda:  # one kernel
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    # F.rms_norm takes four times as long on a CPU
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x * (norm.square() / x.shape[-1] + eps).rsqrt() * weight
 
 
 def _remember(full: Tensor, new: Tensor, start: int | Tensor) -> Tensor:
-    """Write ``new`` (N, Q, K, D) into the cache ``full`` (N, K, positions, D); returns the part to attend to."""
+    """Write ``new`` (N, Q, 2K, D) into the cache ``full`` (N, 2K, positions, D); returns the part to attend to."""
     new = new.transpose(1, 2)
     if isinstance(start, Tensor):  # on the device; returns the whole cache, so that no shape depends on it
-        return full.index_copy_(2, start, new.to(full.dtype))
+        return full.index_copy_(2, start, new)
     end = start + new.shape[2]
     full[:, :, start:end] = new
     return full[:, :, :end]
 
 
 def forward(
-    net: Network, tokens: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: Cache, start: int | Tensor
+    net: Network, tokens: Tensor, turns: Tensor, mask: Tensor | None, cache: Cache, start: int | Tensor
 ) -> Tensor:
     """Run the new positions start..start+Q-1, tokens (N, Q), and write them to the cache.
 
-    cos, sin: (N, Q, R). mask: None, or (N, 1, Q, start+Q), which is added to the attention scores. ``start`` may be a
-    tensor (1,) int64 on the device if Q = 1; attention and mask then cover all positions of the cache.
+    turns: (N, Q, 2, R), the places' rows of the rotation table. mask: None, or (N, 1, Q, start+Q), which is added to
+    the attention scores. ``start`` may be a tensor (1,) int64 on the device if Q = 1; attention and mask then cover all
+    positions of the cache.
     Returns the logits (N, V) float32 of the last position.
     """
     n, q = tokens.shape
-    cos, sin = cos[:, :, None], sin[:, :, None]
+    cos, sin = turns[:, :, :1], turns[:, :, 1:]
     rotated = cos.shape[-1]
+    if mask is not None and net.heads > net.kv_heads:
+        mask = mask.repeat(1, 1, net.heads // net.kv_heads, 1)
     hidden = F.embedding(tokens, net.embedding).float().flatten(0, 1)
-    for layer, (keys, values) in zip(net.layers, cache, strict=True):
+    for layer, full in zip(net.layers, cache, strict=True):
         x = _rms_norm(hidden, layer.attention_norm, net.eps).to(net.dtype)
-        heads = F.linear(x, layer.qkv).float().view(n, q, -1, net.head_dim)
+        heads = F.linear(x, layer.qkv).to(net.cache_dtype).view(n, q, -1, net.head_dim)
         turn = heads[:, :, : net.heads + net.kv_heads, :rotated]  # queries and keys at once
-        turn.copy_(torch.addcmul(turn * cos, turn.roll(rotated // 2, -1), sin))
-        query, key, value = heads.split((net.heads, net.kv_heads, net.kv_heads), 2)
-        x = _attend(query.to(net.cache_dtype), _remember(keys, key, start), _remember(values, value, start), mask)
+        torch.addcmul(turn * cos, turn.roll(rotated // 2, -1), sin, out=turn)  # computed in float32
+        keys, values = _remember(full, heads[:, :, net.heads :], start).chunk(2, 1)
+        x = _attend(heads[:, :, : net.heads], keys, values, mask)
         hidden += F.linear(x.flatten(0, 1).to(net.dtype), layer.out)
         x = _rms_norm(hidden, layer.mlp_norm, net.eps).to(net.dtype)
         # weights on the left: with the few rows of a decode step, CPU libraries are up to 30% faster this way
@@ -169,9 +172,7 @@ def forward(
     return F.linear(_rms_norm(last, net.norm, net.eps), net.head)
 
 
-def prefill(
-    net: Network, prompts: Tensor, real: Tensor, cos: Tensor, sin: Tensor, group_size: int, cache: Cache
-) -> Tensor:
+def prefill(net: Network, prompts: Tensor, real: Tensor, table: Tensor, group_size: int, cache: Cache) -> Tensor:
     """Run the prompts (B, P) once and write their keys and values into the cache of all N = B x group_size rows.
 
     real: (B, P) bool, False on padding. Returns logits (N, V).
@@ -184,10 +185,9 @@ def prefill(
     unseen = (later | ~real[:, None, None]) & ~itself
     mask = torch.zeros(unseen.shape, dtype=net.cache_dtype, device=real.device).masked_fill_(unseen, -math.inf)
     small = new_cache(net, batch, length)
-    logits = forward(net, prompts, cos[place], sin[place], mask, small, 0)
-    for pair, source in zip(cache, small, strict=True):
-        for full, part in zip(pair, source, strict=True):
-            full.unflatten(0, (batch, group_size))[:, :, :, :length] = part[:, None]
+    logits = forward(net, prompts, table[place], mask, small, 0)
+    for full, part in zip(cache, small, strict=True):
+        full.unflatten(0, (batch, group_size))[:, :, :, :length] = part[:, None]
     return logits.repeat_interleave(group_size, 0)
 
 
@@ -201,11 +201,10 @@ def drop_rows(cache: Cache, alive: Tensor, positions: int) -> tuple[Cache, Tenso
     order = torch.arange(count, device=alive.device)
     gaps = (~alive[:count]).nonzero()[:, 0]
     order[gaps] = count + alive[count:].nonzero()[:, 0]
-    for pair in cache:
-        for full in pair:
-            filled = full[:, :, :positions]
-            filled[gaps] = filled[order[gaps]]
-    return [(keys[:count], values[:count]) for keys, values in cache], order
+    for full in cache:
+        filled = full[:, :, :positions]
+        filled[gaps] = filled[order[gaps]]
+    return [full[:count] for full in cache], order
 
 
 def padding_mask(real: Tensor, group_size: int, positions: int, dtype: torch.dtype) -> Tensor | None:

@@ -11,8 +11,8 @@ How it differs from transformers' ``generate``:
 - It returns log-probabilities in the distribution that tokens are drawn from: after temperature, top-k and top-p,
   renormalised. A policy-gradient method can use them for its old policy without a second forward pass.
 - ``dtype`` is the dtype of the weights in matrix products and, on CUDA, of the cache and of attention. The residual
-  stream, the norms, the rotation and the logits are always float32. This matches autocast in training, except for the
-  output layer, which is float32 here. On a CPU the cache and attention stay float32, since attention in bfloat16 is
+  stream, the norms, the rotation and the output layer are always float32. So they are in training (autocast, but for
+  the output layer: ``smart.logprobs``). On a CPU the cache and attention stay float32, since attention in bfloat16 is
   several times slower there.
 - One uniform number decides each token (inverse of the cumulative distribution). All N x T of them are drawn at the
   start, so that no row depends on when another row ends, and the generator always advances by the same amount.
@@ -62,6 +62,10 @@ class Rollout(NamedTuple):
     mask: Tensor
     logprobs: Tensor
 
+    def to(self, device: torch.device | str) -> Rollout:
+        """The rollout on another device."""
+        return Rollout(*(part.to(device) for part in self))
+
     def rows(self, which: slice) -> Rollout:
         """Some of the rows, cut to the longest completion among them; the tensors are views."""
         length, longest = self.tokens.shape[1] - self.mask.shape[1], int(self.mask[which].any(0).sum())
@@ -108,8 +112,14 @@ class Sampler:
                 raise ValueError(f"{name}: expected an id from 0 to {self.vocabulary - 1}, got {token}")
         self.pad_id = pad_id
         self.eos_id = eos_id
+        self._by_graph = True
         self._graphs: dict[Any, Graph] = {}
         self._compute_dtype()
+
+    def step_by_step(self) -> None:
+        """Use no CUDA graphs from now on."""
+        self._by_graph = False
+        self._graphs.clear()
 
     @torch.no_grad()
     def sample(
@@ -185,7 +195,7 @@ class Sampler:
 
     def _graph(self, start: Start, choice: Choice) -> Graph | None:
         """The captured step for such a batch, captured now if necessary; None if capturing is not possible."""
-        if start.prompts.device.type not in GRAPH_DEVICES or not self._captures:
+        if start.prompts.device.type not in GRAPH_DEVICES or not self._captures or not self._by_graph:
             return None
         steps, n = start.uniforms.shape
         places = -(-(start.prompts.shape[1] + steps) // PLACES) * PLACES

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from audiobox_weights import TRANSFORM, random_network, thin_architecture
 
 from smart import UserError
 from smart.hub import SECONDS
@@ -24,12 +25,6 @@ from smart.reward import audiobox, load_reward
 
 aes = pytest.importorskip("audiobox_aesthetics.model.aes")
 RATE = 16000
-TRANSFORM = {
-    "CE": {"mean": 5.1, "std": 1.5},
-    "CU": {"mean": 5.7, "std": 1.8},
-    "PC": {"mean": 3.2, "std": 1.3},
-    "PQ": {"mean": 6.4, "std": 1.6},
-}
 
 
 class Weights(NamedTuple):
@@ -38,21 +33,6 @@ class Weights(NamedTuple):
     folder: Path
     checkpoint: Path
     official: Any
-
-
-def random_network(seed: int) -> Any:
-    """AesMultiOutput with random weights that make ratings differ between clips."""
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch on the package's weight_norm
-        torch.manual_seed(seed)
-        network = aes.AesMultiOutput(target_transform=TRANSFORM)
-        with torch.no_grad():
-            for axis in TRANSFORM:
-                network.proj_layer[axis][-1].weight.mul_(20)
-                network.layer_weights[axis].normal_()
-            for layer in network.wavlm_model.encoder.layers:
-                layer.self_attn.grep_a.normal_(1, 0.3)
-    return network
 
 
 def save_both(network: Any, folder: Path) -> tuple[Path, Path]:
@@ -132,22 +112,7 @@ def difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) ->
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Weights]:
     """The same architecture, but thin: 3 layers of 48 channels over 32-channel convolutions."""
-    config = dict(vars(aes.DEFAULT_AUDIO_CFG)) | {
-        "encoder_layers": 3,
-        "encoder_embed_dim": 48,
-        "encoder_ffn_embed_dim": 96,
-        "encoder_attention_heads": 4,
-        "conv_feature_layers": "[(32,10,5)] + [(32,3,2)] * 4 + [(32,2,2)] * 2",
-        "conv_pos_groups": 4,
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(aes, "DEFAULT_AUDIO_CFG", type(aes.DEFAULT_AUDIO_CFG)(config))
-        patch.setattr(aes.AesMultiOutput, "nth_layer", 4)
-        patch.setattr(
-            aes.AesMultiOutput.__init__,
-            "__defaults__",
-            tuple(4 if value == 13 else value for value in aes.AesMultiOutput.__init__.__defaults__),
-        )
+    with thin_architecture():
         folder, checkpoint = save_both(random_network(1), tmp_path_factory.mktemp("small"))
         yield Weights(folder, checkpoint, official_predictor(checkpoint))
 
@@ -252,12 +217,42 @@ def test_batching_order_and_neighbours_do_not_change_ratings(small: Weights) -> 
         assert difference({axis: values.flip(0) for axis, values in reversed_scores.items()}, whole) < 1e-5
 
 
+def test_a_pass_of_one_window_leaves_no_trace_of_neighbours(small: Weights) -> None:
+    """So a clip can be rated as it arrives, alone; larger passes are always those of the same neighbours."""
+    clips = make_clips(3.0, 21.0, 10.0)
+    reward = load_reward("audiobox", model=str(small.folder))
+    whole = reward.score(*batch(clips))
+    alone = [reward.score(clip[None]) for clip in clips]
+    assert difference({axis: torch.cat([one[axis] for one in alone]) for axis in whole}, whole) == 0.0
+    together = [load_reward("audiobox", model=str(small.folder), batch_size=size).together for size in (1, 8, 64)]
+    assert (reward.together, together) == (1, [1, 8, 16])
+
+
 def test_skipping_the_mask_of_full_windows_changes_nothing(small: Weights) -> None:
     reward = load_reward("audiobox", model=str(small.folder))
     full, short = make_clips(10.0, 10.0)
     alone = reward.score(full[None])
     beside = reward.score(*batch([full, short[:RATE]]))  # one padded window: the batch is masked
     assert difference(alone, {axis: values[:1] for axis, values in beside.items()}) < 1e-5
+
+
+def test_the_position_bias_is_computed_once(small: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in every pass, on the host; and it is the encoder's, bit for bit."""
+    attention = sys.modules["audiobox_aesthetics.model.wavlm"].MultiheadAttention
+    reward, clips = load_reward("audiobox", model=str(small.folder)), batch(make_clips(3.0, 21.0, 10.0))
+    computed, bucket = [], attention._relative_positions_bucket
+
+    def counted(self: Any, positions: torch.Tensor, **options: Any) -> Any:
+        computed.append(positions.shape)
+        return bucket(self, positions, **options)
+
+    monkeypatch.setattr(attention, "_relative_positions_bucket", counted)
+    scores = [reward.score(*clips) for _ in range(2)]
+    assert computed == [(499, 499)]
+    del reward._network.wavlm_model.encoder.layers[0].self_attn.compute_bias  # the encoder's own again
+    scores.append(reward.score(*clips))
+    assert len(computed) > 3
+    assert difference(scores[0], scores[1]) == difference(scores[0], scores[2]) == 0.0
 
 
 def test_damaged_and_empty_clips_are_nan_beside_good_ones(small: Weights) -> None:

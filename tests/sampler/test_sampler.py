@@ -549,7 +549,7 @@ def test_a_step_could_be_captured(
 
     def addresses() -> list[int]:
         slots = graph.slots
-        parts = [*weights_of(slots.net), *(part for pair in slots.cache for part in pair), *(slots.state or ())]
+        parts = [*weights_of(slots.net), *slots.cache, *(slots.state or ())]
         return [part.data_ptr() for part in (*parts, *(part for part in slots if isinstance(part, Tensor)))]
 
     before = addresses()

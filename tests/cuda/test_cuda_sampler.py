@@ -1,0 +1,72 @@
+"""The sampler on CUDA: by graph and step by step."""
+
+from typing import Any
+
+import pytest
+import torch
+from checks import (
+    EOS,
+    PAD,
+    check_captured_step,
+    check_graph_used_again,
+    check_steps_one_by_one,
+    check_watched_rows,
+    sampled,
+    some_prompts,
+    tiny,
+)
+from simulated_cuda import simulated
+
+from smart.sampler import Sampler
+from smart.tokens import build_grammar, build_tokenizer
+
+GRAMMAR = build_grammar(build_tokenizer())
+
+
+@pytest.mark.parametrize("filters", [{}, {"temperature": 0.8, "top_k": 9, "top_p": 0.9}], ids=str)
+def test_step_by_step_it_draws_what_a_cpu_draws(filters: dict[str, Any]) -> None:
+    check_steps_one_by_one(**filters)
+
+
+def test_bfloat16_has_float32_logprobs() -> None:
+    with simulated():
+        prompts = some_prompts([4, 2]).to("cuda")
+        rollout = sampled(tiny().to("cuda"), prompts, captured=False, dtype=torch.bfloat16, max_new_tokens=20)
+        assert rollout.logprobs.dtype == torch.float32 and bool(rollout.logprobs.isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("lengths", "filters"),
+    [
+        ([4, 4], {}),
+        ([2, 6, 1], {"temperature": 0.8, "top_k": 9, "top_p": 0.9}),
+        ([1, 1], {"grammar": GRAMMAR}),
+        ([3, 4], {"eos_id": None, "grammar": GRAMMAR, "top_k": 5}),
+    ],
+    ids=["equal", "left-padded, filtered", "grammar", "no end"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_graph_gives_what_the_steps_give(dtype: torch.dtype, lengths: list[int], filters: dict[str, Any]) -> None:
+    check_captured_step(lengths, dtype, **filters)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_a_graph_is_used_again(dtype: torch.dtype | None) -> None:
+    check_graph_used_again(dtype)
+
+
+def test_watch_sees_rows_as_they_were() -> None:
+    check_watched_rows()
+
+
+def test_a_refused_capture_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("operation not permitted")
+
+    with simulated():
+        model, prompts = tiny().to("cuda"), some_prompts([4]).to("cuda")
+        sampler = Sampler(model, pad_id=PAD, eos_id=EOS)
+        monkeypatch.setattr(torch.cuda, "graph", refuse)
+        for _ in range(2):
+            sampler.sample(prompts, max_new_tokens=20, generator=torch.Generator().manual_seed(1))
+    assert not sampler._graphs and len(capsys.readouterr().err.splitlines()) == 1
