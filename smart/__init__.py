@@ -11,10 +11,19 @@
 N = prompts x G; P, T: tokens of a prompt, of a completion; S: samples of a clip. ``smart.grpo`` is that loop.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
-import click
+try:
+    import click
+except ModuleNotFoundError:  # installed without its dependencies
+    print("Error: the packages that smart needs are missing (click is one); see docs/install.md", file=sys.stderr)
+    sys.exit(2)
+
+from smart.cores import bound_spin
+
+bound_spin()  # here, since every program imports this package before torch
 
 __version__ = "0.1.0"
 
@@ -55,6 +64,18 @@ def require(*finders: Callable[[], Any]) -> list[Any]:
     return found
 
 
+APART = ("tinysoundfont", "audiobox_aesthetics")  # what they depend on is not needed, and is hard to install
+
+
+def missing(what: str, error: ModuleNotFoundError) -> UserError:
+    """The error of ``what``, a program, for a package that is not installed. Raises ``error`` if it is a bug."""
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "smart"):
+        raise error
+    how = f"pip install {'--no-deps ' if package in APART else ''}{package}"
+    return UserError(f"{what} needs the package {package}, which is missing: {how}")
+
+
 class Group(click.Group):
     """A group of commands in their order, whose modules are imported late: a package that one lacks is named."""
 
@@ -65,9 +86,4 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except ModuleNotFoundError as error:
-            package = (error.name or "").partition(".")[0]
-            if package in ("", "smart"):
-                raise
-            raise UserError(
-                f"{ctx.invoked_subcommand} needs the package {package}, which is missing: pip install {package}"
-            ) from error
+            raise missing(str(ctx.invoked_subcommand), error) from error

@@ -1,11 +1,13 @@
 """``smart PROGRAM ...`` runs ``python -m smart.PROGRAM ...``; each program is imported only when it is called."""
 
+import sys
 from functools import partial
 from importlib import import_module
 
 import click
 
-from smart import Group, __version__
+from smart import Group, __version__, missing
+from smart.cores import SPINS
 
 PROGRAMS = {
     "grpo": "Tune a base model with a reward for how its music sounds.",
@@ -18,6 +20,14 @@ PROGRAMS = {
     "doctor": "Check whether this machine can run a configuration.",
     "reproduce": "Run every experiment of the paper and compare the results on one page.",
     "calibrate": "Fit the ce_proxy reward to clips that you rated.",
+}
+ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "GPUs that a program may use.",
+    "OMP_NUM_THREADS": "Threads to compute with on the CPU (default: one per usable core, or one if a GPU computes).",
+    "GOMP_SPINCOUNT": f"How long a thread waits for others before it sleeps (default: {SPINS}).",
+    "SMART_SOUNDFONTS": "More folders to search for soundfonts, separated by colons.",
+    "XDG_CACHE_HOME": "Folder of the note bank's cache (default: ~/.cache).",
+    "HF_HUB_OFFLINE": "Set to 1 to use only models of the Hugging Face hub that were downloaded before.",
 }
 # where a program's command ``main`` is; what it does stands elsewhere, and is imported once its options are right
 MODULES = {
@@ -46,6 +56,8 @@ class Programs(Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Programs"):
             formatter.write_dl(list(PROGRAMS.items()))
+        with formatter.section("Environment"):
+            formatter.write_dl(list(ENVIRONMENT.items()))
 
 
 def command(name: str) -> click.Command:
@@ -63,7 +75,12 @@ def command(name: str) -> click.Command:
 
 def start(name: str) -> None:
     """Run a program that was started as ``python -m``, which names it so in its usage line, and exit."""
-    command(name)()
+    try:
+        command(name)()
+    except ModuleNotFoundError as error:
+        problem = missing(name, error)
+        problem.show()
+        sys.exit(problem.exit_code)
 
 
 @click.group(cls=Programs)

@@ -77,6 +77,7 @@ class Render:
     seconds: float = _number(10.0, above=0.0, high=600.0)
     workers: int = _number(0, low=0, high=1024)  # 0: one per usable core
     deadline: float = _number(30.0, above=0.0, high=3600.0)  # seconds per clip; after that it has failed
+    bank_megabytes: int = _number(2048, low=16, high=1_000_000)  # MiB of stored notes on the device, at most
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class RewardConfig:
     weights: dict[str, float] = field(default_factory=dict)
     # passed to the reward: model, dtype, ...
     options: dict[str, Any] = field(default_factory=dict, metadata={"reserved": ("kind", "weights", "device")})
-    deadline: float = _number(600.0, above=0.0, high=86_400.0)  # seconds per batch of 16 clips; later the run stops
+    deadline: float = _number(600.0, above=0.0, high=86_400.0)  # seconds for at most 16 clips; later the run stops
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ class Optimisation:
     weight_decay: float = _number(0.01, low=0.0)
     max_grad_norm: float = _number(1.0, above=0.0)
     precision: str = _choice("auto", "auto", "float32", "bfloat16")  # auto: bf16 autocast on CUDA only
-    compile: str = _choice("auto", "auto", "on", "off")  # torch.compile; auto: on CUDA with a C compiler
+    compile: str = _choice("auto", "auto", "on", "off")  # torch.compile; auto: on CUDA, if what it needs is there
     evaluate_every: int = _number(500, low=1)
     evaluate_rows: int = _number(256, low=1)  # validation rows, the same ones each time
     patience: int = _number(10, low=1)  # stop after so many evaluations without a better validation loss

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from smart import UserError
+from smart.cores import limit_threads
 
 TIMEOUT = timedelta(minutes=10)  # how long a process waits for the others before it gives up
 
@@ -123,8 +124,10 @@ def join(device: torch.device) -> Iterator[World]:
     # the end of a gloo group joins its threads while it holds Python's lock, which one of them may still wait for in
     # order to let go of a tensor: so the group stays until this process ends
     _KEPT.append(hosts or dist.group.WORLD)
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    limit_threads(device.type, neighbours)
     try:
-        yield World(device, dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", "1")), hosts)
+        yield World(device, dist.get_rank(), dist.get_world_size(), neighbours, hosts)
     except SystemExit:  # all processes have agreed to stop
         dist.destroy_process_group()
         raise

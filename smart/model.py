@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from smart import UserError, hub
+from smart import UserError, cores, gpu, hub
 from smart.files import parse_json
 from smart.tokens import load_tokenizer, save_tokenizer, vocabulary
 
@@ -26,14 +26,24 @@ FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 
 def pick_device(name: str) -> torch.device:
-    """ "auto" is CUDA if there is a GPU. Raises ``UserError`` if CUDA is requested but not available."""
+    """The device to compute on, for which torch is set up: "auto" is CUDA if there is a GPU.
+
+    Raises ``UserError`` if CUDA is requested but not available, and, for "auto" as well, if the machine has an NVIDIA
+    card that cannot be used (``smart.gpu``).
+    """
     import torch
 
+    if name != "cpu" and (problem := gpu.problem() or (gpu.cpu_build() if name == "cuda" else None)):
+        raise UserError(
+            f"device {name!r}: {problem.found}; {problem.remedy}, or use the CPU (run.device = 'cpu', or --device cpu)"
+        )
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("run.device = 'cuda', but PyTorch sees no CUDA GPU; use run.device = 'cpu' or 'auto'")
     # torch prefers cuDNN's attention on recent GPUs, but that builds a plan for every length, and lengths keep changing
     torch.backends.cuda.enable_cudnn_sdp(False)
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    cores.limit_threads(device.type)
+    return device
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:

@@ -19,10 +19,12 @@ import json
 import math
 import os
 import shutil
+import sysconfig
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from transformers import Phi3ForCausalLM
 
 from smart import UserError
 from smart.config import Data, Optimisation, PretrainConfig, dumps
+from smart.cores import summary
 from smart.corpus import Corpus
 from smart.distributed import World, join
 from smart.files import parse_json, sync
@@ -222,11 +225,9 @@ class Pretraining:
         config, settings, data = self.config, self.config.optimisation, self.config.data
         if not data.corpus:
             raise UserError("data.corpus is empty: set it to a folder written by `smart corpus build`")
-        if settings.batch < self.world.size:
-            many = self.world.size
-            raise UserError(
-                f"optimisation.batch = {settings.batch}: expected at least one row for each of {many} processes"
-            )
+        for name in ("batch", "evaluate_rows"):
+            if (rows := getattr(settings, name)) < (many := self.world.size):
+                raise UserError(f"optimisation.{name} = {rows}: expected at least one row for each of {many} processes")
         self.corpus = Corpus(Path(data.corpus))
         soundfont = checked_soundfont(config.render.soundfont)
         self.tokenizer = self.corpus.tokenizer
@@ -240,7 +241,8 @@ class Pretraining:
         self.validation = Crops(
             self.corpus.split("validation"), self.facts, replace(data, transpose=0, velocity_shift=0, tempo_shift=0)
         ).batch(settings.evaluate_rows, np.random.default_rng((config.run.seed, 0)))
-        self._compiling = _compiles(settings.compile, self.world.device)
+        self._missing = missing_to_compile(self.world.device.type)
+        self._compiling = _compiles(settings.compile, self.world.device, self._missing)
         run = Run(
             self.folder,
             dumps(config),
@@ -285,6 +287,9 @@ class Pretraining:
             f"{self.world.device}{f' and {others} more' if others else ''}, "
             f"{self.corpus.split('train').tokens:,} tokens to learn from, from step {self.progress.step}"
         )
+        self.run.log(summary(workers=1))
+        if self._missing and self.config.optimisation.compile == "auto" and self.world.device.type == "cuda":
+            self.run.log(f"not compiled (optimisation.compile = 'auto'), which needs {' and '.join(self._missing)}")
         self._restart_clock()
 
     def _restart_clock(self) -> None:
@@ -376,6 +381,7 @@ class Samples:
             seconds=render.seconds,
             workers=1,
             device=model.device,
+            bank_megabytes=render.bank_megabytes,
         )
 
     def __enter__(self) -> "Samples":
@@ -446,12 +452,31 @@ def _optimizers(model: Any, settings: Optimisation, *, fused: bool) -> list[torc
     return optimizers
 
 
-def _compiles(wanted: str, device: torch.device) -> bool:
-    """Whether to use torch.compile. Raises ``UserError`` if it is "on" but there is no C++ compiler."""
-    compiler = next(filter(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++")), None)
-    if wanted == "on" and compiler is None:
-        raise UserError("optimisation.compile = 'on': torch.compile needs g++ or clang++; install one, or use 'off'")
-    return wanted == "on" or (wanted == "auto" and device.type == "cuda" and compiler is not None)
+def missing_to_compile(device: str, headers: Path | None = None) -> list[str]:
+    """What torch.compile needs on a ``device`` of this type and does not find; ``headers`` is Python's own folder.
+
+    On CUDA that is what Triton builds its launchers with, on a CPU what the kernels themselves are built with.
+    """
+    missing = []
+    if device == "cuda":
+        if not any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang"))):
+            missing.append("a C compiler (gcc or clang, or another one named by CC)")
+        if find_spec("triton") is None:
+            missing.append("the package triton")
+    elif not shutil.which(os.environ.get("CXX") or "g++"):
+        missing.append("a C++ compiler (g++, or another one named by CXX)")
+    if not ((headers or Path(sysconfig.get_path("include"))) / "Python.h").is_file():
+        missing.append(f"Python's headers (Python.h: apt install python{sysconfig.get_python_version()}-dev)")
+    return missing
+
+
+def _compiles(wanted: str, device: torch.device, missing: list[str]) -> bool:
+    """Whether to use torch.compile. Raises ``UserError`` if it is "on" but something that it needs is ``missing``."""
+    if wanted == "on" and missing:
+        raise UserError(
+            f"optimisation.compile = 'on': torch.compile needs {' and '.join(missing)}; install it, or use 'off'"
+        )
+    return wanted == "on" or (wanted == "auto" and device.type == "cuda" and not missing)
 
 
 def _keep_best(folder: Path, step: int, model: Any, tokenizer: Any) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from smart import Failure, UserError, require
 from smart.config import Config, RewardConfig, dumps
+from smart.cores import share, summary
 from smart.corpus import Corpus
 from smart.distributed import World, join
 from smart.diversity import alikeness, distinct_rewards
@@ -32,7 +33,6 @@ from smart.rollout import Agreement, Batch, Batches, Clips, Drawn, Scorer, compl
 from smart.run import Run, Stopwatch, check_packages, checkpoint, summarise
 from smart.sampler import Rollout, Sampler
 from smart.tokens import build_grammar, decode, vocabulary
-from smart.workers import usable_cores
 
 # in a checkpoint: the batch that was sampled ahead; the names of the devices that the run used
 AHEAD, DEVICES = "ahead.safetensors", "devices.txt"
@@ -217,14 +217,16 @@ class Tuning:
         """Open the run's files and its renderer, and set up sampling, rating and measuring."""
         render, sampling = self.config.render, self.config.sampling
         self.run.open(self.done, self.config.grpo.iterations, "iteration")
+        self._workers = render.workers or share(self.world.neighbours)
         renderer: AbstractContextManager[Renderer] = open_renderer(
             render.backend,
             self.parts.soundfont,
             sample_rate=render.sample_rate,
             seconds=render.seconds,
-            workers=render.workers or max(usable_cores() // self.world.neighbours, 1),
+            workers=self._workers,
             deadline=render.deadline,
             device=self.world.device,
+            bank_megabytes=render.bank_megabytes,
         )
         pool = opened.enter_context(renderer)
         scorer = Scorer(
@@ -294,6 +296,7 @@ class Tuning:
         log, device = self.run.log, self.world.device
         iterations = self.config.grpo.iterations
         log(f"run {self.folder}: base {self.parts.base} on {device}, {self.done} of {iterations} iterations done")
+        log(summary(self._workers))
         log(f"reward: {self.parts.reward.provenance or self.parts.reward.name}")
         if self.guard.held_out:
             log(f"held-out score: {self.guard.held_out.judge.name}")
@@ -360,12 +363,20 @@ class Tuning:
         Raises ``Failure`` if no clip has a reward.
         """
         batch = self.batches.rate(drawn, ref_logp, keep=self._kept_rows(step))
-        fallback = self.batches.scorer.pool.fallback_fraction(drawn.clips.in_order())
-        self._render_metrics = {} if fallback is None else {"render/fallback_fraction": fallback}
+        self._render_metrics = self._fallbacks(drawn)
         drawn.clips.free_audio()  # before the update, which needs the memory
         batch.rated.check()
         self.watch.lap("score")
         return batch
+
+    def _fallbacks(self, drawn: Drawn) -> dict[str, float]:
+        """The share of this process's clips that the note bank left to the workers, in all and by reason."""
+        pool, clips = self.batches.scorer.pool, drawn.clips.in_order()
+        share = pool.fallback_fraction(clips)
+        if share is None:
+            return {}
+        kinds = {f"render/fallback_fraction_{kind}": part for kind, part in pool.fallback_kinds(clips).items()}
+        return {"render/fallback_fraction": share} | kinds
 
     def _kept_rows(self, step: int) -> range:
         """Rows of the batch that are written as MIDI and WAV."""

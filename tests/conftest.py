@@ -36,6 +36,7 @@ if (found := importlib.util.find_spec("smart")) is None or found.origin is None:
     root = str(Path(__file__).parent.parent)
     sys.path.insert(0, root)
     os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+import smart  # noqa: E402, F401 -- before anything imports torch: it bounds how long threads spin
 
 
 def pytest_configure(config: pytest.Config) -> None:

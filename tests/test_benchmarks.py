@@ -69,6 +69,13 @@ def test_render(tmp_path: Path) -> None:
     assert set(found["scaling"]) == {"pool of 1", "pool of 2"}
 
 
+def test_arrival(tmp_path: Path) -> None:
+    table, found = run("arrival.py", "--clips 4 --clips-per-second 100 --rounds 1 --together 4,1", cwd=tmp_path)
+    assert "seconds after the last clip" in table
+    assert [row["together"] for row in found["rows"]] == [4, 1]
+    assert found["rows"][0]["gain_s"] == 0 < found["rows"][1]["seconds"]
+
+
 def test_learner(tmp_path: Path) -> None:
     sizes = "--rows 4 --tokens 8 --hidden 32 --heads 2 --intermediate 48 --layers 2 --rounds 1 --micro 1 4"
     table, found = run("learner.py", sizes, "--profile", "trace.json", cwd=tmp_path)

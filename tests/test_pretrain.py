@@ -1,11 +1,14 @@
 """smart.pretrain: its parts, then whole runs, also killed, resumed and of two processes."""
 
 import math
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,10 @@ import torch
 from runs import curve, pretrain, rewrite, run, start
 
 from smart import UserError
-from smart.config import Data, Optimisation
+from smart.config import Data, Optimisation, PretrainConfig
 from smart.distributed import World
 from smart.model import build_model, load_base, save_base
-from smart.pretrain import Crops, evaluate, learning_rate, next_token_loss
+from smart.pretrain import Crops, Pretraining, _compiles, evaluate, learning_rate, missing_to_compile, next_token_loss
 from smart.tokens import build_tokenizer, vocabulary
 
 
@@ -133,6 +136,46 @@ def test_evaluation_does_not_depend_on_the_batch(tiny_model: Any) -> None:
     assert evaluate(tiny_model, tokens, 0, 2, alone) == pytest.approx(whole, rel=1e-5)
     with torch.no_grad():
         assert whole == pytest.approx(next_token_loss(tiny_model, tokens, 0).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["batch", "evaluate_rows"])
+def test_every_process_needs_a_row(name: str) -> None:
+    changes: dict[str, Any] = {"batch": 2, "evaluate_rows": 2} | {name: 1}
+    settings = replace(PretrainConfig().optimisation, **changes)
+    run = Pretraining(replace(PretrainConfig(), data=Data(corpus="somewhere"), optimisation=settings))
+    run.world = World(torch.device("cpu"), rank=0, size=2)
+    with pytest.raises(UserError, match=rf"optimisation\.{name} = 1: expected at least one row for each of 2"):
+        run._find_parts(ExitStack())
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "missing"),
+    [
+        ("cuda", {"gcc", "triton"}, []),
+        ("cuda", {"clang", "triton"}, []),
+        ("cuda", {"/opt/cc", "triton"}, []),  # which CC names
+        ("cuda", {"g++", "triton"}, ["a C compiler"]),
+        ("cuda", {"gcc"}, ["the package triton"]),
+        ("cpu", {"g++"}, []),
+        ("cpu", {"gcc"}, ["a C++ compiler"]),
+    ],
+)
+def test_what_compiling_needs(
+    device: str, there: set[str], missing: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", "/opt/cc")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: name if name in there else None)
+    monkeypatch.setattr("smart.pretrain.find_spec", lambda name: name if name in there else None)
+    (tmp_path / "Python.h").touch()
+    found = missing_to_compile(device, tmp_path)
+    assert len(found) == len(missing) and all(map(str.startswith, found, missing)), found
+    assert "Python.h" in missing_to_compile(device, tmp_path / "none")[-1]
+    kind = torch.device(device)
+    assert _compiles("auto", kind, found) == (device == "cuda" and not found) and not _compiles("off", kind, found)
+    if found:
+        with pytest.raises(UserError, match=rf"compile = 'on': torch\.compile needs {re.escape(missing[0])}"):
+            _compiles("on", kind, found)
 
 
 # --- Whole runs ----------------------------------------------------------------------------------------------------

@@ -156,6 +156,9 @@ class Late:
     def fallback_fraction(self, clips: Any) -> None:
         return None
 
+    def fallback_kinds(self, clips: Any) -> dict[str, float]:
+        return {}
+
     def arrive(self, number: int) -> None:
         for late, clip in self.asked[max(number, 0) * self.batch : (number + 1) * self.batch]:
             audio = clip.result()
@@ -166,6 +169,18 @@ class Late:
         for late, _ in self.asked:
             if not late.done():
                 late.set_exception(RenderError("it would have waited for ever"))
+
+
+def test_what_the_bank_leaves_to_the_workers_is_counted_by_reason(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stored note of ten minutes needs 100 MB, so none fits into the memory that the configuration allows."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    changes = {"render.backend": "bank", "render.bank_megabytes": 16, "render.seconds": 600.0, "grpo.iterations": 1}
+    train(load("quickstart.toml", arguments(base, tmp_path, **changes)[1::2]))
+    row = metrics(tmp_path / "r")[1]
+    assert row["render/fallback_fraction_memory"] == row["render/fallback_fraction"] > 0
+    assert row["clips/failed"] == 0
 
 
 def test_rendering_is_hidden_behind_the_next_batch(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """The rooms: programs use rooms, rooms use the ground, programs never import each other (an ast walk)."""
 
 import ast
+import configparser
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 import smart
 
 PACKAGE = Path(smart.__file__).parent
-GROUND = {"config", "tokens", "model", "hub", "files", "distributed", "published", "workers"}
+GROUND = {"config", "tokens", "model", "hub", "files", "distributed", "published", "workers", "cores", "gpu"}
 ROOMS = {
     "logprobs",
     "prompts",
@@ -194,6 +196,40 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delitem(sys.modules, "smart.evaluate.rate", raising=False)
     result = CliRunner().invoke(main, ["evaluate", "rate", "a.wav"])
     assert result.exit_code == 2 and "rate needs the package scipy, which is missing" in result.output
+
+
+@pytest.mark.parametrize("arguments", [["-m", "smart"], ["-m", "smart.grpo"], ["-c", "import smart"]])
+def test_without_any_dependency_one_line_says_so(arguments: list[str]) -> None:
+    """Python without its site-packages, as after installing a wheel alone."""
+    path = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    done = subprocess.run([sys.executable, "-S", *arguments], capture_output=True, text=True, env=path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "docs/install.md" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["grpo", "generate", "evaluate"])
+def test_without_the_renderer_every_program_names_the_command_that_installs_it(name: str) -> None:
+    code = f"""
+import sys
+sys.modules["tinysoundfont"] = None
+sys.argv = ["python -m smart.{name}", *{["rate", "a.wav"] if name == "evaluate" else []}]
+from smart.__main__ import start
+start({name!r})
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    assert done.stderr.endswith("which is missing: pip install --no-deps tinysoundfont\n")
+
+
+def test_nothing_that_is_hard_to_install_is_required() -> None:
+    """tinysoundfont and audiobox_aesthetics, which drag in pyaudio and torchaudio, stand in extras of their own."""
+    settings = configparser.ConfigParser()
+    settings.read(PACKAGE.parent / "setup.cfg")
+    extras = settings["options.extras_require"]
+    apart = {"sound": "tinysoundfont", "audiobox": "audiobox_aesthetics"}
+    lists = [settings["options"]["install_requires"], *(extras[name] for name in extras if name not in apart)]
+    assert all(package not in wanted for wanted in lists for package in apart.values())
+    assert all(extras[name].strip().startswith(package) for name, package in apart.items())
 
 
 def test_a_plain_checkout_needs_no_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """The command line of ``smart corpus``: ``build`` and ``stats``."""
 
-import os
 import sqlite3
 from dataclasses import fields
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import click
 
 from smart import Group, UserError
+from smart.cores import usable_cores
 from smart.corpus.build import DAMAGED, build
 from smart.corpus.midi import BARS, Limits, Reading
 from smart.corpus.shards import SPLITS, Corpus
@@ -43,7 +43,7 @@ FOLDER = click.Path(path_type=Path)
 @click.option("--out", required=True, type=FOLDER, help="Folder for the corpus, new or unfinished.")
 @click.option(
     "--workers",
-    default=os.cpu_count() or 1,
+    default=usable_cores(),
     show_default="one per core",
     type=click.IntRange(min=1),
     help="Processes that read files.",
@@ -138,5 +138,5 @@ def stats_command(folder: Path, picture: Path | None) -> None:
     try:
         plot(corpus, stats, picture)
     except ModuleNotFoundError as error:
-        raise UserError(f"the plot needs {error.name}; install it with: pip install 'smart[track]'") from None
+        raise UserError(f"the plot needs {error.name}; install it with: pip install {error.name}") from None
     click.echo(f"plotted in {picture}")

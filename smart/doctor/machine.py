@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from smart import UserError, __version__, hub
+from smart import UserError, __version__, gpu, hub
 from smart.config import Config, load
 from smart.render import checked_soundfont, find_soundfont, package_of
 from smart.run import check_packages
@@ -67,6 +67,8 @@ def _study() -> Finding:
 def _torch(config: Config | None) -> Finding:
     import torch
 
+    if problem := gpu.problem():
+        return Finding(NOTE if config is not None and config.run.device == "cpu" else MISSING, *problem)
     found = f"torch {torch.__version__}"
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
@@ -75,14 +77,14 @@ def _torch(config: Config | None) -> Finding:
         )
     if config is not None and config.run.device == "cuda":
         return Finding(MISSING, f"{found} sees no CUDA GPU, but the configuration asks for one", "--set run.device=cpu")
-    built = (
-        "built for CUDA, but it sees no GPU (check the driver with nvidia-smi)" if torch.version.cuda else "CPU build"
-    )
+    if problem := gpu.cpu_build():
+        return Finding(NOTE, f"{problem.found}: runs use the CPU", problem.remedy)
+    built = "built for CUDA, but this machine has no NVIDIA card" if torch.version.cuda else "CPU build"
     return Finding(READY, f"{found}, {built}: runs use the CPU")
 
 
 def _cores(config: Config | None) -> Finding:
-    from smart.workers import usable_cores
+    from smart.cores import usable_cores
 
     cores = usable_cores()
     if config is not None and config.render.workers > cores:

@@ -61,8 +61,12 @@ def open_renderer(
     workers: int | None = None,
     deadline: float = 30.0,
     device: "str | torch.device" = "cpu",
+    bank_megabytes: int = 2048,
 ) -> "RenderPool | BankPool":
-    """A renderer: worker processes (``backend`` "pool"), or notes stored on ``device`` and in a cache ("bank")."""
+    """A renderer: worker processes (``backend`` "pool"), or notes stored on ``device`` and in a cache ("bank").
+
+    The bank stores at most ``bank_megabytes`` MiB on the device.
+    """
     if backend == "pool":
         return RenderPool(soundfont, sample_rate=sample_rate, seconds=seconds, workers=workers, deadline=deadline)
     if backend != "bank":
@@ -76,5 +80,6 @@ def open_renderer(
         workers=workers,
         deadline=deadline,
         device=device,
+        max_bytes=bank_megabytes << 20,
         cache=cache_folder(),
     )

@@ -23,49 +23,44 @@ Clips that are not linear at all also go to the pool of ``smart.render``, which 
 ``NoteBank.supports``.
 """
 
-import hashlib
-import importlib.metadata
 import os
 import struct
 import tempfile
-import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import safetensors
 import torch
-from safetensors.torch import save
 from tinysoundfont import _tinysoundfont as tsf
 
 from smart import UserError
-from smart.files import write_atomically
+from smart.render.bank_cache import Cache, SoundKey
 from smart.render.envelopes import (
     BLOCK,
     FOREVER,
-    LEFT,
+    Grid,
     Law,
+    Unfit,
     alone,
     bare,
-    blocks_between,
     law_of,
-    mix,
     not_linear,
+    pieces_of,
     stored,
 )
+from smart.render.mixing import download, mix, normalise, upload
 from smart.render.notes import DRUM, OFF, ON, PITCH, PROGRAM, VELOCITY, Notes, check_notes, most_samples, played_notes
 from smart.render.regions import Region, Values, read_regions, write_variant
 from smart.render.soundfonts import check_soundfont, check_unchanged, file_state, find_soundfont
-from smart.render.synth import DRUM_BANK, MAX_VOICES, PEAK_EPS, RenderError, fresh_synth
+from smart.render.synth import DRUM_BANK, MAX_VOICES, Audio, RenderError, fresh_synth
 
 LEAST_SNR = 55.0  # dB; the least agreement between a clip's stored sounds and the synthesiser's
-_FORMAT = 1  # version of the files in the cache
 _CHECKED = 0.3  # seconds after which the note that is compared ends
 _Frozen = tuple[tuple[str, int], ...]  # generators, by name
-_SoundKey = tuple[Any, ...]  # pitch, drop, rows, and the generators that shape the sound
 
 
 class _Sound(NamedTuple):
@@ -81,8 +76,16 @@ class _Sound(NamedTuple):
 class _Voice(NamedTuple):
     preset: tuple[int, int]
     region: Region
-    key: _SoundKey
+    key: SoundKey
     law: Law
+
+
+class _Part(NamedTuple):
+    """Where the audio of a clip is."""
+
+    audio: torch.Tensor  # (2, all samples) of several clips
+    start: int
+    stop: int
 
 
 class NoteBank:
@@ -97,6 +100,10 @@ class NoteBank:
 
     The audio of a clip depends only on that clip, not on its batch or on what was stored before. On one machine it is
     the same every time, also on CUDA: rows are added in a fixed order, without atomic operations.
+
+    On CUDA the bank works on a stream of its own, so that what other streams compute goes on meanwhile. ``render`` and
+    ``try_render`` keep the order with the stream that is current where they are called; ``render_on_host`` waits for
+    nobody's work but the bank's.
 
     Raises ``UserError`` if the soundfont is missing, damaged or not a soundfont, and ``Failure`` if it is needed again
     and has changed. Use it from one thread at a time. The synthesiser reads and plays the soundfont in this process, so
@@ -121,11 +128,13 @@ class NoteBank:
         self.soundfont_state = file_state(self.soundfont)
         check_soundfont(self.soundfont)
         self._presets = read_regions(self.soundfont)
-        self._folder = None if cache is None else self._cache_folder(Path(cache).expanduser())
-        self._notes: dict[int, list[int] | str] = {}  # note -> its voices, or why it is not supported
+        self._cache = None if cache is None else Cache(Path(cache), self.soundfont, self.sample_rate, self.limit)
+        self._notes: dict[int, list[int] | Unfit] = {}  # note -> its voices, or why it is not supported
         self._voices: list[_Voice] = []
-        self._sounds: OrderedDict[_SoundKey, _Sound] = OrderedDict()  # the most recently used last
-        self._store = torch.zeros(BLOCK, device=self.device)
+        self._sounds: OrderedDict[SoundKey, _Sound] = OrderedDict()  # the most recently used last
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        with self._on_stream():
+            self._store = torch.zeros(BLOCK, device=self.device)
         self._synth: Any = None
         self._programs: dict[_Frozen, int] = {}  # generators -> program in the loaded variant
 
@@ -143,7 +152,7 @@ class NoteBank:
         or need more than ``max_bytes``. Stores what the clip needs. Raises ``ValueError`` like ``check_notes``.
         """
         answer = self.try_render([notes])[0]
-        return answer if isinstance(answer, str) else None
+        return answer if isinstance(answer, Unfit) else None
 
     def render(self, clips: Sequence[npt.ArrayLike]) -> list[torch.Tensor]:
         """Audio (2, S) float32 on the device for each note array, as ``render_notes`` makes it.
@@ -152,33 +161,58 @@ class NoteBank:
         """
         answers = self.try_render(clips)
         for number, answer in enumerate(answers):
-            if isinstance(answer, str):
+            if isinstance(answer, Unfit):
                 raise ValueError(f"clip {number} is not for a note bank: {answer}")
-        return [answer for answer in answers if not isinstance(answer, str)]
+        return [answer for answer in answers if not isinstance(answer, Unfit)]
 
-    def try_render(self, clips: Sequence[npt.ArrayLike]) -> list[torch.Tensor | str]:
+    def try_render(self, clips: Sequence[npt.ArrayLike]) -> list[torch.Tensor | Unfit]:
         """Like ``render``, but a clip that is not supported gives the reason instead of audio."""
+        if self._stream is None:
+            parts = self._try(clips)
+        else:
+            current = torch.cuda.current_stream(self.device)
+            # what came of the last call may still be read there, in memory that is free for this one
+            self._stream.wait_stream(current)
+            with self._on_stream():
+                parts = self._try(clips)
+            current.wait_stream(self._stream)
+        return [part if isinstance(part, Unfit) else part.audio[:, part.start : part.stop] for part in parts]
+
+    def render_on_host(self, clips: Sequence[npt.ArrayLike]) -> list[Audio | Unfit]:
+        """Like ``try_render``, but the audio is copied to the host, and has arrived there."""
+        with self._on_stream():
+            parts = self._try(clips)
+            arrays = download([part.audio for part in parts if not isinstance(part, Unfit)])
+        return [
+            part if isinstance(part, Unfit) else np.ascontiguousarray(arrays[id(part.audio)][:, part.start : part.stop])
+            for part in parts
+        ]
+
+    def _on_stream(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _try(self, clips: Sequence[npt.ArrayLike]) -> list[_Part | Unfit]:
         parts = [check_notes(notes) for notes in clips]
         table = self._table(parts)
         clip, note = table[:, PROGRAM] // 256, _pack(table)
         numbers, place = np.unique(note, return_inverse=True)
         voices = [self._voices_of(number) for number in numbers.tolist()]
         # the voices of each note of the table, one after the other
-        counts = np.array([0 if isinstance(answer, str) else len(answer) for answer in voices], np.int64)
-        flat = np.array([voice for answer in voices if not isinstance(answer, str) for voice in answer], np.int64)
+        counts = np.array([0 if isinstance(answer, Unfit) else len(answer) for answer in voices], np.int64)
+        flat = np.array([voice for answer in voices if not isinstance(answer, Unfit) for voice in answer], np.int64)
         many = counts[place]
         voice = flat[np.repeat((np.cumsum(counts) - counts)[place], many) + _count_up(many)]
         row = np.repeat(np.arange(len(table)), many)
-        answers: list[torch.Tensor | str] = [""] * len(parts)
+        answers: list[_Part | Unfit | None] = [None] * len(parts)
         for index in np.unique(clip[many == 0]).tolist():
             answers[index] = next(
-                (reason for at in place[clip == index].tolist() if isinstance(reason := voices[at], str)), ""
+                (reason for at in place[clip == index].tolist() if isinstance(reason := voices[at], Unfit)), None
             )
         laws = np.array([own.law for own in self._voices], np.float64).reshape(-1, len(Law._fields))
         release = laws[voice, Law._fields.index("release")].astype(np.int64)
         crowded = _most_at_once(clip[row], table[row, ON], table[row, OFF] + release + 2 * BLOCK, len(parts))
         group: list[int] = []
-        wanted: dict[_SoundKey, _Voice] = {}
+        wanted: dict[SoundKey, _Voice] = {}
         for index in range(len(parts)):
             if answers[index]:
                 continue
@@ -186,9 +220,9 @@ class NoteBank:
                 self._voices[number].key: self._voices[number] for number in set(voice[clip[row] == index].tolist())
             }
             if self._size(needed) > self.max_bytes:
-                answers[index] = f"its notes need more than {self.max_bytes:,} bytes"
+                answers[index] = Unfit("memory", f"its notes need more than {self.max_bytes:,} bytes")
             elif crowded[index] > MAX_VOICES:
-                answers[index] = f"it may use more than {MAX_VOICES} voices at a time"
+                answers[index] = Unfit("voices", f"it may use more than {MAX_VOICES} voices at a time")
             else:
                 if self._size(wanted | needed) > self.max_bytes:
                     self._render_group(group, wanted, table, row, voice, laws, answers)
@@ -196,7 +230,7 @@ class NoteBank:
                 group.append(index)
                 wanted |= needed
         self._render_group(group, wanted, table, row, voice, laws, answers)
-        return answers
+        return [answer for answer in answers if answer is not None]  # none is None any more
 
     def _table(self, clips: Sequence[Notes]) -> npt.NDArray[np.int64]:
         """``played_notes`` of all clips at once; the program of a note of clip c is 256 c + its program."""
@@ -207,7 +241,7 @@ class NoteBank:
 
     # The voices of a note --------------------------------------------------------------------------------------
 
-    def _voices_of(self, note: int) -> list[int] | str:
+    def _voices_of(self, note: int) -> list[int] | Unfit:
         if note not in self._notes:
             program, drum, pitch, velocity = _unpack(note)
             preset = self._preset(program, drum)
@@ -242,12 +276,12 @@ class NoteBank:
 
     # The store ------------------------------------------------------------------------------------------------
 
-    def _size(self, wanted: dict[_SoundKey, _Voice]) -> int:
+    def _size(self, wanted: dict[SoundKey, _Voice]) -> int:
         """An upper bound of the bytes that these sounds take."""
         rows = sum(voice.law.rows for voice in wanted.values())
         return 4 * (rows * (self.limit + BLOCK) + BLOCK)
 
-    def _fetch(self, wanted: dict[_SoundKey, _Voice]) -> None:
+    def _fetch(self, wanted: dict[SoundKey, _Voice]) -> None:
         """Bring all of ``wanted`` into the store, which may drop others."""
         for key in wanted:
             if key in self._sounds:
@@ -255,25 +289,25 @@ class NoteBank:
         missing = {key: voice for key, voice in wanted.items() if key not in self._sounds}
         if not missing:
             return
-        made = {key: self._read(key) or self._make(voice) for key, voice in missing.items()}
+        made = {key: (self._cache and self._cache.read(key)) or self._make(voice) for key, voice in missing.items()}
         room = self.max_bytes // 4 - BLOCK - sum(audio.numel() for audio, *_ in made.values())
-        kept: list[_SoundKey] = []
+        kept: list[SoundKey] = []
         for key, sound in reversed(self._sounds.items()):  # the wanted ones come first
             room -= sound.rows * sound.length
             if room < 0:
                 break
             kept.append(key)
-        sounds: OrderedDict[_SoundKey, _Sound] = OrderedDict()
+        sounds: OrderedDict[SoundKey, _Sound] = OrderedDict()
         pieces, start = [], 0
         for key in reversed(kept):
             sound = self._sounds[key]
             pieces.append(self._store[sound.start : sound.start + sound.rows * sound.length])
             sounds[key] = sound._replace(start=start)
             start += len(pieces[-1])
+        pieces.append(upload(torch.cat([audio.flatten() for audio, *_ in made.values()]), self.device))
         for key, (audio, signal, noise) in made.items():
-            pieces.append(audio.flatten().to(self.device))
             sounds[key] = _Sound(start, audio.shape[1], len(audio), signal, noise)
-            start += len(pieces[-1])
+            start += audio.numel()
         self._store = torch.cat([*pieces, self._store.new_zeros(BLOCK)])  # a row may begin at the very end
         self._sounds = sounds
 
@@ -284,14 +318,8 @@ class NoteBank:
         sounding = max((int(np.flatnonzero(row)[-1]) + 1 for row in rows if row.any()), default=0)
         audio = torch.from_numpy(np.stack([row[: sounding + BLOCK] for row in rows]))
         signal, noise = self._compare(voice, audio)
-        if self._folder is not None:
-            crc32 = zlib.crc32(audio.numpy().tobytes())
-            metadata = {"signal": repr(signal), "noise": repr(noise), "crc32": str(crc32)}
-            try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                write_atomically(self._file(voice.key), save({"audio": audio}, metadata))
-            except OSError as error:
-                raise UserError(f"the cache of notes in {self._folder} cannot be written: {error}") from None
+        if self._cache is not None:
+            self._cache.write(voice.key, audio, signal, noise)
         return audio, signal, noise
 
     def _compare(self, voice: _Voice, audio: torch.Tensor) -> tuple[float, float]:
@@ -300,9 +328,9 @@ class NoteBank:
         stop = min(self.limit, off + voice.law.release)
         expected = self._play(alone(voice.region.values), voice.key[0], off=off)[:stop].astype(np.float64)
         row = [0, off, stop, 0, audio.shape[1], *voice.law._replace(left=1.0)]
-        blocks = blocks_between(torch.tensor([0, off]), torch.tensor([off, stop]))
-        store = torch.cat([audio.flatten(), audio.new_zeros(BLOCK)])
-        found = mix(store, torch.tensor([row], dtype=torch.float64), LEFT, blocks, stop).numpy()
+        grid = Grid(np.array([0, off]), np.array([off, stop]))
+        pieces = pieces_of(torch.tensor([row], dtype=torch.float64), torch.zeros(1, dtype=torch.int64), grid)
+        found = mix(torch.cat([audio.flatten(), audio.new_zeros(BLOCK)]), pieces, grid)[0].numpy()
         return float(np.square(expected).sum()), float(np.square(found - expected).sum())
 
     def _play(self, values: Values, pitch: int, *, off: int | None = None) -> npt.NDArray[np.float32]:
@@ -360,44 +388,18 @@ class NoteBank:
             write_variant(self.soundfont, file, [[dict(values) for values in programs]])
             return tsf.SoundFont(file.name)
 
-    # The cache ------------------------------------------------------------------------------------------------
-
-    def _cache_folder(self, cache: Path) -> Path:
-        with self.soundfont.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        version = importlib.metadata.version("tinysoundfont")
-        return cache / digest / f"v{_FORMAT}-tinysoundfont-{version}-{self.sample_rate}Hz-{self.limit}"
-
-    def _file(self, key: _SoundKey) -> Path:
-        assert self._folder is not None
-        return self._folder / f"{hashlib.sha256(repr(key).encode()).hexdigest()}.safetensors"
-
-    def _read(self, key: _SoundKey) -> tuple[torch.Tensor, float, float] | None:
-        """What ``_make`` stored under ``key``; None if there is no such file, or it is damaged."""
-        if self._folder is None:
-            return None
-        try:
-            with safetensors.safe_open(self._file(key), "pt") as file:
-                audio, metadata = file.get_tensor("audio"), file.metadata()
-            whole = audio.dtype == torch.float32 and audio.ndim == 2 and len(audio) == key[2]
-            if not whole or int(metadata["crc32"]) != zlib.crc32(audio.numpy().tobytes()):
-                return None
-            return audio, float(metadata["signal"]), float(metadata["noise"])
-        except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError):
-            return None
-
     # Mixing ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _render_group(
         self,
         group: list[int],
-        wanted: dict[_SoundKey, _Voice],
+        wanted: dict[SoundKey, _Voice],
         table: npt.NDArray[np.int64],
         row: npt.NDArray[np.int64],
         voice: npt.NDArray[np.int64],
         laws: npt.NDArray[np.float64],
-        answers: list[torch.Tensor | str],
+        answers: list[_Part | Unfit | None],
     ) -> None:
         """Fill in ``answers`` for the clips of ``group``, which together need the sounds ``wanted``."""
         self._fetch(wanted)
@@ -410,42 +412,38 @@ class NoteBank:
         for index in group:
             if not noise[index] * 10 ** (LEAST_SNR / 10) <= signal[index]:  # with a damaged soundfont they may be NaN
                 decibels = 10 * np.log10(max(signal[index], 1e-30) / noise[index])
-                answers[index] = f"its stored notes agree with the synthesiser to only {decibels:.0f} dB"
+                answers[index] = Unfit(
+                    "moving_filter", f"its stored notes agree with the synthesiser to only {decibels:.0f} dB"
+                )
         group = [index for index in group if not answers[index]]
-        # all clips, one after the other, on one time line
+        # all clips, one after the other, on one time line; each begins at a multiple of ``BLOCK``
         played = {index: table[clip == index] for index in group}
-        samples = {index: min(self.limit, int(part[:, OFF].max())) for index, part in played.items() if len(part)}
-        origin = np.zeros(len(answers), np.int64)
-        total = 0
-        events, ends = [], []
-        for index, length in samples.items():
-            origin[index] = total
-            times = played[index][:, [ON, OFF]]
-            events.append(total + np.unique(np.append(times[times < length], 0)))
-            ends.append(np.append(events[-1][1:], total + length))
-            total += length
-        audio = torch.zeros((2, total), device=self.device)
-        if samples:
-            sounding = np.isin(clip, list(samples))
-            stop = np.zeros(len(answers), np.int64)
-            stop[list(samples)] = list(samples.values())
-            use = sounding[row] & (table[row, ON] < stop[clip[row]])
+        stop = np.zeros(len(answers), np.int64)
+        for index, part in played.items():
+            stop[index] = min(self.limit, int(part[:, OFF].max())) if len(part) else 0
+        blocks = -(-stop // BLOCK)
+        at = BLOCK * (blocks.cumsum() - blocks)
+        if blocks.any():
+            events = [
+                at[index] + np.unique(np.append(times[times <= stop[index]], [0, stop[index]]))
+                for index, part in played.items()
+                if len(times := part[:, [ON, OFF]])
+            ]
+            times = np.unique(np.concatenate([*events, [BLOCK * blocks.sum()]]))
+            grid = Grid(times[:-1], times[1:])
+            use = table[row, ON] < stop[clip[row]]
             row, voice = row[use], voice[use]
-            at = origin[clip[row]]
-            on, off, last = table[row, ON] + at, table[row, OFF] + at, stop[clip[row]] + at
-            off = np.where(off < last, off, FOREVER)
-            voices = np.column_stack([on, off, last, sounds[voice, :2], laws[voice]])
-            lines = [torch.from_numpy(np.concatenate(line)).to(self.device) for line in (events, ends)]
-            blocks = blocks_between(*lines)
-            on_device = torch.from_numpy(voices).to(self.device)
-            for side in range(2):
-                audio[side] = mix(self._store, on_device, LEFT + side, blocks, total)
+            own = clip[row]
+            off = np.where(table[row, OFF] < stop[own], table[row, OFF], FOREVER)
+            voices = np.column_stack([table[row, ON], off, stop[own], sounds[voice, :2], laws[voice]])
+            audio = mix(self._store, pieces_of(torch.from_numpy(voices), torch.from_numpy(at[own]), grid), grid)
+            normalise(audio, blocks[blocks > 0])
         for index in group:
-            if index not in samples:
-                answers[index] = torch.zeros((2, min(self.sample_rate, self.limit)), device=self.device)
-                continue
-            own = audio[:, origin[index] : origin[index] + samples[index]]
-            answers[index] = own / (own.abs().amax() + PEAK_EPS)
+            if stop[index]:
+                answers[index] = _Part(audio, int(at[index]), int(at[index] + stop[index]))
+            else:
+                silence = min(self.sample_rate, self.limit)
+                answers[index] = _Part(torch.zeros((2, silence), device=self.device), 0, silence)
 
 
 def _frozen(values: Values) -> _Frozen:

@@ -15,6 +15,7 @@ import torch
 
 from smart import Failure
 from smart.render.bank import NoteBank
+from smart.render.envelopes import Unfit
 from smart.render.notes import Notes, to_notes
 from smart.render.pool import RenderPool
 from smart.render.soundfonts import check_unchanged
@@ -55,7 +56,8 @@ class BankPool:
         self.batch = batch
         self.clips = self.fallbacks = 0
         self.reasons: Counter[str] = Counter()
-        self._left: weakref.WeakSet[Future[Audio]] = weakref.WeakSet()  # clips that went to the pool
+        # the clips that went to the pool, and the kind of the reason
+        self._left: weakref.WeakKeyDictionary[Future[Audio], str] = weakref.WeakKeyDictionary()
         self._settings: dict[str, Any] = {
             "sample_rate": sample_rate, "seconds": seconds, "workers": workers, "deadline": deadline,
         }  # fmt: skip
@@ -85,6 +87,11 @@ class BankPool:
     def fallback_fraction(self, clips: Collection[Future[Audio]]) -> float:
         """Share of these finished clips that the worker pool rendered; 0 for no clips."""
         return sum(clip in self._left for clip in clips) / max(len(clips), 1)
+
+    def fallback_kinds(self, clips: Collection[Future[Audio]]) -> dict[str, float]:
+        """The same share by the kind of the reason (``Unfit.kind``), of those that occurred."""
+        kinds = Counter(self._left[clip] for clip in clips if clip in self._left)
+        return {kind: many / len(clips) for kind, many in sorted(kinds.items())}
 
     def close(self) -> None:
         """Cancel the clips that wait, and close the pool if it was started. May be repeated."""
@@ -117,19 +124,19 @@ class BankPool:
     def _answer(self, jobs: list[tuple[Future[Audio], Notes]]) -> None:
         try:
             try:
-                answers: Sequence[torch.Tensor | str] = self.bank.try_render([notes for _, notes in jobs])
+                answers: Sequence[Audio | Unfit] = self.bank.render_on_host([notes for _, notes in jobs])
             except (RenderError, torch.OutOfMemoryError) as error:
-                answers = [f"the note bank failed: {error}"] * len(jobs)
+                answers = [Unfit("failure", f"the note bank failed: {error}")] * len(jobs)
             for (future, notes), answer in zip(jobs, answers, strict=True):
                 self.clips += 1
-                if isinstance(answer, str):
+                if isinstance(answer, Unfit):
                     self.fallbacks += 1
                     self.reasons[answer] += 1
-                    self._left.add(future)
+                    self._left[future] = answer.kind
                     self._pool = self._pool or self._start_pool()
                     self._pool.submit(notes).add_done_callback(partial(_pass_on, future))
                 else:
-                    future.set_result(answer.cpu().numpy())
+                    future.set_result(answer)
         except Exception as error:  # whatever it is, the callers are told
             for future, _ in jobs:
                 if not future.done():

@@ -1,7 +1,8 @@
-"""How TinySoundFont plays a voice: the envelopes of a region, and weighted sums of stored samples that follow them.
+"""How TinySoundFont plays a voice: the envelopes of a region.
 
 ``law_of`` turns a region's generators into times and gains; ``stored`` lists the variants of the region that are
-rendered once; ``mix`` adds them up, block by block, as the synthesiser would (see ``smart.render.bank``).
+rendered once; ``pieces_of`` cuts voices into stretches with one formula for the gain (see ``smart.render.bank``). All
+of it is small and runs on the CPU; ``smart.render.mixing`` adds up the samples.
 """
 
 import math
@@ -9,6 +10,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from smart.render.regions import Values
@@ -41,23 +43,35 @@ class Law(NamedTuple):
     rows: int  # stored rows; 1 if the filter does not move
 
 
+class Unfit(str):
+    """Why a clip cannot be played from a bank; ``kind`` is the same as a name, for counting."""
+
+    kind: str
+
+    def __new__(cls, kind: str, reason: str) -> "Unfit":
+        made = super().__new__(cls, reason)
+        made.kind = kind
+        return made
+
+
 # The law of the synthesiser ---------------------------------------------------------------------------------
 
 
-def not_linear(values: Values) -> str | None:
+def not_linear(values: Values) -> Unfit | None:
     """Why a region cannot be played from a bank; None if it can."""
     filtered = values["mod_env_to_filter"]
-    for wrong, reason in (
-        (values["exclusive_class"], "an exclusive class, which cuts off other notes"),
-        (values["vib_lfo_to_pitch"] or values["mod_lfo_to_pitch"], "a vibrato"),
-        (values["mod_lfo_to_volume"], "a tremolo"),
-        (values["mod_lfo_to_filter"], "a filter that follows an oscillator"),
-        (values["mod_env_to_pitch"], "a pitch that follows an envelope"),
-        (values["modes"] == 3, "a loop that ends with the key"),
-        (filtered and max(values["mod_delay"], values["mod_attack"]) >= -11950, "a filter that follows an attack"),
-    ):
+    for wrong, kind, reason in (
+        (values["exclusive_class"], "exclusive_class", "an exclusive class, which cuts off other notes"),
+        (values["vib_lfo_to_pitch"] or values["mod_lfo_to_pitch"], "vibrato", "a vibrato"),
+        (values["mod_lfo_to_volume"], "tremolo", "a tremolo"),
+        (values["mod_lfo_to_filter"], "filter_oscillator", "a filter that follows an oscillator"),
+        (values["mod_env_to_pitch"], "pitch_envelope", "a pitch that follows an envelope"),
+        (values["modes"] == 3, "loop_end", "a loop that ends with the key"),
+        (filtered and max(values["mod_delay"], values["mod_attack"]) >= -11950, "filter_attack",
+         "a filter that follows an attack"),
+    ):  # fmt: skip
         if wrong:
-            return f"a region with {reason}"
+            return Unfit(kind, f"a region with {reason}")
     return None
 
 
@@ -141,41 +155,64 @@ def law_of(values: Values, pitch: int, velocity: int, sample_rate: int) -> Law:
     )
 
 
-# Sums of rows -----------------------------------------------------------------------------------------------
+# The gains of voices ----------------------------------------------------------------------------------------
 
 LEFT = 5  # column of a voice's left gain; before it are on, off, stop, start and length, after it the rest of its law
 
 
-def blocks_between(starts: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """First samples (nb,) of the blocks; events cut the time into stretches from ``starts`` to ``ends``."""
-    many = (ends - starts + BLOCK - 1) // BLOCK
-    return starts.repeat_interleave(many) + BLOCK * count_up(many)
+class Grid:
+    """The blocks in which the synthesiser steps its envelopes, on the time line of all clips, one after the other.
+
+    Events cut the time line into stretches from ``starts`` (e,) to ``ends`` (e,), which follow each other without a
+    gap; blocks are counted from the start of each.
+    """
+
+    def __init__(self, starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]) -> None:
+        self.starts, self.ends = torch.from_numpy(starts), torch.from_numpy(ends)
+        self.many = (self.ends - self.starts + BLOCK - 1) // BLOCK  # blocks of each stretch
+        self.first = self.many.cumsum(0) - self.many  # the number of its first block
+        self.blocks = int(self.many.sum())
+        self.total = int(ends[-1])  # samples
+
+    def number(self, time: torch.Tensor) -> torch.Tensor:
+        """The number of the first block that starts at ``time`` or later; ``blocks`` if there is none."""
+        stretch = torch.searchsorted(self.starts, time, right=True) - 1
+        number = self.first[stretch] + (time - self.starts[stretch] + BLOCK - 1) // BLOCK
+        return torch.where(time < self.total, number, self.blocks)
+
+    def start(self, number: torch.Tensor) -> torch.Tensor:
+        """When a block starts; ``FOREVER`` for one after the last."""
+        stretch = torch.searchsorted(self.first, number, right=True) - 1
+        return torch.where(number < self.blocks, self.starts[stretch] + BLOCK * (number - self.first[stretch]), FOREVER)
 
 
-class _Pieces(NamedTuple):
+class Pieces(NamedTuple):
     """Stretches of voices in which the gain is (base + slope tau) exp(-fall tau), tau samples after ``origin``."""
 
     first: torch.Tensor  # (p,) the first block of each
     last: torch.Tensor  # the block after its last
     origin: torch.Tensor
-    base: torch.Tensor
-    slope: torch.Tensor
-    fall: torch.Tensor
     shift: torch.Tensor  # from a time to the place of its sample in the store
+    base: torch.Tensor  # (2, p) left and right
+    slope: torch.Tensor  # (2, p)
+    fall: torch.Tensor  # (p,)
 
 
-def _pieces(voices: torch.Tensor, side: int, blocks: torch.Tensor) -> _Pieces:
-    """The pieces of ``voices`` (n, 21) on one side: attack, hold, decay, sustained level, release."""
+def pieces_of(voices: torch.Tensor, at: torch.Tensor, grid: Grid) -> Pieces:
+    """The pieces of ``voices`` (n, 21) float64: attack, hold, decay, sustained level, release.
+
+    Times of a voice count from the start of its clip, which is at sample ``at`` (n,) of the time line: so the pieces of
+    a clip do not depend on where it lies.
+    """
     on, off, stop, start, length = voices[:, :LEFT].T
-    gain = voices[:, side]
+    gains = voices[:, LEFT : LEFT + 2].T
     delay, attack, hold, decay, until, sustain, release = voices[:, LEFT + 2 : LEFT + 9].T
     mod_hold, mod_decay, mod_until, mod_sustain, mod_release, drop, many = voices[:, LEFT + 9 :].T
-    grid = torch.cat([blocks.double(), blocks.new_full((1,), FOREVER).double()])
 
     def after(time: torch.Tensor, duration: torch.Tensor) -> torch.Tensor:
         """The first block at least ``duration`` after ``time``, or ``time`` itself without a duration."""
-        block = grid[torch.searchsorted(grid, time + duration).clamp(max=len(grid) - 1)]
-        return torch.where(duration > 0, block, time)
+        block = grid.start(grid.number((time + duration).long() + at)) - at
+        return torch.where(duration > 0, block.double(), time)
 
     def modulation(time: torch.Tensor) -> torch.Tensor:
         """The level of the modulation envelope while the key is held."""
@@ -237,64 +274,16 @@ def _pieces(voices: torch.Tensor, side: int, blocks: torch.Tensor) -> _Pieces:
                 (low, high, off, level * (start_place - row), level * speed, fall, zero + row + 1),
             ]
     since, to, origin, base, slope, falling, row_number = (torch.cat(column) for column in zip(*rows, strict=True))
-    gains = gain.repeat(len(rows))
+    gains, at = gains.repeat(1, len(rows)), at.repeat(len(rows))
     shift = (start - on).repeat(len(rows)) + row_number * length.repeat(len(rows))
-    sounds = (to > since) & (gains * (base.abs() + slope.abs()) > 0)
-    since, to, origin, shift = since[sounds].long(), to[sounds].long(), origin[sounds].long(), shift[sounds].long()
-    return _Pieces(
-        torch.searchsorted(blocks, since),
-        torch.searchsorted(blocks, to),
-        origin,
-        (gains * base)[sounds].float(),
-        (gains * slope)[sounds].float(),
-        falling[sounds].float(),
-        shift,
+    heard = (to > since) & (gains.amax(dim=0) * (base.abs() + slope.abs()) > 0)
+    at, gains = at[heard], gains[:, heard]
+    return Pieces(
+        first=grid.number(since[heard].long() + at),
+        last=grid.number(to[heard].long() + at),
+        origin=origin[heard].long() + at,
+        shift=shift[heard].long() - at,
+        base=(gains * base[heard]).float(),
+        slope=(gains * slope[heard]).float(),
+        fall=falling[heard].float(),
     )
-
-
-def mix(store: torch.Tensor, voices: torch.Tensor, side: int, blocks: torch.Tensor, total: int) -> torch.Tensor:
-    """The sum of ``voices`` on one side, (total,): for every block, the weighted sum of one row from each voice."""
-    device = store.device
-    if not len(voices):
-        return torch.zeros(total, device=device)
-    pieces = _pieces(voices, side, blocks)
-    # blocks between two bounds have the same pieces, which ``members`` lists, one stretch after the other
-    bounds = torch.unique(torch.cat([pieces.first, pieces.last, torch.tensor([0, len(blocks)], device=device)]))
-    low, high = torch.searchsorted(bounds, pieces.first), torch.searchsorted(bounds, pieces.last)
-    piece = torch.arange(len(low), device=device).repeat_interleave(high - low)
-    stretch = low[piece] + count_up(high - low)
-    members = piece[torch.sort(stretch, stable=True).indices]
-    sizes = torch.bincount(stretch, minlength=len(bounds) - 1)
-    many = sizes.repeat_interleave(bounds.diff())  # (nb,) number of pieces of each block
-    before = many.cumsum(0)  # (nb,) pieces of all blocks up to and including this one
-    member = (sizes.cumsum(0) - sizes).repeat_interleave(bounds.diff()) - (before - many)
-    lengths = torch.diff(blocks, append=torch.tensor([total], device=device))
-    windows = store.as_strided((len(store) - BLOCK + 1, BLOCK), (1, 1))
-    most = 1 << (22 if device.type == "cuda" else 15)  # rows at a time: on a CPU they should fit into its cache
-    if not len(piece):
-        return torch.zeros(total, device=device)
-    steps = torch.arange(most, max(most, int(before[-1])), most, device=device)
-    cuts = [0, *torch.searchsorted(before, steps, right=True).tolist(), len(blocks)]
-    filled = torch.arange(BLOCK, device=device) < lengths[:, None]  # an event cuts a block short
-    out = torch.empty(total, device=device)
-    sampled = [0, *torch.cat([blocks, blocks.new_tensor([total])])[torch.tensor(cuts[1:], device=device)].tolist()]
-    for index, (cut, following) in enumerate(pairwise(cuts)):
-        if following == cut:
-            continue
-        own = many[cut:following]
-        offsets = own.cumsum(0) - own
-        block = torch.arange(cut, following, device=device).repeat_interleave(own)
-        place = torch.arange(len(block), device=device) + (before[cut] - many[cut])
-        which = members[member[block] + place]
-        time = blocks[block]
-        since = (time - pieces.origin[which]).float()
-        gain = (pieces.base[which] + pieces.slope[which] * since) * torch.exp(-pieces.fall[which] * since)
-        rows = windows[pieces.shift[which] + time]
-        numbers = torch.arange(len(rows), device=device)
-        sums = torch.nn.functional.embedding_bag(numbers, rows, offsets, mode="sum", per_sample_weights=gain)
-        out[sampled[index] : sampled[index + 1]] = sums[filled[cut:following]]
-    return out
-
-
-def count_up(many: torch.Tensor) -> torch.Tensor:
-    return torch.arange(int(many.sum()), device=many.device) - (many.cumsum(0) - many).repeat_interleave(many)

@@ -20,10 +20,11 @@ import numpy as np
 from tinysoundfont import _tinysoundfont as tsf
 
 from smart import Failure, UserError
+from smart.cores import share
 from smart.render.notes import NOTE_COLUMNS, Notes, most_samples, to_notes
 from smart.render.soundfonts import check_soundfont, check_unchanged, file_state, find_soundfont
 from smart.render.synth import Audio, RenderError, render_notes
-from smart.workers import STARTS, Answer, Died, GarbledAnswer, Refused, Worker, WorkerFailure, usable_cores
+from smart.workers import STARTS, Answer, Died, GarbledAnswer, Refused, Worker, WorkerFailure
 
 GIVE_UP = 16  # clips that may fail in a row, each of them twice, before a pool stops trying
 # seconds between attempts to start a worker: a system that lacks files or processes may have them again
@@ -47,6 +48,10 @@ class Renderer(Protocol):
 
     def fallback_fraction(self, clips: Collection[Future[Audio]]) -> float | None:
         """Share of these finished clips that a fallback rendered; None for a renderer that has no fallback."""
+        ...
+
+    def fallback_kinds(self, clips: Collection[Future[Audio]]) -> dict[str, float]:
+        """The same share by the kind of its reason."""
         ...
 
 
@@ -158,7 +163,7 @@ class RenderPool:
     ) -> None:
         most_samples(sample_rate, seconds)
         if workers is None:
-            workers = usable_cores()
+            workers = share()
         if not (isinstance(workers, int) and workers >= 1):
             raise ValueError(f"workers: expected a whole number from 1, got {workers!r}")
         for name, value in (("deadline", deadline), ("load_deadline", load_deadline)):
@@ -220,6 +225,10 @@ class RenderPool:
     def fallback_fraction(self, clips: Collection[Future[Audio]]) -> float | None:
         """None: this renderer has no fallback."""
         return None
+
+    def fallback_kinds(self, clips: Collection[Future[Audio]]) -> dict[str, float]:
+        """Nothing: this renderer has no fallback."""
+        return {}
 
     def map(self, scores: Iterable[Any]) -> Iterator[Audio]:
         """Audio of each score, in order; submits only a few in advance, so that memory is bounded.

@@ -7,13 +7,14 @@ de-normalised with the checkpoint's mean and standard deviation. Windows are pad
 of a batch are shorter: the encoder's first layer normalises over time, so the zeros affect the rating.
 """
 
+import functools
 import hashlib
 import numbers
 import os
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ import torch
 from smart import UserError, brief, hub
 from smart.files import parse_json
 from smart.reward import Reward
+from smart.reward.precision import exact_float32
 
 __all__ = ["Audiobox", "check"]
 
@@ -89,12 +91,13 @@ class Audiobox(Reward):
         files = _find_local(model) or _find_cached(str(model)) or _download(str(model))
         network = _build(_read(files), files)
         self.batch_size = batch_size
+        # a window's last bits depend on the others of its pass: matrix products of other sizes round differently
+        self.together = min(batch_size, Reward.together)
         self.is_published = files.hub_id == HUB_ID  # by hub id; the origin of a folder or file is unknown
         self.provenance = f"Audiobox Aesthetics, {_provenance(files)}, {dtype}"
         self._network = network.to(self.device).eval().requires_grad_(False)
         precision = torch.bfloat16 if dtype == "bfloat16" else torch.float32
         self._autocast = torch.autocast(self.device.type, precision, enabled=precision != torch.float32)
-        self._exact = dtype == "float32" and self.device.type == "cuda"
         self._convolutions = None
         if self.device.type == "cpu":
             self._convolutions = _Convolutions(self._network.wavlm_model.feature_extractor, precision)
@@ -103,9 +106,14 @@ class Audiobox(Reward):
             frames = (WINDOW - self._convolutions.reach) // self._convolutions.hop + 1
             encoder.pos_conv = torch.nn.Sequential(_PositionalConvolution(convolution, frames), activation)
         self._padded = True
+        # the bias of the positions depends on nothing but the number of frames, and the encoder would compute it on the
+        # host and upload it in every pass
+        first = self._network.wavlm_model.encoder.layers[0].self_attn
+        first.compute_bias = functools.lru_cache(maxsize=1)(first.compute_bias)
         for layer in self._network.wavlm_model.encoder.layers:
             layer.self_attn.register_forward_pre_hook(self._float_mask, with_kwargs=True)
 
+    @exact_float32()
     def rate(self, audio: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
         """Rate clips (N, S) of ``lengths`` (N,) samples, as ``AesPredictor.forward`` does; axis -> (N,)."""
         windows = (lengths + WINDOW - 1) // WINDOW  # of each clip
@@ -135,9 +143,7 @@ class Audiobox(Reward):
         network = self._network
         padding = torch.arange(WINDOW, device=wav.device) >= valid.to(wav.device)[:, None]
         self._padded = bool((valid < WINDOW).any())
-        # by default cuDNN rounds float32 to TensorFloat-32, 10 bits
-        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False) if self._exact else nullcontext()
-        with self._autocast, _numpy_state_kept(), exact:
+        with self._autocast, _numpy_state_kept():
             if self._convolutions is not None:
                 features = self._convolutions(wav)  # (B, F, C)
             else:

@@ -34,6 +34,7 @@ import torch
 from smart import UserError
 from smart.files import parse_json
 from smart.reward import Reward
+from smart.reward.precision import exact_float32
 
 __all__ = ["DESCRIPTORS", "CEProxy", "Coefficients", "Term", "describe", "load_coefficients"]
 
@@ -112,6 +113,7 @@ class CEProxy(Reward):
     axes = (AXIS,)
     sample_rate = SAMPLE_RATE
     is_stand_in = True
+    together = 1  # clips are described one at a time
 
     def __init__(self, *, coefficients: str | Path | None = None, device: str | torch.device = "cpu") -> None:
         super().__init__(device=device)
@@ -134,6 +136,7 @@ def predict(descriptors: torch.Tensor, coefficients: Coefficients) -> torch.Tens
     return score.clamp(LOWEST, HIGHEST)
 
 
+@exact_float32()
 def describe(clip: torch.Tensor) -> torch.Tensor:
     """The descriptors of one clip, in the order of ``DESCRIPTORS``.
 

@@ -6,6 +6,7 @@ import math
 import torch
 
 from smart import UserError
+from smart.reward.precision import exact_float32
 
 # the defaults of torchaudio.functional.resample, which prepared the audio for the published models
 LOWPASS_WIDTH = 6  # zero crossings of the sinc kept on either side
@@ -49,7 +50,8 @@ def resample(audio: torch.Tensor, from_rate: int, to_rate: int) -> torch.Tensor:
     exact = torch.float64 if audio.is_cuda else audio.dtype
     kernel, stride, width = _resampling_kernel(from_rate, to_rate, exact, audio.device)
     padded = torch.nn.functional.pad(audio.reshape(-1, 1, samples).to(exact), (width, width + stride))
-    phases = torch.nn.functional.conv1d(padded, kernel, stride=stride)  # (M, t, frames), t outputs each
+    with exact_float32():
+        phases = torch.nn.functional.conv1d(padded, kernel, stride=stride)  # (M, t, frames), t outputs each
     resampled = phases.transpose(1, 2).reshape(*audio.shape[:-1], -1)[..., :target]
     return resampled.to(audio.dtype)
 

@@ -18,6 +18,8 @@ class Reward:
         sample_rate: the sample rate in Hz that ``score`` expects (``resample`` converts).
         provenance: one line for the log: which weights, from where, which revision or hash.
         is_stand_in: True for an approximation of another rating; every log then says so.
+        together: the number of neighbouring clips that a run rates at once. 1: the rating of a clip does not depend on
+            the others of its batch, not in a single bit, so each is rated as soon as it arrives.
         name: the reward's name in messages; ``load_reward`` sets it to the requested kind.
         device: the device on which ``rate`` gets its audio.
         weights: axis -> its weight in ``combine``.
@@ -27,6 +29,7 @@ class Reward:
     sample_rate: int = 0
     provenance: str = ""
     is_stand_in: bool = False
+    together: int = 16
 
     def __init__(self, *, device: str | torch.device = "cpu") -> None:
         self.name = type(self).__name__

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from smart import UserError
+from smart.cores import share
 from smart.corpus import Corpus
 from smart.model import load_base, pick_device, pick_precision
 from smart.prompts import LONGEST, Pieces, draw
@@ -27,7 +28,6 @@ from smart.rollout.scorer import Scorer, rendered_audio
 from smart.rollout.systems import System
 from smart.sampler import Sampler
 from smart.tokens import decode, load_tokenizer, vocabulary
-from smart.workers import usable_cores
 
 BLOCK = 64  # pieces that are sampled together
 
@@ -163,7 +163,7 @@ def compose(
         batch=batch,
         soundfont=soundfont,
         backend=backend,
-        workers=workers or usable_cores(),
+        workers=workers or share(),
         device=where,
         rendering={"sample_rate": sample_rate, "seconds": seconds},
         sampling={"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p},

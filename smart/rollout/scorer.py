@@ -4,9 +4,9 @@ The prompt's tokens and the completion are decoded together (paper section 3.5).
 NaN for every score, never 0, and is counted.
 
 Rendering overlaps with sampling, and rating with rendering: a completion is rendered as soon as it has settled
-(``Horizon``), while others, and its own inaudible rest, are still being sampled (``Clips``); clips are rated in small
-batches as they arrive (``Scorer.collect``). The results depend neither on when a completion was submitted nor on the
-order in which clips arrive, since neighbouring rows form a batch.
+(``Horizon``), while others, and its own inaudible rest, are still being sampled (``Clips``); clips are rated as they
+arrive, alone or in small batches (``Scorer.collect``). The results depend neither on when a completion was submitted
+nor on the order in which clips arrive, since neighbouring rows form a batch.
 
 Axes: N sequences, P prompt length, T completion length, S audio samples.
 """
@@ -156,6 +156,7 @@ class Clips:
 class Scorer:
     """Has completions rendered by ``pool`` and rates them with ``reward``, ``batch`` clips at a time.
 
+    Without ``batch`` it is as many as the reward asks for (``Reward.together``).
     ``sample_rate`` (Hz) and ``seconds`` must be those of the pool; the shorter ``seconds``, the sooner a completion
     settles. Without a ``reward`` completions can be rendered but not rated (``collect``).
 
@@ -172,7 +173,7 @@ class Scorer:
         *,
         sample_rate: int,
         seconds: float = math.inf,
-        batch: int = 16,
+        batch: int | None = None,
         deadline: float = math.inf,
     ) -> None:
         self.tokenizer = tokenizer
@@ -180,7 +181,7 @@ class Scorer:
         self.reward = reward
         self.sample_rate = sample_rate
         self.horizon = Horizon(tokenizer, seconds=seconds)
-        self.batch = batch
+        self.batch = batch or (1 if reward is None else reward.together)
         self.busy_until: dict[str, float] = {}  # when each worker finished its last clip (``time.perf_counter``)
         self.deadline = deadline
 

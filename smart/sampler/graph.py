@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,8 @@ from smart.tokens import Place
 
 if TYPE_CHECKING:
     from transformers import Phi3ForCausalLM
+
+_ABANDONED: list[torch.cuda.CUDAGraph] = []
 
 
 class _Slots(NamedTuple):
@@ -119,13 +122,34 @@ def _capture(step: Callable[[], None]) -> Callable[[], None]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
+    pool = None
+    with suppress(RuntimeError):  # a build of torch without CUDA has none
+        pool = torch.cuda.graph_pool_handle()
     with torch.cuda.stream(stream):  # around both, since a failed capture does not restore the stream
         step()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            step()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                step()
+        except BaseException:
+            _abandon(graph, pool)
+            raise
     torch.cuda.current_stream().wait_stream(stream)
     replay: Callable[[], None] = graph.replay
     return replay
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, pool: Any) -> None:
+    """Take back from torch's allocator that ``graph`` is being captured; a capture that fails leaves it so.
+
+    Until then memory is kept back from others, and each allocation asks the graph, which must not have been freed.
+    """
+    _ABANDONED.append(graph)  # the allocator of pinned memory will always ask it
+    if pool is None:
+        return
+    device = torch.cuda.current_device()
+    with suppress(RuntimeError):  # it had ended already
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)
 
 
 class Graph:

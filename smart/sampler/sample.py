@@ -87,9 +87,13 @@ class Sampler:
     On CUDA it keeps the graphs of the last few kinds of batch (size, length, options), each with its cache, so use one
     sampler again instead of making a new one.
 
+    Where a graph cannot be captured, no sampler of this process tries again.
+
     Raises ValueError for a model that is not a Phi-3, a rotary embedding other than the plain one, another dtype, or an
     id outside the vocabulary.
     """
+
+    _captures = True  # until a capture fails, in any sampler; where memory is missing, of that sampler only
 
     def __init__(
         self, model: Phi3ForCausalLM, *, pad_id: int, eos_id: int | None, dtype: torch.dtype | None = None
@@ -110,7 +114,6 @@ class Sampler:
         self.eos_id = eos_id
         self._by_graph = True
         self._graphs: dict[Any, Graph] = {}
-        self._captures = True  # until a capture fails
         self._compute_dtype()
 
     def step_by_step(self) -> None:
@@ -210,9 +213,13 @@ class Sampler:
                     self._graphs.clear()
                     self._graphs[key] = Graph(self.model, dtype, places, start, choice)
             except RuntimeError as error:
-                self._captures = False
+                first: BaseException = error  # the end of a failed capture fails, too: the cause came before
+                while first.__context__ is not None:
+                    first = first.__context__
+                where: Any = self if isinstance(first, torch.OutOfMemoryError) else Sampler
+                where._captures = False
                 self._graphs.clear()
-                reason = str(error).strip().partition("\n")[0]
+                reason = str(first).strip().partition("\n")[0]
                 click.echo(f"Warning: sampling step by step, since no CUDA graph could be captured: {reason}", err=True)
                 return None
         return self._graphs[key]

@@ -120,6 +120,25 @@ def test_a_clip_does_not_depend_on_its_batch_nor_on_the_order_of_its_notes(bank:
         assert torch.equal(bank.render([clip[::-1]])[0], found)
 
 
+def test_a_clip_does_not_depend_on_where_it_lies(bank: NoteBank, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between clips of odd lengths, cut into many parts, with a filter that moves after the note."""
+    clips = [music(seed, 12, programs=(61, 0)) for seed in range(4)]
+    odd = [[note(0, 0.1 + length / RATE, 60)] for length in (1, 63, 64, 65)]
+    mixed = [clip for pair in zip(odd, clips, strict=True) for clip in pair]
+    alone = [bank.try_render([clip])[0] for clip in mixed]
+    for rows in (1 << 15, 50):
+        monkeypatch.setattr("smart.render.mixing.ROWS_CPU", rows)
+        for expected, found in zip(alone, bank.try_render(mixed), strict=True):
+            assert (
+                expected == found
+                if isinstance(expected, str)
+                else isinstance(found, torch.Tensor) and torch.equal(expected, found)
+            )
+        on_host = bank.render_on_host(mixed)
+        assert all(isinstance(one, str) or np.array_equal(one, two) for one, two in zip(on_host, alone, strict=True))
+    assert sum(not isinstance(one, str) for one in alone) >= 6
+
+
 def test_a_small_store_lets_go_and_gives_the_same_audio(bank: NoteBank) -> None:
     clips = [music(seed, 12, keys=(50 + seed, 60 + seed)) for seed in range(5)]
     small = NoteBank("timgm", sample_rate=RATE, seconds=SECONDS, max_bytes=14 << 20)
@@ -180,6 +199,7 @@ def test_the_pool_takes_what_the_bank_does_not(soundfont: Any, tokenizer: Any) -
             np.testing.assert_allclose(future.result(60), expected, atol=1e-3)
         assert (pool.clips, pool.fallbacks) == (4, 1)
         assert [pool.fallback_fraction(some) for some in (futures, futures[:1], futures[1:2], [])] == [0.25, 0, 1, 0]
+        assert [pool.fallback_kinds(some) for some in (futures, futures[:1], [])] == [{"exclusive_class": 0.25}, {}, {}]
         assert list(pool.reasons) == ["a region with an exclusive class, which cuts off other notes"]
         with pytest.raises(ValueError, match="onset of note 0"):
             pool.submit([note(math.nan, 1, 60)])
@@ -191,7 +211,7 @@ def test_the_pool_takes_what_the_bank_does_not(soundfont: Any, tokenizer: Any) -
             ours, theirs = (Scorer(tokenizer, each, reward, sample_rate=RATE) for each in (pool, reference))
             rated = [each.collect(Clips(each).submit_rest(rollout)).rewards.item() for each in (ours, theirs)]
             assert rated[0] == pytest.approx(rated[1], abs=0.02)
-            assert reference.fallback_fraction(futures) is None
+            assert reference.fallback_fraction(futures) is None and reference.fallback_kinds(futures) == {}
     pool.close()
     with pytest.raises(RuntimeError, match="closed"):
         pool.submit(clips[0])

@@ -186,6 +186,27 @@ def test_the_positional_convolution_by_fourier_transforms(taps: int, frames: int
     torch.testing.assert_close(found, exact, rtol=0, atol=1e-6 * exact.abs().max().item())
 
 
+def test_nothing_outside_rounds_float32(small: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    audio, lengths = batch(make_clips(1.0))
+    reward = load_reward("audiobox", model=small.folder)
+    seen = set()
+
+    def forward(*given: Any, **options: Any) -> Any:
+        seen.add((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+        return encode(*given, **options)
+
+    encode = reward._network.wavlm_model.encoder.forward
+    monkeypatch.setattr(reward._network.wavlm_model.encoder, "forward", forward)
+    expected = reward.score(audio, lengths)
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert difference(reward.score(audio, lengths), expected) == 0
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == {("highest", False)}
+
+
 def test_batching_order_and_neighbours_do_not_change_ratings(small: Weights) -> None:
     clips = make_clips(3.0, 21.0, 10.0, 0.5, 12.0)
     whole = load_reward("audiobox", model=str(small.folder), batch_size=64).score(*batch(clips))
@@ -196,12 +217,42 @@ def test_batching_order_and_neighbours_do_not_change_ratings(small: Weights) -> 
         assert difference({axis: values.flip(0) for axis, values in reversed_scores.items()}, whole) < 1e-5
 
 
+def test_a_pass_of_one_window_leaves_no_trace_of_neighbours(small: Weights) -> None:
+    """So a clip can be rated as it arrives, alone; larger passes are always those of the same neighbours."""
+    clips = make_clips(3.0, 21.0, 10.0)
+    reward = load_reward("audiobox", model=str(small.folder))
+    whole = reward.score(*batch(clips))
+    alone = [reward.score(clip[None]) for clip in clips]
+    assert difference({axis: torch.cat([one[axis] for one in alone]) for axis in whole}, whole) == 0.0
+    together = [load_reward("audiobox", model=str(small.folder), batch_size=size).together for size in (1, 8, 64)]
+    assert (reward.together, together) == (1, [1, 8, 16])
+
+
 def test_skipping_the_mask_of_full_windows_changes_nothing(small: Weights) -> None:
     reward = load_reward("audiobox", model=str(small.folder))
     full, short = make_clips(10.0, 10.0)
     alone = reward.score(full[None])
     beside = reward.score(*batch([full, short[:RATE]]))  # one padded window: the batch is masked
     assert difference(alone, {axis: values[:1] for axis, values in beside.items()}) < 1e-5
+
+
+def test_the_position_bias_is_computed_once(small: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in every pass, on the host; and it is the encoder's, bit for bit."""
+    attention = sys.modules["audiobox_aesthetics.model.wavlm"].MultiheadAttention
+    reward, clips = load_reward("audiobox", model=str(small.folder)), batch(make_clips(3.0, 21.0, 10.0))
+    computed, bucket = [], attention._relative_positions_bucket
+
+    def counted(self: Any, positions: torch.Tensor, **options: Any) -> Any:
+        computed.append(positions.shape)
+        return bucket(self, positions, **options)
+
+    monkeypatch.setattr(attention, "_relative_positions_bucket", counted)
+    scores = [reward.score(*clips) for _ in range(2)]
+    assert computed == [(499, 499)]
+    del reward._network.wavlm_model.encoder.layers[0].self_attn.compute_bias  # the encoder's own again
+    scores.append(reward.score(*clips))
+    assert len(computed) > 3
+    assert difference(scores[0], scores[1]) == difference(scores[0], scores[2]) == 0.0
 
 
 def test_damaged_and_empty_clips_are_nan_beside_good_ones(small: Weights) -> None:

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Iterator
@@ -463,6 +464,40 @@ def test_clips_are_submitted_while_others_are_drawn_and_rated_as_they_arrive(tok
         assert (rated.failed, rated.silent) == (expected.failed, expected.silent)
         stages = [span.stage for span in stopwatch.spans]
         assert stages.count("render") == stages.count("wait") == stages.count("rate") == 12
+
+
+def test_a_clip_is_rated_as_it_arrives_and_the_order_changes_no_bit(tokenizer: Any) -> None:
+    """Each clip arrives only once the one before has been rated; the ratings are those of one batch."""
+    rollout = rollout_of(
+        tokenizer, NOTE, HIGH, NOTE + HIGH, [*NOTE, "Position_24", *HIGH], [*HIGH, "Position_12", *NOTE]
+    )
+    stage = Stage()
+    whole = Scorer(tokenizer, stage, load_reward("ce_proxy"), sample_rate=RATE, seconds=2.0, batch=5)
+    clips = Clips(whole).submit_rest(rollout)
+    stage.arrive(clips)
+    expected = whole.collect(clips)
+
+    class OneByOne(type(load_reward("ce_proxy"))):  # type: ignore[misc]
+        def rate(self, audio: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
+            answer: dict[str, torch.Tensor] = super().rate(audio, lengths)
+            stage.arrive([clips[order.pop()]] if order else [])
+            return answer
+
+    def give_up() -> None:
+        for row in order:
+            clips[row].set_exception(RenderError("the clip before it waited for its neighbours"))
+
+    for seed in range(3):
+        scorer = Scorer(tokenizer, stage, OneByOne(), sample_rate=RATE, seconds=2.0)
+        clips = Clips(scorer).submit_rest(rollout)
+        order = random.Random(seed).sample(range(5), 5)
+        stage.arrive([clips[order.pop()]])
+        watchdog = threading.Timer(60, give_up)
+        watchdog.start()
+        rated = scorer.collect(clips)
+        watchdog.cancel()
+        assert rated.failed == 0 and not order
+        assert torch.equal(rated.rewards, expected.rewards) and rated.rewards.isfinite().all()
 
 
 def test_a_batch_waits_for_its_own_clips_only(tokenizer: Any) -> None:

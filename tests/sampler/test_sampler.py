@@ -570,14 +570,18 @@ def test_without_a_graph_it_goes_on_step_by_step(
 ) -> None:
     def refuse(step: Any) -> Any:
         step()
-        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+        finally:
+            raise RuntimeError("the capture was invalidated")  # its end fails, too
 
     monkeypatch.setattr("smart.sampler.sample.GRAPH_DEVICES", {"cpu"})
     monkeypatch.setattr("smart.sampler.graph._capture", refuse)
+    monkeypatch.setattr(Sampler, "_captures", True)
     sampler = Sampler(model, pad_id=PAD, eos_id=EOS)
     prompts = random_prompts([3, 5])
-    for _ in range(2):
-        rollout = sampler.sample(prompts, max_new_tokens=20, group_size=2, generator=seeded(5))
+    for each in (sampler, sampler, Sampler(model, pad_id=PAD, eos_id=EOS)):  # no sampler of the process tries again
+        rollout = each.sample(prompts, max_new_tokens=20, group_size=2, generator=seeded(5))
         assert_same(rollout, stepwise(model, prompts, max_new_tokens=20, group_size=2, generator=seeded(5)))
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and "no CUDA graph could be captured: operation not permitted" in said[0]

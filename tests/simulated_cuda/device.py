@@ -137,11 +137,17 @@ class Device:
         self.capturer = 0  # by this thread
         self.arriving: list[tuple[torch.Tensor | None, torch.Tensor | None]] = []  # copies to pinned memory
         self.pinned: set[int] = set()  # addresses
-        self.streams: list[Any] = []  # those that are current, innermost last
+        self._of_thread = threading.local()
         self.busy: set[int] = set()  # those that have been given work
         self.log: list[Any] = []  # of streams and captures
         self.paused = 0
         self.by_name = False  # whether ``places`` also has the operations' names
+
+    @property
+    def streams(self) -> list[Any]:
+        """The streams that are current in this thread, innermost last."""
+        streams: list[Any] = self._of_thread.__dict__.setdefault("streams", [])
+        return streams
 
     @contextlib.contextmanager
     def counted(self) -> Iterator[Counter[str]]:
