@@ -77,3 +77,6 @@ class MusicInstead:
 
     def fallback_fraction(self, clips: Any) -> float | None:
         return self.renderer.fallback_fraction(clips)
+
+    def fallback_kinds(self, clips: Any) -> dict[str, float]:
+        return self.renderer.fallback_kinds(clips)

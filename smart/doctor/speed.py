@@ -62,6 +62,7 @@ def iterations(
     opened: AbstractContextManager[Renderer] = open_renderer(
         render.backend, soundfont, sample_rate=render.sample_rate, seconds=render.seconds,
         workers=render.workers or None, deadline=render.deadline, device=device,
+        bank_megabytes=render.bank_megabytes,
     )  # fmt: skip
     laps: list[dict[str, float]] = []
     spans: list[Span] = []
