@@ -18,7 +18,8 @@ import pytest
 # the files that take longest: with several processes, one that begins last would keep all others waiting
 LONG = (
     "test_study_browser", "test_docs_pages", "test_runs_interrupted", "test_docs", "test_pretrain", "test_benchmarks",
-    "test_runs", "test_readers", "test_distributed", "test_audiobox", "test_build", "test_report", "test_pool",
+    "test_runs", "test_cuda_runs", "test_cuda_agreement", "test_readers", "test_distributed", "test_audiobox",
+    "test_build", "test_report", "test_pool",
 )  # fmt: skip
 
 # Before anything imports torch: several test processes share the cores, and threads that wait for each other on a busy

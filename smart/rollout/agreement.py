@@ -17,10 +17,10 @@ from smart.logprobs import completion_logits
 from smart.rollout.scorer import Clips
 from smart.sampler import Rollout, Sampler, filter_logits
 
-# nats: means that rounding does not reach. It stays under a tenth of them, and a defect far exceeds them
+# nats per token: rounding stays under a quarter of them, and a defect far exceeds them
 BOUNDS = {torch.float32: 0.005, torch.bfloat16: 0.05}
-FAR = 10.0  # times the bound: a token that is so far off is not rounded but wrong,
-FEW = 0.01  # unless only this share is: with top-k or top-p, rounding may move a token across the edge
+FAR = 10.0  # times the bound: tokens that are so far off are wrong, not rounded,
+FEW = 0.01  # if there are more than this share: at the edge of top-k or top-p, rounding may move a few
 CAP = 1.0  # nats: what one token counts at most in the mean
 
 Draw = Callable[[], tuple[Rollout, Clips]]

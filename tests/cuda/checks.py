@@ -5,6 +5,7 @@ import __future__
 import contextlib
 import inspect
 import textwrap
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from conftest import make_tiny_model
 from simulated_cuda import DEFAULT, Device, simulated
 from torch import Tensor
 
+from smart.run import Stopwatch
 from smart.sampler import Rollout, Sampler
 from smart.tokens import build_tokenizer
 
@@ -180,3 +182,20 @@ def tune(folder: Path, *, resume: bool = False, **changes: Any) -> Path:
     settings = RUN | {"run.folder": str(folder)} | {key.replace("__", "."): value for key, value in changes.items()}
     written = {key: f"'{value}'" if isinstance(value, str) else str(value).lower() for key, value in settings.items()}
     return train(load("quickstart.toml", [f"{key}={value}" for key, value in written.items()]), resume=resume)
+
+
+@contextlib.contextmanager
+def counted_stages(device: Device) -> Iterator[list[tuple[str, Counter[str]]]]:
+    """A list that grows by one with every stage of every iteration of a run: its name, and what the device counted."""
+    stages: list[tuple[str, Counter[str]]] = []
+    lap, before = Stopwatch.lap, device.counts.copy()
+
+    def counted_lap(watch: Stopwatch, stage: str) -> None:
+        nonlocal before
+        stages.append((stage, device.counts - before))
+        before = device.counts.copy()
+        lap(watch, stage)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stopwatch, "lap", counted_lap)
+        yield stages

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checks import PAD, tune
+from checks import PAD, counted_stages, tune
 from simulated_cuda import simulated
 
 from smart.run import StopRequest, read_metrics
@@ -14,8 +14,15 @@ pytestmark = pytest.mark.slow  # whole programs
 
 
 def test_a_run(tmp_path: Path) -> None:
-    with simulated() as device:
+    with simulated() as device, counted_stages(device) as stages:
         made = tune(tmp_path)
+    names = ["save", "generate", "reference", "score", "learn", "record"]
+    assert [stage for stage, _ in stages] == ["start", *names * 3]
+    taken = [dict(stages[1 + 6 * iteration : 7 + 6 * iteration]) for iteration in range(3)]
+    assert all(counts["generate"]["replay"] for counts in taken)
+    # the first iteration has no held-out measurement: what it logs costs the device nothing
+    assert not taken[0]["record"]["launch"] and taken[0]["record"]["wait"] < 6, taken[0]["record"]
+    assert taken[2]["learn"]["launch"] < 3000, taken[2]["learn"]  # of 2 micro-batches
     rows = read_metrics(made)
     assert [row["step"] for row in rows] == [0, 1, 2, 3] and (made / "tuned" / "model.safetensors").is_file()
     assert all(math.isfinite(row["policy/loss"]) and row["policy/dlogp_max"] < 0.1 for row in rows[1:])

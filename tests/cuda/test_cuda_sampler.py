@@ -17,6 +17,7 @@ from checks import (
 )
 from simulated_cuda import simulated
 
+from smart.model import build_model
 from smart.sampler import Sampler
 from smart.tokens import build_grammar, build_tokenizer
 
@@ -48,6 +49,14 @@ def test_bfloat16_has_float32_logprobs() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_graph_gives_what_the_steps_give(dtype: torch.dtype, lengths: list[int], filters: dict[str, Any]) -> None:
     check_captured_step(lengths, dtype, **filters)
+
+
+def test_a_step_has_at_most_a_hundred_kernels() -> None:
+    """At the paper's depth, without filters."""
+    with simulated() as device:
+        model = build_model(build_tokenizer(), layers=4, hidden=32, heads=4, intermediate=64).to("cuda")
+        sampled(model, some_prompts([4, 4]).to("cuda"), captured=True, dtype=torch.bfloat16, max_new_tokens=4)
+        assert device.launches_per_replay <= 100
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
