@@ -153,7 +153,7 @@ def check_steps_one_by_one(**filters: Any) -> None:
 @contextlib.contextmanager
 def mutated(owner: Any, name: str, old: str, new: str) -> Iterator[None]:
     """Within the block, ``owner.name`` is a function whose source has ``new`` in place of ``old``."""
-    function = getattr(owner, name)
+    function = inspect.unwrap(getattr(owner, name))
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(old) == 1, f"{name} has changed: {old!r} occurs {source.count(old)} times in it"
     namespace = dict(function.__globals__)

@@ -53,7 +53,7 @@ def test_audiobox(weights: Path, dtype: str, tolerance: float) -> None:
 
 def test_a_convolution_in_tf32_is_found(weights: Path) -> None:
     with (
-        mutated(audiobox.Audiobox, "_predict", "allow_tf32=False", "allow_tf32=True"),
+        mutated(audiobox.Audiobox, "rate", "@exact_float32()", ""),
         pytest.raises(AssertionError),
     ):
         check_ratings(lambda device: load_reward("audiobox", model=str(weights), device=device), 1e-4)

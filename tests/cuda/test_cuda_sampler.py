@@ -7,6 +7,7 @@ import torch
 from checks import (
     EOS,
     PAD,
+    assert_same_rollout,
     check_captured_step,
     check_graph_used_again,
     check_steps_one_by_one,
@@ -69,13 +70,23 @@ def test_watch_sees_rows_as_they_were() -> None:
 
 
 def test_a_refused_capture_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is tried once in a process, by whichever sampler comes first, and the same tokens are drawn step by step."""
+    tried = []
+
     def refuse(*_: Any, **__: Any) -> None:
+        tried.append("captured")
         raise RuntimeError("operation not permitted")
 
+    prompts = some_prompts([4])
+    expected = sampled(tiny(), prompts, captured=False, max_new_tokens=20)
     with simulated():
-        model, prompts = tiny().to("cuda"), some_prompts([4]).to("cuda")
-        sampler = Sampler(model, pad_id=PAD, eos_id=EOS)
+        model = tiny().to("cuda")
         monkeypatch.setattr(torch.cuda, "graph", refuse)
         for _ in range(2):
-            sampler.sample(prompts, max_new_tokens=20, generator=torch.Generator().manual_seed(1))
-    assert not sampler._graphs and len(capsys.readouterr().err.splitlines()) == 1
+            sampler = Sampler(model, pad_id=PAD, eos_id=EOS)
+            for _ in range(2):
+                random = torch.Generator().manual_seed(5)
+                found = sampler.sample(prompts.to("cuda"), generator=random, max_new_tokens=20)
+                assert_same_rollout(expected, found)
+            assert not sampler._graphs
+    assert tried == ["captured"] and len(capsys.readouterr().err.splitlines()) == 1

@@ -18,6 +18,7 @@ import torch
 from simulated_cuda.device import DEVICE, Device, Mode
 from simulated_cuda.kernels import attention, rms_norm
 from simulated_cuda.runtime import Capture, Event, Functions, Generator, Graph, Stream, current_stream, stream_context
+from smart.sampler import Sampler
 
 # "return 0" in machine code
 RETURN_0 = {"x86_64": b"\x31\xc0\xc3", "aarch64": b"\x00\x00\x80\x52\xc0\x03\x5f\xd6"}
@@ -103,6 +104,7 @@ def simulated(*, devices: int = 1, name: str = "simulated") -> Iterator[Device]:
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", attention))
         stack.enter_context(mock.patch.object(torch.nn.functional, "rms_norm", rms_norm))
+        stack.enter_context(mock.patch.object(Sampler, "_captures", True))  # a failure is remembered for the process
         stack.enter_context(Functions())
         stack.enter_context(Mode())
         try:
