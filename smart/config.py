@@ -12,12 +12,13 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from smart import UserError
 from smart.files import parse_toml
 
 SHIPPED = Path(__file__).parent / "configs"
+NO_REWARD = "none"  # reward.kind, where [[rewards]] holds all of them
 
 Schema = TypeVar("Schema")
 
@@ -72,6 +73,9 @@ class Render:
     """How notes become audio (``smart.render``, ``smart.render.bank``)."""
 
     soundfont: str = "timgm"
+    soundfonts: tuple[str, ...] = ()  # several, in place of ``soundfont``
+    # several soundfonts: one is drawn for each group, or each clip's ratings are averaged over all of them
+    soundfont_use: str = _choice("draw", "draw", "average")
     backend: str = _choice("pool", "pool", "bank")  # worker processes, or a bank of stored notes on the device
     sample_rate: int = _number(44100, low=8000, high=192_000)
     seconds: float = _number(10.0, above=0.0, high=600.0)
@@ -79,16 +83,32 @@ class Render:
     deadline: float = _number(30.0, above=0.0, high=3600.0)  # seconds per clip; after that it has failed
     bank_megabytes: int = _number(2048, low=16, high=1_000_000)  # MiB of stored notes on the device, at most
 
+    @property
+    def fonts(self) -> tuple[str, ...]:
+        """All soundfonts of a run, at least one."""
+        return self.soundfonts or (self.soundfont,)
+
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """The reward that rates the audio (``smart.reward``). Empty ``weights``: its first axis alone."""
+    """A reward (``smart.reward``). Empty ``weights``: its first axis alone, or all rules of ``symbolic``."""
 
     kind: str = "ce_proxy"
     weights: dict[str, float] = field(default_factory=dict)
     # passed to the reward: model, dtype, ...
     options: dict[str, Any] = field(default_factory=dict, metadata={"reserved": ("kind", "weights", "device")})
     deadline: float = _number(600.0, above=0.0, high=86_400.0)  # seconds for at most 16 clips; later the run stops
+
+
+@dataclass(frozen=True)
+class TrainedReward(RewardConfig):
+    """A reward that training optimises, alone or as one of several (``smart.reward.mixture``)."""
+
+    name: str = ""  # in the log, the metrics and the tables; empty: its kind
+    weight: float = _number(1.0, low=0.0)  # in the weighted mean of all rewards; 0: it is logged, but not optimised
+    # a piece earns nothing for a rating above this; "real": the median of real pieces through the run's soundfonts
+    target: float | str = field(default="none", metadata={"words": ("none", "real")})
+    real: str = ""  # folder of the real pieces, MIDI or audio files; empty: a figure that ships
 
 
 @dataclass(frozen=True)
@@ -106,6 +126,11 @@ class Grpo:
     micro_batch: int = _number(16, low=1)  # completions per forward and backward pass
     average: str = _choice("token", "token", "sequence", "constant")
     scale: str = _choice("group", "group", "none")
+    # several rewards: add them up, then compare within the group; or compare each within the group, then add (GDPO)
+    combine: str = _choice("sum", "sum", "normalised_sum")
+    # a reward's target limits the rating of each piece; or also, once the mean of a group has reached the target, all
+    # pieces of that group count as having reached it
+    target_of: str = _choice("piece", "piece", "group")
     max_grad_norm: float = _number(1.0, above=0.0)
     precision: str = _choice("auto", "auto", "float32", "bfloat16")  # auto: bf16 autocast on CUDA only
     diversity: float = _number(0.0, low=0.0)  # reward points for differing from the rest of the group; 0: plain GRPO
@@ -118,8 +143,10 @@ class Guard:
     """How over-optimisation is detected (``smart.guard``); ``Grpo`` and ``Track`` have further keys for it."""
 
     # the second score, which training does not optimise. kind "auto": the mean of the reward's axes without weight,
-    # or, if there are none, how likely the music is under the base model
+    # or, if there are none, ``smart.guard.DEFAULT_JUDGE``; "plausibility": how likely the music is under the base model
     judge: RewardConfig = field(default_factory=lambda: RewardConfig(kind="auto"))
+    # a soundfont through which only the judge hears; kind "auto" is then the reward itself, heard through it
+    soundfont: str = ""
 
 
 @dataclass(frozen=True)
@@ -139,17 +166,27 @@ class Track:
 
 @dataclass(frozen=True)
 class Config:
-    """A tuning run. Defaults: the paper's numbers (section 3.5), but with the base and reward that ship."""
+    """A tuning run. Defaults: the paper's numbers (section 3.5), but with the base and reward that ship.
+
+    ``reward`` and each of ``rewards`` are optimised together; ``reward.kind`` "none" leaves ``rewards`` alone, and so
+    does a file with ``[[rewards]]`` and without ``[reward]``.
+    """
 
     run: Run = field(default_factory=Run)
     model: Model = field(default_factory=Model)
     prompts: Prompts = field(default_factory=Prompts)
     sampling: Sampling = field(default_factory=Sampling)
     render: Render = field(default_factory=Render)
-    reward: RewardConfig = field(default_factory=RewardConfig)
+    reward: TrainedReward = field(default_factory=TrainedReward)
+    rewards: tuple[TrainedReward, ...] = ()
     grpo: Grpo = field(default_factory=Grpo)
     guard: Guard = field(default_factory=Guard)
     track: Track = field(default_factory=Track)
+
+    @property
+    def all_rewards(self) -> tuple[TrainedReward, ...]:
+        """``reward``, unless its kind is "none" and there are others; then ``rewards``."""
+        return self.rewards if self.rewards and self.reward.kind == NO_REWARD else (self.reward, *self.rewards)
 
 
 @dataclass(frozen=True)
@@ -235,6 +272,8 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, schema: type[Schema
     except (OSError, ValueError) as error:
         raise UserError(f"config {file}: cannot be read as TOML: {error}") from None
     overrides = {_apply(values, override): override for override in overrides}
+    if schema is Config and values.get("rewards"):
+        values.setdefault("reward", {"kind": NO_REWARD})
 
     def source(name: str) -> str:
         for key, override in overrides.items():
@@ -245,6 +284,11 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, schema: type[Schema
         return str(file)
 
     return _build(schema, values, "", source)
+
+
+def completed(path: Path, *, schema: type[Any] = Config) -> str:
+    """The configuration of a run as TOML, with the defaults of keys that did not exist when it was written."""
+    return dumps(load(path, schema=schema))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -261,13 +305,21 @@ def dumps(config: Any) -> str:
 
 def _write_table(table: dict[str, Any], prefix: str, lines: list[str]) -> None:
     for key, value in table.items():
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) and not _are_tables(value):
             lines.append(f"{_key(key)} = {_toml(value)}")
     for key, value in table.items():
+        name = f"{prefix}{_key(key)}"
         if isinstance(value, dict):
-            name = f"{prefix}{_key(key)}"
             lines += ["", f"[{name}]"]
             _write_table(value, f"{name}.", lines)
+        elif _are_tables(value):
+            for item in value:
+                lines += ["", f"[[{name}]]"]
+                _write_table(item, f"{name}.", lines)
+
+
+def _are_tables(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(item, dict) for item in value)
 
 
 def _key(key: str) -> str:
@@ -276,8 +328,10 @@ def _key(key: str) -> str:
 
 
 def _toml(value: Any) -> str:
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return f"[{', '.join(_toml(item) for item in value)}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_key(key)} = {_toml(item)}' for key, item in value.items())}}}"
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)  # inf, -inf and nan are spelled the same in TOML
     if isinstance(value, str):
@@ -290,20 +344,38 @@ def _apply(values: dict[str, Any], override: str) -> str:
     """Put an override into ``values``; returns its dotted key."""
     key, separator, text = override.partition("=")
     parts = [part.strip() for part in key.split(".")]
-    if not separator or len(parts) < 2 or not all(parts):
-        raise UserError(f"--set {override!r}: expected section.key=value, for example grpo.beta=0.02")
     try:
         parsed = parse_toml(f"value = {text}")
         value = parsed["value"] if list(parsed) == ["value"] else text
     except ValueError:
         value = text  # a bare word is a string
-    table = values
-    for part in parts[:-1]:
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
+    if not separator or not all(parts) or (len(parts) < 2 and not isinstance(value, list)):  # a list of tables
+        raise UserError(f"--set {override!r}: expected section.key=value, for example grpo.beta=0.02")
+    table: Any = values
+    for place, part in enumerate(parts[:-1]):
+        if isinstance(table, list):
+            parts[place] = str(number := _find_table(table, part, override))
+            table = table[number]
+        else:
+            table = table.setdefault(part, {})
+        if not isinstance(table, dict) and not _are_tables(table):
             raise UserError(f"--set {override!r}: {part} is not a section")
+    if isinstance(table, list):
+        raise UserError(
+            f"--set {override!r}: {parts[-2]} has several tables; say which, as in {parts[-2]}.0.{parts[-1]}"
+        )
     table[parts[-1]] = value
     return ".".join(parts)
+
+
+def _find_table(tables: list[Any], wanted: str, override: str) -> int:
+    """The index of a table in a list, given by its index, or by its name or kind if only one table has it."""
+    if wanted.isdecimal() and int(wanted) < len(tables):
+        return int(wanted)
+    names = [table.get("name") or table.get("kind") for table in tables]
+    if names.count(wanted) != 1:
+        raise UserError(f"--set {override!r}: no table is called {wanted}; expected 0 to {len(tables) - 1}, or a name")
+    return names.index(wanted)
 
 
 def _build(schema: type[Schema], values: dict[str, Any], prefix: str, source: Callable[[str], str]) -> Schema:
@@ -318,7 +390,12 @@ def _build(schema: type[Schema], values: dict[str, Any], prefix: str, source: Ca
             hint = f"did you mean {prefix}{close[0]}?" if close else f"allowed: {', '.join(fields)}"
             raise UserError(f"{source(name)}: unknown key {name} = {_short(value)}; {hint}")
         kind = hints[key]
-        if dataclasses.is_dataclass(kind):
+        if get_origin(kind) is tuple and dataclasses.is_dataclass(entry := get_args(kind)[0]):
+            if not isinstance(value, list) or not all(isinstance(table, dict) for table in value):
+                raise UserError(f"{source(name)}: {name} = {_short(value)}: expected tables [[{name}]]")
+            built = (_build(entry, table, f"{name}.{number}.", source) for number, table in enumerate(value))  # type: ignore[arg-type]  # as below
+            arguments[key] = tuple(built)
+        elif dataclasses.is_dataclass(kind):
             if not isinstance(value, dict):
                 raise UserError(f"{source(name)}: {name} = {_short(value)}: expected a section [{name}]")
             arguments[key] = _build(kind, value, f"{name}.", source)  # type: ignore[arg-type]  # is_dataclass narrows to instances too
@@ -331,10 +408,18 @@ def _check(kind: Any, value: Any, name: str, allowed: Any, source: str) -> Any:
     def wrong(expected: str) -> UserError:
         return UserError(f"{source}: {name} = {_short(value)}: expected {expected}")
 
+    if "words" in allowed:  # a number, or one of some words
+        if value in allowed["words"] or _is_number(value):
+            return value if isinstance(value, str) else float(value)
+        raise wrong(f"a finite number or one of {', '.join(allowed['words'])}")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         if not _is_number(value):
             raise wrong("a finite number")
         value = float(value)
+    if kind == tuple[str, ...]:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise wrong('a list of strings, for example ["timgm", "fluidr3"]')
+        return tuple(value)
     if kind == dict[str, float]:
         if not isinstance(value, dict) or not all(_is_number(item) for item in value.values()):
             raise wrong("a table of finite numbers, for example { CE = 1.0 }")

@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Phi3ForCausalLM
 
 from smart import UserError
-from smart.config import Data, Optimisation, PretrainConfig, dumps
+from smart.config import Data, Optimisation, PretrainConfig, completed, dumps
 from smart.cores import summary
 from smart.corpus import Corpus
 from smart.distributed import World, join
@@ -229,7 +229,7 @@ class Pretraining:
             if (rows := getattr(settings, name)) < (many := self.world.size):
                 raise UserError(f"optimisation.{name} = {rows}: expected at least one row for each of {many} processes")
         self.corpus = Corpus(Path(data.corpus))
-        soundfont = checked_soundfont(config.render.soundfont)
+        soundfont = checked_soundfont(config.render.fonts[0])
         self.tokenizer = self.corpus.tokenizer
         self.facts = vocabulary(self.tokenizer)
         model: Any = _start(config, self.tokenizer)
@@ -251,6 +251,7 @@ class Pretraining:
             resume=self._resume,
             overwrite=self._overwrite,
             keep=settings.keep_checkpoints,
+            complete=partial(completed, schema=PretrainConfig),
         )
         self.run = opened.enter_context(run)
         return soundfont

@@ -37,7 +37,9 @@ def test_the_papers_other_runs_differ_from_it_only_where_they_say() -> None:
     def flat(name: str) -> dict[str, object]:
         config = load(name)
         return {
-            f"{section}.{key}": value for section, values in vars(config).items() for key, value in vars(values).items()
+            f"{section}.{key}": value
+            for section, values in to_dict(config).items()
+            for key, value in dict(values).items()
         }
 
     paper = flat("paper.toml")
@@ -193,3 +195,62 @@ def test_any_toml_is_taken_or_refused_in_one_line(tmp_path: Path, values: dict[s
         return
     path.write_text(dumps(config), encoding="utf-8")
     assert load(path) == config
+
+
+SEVERAL = """
+[[rewards]]
+kind = "ce_proxy"
+target = "real"
+
+[[rewards]]
+kind = "symbolic"
+name = "rules"
+weight = 0.5
+target = 8
+options = { dissonance = "low", note_density = 6.0 }
+"""
+
+
+def test_several_rewards(tmp_path: Path) -> None:
+    """They replace the default one; a ``[reward]`` in the file stays the first of them."""
+    file = tmp_path / "several.toml"
+    file.write_text(SEVERAL)
+    config = load(file)
+    assert [one.kind for one in config.all_rewards] == ["ce_proxy", "symbolic"]
+    assert [one.target for one in config.all_rewards] == ["real", 8.0]
+    assert config.rewards[1].options == {"dissonance": "low", "note_density": 6.0}
+    assert [one.kind for one in load(file, ["reward.kind=audiobox"]).all_rewards] == [
+        "audiobox",
+        "ce_proxy",
+        "symbolic",
+    ]
+    assert [one.kind for one in load(file, ["rewards=[]", "reward.kind=audiobox"]).all_rewards] == ["audiobox"]
+    assert [one.kind for one in load("paper.toml").all_rewards] == ["audiobox"]
+    file.write_text(dumps(config))
+    assert load(file) == config
+    overrides = ["rewards.rules.weight=2", "rewards.0.target=7.5", "rewards.ce_proxy.options.coefficients=x.json"]
+    config = load(file, overrides)
+    assert (config.rewards[0].target, config.rewards[1].weight) == (7.5, 2.0)
+    assert config.rewards[0].options == {"coefficients": "x.json"}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rewards.2.weight=1", "no table is called 2; expected 0 to 1, or a name"),
+        ("rewards.weight=1", r"rewards has several tables; say which, as in rewards\.0\.weight"),
+        ("rewards.rules.weigth=1", r"--set .*: unknown key rewards\.1\.weigth = 1; did you mean rewards\.1\.weight\?"),
+        ("rewards.rules.weight=-1", r"rewards\.1\.weight = -1.0: expected a value at least 0"),
+        ("rewards.0.target=high", "expected a finite number or one of none, real"),
+        ("rewards.0.options.a.b=1", ""),
+        ("render.soundfonts=timgm", "expected a list of strings"),
+    ],
+)
+def test_a_mistake_in_several_rewards_is_named(tmp_path: Path, override: str, message: str) -> None:
+    file = tmp_path / "several.toml"
+    file.write_text(SEVERAL)
+    if not message:
+        assert load(file, [override]).rewards[0].options == {"a": {"b": 1}}
+        return
+    with pytest.raises(UserError, match=message):
+        load(file, [override])

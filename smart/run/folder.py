@@ -1,8 +1,9 @@
 """A run's folder: created, continued or replaced, and held by one process; nothing is lost silently."""
 
 import json
+import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,10 +25,13 @@ def check_packages() -> None:
 
 
 @contextmanager
-def open_run_folder(folder: Path, config: str, *, resume: bool, overwrite: bool) -> Iterator[None]:
+def open_run_folder(
+    folder: Path, config: str, *, resume: bool, overwrite: bool, complete: Callable[[Path], str] | None = None
+) -> Iterator[None]:
     """Create the run's folder, or check that it may be continued or replaced; nothing is lost silently.
 
-    Until the end of the ``with`` no other process can open it, so that two never write one run.
+    ``complete`` reads the configuration of a run that an older version began, and adds the keys that did not exist yet.
+    Until the end of the ``with`` no other process can open the folder, so that two never write one run.
     """
     if "\0" in str(folder):
         raise UserError(f"run {str(folder)!r}: a folder cannot have that name; choose another run.name")
@@ -37,7 +41,7 @@ def open_run_folder(folder: Path, config: str, *, resume: bool, overwrite: bool)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(hold(folder))
-            _make_or_check(folder, config, resume=resume, overwrite=overwrite)
+            _make_or_check(folder, config, resume=resume, overwrite=overwrite, complete=complete)
         except BlockingIOError:
             raise UserError(
                 f"run {folder}: another process is working in it; wait for that process, or stop it"
@@ -47,7 +51,9 @@ def open_run_folder(folder: Path, config: str, *, resume: bool, overwrite: bool)
         yield
 
 
-def _make_or_check(folder: Path, config: str, *, resume: bool, overwrite: bool) -> None:
+def _make_or_check(
+    folder: Path, config: str, *, resume: bool, overwrite: bool, complete: Callable[[Path], str] | None
+) -> None:
     # checkpoints go first, so that a half-deleted run is not continued from one of them; the file that marks the folder
     # as a run goes last
     order = {"checkpoints": 0, CONFIG: 2}
@@ -63,7 +69,7 @@ def _make_or_check(folder: Path, config: str, *, resume: bool, overwrite: bool) 
             "or --set run.name=NAME to choose another name"
         )
     elif (folder / CONFIG).is_file():
-        _refuse_changes(folder, config)
+        _refuse_changes(folder, config, complete)
     if not (folder / CONFIG).is_file():
         write_atomically(folder / CONFIG, config.encode())
 
@@ -118,16 +124,18 @@ MAY_CHANGE = (
     "render.workers",
     "render.deadline",
     "reward.deadline",
+    "rewards.deadline",
     "track.trace_every",
 )  # these do not change the result
 
 
-def _refuse_changes(folder: Path, config: str) -> None:
+def _refuse_changes(folder: Path, config: str, complete: Callable[[Path], str] | None) -> None:
     """Raise ``UserError`` if a run would be continued with another configuration."""
     try:
         before = parse_toml((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"run {folder}: its {CONFIG} cannot be read ({error})") from None
+    before = before if complete is None else parse_toml(complete(folder / CONFIG))
     changed = changes(before, parse_toml(config), but=MAY_CHANGE)
     if changed:
         raise UserError(
@@ -137,17 +145,19 @@ def _refuse_changes(folder: Path, config: str) -> None:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], *, but: Collection[str] = ()) -> list[str]:
-    """How nested settings differ: one clause per dotted key, except those in ``but``."""
+    """How nested settings differ: one clause per dotted key, except those in ``but``, without numbers of tables."""
     old, new = _flat(before), _flat(now)
     return [
         f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in but
+        if old.get(key) != new.get(key) and re.sub(r"\.\d+\.", ".", key) not in but
     ]
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in table.items():
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):  # [[tables]]
+            value = {str(number): item for number, item in enumerate(value)}
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

@@ -24,11 +24,21 @@ class Run:
     """Holds a run's folder; use it as a context manager, then ``open`` its files.
 
     ``config`` is the text of its configuration, ``program`` the module that continues it, ``keep`` the number of
-    checkpoints that are kept (0: all). Only the lead process writes; the others wait until the folder exists.
+    checkpoints that are kept (0: all), ``complete`` that of ``open_run_folder``. Only the lead process writes; the
+    others wait until the folder exists.
     """
 
     def __init__(
-        self, folder: Path, config: str, *, program: str, world: World, resume: bool, overwrite: bool, keep: int
+        self,
+        folder: Path,
+        config: str,
+        *,
+        program: str,
+        world: World,
+        resume: bool,
+        overwrite: bool,
+        keep: int,
+        complete: Callable[[Path], str] | None = None,
     ) -> None:
         self.folder = folder
         self.checkpoints = folder / "checkpoints"
@@ -36,7 +46,7 @@ class Run:
         self.files: Tracker
         self.bar: Any
         self._config, self._resume, self._overwrite = config, resume, overwrite
-        self._program, self._world, self._keep = program, world, keep
+        self._program, self._world, self._keep, self._complete = program, world, keep, complete
         self._stop = StopRequest()
         self._opened = ExitStack()
 
@@ -45,7 +55,13 @@ class Run:
             opened.enter_context(self._stop)  # first, since all that follows takes time
             if self._world.lead:
                 opened.enter_context(
-                    open_run_folder(self.folder, self._config, resume=self._resume, overwrite=self._overwrite)
+                    open_run_folder(
+                        self.folder,
+                        self._config,
+                        resume=self._resume,
+                        overwrite=self._overwrite,
+                        complete=self._complete,
+                    )
                 )
             self._world.wait()  # until the folder exists
             if self._resume:
