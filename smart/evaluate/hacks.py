@@ -27,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from smart import UserError, plots, require
+from smart.corpus import read_score
 from smart.evaluate.ratings import (
     Audio,
     Kept,
@@ -37,7 +38,6 @@ from smart.evaluate.ratings import (
     load_rewards,
     rate,
     rate_scores,
-    read_score,
     table,
     with_interval,
     writing,

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from smart import UserError, plots, require
+from smart.corpus import read_score
 from smart.evaluate.ratings import (
     MIDI,
     Audio,
@@ -32,7 +33,6 @@ from smart.evaluate.ratings import (
     columns,
     load_rewards,
     rate,
-    read_score,
     table,
     with_interval,
     writing,
