@@ -111,7 +111,7 @@ def alone(config: Config, run: Path) -> dict[str, float]:
     sampler = Sampler(
         model, pad_id=facts.pad_id, eos_id=facts.eos_id, dtype=pick_precision(config.sampling.dtype, device)
     )
-    reward = load_reward(config.reward.kind, device=device, **config.reward.options)
+    reward = load_reward(config.all_rewards[0].kind, device=device, **config.all_rewards[0].options)
 
     def generate() -> None:
         sampler.sample(
@@ -136,7 +136,7 @@ def alone(config: Config, run: Path) -> dict[str, float]:
     # full-length clips: a clip's length changes little, since Audiobox pads it to ten seconds
     audio = torch.randn(len(tokens), round(config.render.seconds * reward.sample_rate)).clamp(-3, 3) / 3
     with RenderPool(
-        find_soundfont(config.render.soundfont),
+        find_soundfont(config.render.fonts[0]),
         sample_rate=config.render.sample_rate,
         seconds=config.render.seconds,
         workers=config.render.workers or None,
@@ -189,12 +189,12 @@ def measure(options: argparse.Namespace, config: Config) -> dict[str, Any]:
 
 def against_peer(options: argparse.Namespace, config: Config, folder: Path) -> dict[str, Any]:
     """Our iterations and the peer's, each round in two separate processes, in alternating order."""
-    if config.reward.kind != "audiobox" or config.prompts.kind != "procedural":
+    if config.all_rewards[0].kind != "audiobox" or config.prompts.kind != "procedural":
         raise UserError("--peer needs reward.kind = 'audiobox' and prompts.kind = 'procedural'; the peer has no others")
     settings = {
         "base": str(find_base(config.model.base)),
-        "audiobox": str(config.reward.options.get("model", HUB_ID)),
-        "soundfont": str(find_soundfont(config.render.soundfont)),
+        "audiobox": str(config.all_rewards[0].options.get("model", HUB_ID)),
+        "soundfont": str(find_soundfont(config.render.fonts[0])),
         "sample_rate": config.render.sample_rate,
         "seconds": config.render.seconds,
         "max_new_tokens": config.sampling.max_new_tokens,
@@ -290,7 +290,7 @@ def main() -> None:
             parser.exit(2, f"Error: {error.message}\n")
     rows = config.grpo.prompts * config.grpo.group_size
     print(
-        f"{rows} completions of up to {config.sampling.max_new_tokens} tokens, reward {config.reward.kind}, "
+        f"{rows} completions of up to {config.sampling.max_new_tokens} tokens, reward {config.all_rewards[0].kind}, "
         f"{options.iterations} iterations after a warm-up"
     )
     if options.peer:
@@ -309,7 +309,7 @@ def main() -> None:
             f"busiest: {found['busiest_resource']}, {found['busiest_seconds']:.2f} s of work per iteration; "
             f"the iteration takes {found['times_busiest']:.2f} times as long; peak {found['peak_memory_gb']:.1f} GB"
         )
-    common.report("iteration", options, {"completions": rows, "reward": config.reward.kind, **found})
+    common.report("iteration", options, {"completions": rows, "reward": config.all_rewards[0].kind, **found})
 
 
 if __name__ == "__main__":

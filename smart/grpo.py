@@ -20,6 +20,8 @@ How this differs from its sources, and why:
   by the group's standard deviation ("none": Dr. GRPO).
 - pi_old is the distribution that the tokens were drawn from, as the sampler reports it; there is no second forward
   pass. With top-k or top-p it is the truncated one; without them the two agree to rounding (``policy/dlogp_max``).
+- Of several rewards, ``combine`` "sum" compares their weighted mean; "normalised_sum" compares each reward within the
+  group, adds these advantages and normalises the sum over the batch (GDPO, Liu et al. 2026).
 - A completion that could not be rated has reward NaN: it is left out of its group's mean and std, has advantage 0,
   and is counted. It is never rated 0.
 - With ``rollouts_ahead`` = 1 the next batch is drawn before the update, so that workers render it meanwhile: from the
@@ -54,6 +56,7 @@ from smart.sampler import Rollout
 from smart.tuning import Tuning
 
 __all__ = [
+    "decoupled_advantages",
     "group_advantages",
     "grpo_loss",
     "kl_k3",
@@ -88,6 +91,22 @@ def group_advantages(
         variance = centred.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)
         centred = centred / (variance.sqrt() + eps)
     return centred.flatten()
+
+
+def decoupled_advantages(
+    rewards: torch.Tensor, weights: torch.Tensor, group_size: int, *, eps: float = 1e-4
+) -> torch.Tensor:
+    """GDPO (Liu et al. 2026): (N,) from K rewards (K, N) with weights (K,), none of which drowns the others.
+
+    A_i = sum over k of w_k times reward k's ``group_advantages``; then (A_i - mean(A)) / (std(A) + eps) over the batch.
+    A completion that lacks one of the rewards is left out of all statistics and has advantage 0.
+    """
+    rated = rewards.isfinite().all(dim=0)
+    each = [group_advantages(reward.where(rated, math.nan), group_size, eps=eps) for reward in rewards]
+    total = (weights[:, None] * torch.stack(each)).sum(dim=0)
+    count = rated.sum()
+    centred = (total - total.sum() / count.clamp(min=1)).where(rated, 0)
+    return centred / ((centred.square().sum() / (count - 1).clamp(min=1)).sqrt() + eps)
 
 
 def kl_k3(logp: torch.Tensor, ref_logp: torch.Tensor) -> torch.Tensor:
@@ -255,7 +274,10 @@ def train(config: Config, *, reward: Reward | None = None, resume: bool = False,
             # 3. rate each clip when it arrives, then gather: every process gets the whole batch
             batch = run.rate(step, drawn, ref_logp)
             # 4. compare each completion with its group
-            advantages = group_advantages(run.rewards(batch), settings.group_size, scale=settings.scale)
+            if settings.combine == "sum":
+                advantages = group_advantages(run.rewards(batch), settings.group_size, scale=settings.scale)
+            else:
+                advantages = decoupled_advantages(*run.each_reward(batch), settings.group_size)
             # 5. learn
             stats = update(
                 run.policy,

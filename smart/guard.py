@@ -5,7 +5,8 @@ keeps rising while the music gets worse or less varied (Gao, Schulman and Hilton
 grows, a true score falls behind, then drops). Three measurements show this; training optimises none of them:
 
 - the distance from the base, KL in nats: the price of the reward;
-- a second score (``Judge``): other axes, another reward, or, if there are none, how likely the music is under the base;
+- a second score (``Judge``): other axes, another reward, the same reward through another soundfont, or, if there is
+  nothing else, how likely the music is under the base;
 - how varied the pieces are (``smart.diversity``), compared with the base's for the same prompts.
 
 ``HeldOut`` takes these measurements; ``Guard`` stores them and decides which one is best and when to stop.
@@ -14,7 +15,7 @@ grows, a true score falls behind, then drops). Three measurements show this; tra
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,13 +27,17 @@ from smart import UserError, diversity
 from smart.features import midi_features
 from smart.files import parse_json, write_atomically
 from smart.logprobs import Reference
-from smart.render import Audio
+from smart.render import Audio, Renderer
 from smart.reward import Reward
-from smart.rollout import Batch, Batches, Drawn, Scorer
+from smart.reward.mixture import single_parts
+from smart.rollout import Batch, Batches, Clips, Drawn, Fonts, Scorer
 from smart.sampler import Sampler
 from smart.tokens import decode
 
+# the second score where no other is named and every axis of the reward has a weight: a reward's kind, or plausibility
+DEFAULT_JUDGE = "plausibility"
 COMPLETIONS = 4  # per held-out prompt, so that pieces for one prompt can be compared
+PLAUSIBILITY = "plausibility"
 STATE = "guard.json"  # in a checkpoint
 
 # the measures in the rule for collapse: each is large if pieces differ. Velocities are not among them: even
@@ -82,19 +87,41 @@ def variety(
     }
 
 
+def default_judge(reward: Reward) -> str | None:
+    """The kind of the reward that judges where none is named; None if the judge needs no other reward."""
+    return None if unweighted(reward) or DEFAULT_JUDGE == PLAUSIBILITY else DEFAULT_JUDGE
+
+
+def unweighted(reward: Reward) -> list[str]:
+    """The axes of a reward that training does not optimise."""
+    return [axis for axis in reward.axes if not reward.weights.get(axis)]
+
+
 class Judge:
     """A second score for held-out completions that training does not optimise. Higher is better.
 
     It is ``other``, a second reward; without one, the mean of those axes of ``reward`` that have no weight; if there
-    are none, plausibility: the mean log-probability of a completion's tokens under the base, in nats per token.
+    are none, or if ``plausible`` is set, plausibility: the mean log-probability of a completion's tokens under the
+    base, in nats per token. ``pool`` renders the pieces for ``other`` with ``soundfont``; without it, ``other`` hears
+    what the reward hears.
     """
 
-    def __init__(self, reward: Reward, other: Reward | None = None, *, deadline: float = math.inf) -> None:
+    def __init__(
+        self,
+        reward: Reward,
+        other: Reward | None = None,
+        *,
+        deadline: float = math.inf,
+        plausible: bool = False,
+        pool: Renderer | None = None,
+        soundfont: str = "",
+    ) -> None:
         self.other = other
         self.deadline = deadline  # seconds per batch of clips that ``other`` rates
-        self.axes = [axis for axis in reward.axes if not reward.weights.get(axis)]
+        self.pool = pool
+        self.axes = [] if plausible else unweighted(reward)
         if other is not None:
-            self.name = f"{other.name} ({' '.join(other.weights)})"
+            self.name = f"{other.name} ({' '.join(other.weights)})" + (f" through {soundfont}" if soundfont else "")
         elif self.axes:
             self.name = f"the mean of the other axes of {reward.name} ({' '.join(self.axes)})"
         else:
@@ -106,16 +133,34 @@ class Judge:
             scorer = batches.scorer
             second = Scorer(
                 scorer.tokenizer,
-                scorer.pool,
+                self.pool or scorer.pool,
                 self.other,
                 sample_rate=scorer.sample_rate,
+                seconds=scorer.horizon.seconds,
                 deadline=self.deadline,
             )
-            rated = second.collect(drawn.clips.in_order())
+            if self.pool is None:
+                clips = drawn.clips.in_order()
+            else:
+                clips = Clips(second).submit_rest(drawn.rollout)
+            rated = second.collect(clips, pieces=batches.pieces(drawn.rollout, self.other))
             return torch.cat(batches.world.gather(rated.rewards))
         if self.axes:
             return torch.stack([batch.rated.scores[axis] for axis in self.axes]).mean(0)
         return plausibility(batch)
+
+
+def optimised_axes(reward: Reward, judge: Judge) -> list[str]:
+    """The axes that training optimises and ``judge`` rates as well, with the same soundfont; "kind.axis" each."""
+    if judge.other is None or judge.pool is not None:
+        return []
+    judging = {f"{part.reward.name}.{axis}" for part in single_parts(judge.other) for axis in part.reward.weights}
+    return [
+        name
+        for part in single_parts(reward)
+        for axis, weight in part.reward.weights.items()
+        if part.weight * weight and (name := f"{part.reward.name}.{axis}") in judging
+    ]
 
 
 def plausibility(batch: Batch) -> torch.Tensor:
@@ -132,18 +177,26 @@ class HeldOut:
     """
 
     def __init__(
-        self, prompts: torch.Tensor, *, seed: int, batches: Batches, judge: Judge, reference: Reference
+        self,
+        prompts: torch.Tensor,
+        *,
+        seed: int,
+        batches: Batches,
+        judge: Judge,
+        reference: Reference,
+        fonts: Sequence[Fonts] | None = None,
     ) -> None:
         self.prompts = prompts  # (B, P)
         self.seed = seed
         self.batches = batches
         self.judge = judge
         self.reference = reference
+        self.fonts = fonts  # of each prompt, the same in each measurement; None: there is one soundfont
 
     def measure(self, sampler: Sampler) -> dict[str, float]:
         """The metrics that docs/metrics.md defines under ``held_out/``, by name; the same in every process."""
         generator = torch.Generator(self.prompts.device).manual_seed(self.seed)
-        drawn = self.batches.draw(sampler, self.prompts, group_size=COMPLETIONS, generator=generator)
+        drawn = self.batches.draw(sampler, self.prompts, group_size=COMPLETIONS, generator=generator, fonts=self.fonts)
         base_logp = self.reference.logprobs(drawn.rollout)  # while the workers render
         many = len(self.prompts) * COMPLETIONS
         batch = self.batches.rate(drawn, base_logp, keep=range(many))

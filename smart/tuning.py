@@ -5,6 +5,7 @@
 Axes: N sequences of a batch, of which this process has n; P prompt length, T completion length.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
@@ -15,20 +16,20 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from smart import Failure, UserError, require
-from smart.config import Config, RewardConfig, dumps
+from smart import Failure, UserError, objective, require
+from smart.config import Config, TrainedReward, completed, dumps
 from smart.cores import share, summary
 from smart.corpus import Corpus
 from smart.distributed import World, join
-from smart.diversity import alikeness, distinct_rewards
 from smart.files import replace_files
-from smart.guard import Guard, HeldOut, Judge
+from smart.guard import Guard, HeldOut
 from smart.logprobs import Reference
 from smart.model import find_base, load_base, pick_device, pick_precision, save_base
 from smart.plots import curves, timeline
 from smart.prompts import LONGEST, Pieces, draw
 from smart.render import Renderer, checked_soundfont, open_renderer
-from smart.reward import Reward, load_reward
+from smart.reward import Mixture, Reward
+from smart.reward.mixture import Part, as_one
 from smart.rollout import Agreement, Batch, Batches, Clips, Drawn, Scorer, completion_metrics, device_names
 from smart.run import Run, Stopwatch, check_packages, checkpoint, summarise
 from smart.sampler import Rollout, Sampler
@@ -43,9 +44,10 @@ class Parts(NamedTuple):
     """What a run needs from outside; it is found before any work starts."""
 
     base: Path
-    soundfont: Path
-    reward: Reward
+    soundfonts: list[Path]
+    rewards: list[Part]
     judge: Reward | None  # a second reward for held-out completions, if one is configured
+    judge_soundfont: Path | None  # through which the judge hears, if it is another one
     pieces: Pieces | None  # for prompts of kind "dataset"
     unseen: Pieces | None  # the same for held-out prompts, from another split
 
@@ -55,26 +57,23 @@ def preflight(config: Config, world: World, reward: Reward | None = None) -> Par
 
     Raises one ``UserError`` that lists everything that is missing.
     """
-    found = require(
+    fonts = [partial(checked_soundfont, font) for font in config.render.fonts]
+    rewards = objective.reward_finders(config, world.device, reward)
+    base, *found = require(
         lambda: find_base(config.model.base),
-        lambda: checked_soundfont(config.render.soundfont),
-        lambda: _load_reward(config.reward, world) if reward is None else reward,
-        lambda: _find_judge(config, world),
+        *fonts,
+        *rewards,
+        lambda: objective.find_named_judge(config, world.device),
+        lambda: checked_soundfont(config.guard.soundfont) if config.guard.soundfont else None,
         lambda: _find_pieces(config, config.prompts.split),
         lambda: _find_unseen(config),
         check_packages,
     )
-    return Parts(*found[:6])
-
-
-def _load_reward(wanted: RewardConfig, world: World) -> Reward:
-    return load_reward(wanted.kind, weights=wanted.weights or None, device=world.device, **wanted.options)
-
-
-def _find_judge(config: Config, world: World) -> Reward | None:
-    if config.guard.judge.kind == "auto" or not config.track.held_out_every:
-        return None
-    return _load_reward(config.guard.judge, world)
+    soundfonts, found = found[: len(fonts)], found[len(fonts) :]
+    parts = Parts(base, soundfonts, found[: len(rewards)], *found[len(rewards) : len(rewards) + 4])
+    if reward is None:
+        objective.check_rewards(config, parts.rewards, parts.soundfonts)
+    return parts
 
 
 def _find_pieces(config: Config, split: str) -> Pieces | None:
@@ -98,6 +97,8 @@ def _find_unseen(config: Config) -> Pieces | None:
 def check_sizes(config: Config, world: World) -> None:
     """Raise ``UserError`` for settings that contradict each other or the number of processes."""
     settings, track = config.grpo, config.track
+    if settings.combine != "sum" and (settings.scale == "none" or settings.diversity):
+        raise UserError('grpo.combine = "normalised_sum": needs grpo.scale = "group" and grpo.diversity = 0')
     if not track.held_out_every and (settings.kl_budget or settings.stop_on_collapse):
         raise UserError("grpo.kl_budget and grpo.stop_on_collapse need measurements: set track.held_out_every above 0")
     shared = {"grpo.prompts": settings.prompts, "track.final_prompts": track.final_prompts}
@@ -124,8 +125,8 @@ class Tuning:
         if not (reward is None or isinstance(reward, Reward)):
             raise TypeError(f"reward: expected an object of a subclass of smart.reward.Reward, got {reward!r}")
         if reward is not None:  # name it in the run's configuration, so that nobody resumes with a different one
-            given = replace(config.reward, kind=reward.name, weights=reward.weights, options={})
-            config = replace(config, reward=given)
+            given = TrainedReward(kind=reward.name, weights=reward.weights, deadline=config.reward.deadline)
+            config = replace(config, reward=given, rewards=())
         self.config = config
         self.folder = Path(config.run.folder) / config.run.name
         self._before_update: int | None = None  # the current iteration, until it has changed the weights
@@ -169,8 +170,15 @@ class Tuning:
             resume=self._resume,
             overwrite=self._overwrite,
             keep=config.track.keep_checkpoints,
+            complete=completed,
         )
         self.run = opened.enter_context(run)
+        parts = self.parts
+        self.reward = parts.rewards[0].reward
+        if self._reward is None:
+            found = objective.find_targets(config, parts.rewards, parts.soundfonts, self.folder, world)
+            self.reward = as_one(parts.rewards, found)
+        self.judge = objective.find_judge(config, world.device, self.reward, self.parts.judge)
 
     def _build_models(self) -> None:
         """Make optimizer, reference and samplers; if the run is resumed, restore them from the last checkpoint."""
@@ -218,25 +226,28 @@ class Tuning:
         render, sampling = self.config.render, self.config.sampling
         self.run.open(self.done, self.config.grpo.iterations, "iteration")
         self._workers = render.workers or share(self.world.neighbours)
-        renderer: AbstractContextManager[Renderer] = open_renderer(
-            render.backend,
-            self.parts.soundfont,
-            sample_rate=render.sample_rate,
-            seconds=render.seconds,
-            workers=self._workers,
-            deadline=render.deadline,
-            device=self.world.device,
-            bank_megabytes=render.bank_megabytes,
-        )
+        rendering: dict[str, Any] = {
+            "sample_rate": render.sample_rate,
+            "seconds": render.seconds,
+            "workers": self._workers,
+            "deadline": render.deadline,
+            "device": self.world.device,
+            "bank_megabytes": render.bank_megabytes,
+        }
+        renderer: AbstractContextManager[Renderer] = open_renderer(render.backend, self.parts.soundfonts, **rendering)
         pool = opened.enter_context(renderer)
         scorer = Scorer(
             self.tokenizer,
             pool,
-            self.parts.reward,
+            self.reward,
             sample_rate=render.sample_rate,
             seconds=render.seconds,
-            deadline=self.config.reward.deadline,
+            deadline=math.inf if isinstance(self.reward, Mixture) else self.parts.rewards[0].deadline,
         )
+        judge_pool = None
+        if self.judge is not None and self.parts.judge_soundfont is not None:
+            renderer = open_renderer(render.backend, self.parts.judge_soundfont, **rendering)
+            judge_pool = opened.enter_context(renderer)
         self.batches = Batches(
             scorer,
             self.world,
@@ -247,7 +258,7 @@ class Tuning:
         )
         self._devices = device_names(self.world)
         self.batches.agreement = self._agreement()
-        self.guard = self._open_guard()
+        self.guard = self._open_guard(judge_pool)
         self.watch = Stopwatch()
         self._drawn_ahead = None if self._restored_rollout is None else self._render_rollout(self._restored_rollout)
         self._render_metrics: dict[str, float] = {}  # of the current batch
@@ -268,7 +279,7 @@ class Tuning:
             log=self.run.log,
         )
 
-    def _open_guard(self) -> Guard:
+    def _open_guard(self, judge_pool: Renderer | None) -> Guard:
         """Set up the measurements on held-out prompts, which are drawn separately, with their own generator."""
         track, settings, held_out = self.config.track, self.config.grpo, None
         if track.held_out_every:
@@ -277,8 +288,9 @@ class Tuning:
                 self._draw_prompts(track.held_out_prompts, torch.Generator().manual_seed(seed), self.parts.unseen),
                 seed=seed,
                 batches=self.batches,
-                judge=Judge(self.parts.reward, self.parts.judge, deadline=self.config.guard.judge.deadline),
+                judge=objective.make_judge(self.config, self.reward, self.judge, judge_pool),
                 reference=self.reference,
+                fonts=objective.fonts_of(self.config, 0, track.held_out_prompts),
             )
         guard = Guard(
             held_out,
@@ -297,9 +309,9 @@ class Tuning:
         iterations = self.config.grpo.iterations
         log(f"run {self.folder}: base {self.parts.base} on {device}, {self.done} of {iterations} iterations done")
         log(summary(self._workers))
-        log(f"reward: {self.parts.reward.provenance or self.parts.reward.name}")
-        if self.guard.held_out:
-            log(f"held-out score: {self.guard.held_out.judge.name}")
+        judge = self.guard.held_out.judge if self.guard.held_out else None
+        for line in objective.described(self.config, self.reward, judge):
+            log(line)
         if self.run.stopping():
             self.run.leave()
         if not self.done and (measured := self.guard.look(0, self.samplers["base"])):
@@ -327,10 +339,10 @@ class Tuning:
 
         With ``rollouts_ahead`` = 1 this returns the batch sampled one iteration ago, and samples the next one.
         """
-        drawn = self._drawn_ahead or self._draw_batch()
+        drawn = self._drawn_ahead or self._draw_batch(step)
         more = self.config.grpo.rollouts_ahead and step < self.config.grpo.iterations
         # while the workers render ``drawn``
-        self._drawn_ahead = self._draw_batch()._replace(stale=True) if more else None
+        self._drawn_ahead = self._draw_batch(step + 1)._replace(stale=True) if more else None
         self.watch.lap("generate")
         return drawn
 
@@ -340,7 +352,7 @@ class Tuning:
         self.watch.lap("reference")
         return ref_logp
 
-    def _draw_batch(self) -> Drawn:
+    def _draw_batch(self, number: int) -> Drawn:
         settings = self.config.grpo
         return self.batches.draw(
             self.samplers["tuned"],
@@ -348,13 +360,18 @@ class Tuning:
             group_size=settings.group_size,
             generator=self.generators["sampler"],
             stopwatch=self.watch,
+            fonts=objective.fonts_of(self.config, number, settings.prompts),
         )
 
     def _render_rollout(self, rollout: Rollout) -> Drawn:
         """Have a rollout from a checkpoint rendered: a batch that was sampled ahead."""
-        clips = Clips(self.batches.scorer, self.watch)
+        settings = self.config.grpo
+        fonts = self.batches.fonts_of_rows(
+            objective.fonts_of(self.config, self.done + 1, settings.prompts), settings.group_size
+        )
+        clips = Clips(self.batches.scorer, self.watch, fonts=fonts)
         clips.submit_rest(rollout)
-        first = self.world.share(self.config.grpo.prompts).start * self.config.grpo.group_size
+        first = self.world.share(settings.prompts).start * settings.group_size
         return Drawn(rollout, clips, first, stale=True)
 
     def rate(self, step: int, drawn: Drawn, ref_logp: torch.Tensor) -> Batch:
@@ -385,11 +402,11 @@ class Tuning:
 
     def rewards(self, batch: Batch) -> torch.Tensor:
         """The rewards (N,) to learn from: the ratings, plus a bonus for diversity if ``grpo.diversity`` is above 0."""
-        settings = self.config.grpo
-        if not settings.diversity:
-            return batch.rated.rewards
-        pieces = [decode(self.tokenizer, row) for row in batch.rollout.tokens.cpu()]
-        return distinct_rewards(batch.rated.rewards, alikeness(pieces, settings.group_size), weight=settings.diversity)
+        return objective.summed_rewards(self.config, self.reward, batch, self.tokenizer)
+
+    def each_reward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """What each of the K rewards with a weight gives, up to its target, (K, N), and their weights (K,)."""
+        return objective.each_reward(self.config, self.reward, batch)
 
     def record(self, step: int, batch: Batch, advantages: torch.Tensor, stats: dict[str, float]) -> None:
         """Measure and log the iteration, save it if it is time; then exit if a signal asked for it.
@@ -410,6 +427,7 @@ class Tuning:
         self.watch.lap("record")
         metrics = {
             **batch.rated.metrics(group_size),
+            **(self.reward.metrics(batch.rated.scores, group_size) if isinstance(self.reward, Mixture) else {}),
             **{f"policy/{key}": value for key, value in stats.items()},
             "policy/learning_rate": self.optimizer.param_groups[0]["lr"],
             **quality,
@@ -475,8 +493,8 @@ class Tuning:
             # the last save may have been killed before it drew them
             curves(self.folder, ("reward/mean",), "reward", step="iteration")
             run.log(summarise(self.folder, rewards))
-        if self.parts.reward.is_stand_in:
-            run.log(f"{self.parts.reward.name} is an approximation, not the aesthetic model: see docs/rewards.md")
+        for name in objective.stand_ins(self.reward):
+            run.log(f"{name} is an approximation, not the aesthetic model: see docs/rewards.md")
 
     def _best_checkpoint(self) -> Path:
         """The best checkpoint that is intact; a warning names each better one that is damaged.
@@ -509,7 +527,12 @@ class Tuning:
         for name, sampler in self.samplers.items():
             if self.run.stopping():
                 self.run.leave()
-            drawn = self.batches.draw(sampler, prompts, generator=torch.Generator(device).manual_seed(seed))
+            drawn = self.batches.draw(
+                sampler,
+                prompts,
+                generator=torch.Generator(device).manual_seed(seed),
+                fonts=objective.fonts_of(self.config, 0, len(prompts)),
+            )
             if self.run.stopping():  # again, since rating takes long
                 self.run.leave()
             batch = self.batches.rate(drawn, keep=kept)

@@ -180,6 +180,37 @@ def test_the_second_score_is_never_what_training_optimises(tokenizer: Any) -> No
     assert Judge(load_reward("ce_proxy")).name == plain.name
 
 
+def test_where_no_judge_is_named_one_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    from smart.guard import default_judge
+
+    both, one = Loudness(), Loudness()
+    both.set_weights({"loud": 1.0, "long": 1.0})
+    assert default_judge(both) is default_judge(one) is None, "plausibility, and the other axis"
+    monkeypatch.setattr("smart.guard.DEFAULT_JUDGE", "some_ear")
+    assert default_judge(both) == "some_ear" and default_judge(one) is None
+    assert "plausibility" in Judge(one, plausible=True).name
+
+
+def test_a_judge_hears_through_its_own_soundfont(tokenizer: Any) -> None:
+    """What it rates comes from its own renderer, not from the clips that the reward heard."""
+
+    class Silent:
+        def submit(self, piece: Any) -> Future[Any]:
+            return done(np.zeros((2, 800), np.float32))
+
+    clips = [done(np.full((2, 800), 0.5, np.float32))]
+    scorer = Scorer(tokenizer, None, Loudness(), sample_rate=8000)  # type: ignore[arg-type]  # nothing is rendered
+    batches = Batches(scorer, World(torch.device("cpu")))
+    rollout = Rollout(torch.zeros(1, 6, dtype=torch.int64), torch.ones(1, 2, dtype=torch.bool), torch.zeros(1, 2))
+    drawn = Drawn(rollout, Clips(scorer), 0)
+    drawn.clips.futures = dict(enumerate(clips))
+    batch = Batch(rollout, scorer.collect(clips), torch.zeros(1, 2))
+    own = Judge(Loudness(), Loudness(), pool=Silent(), soundfont="other")  # type: ignore[arg-type]  # a fake
+    assert own.name == "Loudness (loud) through other"
+    assert own.rate(drawn, batch, batches).tolist() == [0]
+    assert Judge(Loudness(), Loudness()).rate(drawn, batch, batches).tolist() == [0.25]
+
+
 @pytest.fixture(scope="module")
 def soundfont() -> Path:
     return find_soundfont("timgm")

@@ -64,7 +64,8 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-PARTS = {"tuning": "grpo", "reward.command": "reward.calibrate"}  # modules that are a program's own
+# modules that are a program's own
+PARTS = {"objective": "grpo", "tuning": "grpo", "reward.command": "reward.calibrate"}
 
 
 def owner(name: str) -> str:

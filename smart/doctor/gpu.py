@@ -109,12 +109,12 @@ def written(model: Any, prompts: torch.Tensor, eos_id: int | None) -> Rollout:
 
 def font(config: Config) -> Path:
     """The configured soundfont, or one that is here. Raises ``UserError`` if there is none."""
-    for name in (config.render.soundfont, *FONTS):
+    for name in (config.render.fonts[0], *FONTS):
         try:
             return find_soundfont(name)
         except UserError:
             continue
-    return find_soundfont(config.render.soundfont)
+    return find_soundfont(config.render.fonts[0])
 
 
 def find_base_or_random(config: Config) -> tuple[Any, Any, bool]:
@@ -131,7 +131,7 @@ def find_audiobox(config: Config, folder: Path) -> Callable[[], str]:
     made: list[str] = []
 
     def find() -> str:
-        name = str(config.reward.options.get("model", audiobox.HUB_ID))
+        name = str(config.all_rewards[0].options.get("model", audiobox.HUB_ID))
         if Path(name).expanduser().exists() or hub.find_cached(name, (audiobox.CONFIG_FILE, audiobox.WEIGHTS_FILE)):
             return name
         if not made:
@@ -143,10 +143,12 @@ def find_audiobox(config: Config, folder: Path) -> Callable[[], str]:
 
 def reward_of(config: Config, weights: Callable[[], str], device: torch.device) -> Reward:
     """The configured reward, with weights that are here."""
-    options = dict(config.reward.options)
-    if config.reward.kind == "audiobox":
+    options = dict(config.all_rewards[0].options)
+    if config.all_rewards[0].kind == "audiobox":
         options["model"] = weights()
-    return load_reward(config.reward.kind, weights=config.reward.weights or None, device=device, **options)
+    return load_reward(
+        config.all_rewards[0].kind, weights=config.all_rewards[0].weights or None, device=device, **options
+    )
 
 
 # The table ----------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from smart import UserError, __version__, gpu, hub
-from smart.config import Config, load
+from smart.config import Config, TrainedReward, load
 from smart.render import checked_soundfont, find_soundfont, package_of
 from smart.run import check_packages
 
@@ -138,12 +138,15 @@ def _disk(config: Config, base: Path | None) -> Finding:
 
 
 def _soundfont(config: Config) -> Finding:
-    try:
-        path = checked_soundfont(config.render.soundfont)
-    except UserError as error:
-        package = package_of(config.render.soundfont)
-        return Finding(MISSING, error.message, f"sudo apt-get install {package}" if package else "")
-    return Finding(READY, f"{path}, {path.stat().st_size / 2**20:.0f} MiB")
+    found = []
+    for font in config.render.fonts:
+        try:
+            path = checked_soundfont(font)
+        except UserError as error:
+            package = package_of(font)
+            return Finding(MISSING, error.message, f"sudo apt-get install {package}" if package else "")
+        found.append(f"{path}, {path.stat().st_size / 2**20:.0f} MiB")
+    return Finding(READY, "; ".join(found))
 
 
 def _render(config: Config, soundfont: Finding) -> Finding:
@@ -151,7 +154,7 @@ def _render(config: Config, soundfont: Finding) -> Finding:
 
     if soundfont.state != READY:
         return Finding(NOTE, "not checked, because the soundfont is missing")
-    path = find_soundfont(config.render.soundfont)
+    path = find_soundfont(config.render.fonts[0])
     note = np.array([[0.0, 0.5, 60, 100, 0, 0]])  # smart.render.NOTE_COLUMNS: half a second of middle C
     try:
         with RenderPool(path, sample_rate=config.render.sample_rate, seconds=1.0, workers=1) as pool:
@@ -192,10 +195,17 @@ def _on_the_hub(name: str, files: tuple[str, ...], key: str) -> Finding:
     return Finding(NOTE, f"{name} is not in the cache yet; the first run downloads it", download)
 
 
-def _reward(config: Config) -> Finding:
+def _rewards(config: Config) -> Finding:
+    found = [_reward(one) for one in config.all_rewards]
+    missing = [one for one in found if one.state == MISSING]
+    noted = [one for one in found if one.state == NOTE]
+    worst = (missing or noted or found)[0]
+    return worst if missing else worst._replace(found="; ".join(one.found for one in found))
+
+
+def _reward(wanted: TrainedReward) -> Finding:
     from smart.reward import audiobox, load_reward
 
-    wanted = config.reward
     if wanted.kind == "audiobox":
         model = str(wanted.options.get("model", audiobox.HUB_ID))
         here = Path(os.path.expanduser(model)).exists() or not hub.is_hub_id(model)
@@ -260,7 +270,7 @@ def examine(path: str, overrides: tuple[str, ...]) -> dict[str, Finding]:
         findings["prompts"] = _prompts(config)
         findings["soundfont"] = _soundfont(config)
         findings["synthesiser"] = _render(config, findings["soundfont"])
-        findings["reward"] = _reward(config)
+        findings["reward"] = _rewards(config)
         findings["disk"] = _disk(config, base)
         findings["run"] = _run(config)
     findings["study"] = _study()

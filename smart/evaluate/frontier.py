@@ -60,11 +60,14 @@ from smart.evaluate.points import (
     varied,
     weigh,
 )
+from smart.evaluate.ratings import evenly
 from smart.files import sha256, write_atomically
-from smart.guard import collapsed
+from smart.guard import PLAUSIBILITY, Judge, collapsed, default_judge, optimised_axes
 from smart.model import load_base, pick_device
 from smart.render import checked_soundfont, find_soundfont
 from smart.reward import Reward, load_reward
+from smart.reward.mixture import as_one, load_parts
+from smart.reward.real import read_targets
 from smart.rollout import System, find_system
 from smart.run import CONFIG, changes, checkpoint, claim_folder, hold_folder, progress
 
@@ -148,12 +151,6 @@ def choose(points: Sequence[Point], rows: Rows) -> tuple[dict[str, Any], list[di
     ]
 
 
-def evenly(steps: Sequence[int], most: int) -> list[int]:
-    """At most ``most`` of ``steps``, evenly spaced and including the last."""
-    count = min(most, len(steps))
-    return [steps[round(place * len(steps) / count) - 1] for place in range(1, count + 1)]
-
-
 def find_settings(runs: Sequence[Path]) -> list[Config]:
     """Each run's configuration. Raises ``UserError`` if they differ in a setting that makes runs incomparable."""
     configs: list[Config] = []
@@ -161,7 +158,7 @@ def find_settings(runs: Sequence[Path]) -> list[Config]:
         if not (run / CONFIG).is_file():
             raise UserError(f"{run}: expected the folder of a tuning run, but it has no {CONFIG}")
         configs.append(load(run / CONFIG))
-    wanted = ("model", "prompts", "sampling", "render", "reward")
+    wanted = ("model", "prompts", "sampling", "render", "reward", "rewards")
     first, *others = [{name: to_dict(config)[name] for name in wanted} for config in configs]
     for run, other in zip(runs[1:], others, strict=True):
         apart = changes(first, other, but=("render.workers", "render.deadline", "prompts.split"))
@@ -193,20 +190,21 @@ def report(
         if names.count(name) > 1:
             raise UserError(f"two runs are called {name!r}; rename one of the folders")
 
+    targets = read_targets(runs[0])
+
     def reward() -> Reward:
-        wanted = config.reward
-        return load_reward(wanted.kind, weights=wanted.weights or None, device=where, **wanted.options)
+        return as_one(load_parts([to_dict(one) for one in config.all_rewards], device=where), targets)
 
     def other() -> Reward | None:
         wanted = config.guard.judge
         if judge is not None:
-            return load_reward(judge, device=where)
-        if wanted.kind == "auto":
+            return None if judge == PLAUSIBILITY else load_reward(judge, device=where)
+        if wanted.kind in ("auto", PLAUSIBILITY):
             return None
         return load_reward(wanted.kind, weights=wanted.weights or None, device=where, **wanted.options)
 
     def sound() -> None:
-        checked_soundfont(config.render.soundfont)
+        checked_soundfont(config.render.fonts[0])
 
     def checkpoints_of(run: Path) -> list[System]:
         steps = checkpoint.steps(run / "checkpoints")
@@ -221,17 +219,20 @@ def report(
         sound,
         *(functools.partial(checkpoints_of, run) for run in runs),
     )
-    if other_rates is not None and other_rates.name == rates.name:
+    plausible = PLAUSIBILITY in (judge, config.guard.judge.kind)
+    if other_rates is None and not plausible and (kind := default_judge(rates)):
+        other_rates = load_reward(kind, device=where)
+    if other_rates is not None and (other_rates.name == rates.name or optimised_axes(rates, Judge(rates, other_rates))):
         raise UserError(f"--judge {other_rates.name}: the runs optimise this reward; choose another")
     network, tokenizer = load_base(base.model, device=where)
-    setting = Setting(config, rates, other_rates, prompts, seed, device)
+    setting = Setting(config, rates, other_rates, prompts, seed, device, plausible)
     models = [base, *itertools.chain(*systems)]
     claim_folder(
         out,
         {
             "models": {model.name: sha256(model.model / "model.safetensors") for model in models},
             **{name: to_dict(config)[name] for name in ("prompts", "sampling", "reward")},
-            "soundfont_sha256": sha256(find_soundfont(config.render.soundfont)),
+            "soundfont_sha256": sha256(find_soundfont(config.render.fonts[0])),
             "seconds": config.render.seconds,
             "sample_rate": config.render.sample_rate,
             "backend": config.render.backend,
@@ -239,6 +240,7 @@ def report(
             "samples": samples,
             "best_of": best_of,
             "judge": setting.judge,
+            **({"rewards": to_dict(config)["rewards"], "targets": targets} if config.rewards or targets else {}),
             "seed": seed,
             "version": __version__,
         },

@@ -53,13 +53,14 @@ class Setting(NamedTuple):
     prompts: int
     seed: int
     device: str
+    plausible: bool = False  # the judge is plausibility, whatever axes the reward has
 
     @property
     def judge(self) -> str:
         """The judge's name for figures and the summary."""
         if self.other is not None:
             return f"{self.other.name} ({' '.join(self.other.weights)})"
-        return Judge(self.reward, None).name
+        return Judge(self.reward, None, plausible=self.plausible).name
 
 
 def base_logprobs(model: Any, pieces: Sequence[Piece], pad_id: int, temperature: float) -> list[float]:
@@ -100,7 +101,7 @@ def draw(system: System, samples: int, setting: Setting, folder: Path, base: Any
             count=setting.prompts - done * size,
             samples=samples,
             seed=setting.seed,
-            soundfont=find_soundfont(config.render.soundfont),
+            soundfont=find_soundfont(config.render.fonts[0]),
             rewards=[setting.reward, *([setting.other] if setting.other else [])],
             seconds=config.render.seconds,
             sample_rate=config.render.sample_rate,
@@ -147,7 +148,7 @@ def draw(system: System, samples: int, setting: Setting, folder: Path, base: Any
         )
 
     length, under_base = column("length"), column("base_logprob")
-    axes = Judge(setting.reward, None).axes
+    axes = Judge(setting.reward, None, plausible=setting.plausible).axes
     plausibility = under_base / np.maximum(length, 1)
     return Drawn(
         tokens=table["tokens"],

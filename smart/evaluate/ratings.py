@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import math
-import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +13,8 @@ import click
 import numpy as np
 import numpy.typing as npt
 import torch
-from symusic.core import ScoreTick
 
 from smart import UserError, plots
-from smart.corpus import Limits, Reject, check_structure
 from smart.evaluate import statistics
 from smart.files import is_empty, write_atomically
 from smart.model import pick_device
@@ -52,6 +49,12 @@ def load_rewards(kinds: Sequence[str], options: Sequence[str], device: str) -> l
             raise UserError(f"--reward-option {text!r}: say for which reward it is, as in {kinds[0]}.{text}")
     where = str(pick_device(device))
     return [load_reward(kind, device=where, **read_options(texts)) for kind, texts in given.items()]
+
+
+def evenly(steps: Sequence[int], most: int) -> list[int]:
+    """At most ``most`` of ``steps``, evenly spaced and including the last."""
+    count = min(most, len(steps))
+    return [steps[round(place * len(steps) / count) - 1] for place in range(1, count + 1)]
 
 
 def announce(rewards: Sequence[Reward]) -> None:
@@ -160,29 +163,6 @@ class Kept:
             with writing(self.folder):
                 plots.write_csv(self._table, rows)
         return self.units[unit]
-
-
-def read_score(path: Path) -> ScoreTick:
-    """Read a MIDI file. Raises ``UserError`` if it is missing, too large, damaged or not a MIDI file."""
-    limits = Limits()
-    try:
-        if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
-            raise Reject("not a regular file")  # opening a pipe would wait for a writer
-        with path.open("rb") as file:
-            data = file.read(limits.max_bytes + 1)
-        if len(data) > limits.max_bytes:
-            raise Reject("too large", f"over {limits.max_bytes} bytes")
-        check_structure(data, limits)  # the parser would accept a truncated file as a short one
-        score = ScoreTick.from_midi(data)
-        if (notes := sum(len(track.notes) for track in score.tracks)) > limits.max_notes:
-            raise Reject("too many notes", f"{notes}, expected at most {limits.max_notes}")
-        return score
-    except OSError as error:
-        raise UserError(f"MIDI file {path}: cannot be read ({error.strerror})") from error
-    except Reject as reject:
-        raise UserError(f"MIDI file {path}: {': '.join(filter(None, reject.args))}") from reject
-    except (RuntimeError, ValueError, OverflowError) as error:  # the parser's own errors
-        raise UserError(f"MIDI file {path}: cannot be parsed ({str(error).splitlines()[0][:200]})") from error
 
 
 # Numbers ----------------------------------------------------------------------------------------------------

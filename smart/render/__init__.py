@@ -5,11 +5,14 @@
 """
 
 import os
-from typing import TYPE_CHECKING
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from smart.render.audio import load_soundfile, read_audio, write_midi, write_wav
 from smart.render.notes import MAX_BEATS, NOTE_COLUMNS, Notes, check_notes, played_notes, score_notes
 from smart.render.pool import Renderer, RenderPool
+from smart.render.several import SeveralRenderers, draw_fonts
 from smart.render.soundfonts import (
     available_soundfonts,
     check_soundfont,
@@ -33,10 +36,12 @@ __all__ = [
     "RenderError",
     "RenderPool",
     "Renderer",
+    "SeveralRenderers",
     "available_soundfonts",
     "check_notes",
     "check_soundfont",
     "checked_soundfont",
+    "draw_fonts",
     "find_soundfont",
     "load_soundfile",
     "load_soundfont",
@@ -54,7 +59,7 @@ __all__ = [
 
 def open_renderer(
     backend: str,
-    soundfont: str | os.PathLike[str],
+    soundfont: str | os.PathLike[str] | list[Path],
     *,
     sample_rate: int,
     seconds: float,
@@ -62,11 +67,19 @@ def open_renderer(
     deadline: float = 30.0,
     device: "str | torch.device" = "cpu",
     bank_megabytes: int = 2048,
-) -> "RenderPool | BankPool":
+) -> "RenderPool | BankPool | SeveralRenderers":
     """A renderer: worker processes (``backend`` "pool"), or notes stored on ``device`` and in a cache ("bank").
 
-    The bank stores at most ``bank_megabytes`` MiB on the device.
+    The bank stores at most ``bank_megabytes`` MiB on the device. A list of several soundfonts gives
+    ``SeveralRenderers``, which share ``workers`` and that memory.
     """
+    if isinstance(soundfont, list):
+        many = len(soundfont)
+        share = None if workers is None else max(workers // many, 1)
+        options: dict[str, Any] = {"sample_rate": sample_rate, "seconds": seconds, "deadline": deadline}
+        options |= {"workers": share, "device": device, "bank_megabytes": max(bank_megabytes // many, 1)}
+        openers = [partial(open_renderer, backend, one, **options) for one in soundfont]
+        return openers[0]() if many == 1 else SeveralRenderers(openers)
     if backend == "pool":
         return RenderPool(soundfont, sample_rate=sample_rate, seconds=seconds, workers=workers, deadline=deadline)
     if backend != "bank":

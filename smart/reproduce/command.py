@@ -69,7 +69,7 @@ def main(
         raise click.UsageError("--smoke brings its own configuration and corpus: leave out --config and --corpus")
     config: Config = load("quickstart.toml", (*SMOKE, *overrides)) if smoke else load(path or "paper.toml", overrides)
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, folder="runs"))
-    fonts = [config.render.soundfont] if smoke else list(TABLE_2)
+    fonts = [config.render.fonts[0]] if smoke else list(TABLE_2)
     try:
         found = find(config, corpus, fonts, recordings, smoke=smoke)
     except UserError as error:

@@ -51,7 +51,7 @@ def sections(out: Path, config: Config, found: Found) -> list[Section]:
     real = bool(getattr(found.reward, "is_published", False))
     return [
         _training(out, config),
-        _table_1(out, config.reward.kind, real),
+        _table_1(out, config.all_rewards[0].kind, real),
         _table_2(out, real),
         *_effects(out, real and config.model.base == BASE),
         _hacks(out),

@@ -17,7 +17,6 @@ from smart.files import sha256
 from smart.model import find_base
 from smart.render import checked_soundfont
 from smart.reproduce.book import OUT, Step
-from smart.reward import load_reward
 from smart.run import NEEDED
 
 if TYPE_CHECKING:  # it imports torch
@@ -87,11 +86,15 @@ def plan(
     many, n = config.track.final_prompts, str(config.track.final_prompts)
     own = () if corpus else ("corpus",)  # the step that dataset prompts wait for
     folder = str(corpus) if corpus else f"{OUT}/corpus"
-    sound = ("--soundfont", config.render.soundfont, "--sample-rate", str(config.render.sample_rate))
+    sound = ("--soundfont", config.render.fonts[0], "--sample-rate", str(config.render.sample_rate))
     device = ("--device", config.run.device)
-    rates = ["--reward", config.reward.kind]
-    for key, value in config.reward.options.items():
-        rates += ["--reward-option", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
+    rated_by = {one.kind: one for one in reversed(config.all_rewards)}  # each kind once
+    rates = []
+    for kind, one in reversed(rated_by.items()):
+        prefix = f"{kind}." if len(rated_by) > 1 else ""
+        rates += ["--reward", kind]
+        for key, value in one.options.items():
+            rates += ["--reward-option", f"{prefix}{key}={value if isinstance(value, str) else json.dumps(value)}"]
     drawn = ["--seconds", f"{config.render.seconds:g}", "--tokens", str(config.sampling.max_new_tokens)]
     drawn += ["--temperature", str(config.sampling.temperature), "--top-k", str(config.sampling.top_k)]
     drawn += ["--top-p", str(config.sampling.top_p), "--backend", config.render.backend]
@@ -201,8 +204,9 @@ def find(
         return find_base(config.model.base)
 
     def reward() -> Reward:
-        wanted = config.reward
-        return load_reward(wanted.kind, weights=wanted.weights or None, **wanted.options)
+        from smart.reward.mixture import as_one, load_parts  # it imports torch
+
+        return as_one(load_parts([dataclasses.asdict(one) for one in config.all_rewards], device="cpu"))
 
     def pieces() -> Corpus | None:
         if smoke:
@@ -223,7 +227,7 @@ def find(
         if missing:
             raise UserError(f"--recording: no such file: {', '.join(missing)}")
 
-    names = dict.fromkeys((config.render.soundfont, *fonts))
+    names = dict.fromkeys((config.render.fonts[0], *fonts))
     _, _, *found = require(
         packages, excerpts, base, reward, pieces, *(functools.partial(checked_soundfont, name) for name in names)
     )

@@ -1,7 +1,7 @@
 """Rewards: they rate audio on named axes, each on a scale from 1 to 10.
 
 A reward takes clips of mono audio (N, S), float32 at the reward's own sample rate, and returns one (N,)
-float32 tensor per axis. ``load_reward`` finds one by name: the built-in ``audiobox`` and ``ce_proxy``, or
+float32 tensor per axis. ``load_reward`` finds one by name: a built-in one such as ``audiobox``, or
 any that an installed package registers in the entry-point group ``smart.rewards``.
 
 A rating that could not be computed is NaN, never 0, so that averages can leave it out and count it. A clip
@@ -25,25 +25,38 @@ from smart.files import parse_json
 if TYPE_CHECKING:
     import torch
 
+    from smart.reward.mixture import Mixture
     from smart.reward.resampling import resample
-    from smart.reward.reward import Reward
+    from smart.reward.reward import NoteReward, Reward
 else:
 
     def __getattr__(name: str) -> Any:
         """The names of this package that need torch, which is imported with the first of them."""
-        modules = {"Reward": "smart.reward.reward", "resample": "smart.reward.resampling"}
+        modules = dict.fromkeys(("NoteReward", "Reward"), "smart.reward.reward")
+        modules |= {"Mixture": "smart.reward.mixture", "resample": "smart.reward.resampling"}
         if name not in modules:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(import_module(modules[name]), name)
 
 
-__all__ = ["ENTRY_POINT_GROUP", "Reward", "available_rewards", "load_reward", "read_options", "resample"]
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "Mixture",
+    "NoteReward",
+    "Reward",
+    "available_rewards",
+    "load_reward",
+    "read_options",
+    "resample",
+]
 
 ENTRY_POINT_GROUP = "smart.rewards"
 # entry points, so that a reward's module is imported only when that reward is loaded
 BUILT_IN = {
     "audiobox": EntryPoint("audiobox", "smart.reward.audiobox:Audiobox", ENTRY_POINT_GROUP),
     "ce_proxy": EntryPoint("ce_proxy", "smart.reward.ce_proxy:CEProxy", ENTRY_POINT_GROUP),
+    "reference": EntryPoint("reference", "smart.reward.reference:Nearness", ENTRY_POINT_GROUP),
+    "symbolic": EntryPoint("symbolic", "smart.reward.symbolic:Symbolic", ENTRY_POINT_GROUP),
 }
 
 
@@ -57,8 +70,8 @@ def load_reward(
     """Build a reward by name.
 
     Args:
-        kind: ``audiobox``, ``ce_proxy``, or a name that an installed package registers.
-        weights: axis -> weight of ``Reward.combine``; None: the reward's first axis.
+        kind: ``audiobox``, ``ce_proxy``, ``reference``, ``symbolic``, or a name that an installed package registers.
+        weights: axis -> weight of ``Reward.combine``; None: the reward's first axis, or all of ``symbolic``.
         device: the device on which the reward computes.
         options: passed to the reward, for example ``model=`` and ``dtype=`` of ``audiobox``.
 

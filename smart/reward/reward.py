@@ -1,8 +1,11 @@
-"""``Reward``: what every reward is; a subclass only rates clips that have been checked."""
+"""``Reward``: what every reward is; a subclass only rates clips that have been checked.
+
+``NoteReward`` is for rewards that rate the notes of a piece rather than its audio.
+"""
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ class Reward:
         axes: names of the ratings, most important first; ``combine`` uses the first alone by default.
         sample_rate: the sample rate in Hz that ``score`` expects (``resample`` converts).
         provenance: one line for the log: which weights, from where, which revision or hash.
+        reads_notes: True for a reward that needs the notes of a clip (``NoteReward``).
         is_stand_in: True for an approximation of another rating; every log then says so.
         together: the number of neighbouring clips that a run rates at once. 1: the rating of a clip does not depend on
             the others of its batch, not in a single bit, so each is rated as soon as it arrives.
@@ -28,6 +32,7 @@ class Reward:
     axes: tuple[str, ...] = ()
     sample_rate: int = 0
     provenance: str = ""
+    reads_notes: bool = False
     is_stand_in: bool = False
     together: int = 16
 
@@ -123,6 +128,35 @@ class Reward:
                     f"got {values.dtype} of shape {tuple(values.shape)}"
                 )
         return rated
+
+
+class NoteReward(Reward):
+    """Base class of rewards that rate notes, not audio; a subclass sets ``axes`` and implements ``rate_notes``.
+
+    It has every other attribute and method of a ``Reward``, but cannot rate clips.
+    """
+
+    sample_rate = 16000  # Hz; of no importance
+    together = 1
+    reads_notes = True
+
+    def rate_notes(self, pieces: Sequence[Any]) -> Mapping[str, torch.Tensor]:
+        """Rate N >= 1 pieces (``symusic.Score`` in ticks); returns axis -> (N,) float32 as ``Reward.rate`` does."""
+        raise NotImplementedError(f"reward {self.name} does not implement rate_notes(pieces)")
+
+    @torch.inference_mode()
+    def score_notes(self, pieces: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """Rate a batch of N pieces on every axis: axis -> (N,) float32, NaN where a piece could not be rated.
+
+        Raises ``TypeError`` or ``ValueError`` if ``rate_notes`` returned something other than documented.
+        """
+        if not pieces:
+            return {axis: torch.empty(0) for axis in self.axes}
+        rated = self._check_rated(self.rate_notes(pieces), len(pieces))
+        return {axis: torch.where(rated[axis].isfinite(), rated[axis], math.nan) for axis in self.axes}
+
+    def rate(self, audio: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
+        raise UserError(f'reward "{self.name}" rates notes, so it cannot rate audio')
 
 
 def check_device(device: str | torch.device) -> torch.device:

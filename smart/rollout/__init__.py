@@ -3,7 +3,7 @@
 from smart.rollout.agreement import Agreement, device_names
 from smart.rollout.batch import Batch, Batches, Drawn
 from smart.rollout.compare import BLOCK, Piece, compose, seed_of
-from smart.rollout.scorer import SILENT, Clips, Rated, Scorer, completion_metrics
+from smart.rollout.scorer import SILENT, Clips, Fonts, Rated, Scorer, completion_metrics
 from smart.rollout.systems import System, find_system, find_systems
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Batches",
     "Clips",
     "Drawn",
+    "Fonts",
     "Piece",
     "Rated",
     "Scorer",

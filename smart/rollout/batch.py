@@ -6,18 +6,19 @@ Axes: B prompts, G completions per prompt, N = B x G sequences, of which this pr
 completion length.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from smart.distributed import World
+from smart.reward import Reward
 from smart.rollout.agreement import Agreement
-from smart.rollout.scorer import Clips, Rated, Scorer
+from smart.rollout.scorer import Clips, Fonts, Rated, Scorer
 from smart.run import Stopwatch
 from smart.sampler import Rollout, Sampler
-from smart.tokens import vocabulary
+from smart.tokens import decode, vocabulary
 
 
 class Drawn(NamedTuple):
@@ -44,13 +45,15 @@ def write(
     *,
     rows: list[int] | None = None,
     stopwatch: Stopwatch | None = None,
+    fonts: Sequence[Fonts] | None = None,
     **options: Any,
 ) -> tuple[Rollout, Clips]:
     """Sample completions of ``prompts`` (B, P); each is submitted for rendering as soon as it has settled.
 
-    Returns the rollout and its clips, of ``rows`` only (None: of all rows). ``options`` go to ``Sampler.sample``.
+    Returns the rollout and its clips, of ``rows`` only (None: of all rows). ``fonts`` are those of each clip, where
+    there are several. ``options`` go to ``Sampler.sample``.
     """
-    clips = Clips(scorer, stopwatch)
+    clips = Clips(scorer, stopwatch, fonts=fonts)
     if rows is None:
         rollout = sampler.sample(prompts, watch=clips.submit_settled, **options)
     else:
@@ -83,10 +86,12 @@ class Batches:
         group_size: int = 1,
         generator: torch.Generator,
         stopwatch: Stopwatch | None = None,
+        fonts: Sequence[Fonts] | None = None,
     ) -> Drawn:
         """Sample this process's share of ``group_size`` completions for each of ``prompts`` (B, P).
 
-        All processes together sample the same completions as a single process.
+        ``fonts`` has the soundfonts of each of the B groups, where there are several. All processes together sample the
+        same completions as a single process.
         """
         mine = self.world.share(len(prompts))
         first = mine.start * group_size
@@ -96,6 +101,7 @@ class Batches:
             self.scorer,
             prompts[mine.start : mine.stop],
             stopwatch=stopwatch,
+            fonts=self.fonts_of_rows(fonts, group_size),
             group_size=group_size,
             generator=generator,
             share=(first, len(prompts) * group_size),
@@ -104,13 +110,27 @@ class Batches:
         rollout, clips = self.agreement.draw(sampler, generator, attempt) if self.agreement else attempt()
         return Drawn(rollout, clips, first)
 
+    def fonts_of_rows(self, fonts: Sequence[Fonts] | None, group_size: int) -> list[Fonts] | None:
+        """The soundfonts of this process's clips, from those of all groups; None where there is one soundfont."""
+        if fonts is None:
+            return None
+        mine = self.world.share(len(fonts))
+        return [font for font in fonts[mine.start : mine.stop] for _ in range(group_size)]
+
+    def pieces(self, rollout: Rollout, reward: Reward | None) -> list[Any] | None:
+        """The pieces of a rollout, complete with what is not heard, if ``reward`` reads notes."""
+        if reward is None or not reward.reads_notes:
+            return None
+        return [decode(self.scorer.tokenizer, row) for row in rollout.tokens.cpu()]
+
     def rate(self, drawn: Drawn, ref_logp: torch.Tensor | None = None, *, keep: Iterable[int] = ()) -> Batch:
         """Rate the clips as they arrive, then gather the whole batch.
 
         ``ref_logp`` (n, T) holds the log-probabilities of the rollout's tokens under the base, which are gathered with
         the rest. Audio is kept only for the rows in ``keep``, which are indices into the whole batch.
         """
-        rated = drawn.clips.rate(keep=[row - drawn.first for row in keep])
+        pieces = self.pieces(drawn.rollout, self.scorer.reward)
+        rated = drawn.clips.rate(keep=[row - drawn.first for row in keep], pieces=pieces)
         ref_logp = drawn.rollout.logprobs[:, :0] if ref_logp is None else ref_logp
         if self.world.size == 1:
             return Batch(drawn.rollout, rated, ref_logp)

@@ -263,9 +263,10 @@ def _draw(
 def _pieces(drawn: _Drawn, prompts: _Prompts) -> Iterator[Piece]:
     """Wait for the clips, rate them with every reward, and yield the pieces."""
     scores: dict[str, list[float]] = {}
+    pieces = [decode(drawn.writer.tokenizer, tokens) for tokens in drawn.tokens]
     for scorer in drawn.writer.scorers:
         if scorer.reward is not None:
-            rated = scorer.collect(drawn.clips)
+            rated = scorer.collect(drawn.clips, pieces=pieces)
             scores |= {f"{scorer.reward.name}.{axis}": values.tolist() for axis, values in rated.scores.items()}
     for row, index in enumerate(drawn.indices):
         tokens = drawn.tokens[row]
@@ -276,7 +277,7 @@ def _pieces(drawn: _Drawn, prompts: _Prompts) -> Iterator[Piece]:
             seed=seed_of(prompts.seed, prompt),
             tokens=tokens,
             prompt_length=drawn.prompt_length,
-            score=decode(drawn.writer.tokenizer, tokens),
+            score=pieces[row],
             audio=rendered_audio(drawn.clips[row]),
             scores={axis: values[row] for axis, values in scores.items()},
             logprobs=drawn.logprobs[row],

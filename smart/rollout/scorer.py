@@ -26,8 +26,9 @@ from typing import Any, NamedTuple
 import torch
 
 from smart import Failure, brief
-from smart.render import Audio, Renderer, RenderError
-from smart.reward import Reward, resample
+from smart.render import Audio, Renderer, RenderError, SeveralRenderers
+from smart.reward import NoteReward, Reward, resample
+from smart.reward.mixture import Part, single_parts
 from smart.rollout.horizon import Horizon
 from smart.run import Stopwatch
 from smart.sampler import Rollout
@@ -48,9 +49,11 @@ class Rated(NamedTuple):
     def check(self) -> None:
         """Raise ``Failure`` if no clip has a reward, so that there is nothing to learn from."""
         if not self.rewards.isfinite().any():
-            raise Failure(
-                f"none of {len(self.rewards)} clips could be rated; {self.failed} of them could not be rendered"
-            )
+            unrated = [axis for axis, values in self.scores.items() if not values.isfinite().any()]
+            reason = f"{self.failed} of them could not be rendered"
+            if 0 < len(unrated) < len(self.scores):  # one of several rewards
+                reason += f"; none has a rating of {', '.join(unrated)}"
+            raise Failure(f"none of {len(self.rewards)} clips could be rated; {reason}")
 
     def metrics(self, group_size: int) -> dict[str, float]:
         """The metrics ``reward/*`` and ``clips/*`` of a batch of groups, as defined in docs/metrics.md."""
@@ -108,16 +111,23 @@ def rendered_audio(clip: Future[Audio]) -> Audio | None:
     return None if isinstance(clip.exception(), RenderError) else clip.result()
 
 
+Fonts = tuple[int, ...]  # through which soundfonts of a ``SeveralRenderers`` a clip is heard
+
+
 class Clips:
     """The clips of one batch, which are submitted to the pool of ``scorer`` as their completions settle.
 
     Show it the batch every few steps while it is sampled (``submit_settled``), and once at the end (``submit_rest``).
     """
 
-    def __init__(self, scorer: "Scorer", stopwatch: Stopwatch | None = None) -> None:
+    def __init__(
+        self, scorer: "Scorer", stopwatch: Stopwatch | None = None, *, fonts: Sequence[Fonts] | None = None
+    ) -> None:
         self.scorer = scorer
         self.stopwatch = stopwatch
-        self.futures: dict[int, Future[Audio]] = {}  # by row
+        self.fonts = fonts  # of each row; None: the pool has one soundfont
+        self.futures: dict[int, Future[Audio]] = {}  # by row, through its first soundfont
+        self.others: dict[int, list[Future[Audio]]] = {}  # through its other ones
 
     def submit_settled(self, tokens: torch.Tensor, ended: torch.Tensor) -> None:
         """Submit those rows of ``tokens`` (N, P+t) that have settled or ``ended`` (N,) since the last call."""
@@ -135,22 +145,35 @@ class Clips:
         """The N futures, by row."""
         return [self.futures[row] for row in range(len(self.futures))]
 
-    def rate(self, *, keep: Iterable[int] = ()) -> Rated:
-        """Rate all clips with ``Scorer.collect``."""
-        return self.scorer.collect(self.in_order(), keep=keep, stopwatch=self.stopwatch)
+    def rate(self, *, keep: Iterable[int] = (), pieces: Sequence[Any] | None = None) -> Rated:
+        """Rate all clips with ``Scorer.collect``; ratings through several soundfonts are averaged."""
+        options: dict[str, Any] = {"stopwatch": self.stopwatch, "pieces": pieces}
+        rated = [self.scorer.collect(self.in_order(), keep=keep, **options)]
+        for clips in zip(*(self.others.get(row, ()) for row in range(len(self.futures))), strict=True):
+            rated.append(self.scorer.collect(clips, **options))
+        return self.scorer.average(rated) if len(rated) > 1 else rated[0]
 
     def free_audio(self) -> None:
         """Free the memory of all clips."""
         self.futures.clear()
+        self.others.clear()
 
     def _submit(self, row: int, tokens: torch.Tensor) -> None:
         if row in self.futures:
             return
         submitted = time.perf_counter()
-        future = self.futures[row] = self.scorer.pool.submit(decode(self.scorer.tokenizer, tokens))
+        piece, pool = decode(self.scorer.tokenizer, tokens), self.scorer.pool
+        if self.fonts is None:
+            futures = [pool.submit(piece)]
+        else:
+            assert isinstance(pool, SeveralRenderers)
+            futures = [pool.submit(piece, font) for font in self.fonts[row]]
+            self.others[row] = futures[1:]
+        self.futures[row] = futures[0]
         if self.stopwatch is not None:
             # not a method of Clips: a reference cycle would keep the audio until the next full garbage collection
-            future.add_done_callback(partial(self.scorer.note_rendering, self.stopwatch, submitted))
+            for future in futures:
+                future.add_done_callback(partial(self.scorer.note_rendering, self.stopwatch, submitted))
 
 
 class Scorer:
@@ -162,7 +185,8 @@ class Scorer:
 
     If the reward raises an exception, it becomes a ``smart.Failure`` that names the reward. If the reward needs more
     than ``deadline`` seconds for a batch, the process ends with a message: nothing else stops a computation that
-    hangs. A run keeps what it has saved.
+    hangs. A run keeps what it has saved. Of several rewards (``smart.reward.Mixture``) each has its own name and
+    deadline there.
     """
 
     def __init__(
@@ -192,19 +216,29 @@ class Scorer:
         self.busy_until[worker] = now
 
     def collect(
-        self, clips: Sequence[Future[Audio]], *, keep: Iterable[int] = (), stopwatch: Stopwatch | None = None
+        self,
+        clips: Sequence[Future[Audio]],
+        *,
+        keep: Iterable[int] = (),
+        stopwatch: Stopwatch | None = None,
+        pieces: Sequence[Any] | None = None,
     ) -> Rated:
         """Rate N clips as they arrive; audio is kept only for the rows in ``keep``.
 
-        A batch is rated as soon as its last clip has arrived; other batches do not wait for it.
+        A batch is rated as soon as its last clip has arrived; other batches do not wait for it. A reward that reads
+        notes needs the N ``pieces`` of the clips, and rates those whose clips did not fail.
         """
         reward = self.reward
         if reward is None:
             raise ValueError("this scorer has no reward, so it cannot rate clips")
+        if pieces is None and reward.reads_notes:
+            raise ValueError(f"reward {reward.name} reads notes: expected the pieces of the clips")
+        parts = single_parts(reward)
         kept = set(keep)
         stopwatch = stopwatch or Stopwatch()
         audio: list[Audio | None] = [None] * len(clips)
-        mono: list[torch.Tensor | None] = [None] * len(clips)  # at the reward's sample rate, so far smaller
+        # at the sample rates of the rewards, so far smaller
+        mono: list[dict[int, torch.Tensor] | None] = [None] * len(clips)
         scores = {axis: torch.full((len(clips),), math.nan) for axis in reward.axes}
         awaited = Counter(row // self.batch for row in range(len(clips)))
         rows_of: dict[Future[Audio], list[int]] = {}
@@ -223,16 +257,32 @@ class Scorer:
                     else:
                         audio[row] = stereo if row in kept else None
                         channel = torch.from_numpy(stereo).mean(0).to(reward.device)
-                        wave = resample(channel, self.sample_rate, reward.sample_rate)
-                        silent += bool(wave.abs().amax() < SILENT)
-                        mono[row] = wave
+                        rates = {part.reward.sample_rate for part in parts}
+                        waves = {rate: resample(channel, self.sample_rate, rate) for rate in rates}
+                        silent += bool(waves[reward.sample_rate].abs().amax() < SILENT)
+                        mono[row] = waves
                     number = row // self.batch
                     awaited[number] -= 1
                     if not awaited[number]:
                         rows = range(number * self.batch, min((number + 1) * self.batch, len(clips)))
-                        with _within(self.deadline, f"reward {reward.name}"):
-                            _rate(reward, mono, rows, scores)
+                        for part in parts:
+                            with _within(min(self.deadline, part.deadline), f"reward {part.name or reward.name}"):
+                                for begin in range(rows.start, rows.stop, part.reward.together):  # as if it were alone
+                                    some = range(begin, min(begin + part.reward.together, rows.stop))
+                                    _rate(part, mono, some, scores, pieces)
+                        for heard in rows:
+                            mono[heard] = None  # to free the memory
         return Rated(reward.combine(scores), scores, audio, failed, silent)
+
+    def average(self, rated: Sequence[Rated]) -> Rated:
+        """Ratings of the same N pieces through several soundfonts as one: the mean, NaN where one is NaN.
+
+        Audio and the number of silent clips are those of the first; ``failed`` counts the clips of all.
+        """
+        assert self.reward is not None
+        scores = {axis: torch.stack([one.scores[axis] for one in rated]).mean(0) for axis in rated[0].scores}
+        failed = sum(one.failed for one in rated)
+        return Rated(self.reward.combine(scores), scores, rated[0].audio, failed, rated[0].silent)
 
 
 @contextmanager
@@ -268,21 +318,29 @@ def _within(seconds: float, what: str) -> Iterator[None]:
         done.set()
 
 
-def _rate(reward: Reward, mono: list[torch.Tensor | None], rows: range, scores: dict[str, torch.Tensor]) -> None:
+def _rate(
+    part: Part,
+    mono: Sequence[dict[int, torch.Tensor] | None],
+    rows: range,
+    scores: dict[str, torch.Tensor],
+    pieces: Sequence[Any] | None,
+) -> None:
     """Rate ``rows`` of ``mono`` and write their scores into ``scores``; a clip that failed stays NaN.
 
-    The waveforms are removed from ``mono`` to free their memory. Raises ``Failure`` if the reward does.
+    Raises ``Failure`` if the reward does.
     """
-    heard = {row: wave for row in rows if (wave := mono[row]) is not None}
+    reward = part.reward
+    heard = {row: waves[reward.sample_rate] for row in rows if (waves := mono[row]) is not None}
     if not heard:
         return
-    padded = torch.nn.utils.rnn.pad_sequence(list(heard.values()), batch_first=True)
-    lengths = torch.tensor([len(wave) for wave in heard.values()])
     try:
-        rated = reward.score(padded, lengths)
+        if isinstance(reward, NoteReward):
+            assert pieces is not None
+            rated = reward.score_notes([pieces[row] for row in heard])
+        else:
+            padded = torch.nn.utils.rnn.pad_sequence(list(heard.values()), batch_first=True)
+            rated = reward.score(padded, torch.tensor([len(wave) for wave in heard.values()]))
     except Exception as error:  # nothing can be learnt without the reward, whatever is wrong with it
-        raise Failure(f"reward {reward.name} failed on {len(heard)} clips ({brief(error)})") from error
+        raise Failure(f"reward {part.name or reward.name} failed on {len(heard)} clips ({brief(error)})") from error
     for axis, values in rated.items():
-        scores[axis][list(heard)] = values.cpu()
-    for row in rows:
-        mono[row] = None
+        scores[f"{part.name}.{axis}" if part.name else axis][list(heard)] = values.cpu()
