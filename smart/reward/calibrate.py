@@ -1,6 +1,7 @@
 """Fit the coefficients of ``ce_proxy`` to clips that were rated for Content Enjoyment.
 
     python -m smart.reward.calibrate --audio DIR --scores CSV
+    python -m smart.reward.calibrate --audio DIR --pairs FILE      choices between two clips (smart.reward.pairs)
 
 Ridge regression on standardised descriptors: with z the descriptors of n clips, centred and divided by their
 standard deviation, and y the ratings, the weights w minimise mean((y - mean(y) - z w)^2) + ridge |w|^2. The
@@ -24,6 +25,7 @@ import itertools
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
@@ -36,6 +38,7 @@ import torch
 from smart import UserError, __version__
 from smart.files import write_atomically
 from smart.render import load_soundfile, read_audio
+from smart.reward import pairs as choices
 from smart.reward import resample
 from smart.reward.ce_proxy import (
     AXIS,
@@ -54,12 +57,14 @@ from smart.run import progress
 
 __all__ = ["Clip", "calibrate", "cross_validate", "fit", "order_pairs", "read_clip", "read_scores", "spearman"]
 
+HEAD = {"format": FORMAT, "version": VERSION, "axis": AXIS, "sample_rate": SAMPLE_RATE}
 MIN_CLIPS = 8
 LOWEST_RATE = 4000  # Hz; resampling from 1 Hz, as a damaged header may say, would turn each byte into 64 KB
 LONGEST = 600  # seconds per clip
 DIGITS = 6  # decimals in the file; further ones differ between machines
 CONSTANT = 1e-4  # a descriptor (0 to 1.4) with a smaller standard deviation counts as constant and is not scaled
 DEFAULT_GROUP = "sample"
+RIDGE, PAIRS_RIDGE = 0.5, 0.01  # without --ridge
 SCORE_ALIASES = {"CE": "content_enjoyment"}  # the axis's full name, also accepted as column
 
 
@@ -219,19 +224,24 @@ def read_clip(path: Path) -> torch.Tensor:
 def calibrate(
     *,
     audio: Path,
-    scores: Path,
+    scores: Path | None,
     out: Path,
     overwrite: bool,
     clip_column: str,
     score_column: str,
     group_column: str | None,
-    ridge: float,
+    ridge: float | None,
     folds: int,
     repeats: int,
     seed: int,
     source: str,
+    pairs: Path | None = None,
 ) -> None:
     """Write the file ``out``. Arguments as in the command's help; raises ``UserError`` for mistakes in them."""
+    if (scores is None) == (pairs is None):
+        raise UserError("give the ratings as --scores CSV, or the choices between two clips as --pairs FILE")
+    if ridge is None:
+        ridge = RIDGE if pairs is None else PAIRS_RIDGE
     if not math.isfinite(ridge):
         raise UserError(f"--ridge must be a finite number, got {ridge}")
     if out.exists() and not overwrite:
@@ -240,25 +250,27 @@ def calibrate(
         raise UserError(f"folder {out.parent} of --out does not exist; create it first")
     if not audio.is_dir():
         raise UserError(f"--audio {audio} is not a folder")
+    if scores is None:
+        assert pairs is not None
+        settings = {"folds": folds, "repeats": repeats, "seed": seed}
+        report, text = _fit_pairs(pairs, audio, ridge, settings, source)
+        _write(out, json.dumps(_rounded(report), indent=2, allow_nan=False) + "\n")
+        click.echo(text)
+        click.echo(f"wrote {out}")
+        return
     clips, group_column = read_scores(
         scores, clip_column=clip_column, score_column=score_column, group_column=group_column
     )
     _check_ratings(clips, scores, folds)
     _check_files(clips, audio)
-    described = [describe(read_clip(audio / clip.name)) for clip in progress(clips, desc="describing", unit="clip")]
-    x = torch.stack(described).double()
+    x = _describe_all(clips, audio)
     y = torch.tensor([clip.score for clip in clips], dtype=torch.float64)
-    if float(x.std(dim=0, correction=0).max()) <= CONSTANT:
-        raise UserError(f"all {len(clips)} clips have the same descriptors (silent, or copies?); use clips that differ")
     coefficients = fit(x, y, ridge)
     validation = _validate(x, y, clips, folds=folds, repeats=repeats, ridge=ridge, seed=seed)
     univariate = {name: spearman(x[:, column], y) for column, name in enumerate(DESCRIPTORS)}
     report = _rounded(
         {
-            "format": FORMAT,
-            "version": VERSION,
-            "axis": AXIS,
-            "sample_rate": SAMPLE_RATE,
+            **HEAD,
             "clips": len(clips),
             "intercept": coefficients.intercept,
             "descriptors": {
@@ -277,6 +289,57 @@ def calibrate(
     _write(out, json.dumps(report, indent=2, allow_nan=False) + "\n")
     click.echo(_table(report, group_column))
     click.echo(f"wrote {out}")
+
+
+def _describe_all(clips: Sequence[Clip], audio: Path) -> torch.Tensor:
+    """(n, 4) float64 descriptors. Raises ``UserError`` if the clips do not differ."""
+    described = [describe(read_clip(audio / clip.name)) for clip in progress(clips, desc="describing", unit="clip")]
+    x = torch.stack(described).double()
+    if float(x.std(dim=0, correction=0).max()) <= CONSTANT:
+        raise UserError(f"all {len(clips)} clips have the same descriptors (silent, or copies?); use clips that differ")
+    return x
+
+
+def _fit_pairs(
+    path: Path, audio: Path, ridge: float, settings: dict[str, int], source: str
+) -> tuple[dict[str, Any], str]:
+    """The report of a fit to choices (``smart.reward.pairs``), for the file and for the terminal."""
+    if path.suffix.lower() == ".json":
+        columns, rows = choices.parse_choices(path)
+    else:
+        columns, numbered = _read_csv(path, "pairs")
+        rows = [row for _, row in numbered]
+    made = choices.read_pairs(path, columns, rows, audio)
+    choices.check_groups(path, made)
+    # the rating only identifies the choices in the provenance: how often a clip was the better one
+    wins = Counter(pair.better for pair in made)
+    clips = [Clip(name, float(wins[name]), "") for name in sorted({name for pair in made for name in pair[:2]})]
+    _check_files(clips, audio, path)
+    x = _describe_all(clips, audio)
+    row_of = {clip.name: row for row, clip in enumerate(clips)}
+    better, worse = (torch.tensor([row_of[name] for name in names]) for names in list(zip(*made, strict=True))[:2])
+    groups = [pair.group for pair in made]
+    coefficients = choices.fit(x, better, worse, ridge)
+    held_out = choices.cross_validate(
+        x, better, worse, groups, ridge=ridge, folds=settings["folds"], repeats=settings["repeats"],
+        generator=np.random.default_rng(settings["seed"]),
+    )  # fmt: skip
+    report = {
+        **HEAD,
+        "clips": len(clips),
+        "pairs": len(made),
+        "intercept": coefficients.intercept,
+        "descriptors": {
+            name: {**asdict(term), "definition": DESCRIPTORS[name]} for name, term in coefficients.terms.items()
+        },
+        "ridge": ridge,
+        "pairs_validation": {**settings, "groups": len(set(groups)), **held_out},
+        "provenance": {
+            **_provenance(clips, audio, source, None),
+            "command": "python -m smart.reward.calibrate --audio DIR --pairs FILE",
+        },
+    }
+    return report, choices.table(report)
 
 
 def _validate(
@@ -351,7 +414,7 @@ def _provenance(clips: Sequence[Clip], audio: Path, source: str, group_column: s
     }
 
 
-def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str | None]]]]:
+def _read_csv(path: Path, what: str = "scores") -> tuple[list[str], list[tuple[int, dict[str, str | None]]]]:
     """The columns of a CSV, and its rows with the line number on which each ends."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -360,9 +423,9 @@ def _read_csv(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str | No
             rows = [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"scores {path} cannot be read as a CSV in UTF-8 ({reason})") from error
+        raise UserError(f"{what} {path} cannot be read as a CSV in UTF-8 ({reason})") from error
     if not columns:
-        raise UserError(f"scores {path} is empty; expected a header and one rated clip per line")
+        raise UserError(f"{what} {path} is empty; expected a header and one rated clip per line")
     return columns, rows
 
 
@@ -388,7 +451,7 @@ def _check_ratings(clips: Sequence[Clip], path: Path, folds: int) -> None:
         raise UserError(f"--folds {folds} is more than the {len(clips)} clips in {path}; use fewer folds")
 
 
-def _check_files(clips: Sequence[Clip], audio: Path) -> None:
+def _check_files(clips: Sequence[Clip], audio: Path, listed_in: str | Path = "the scores") -> None:
     """Name missing files before anything is computed."""
     # unlike pathlib's, this isfile returns False for a name that is too long
     absent = [clip.name for clip in clips if not os.path.isfile(audio / clip.name)]
@@ -396,7 +459,7 @@ def _check_files(clips: Sequence[Clip], audio: Path) -> None:
         shown = ", ".join(f"{name:.80}" for name in absent[:3]) + (
             f" and {len(absent) - 3} more" if len(absent) > 3 else ""
         )
-        raise UserError(f"missing from {audio}, but listed in the scores: {shown}")
+        raise UserError(f"missing from {audio}, but listed in {listed_in}: {shown}")
 
 
 def _ranks(values: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,13 @@ SOURCE = "clips and ratings supplied by the user of the calibration program"
 
 @click.command(context_settings={"show_default": True})
 @click.option("--audio", required=True, type=click.Path(path_type=Path), help="Folder with the audio files.")
-@click.option("--scores", required=True, type=click.Path(path_type=Path), help="CSV with one rated clip per row.")
+@click.option("--scores", type=click.Path(path_type=Path), help="CSV with one rated clip per row.")
+@click.option(
+    "--pairs",
+    type=click.Path(path_type=Path),
+    help="Choices between two clips, instead of --scores: a CSV with the columns better and worse, the choices that a "
+    "demo page saves (CSV or JSON), or the export of a study.",
+)
 @click.option(
     "--out",
     default="ce_proxy.json",
@@ -26,13 +32,19 @@ SOURCE = "clips and ratings supplied by the user of the calibration program"
     show_default="sample, if there is such a column",
     help="Column with the groups; clips of one group are held out together.",
 )
-@click.option("--ridge", default=0.5, type=click.FloatRange(min=0), help="Strength of the ridge penalty.")
+@click.option(
+    "--ridge",
+    default=None,
+    show_default="0.5, or 0.01 with --pairs",
+    type=click.FloatRange(min=0),
+    help="Strength of the ridge penalty.",
+)
 @click.option("--folds", default=4, type=click.IntRange(min=2), help="Number of folds in the cross-validation.")
 @click.option("--repeats", default=50, type=click.IntRange(min=1), help="How often the cross-validation is repeated.")
 @click.option("--seed", default=0, type=click.IntRange(min=0), help="Seed that assigns clips to folds.")
 @click.option("--source", default=SOURCE, help="Where the clips and ratings come from; stored in --out.")
 def main(**given: Any) -> None:
-    """Fit the ce_proxy reward to clips that you rated, and write its coefficients to a file.
+    """Fit the ce_proxy reward to clips that you rated or compared, and write its coefficients to a file.
 
     To tune with them: --set reward.kind=ce_proxy --set reward.options.coefficients=OUT
     """
