@@ -169,6 +169,41 @@ def rate_command(**given: Any) -> None:
     rate_files(**given)
 
 
+@main.command("rerate", short_help="Rate the stored completions of a run with any reward, without sampling again.")
+@click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
+@reward_options
+@click.option(
+    "--soundfont", "soundfonts", multiple=True, metavar="SOUNDFONT",
+    help="Soundfont to hear the completions through, short name or path; repeatable.  [default: those of the run]",
+)  # fmt: skip
+@click.option(
+    "--iterations", default=20, show_default=True, type=click.IntRange(min=1),
+    help="Iterations to rate at most, evenly spaced up to the last.",
+)  # fmt: skip
+@click.option(
+    "--samples", default=0, show_default=True, type=click.IntRange(min=0),
+    help="Completions of each iteration to rate, the first ones (0: all).",
+)  # fmt: skip
+@click.option(
+    "--workers", default=0, show_default=True, type=click.IntRange(min=0), help="Render processes (0: one per core)."
+)
+@click.option(
+    "--backend", type=click.Choice(["pool", "bank"]),
+    help="Renderer: worker processes (pool), or sums of notes that were rendered in advance (bank).  "
+    "[default: render.backend of the run]",
+)  # fmt: skip
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the ratings and the table.")
+def rerate_command(**given: Any) -> None:
+    """Rate the completions that a tuning RUN learnt from with any reward, without sampling again.
+
+    If interrupted, run the same command again to continue.
+    """
+    from smart.evaluate.rerate import rerate
+
+    with in_one_line("the report", "run the same command again to continue", RenderError):
+        rerate(**given)
+
+
 @main.command("soundfonts", short_help="Measure how ratings depend on the soundfont.")
 @click.argument("files", nargs=-1)
 @click.option(
