@@ -37,6 +37,7 @@ SHORT = {
 SMALL = {
     "smart.generate": "--tokens 24",
     "smart.demo": "--prompts 2 --tokens 24 --seconds 2 --sample-rate 22050",
+    "smart.evaluate rerate": "--samples 2 --workers 1",
     "smart.evaluate frontier": "-n 4 --best-of 2 --checkpoints 2",
     "smart.evaluate sample": "-n 4 --tokens 24 --seconds 2 --workers 1",
     "smart.reproduce": "--list",
@@ -84,6 +85,8 @@ def furnish(folder: Path) -> None:
         soundfile.write(folder / "my-clips" / f"{clip}.wav", 0.1 * np.sum(notes, axis=0), 16000)
         rows.append(f"{clip}.wav,{3 + 0.5 * clip}")
     (folder / "my-scores.csv").write_text("\n".join(rows))
+    pairs = [f"{high}.wav,{low}.wav" for high in range(10) for low in range(high)]
+    (folder / "my-pairs.csv").write_text("\n".join(["better,worse", *pairs]))
     rows = ["participant,excerpt,system,prompt,rating"]
     for person in range(4):
         for number in range(12):
