@@ -244,10 +244,10 @@ class Tuning:
             seconds=render.seconds,
             deadline=math.inf if isinstance(self.reward, Mixture) else self.parts.rewards[0].deadline,
         )
-        judge_pool = None
-        if self.judge is not None and self.parts.judge_soundfont is not None:
-            renderer = open_renderer(render.backend, self.parts.judge_soundfont, **rendering)
-            judge_pool = opened.enter_context(renderer)
+        judge_pool: Renderer | None = None
+        if self.judge is not None and (font := self.parts.judge_soundfont) is not None:
+            other: AbstractContextManager[Renderer] = open_renderer(render.backend, font, **rendering)
+            judge_pool = opened.enter_context(other)
         self.batches = Batches(
             scorer,
             self.world,

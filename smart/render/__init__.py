@@ -7,7 +7,7 @@
 import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from smart.render.audio import load_soundfile, read_audio, write_midi, write_wav
 from smart.render.notes import MAX_BEATS, NOTE_COLUMNS, Notes, check_notes, played_notes, score_notes
@@ -55,6 +55,34 @@ __all__ = [
     "write_midi",
     "write_wav",
 ]
+
+
+@overload
+def open_renderer(
+    backend: str,
+    soundfont: str | os.PathLike[str],
+    *,
+    sample_rate: int,
+    seconds: float,
+    workers: int | None = None,
+    deadline: float = 30.0,
+    device: "str | torch.device" = "cpu",
+    bank_megabytes: int = 2048,
+) -> "RenderPool | BankPool": ...
+
+
+@overload
+def open_renderer(
+    backend: str,
+    soundfont: list[Path],
+    *,
+    sample_rate: int,
+    seconds: float,
+    workers: int | None = None,
+    deadline: float = 30.0,
+    device: "str | torch.device" = "cpu",
+    bank_megabytes: int = 2048,
+) -> "RenderPool | BankPool | SeveralRenderers": ...
 
 
 def open_renderer(
