@@ -147,7 +147,7 @@ class Kept:
         """Take up the units whose ratings are as they were written, and report the others."""
         text = self._table.read_text(encoding="utf-8", errors="replace")
         found: dict[str, dict[str, npt.NDArray[np.float64]]] = {}
-        for line in text.splitlines()[1:]:  # line by line, so that damage stays within a unit
+        for line in text.split("\n")[1:-1]:  # line by line, so that damage stays within a unit
             try:
                 unit, piece, _, column, rating = next(csv.reader([line], strict=True))
                 ratings = found.setdefault(unit, {}).setdefault(column, np.full(len(self.pieces), math.nan))
