@@ -22,7 +22,6 @@ import httpx
 import numpy as np
 import pytest
 import soundfile
-import sqlalchemy as sa
 from click.testing import CliRunner
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -31,7 +30,7 @@ from starlette.testclient import TestClient
 from study_server import RATE, SECONDS, Server, answer, build, consent, make_wavs, postgres, serving, take_part
 
 from smart.plots import plain
-from smart.study import app, loudness, main
+from smart.study import app, eraser, loudness, main
 from smart.study import build as building
 from smart.study.app import Buckets, Limits, make_app
 from smart.study.export import COLUMNS, ratings_csv
@@ -698,7 +697,7 @@ def test_open_enrolment_makes_a_link_by_a_form_only(server: Server, client: http
     assert client.get(f"{server.url}/join").status_code == 200
     first = client.post(f"{server.url}/join")
     assert first.status_code == 303 and len(first.headers["location"]) > 30
-    assert "Before you begin" in client.get(server.url + first.headers["location"]).text
+    assert "Before you begin" in client.get(f"{server.url}/{first.headers['location']}").text
     assert client.post(f"{server.url}/join").headers["location"] != first.headers["location"]
 
 
@@ -739,7 +738,7 @@ def test_nothing_is_stored_before_consent_and_what_was_answered_stays(
 
 
 def test_a_disk_that_fails_is_no_failure_of_the_pages(
-    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A missing excerpt, and a log that cannot be emptied after a withdrawal, which takes effect nevertheless."""
     import shutil
@@ -754,13 +753,12 @@ def test_a_disk_that_fails_is_no_failure_of_the_pages(
     gone = client.get(f"{link}/audio/-1")
     assert gone.status_code == 503 and gone.headers["retry-after"] and "No such file" in capsys.readouterr().err
 
-    def deny(action: int, name: str | None, *more: object) -> int:
-        emptying = action == sqlite3.SQLITE_PRAGMA and name == "wal_checkpoint"
-        return sqlite3.SQLITE_DENY if emptying else sqlite3.SQLITE_OK
+    def fail(own: sqlite3.Connection) -> str:
+        raise sqlite3.OperationalError("disk I/O error")
 
-    sa.event.listen(store.engine, "checkout", lambda connection, *_: connection.set_authorizer(deny))
-    assert "has been deleted" in client.post(f"{link}/withdraw").text
-    assert "could not be emptied" in capsys.readouterr().err and client.get(link).status_code == 404
+    monkeypatch.setattr(eraser, "_truncate", fail)
+    assert "have been deleted" in client.post(f"{link}/withdraw").text
+    assert "(disk I/O error); trying again" in capsys.readouterr().err and client.get(link).status_code == 404
     store.close()
 
 
