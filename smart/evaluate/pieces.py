@@ -125,7 +125,10 @@ def read(path: Path) -> Sample:
             tokenizer = load_tokenizer(folder)
             scores[system] = []
             for tokens in columns[system]["tokens"]:
-                scores[system].append(decode(tokenizer, tokens))
+                try:
+                    scores[system].append(decode(tokenizer, tokens))
+                except ValueError as error:
+                    raise _damaged(path, f"its tokens are not of the vocabulary of {system} ({error})") from None
                 bar.update()
             measures[system] = _measures(columns[system], axes)
     return Sample(path, provenance, systems, axes, measures, columns, scores)
@@ -194,8 +197,8 @@ def _check_values(path: Path, table: pa.Table, axes: Sequence[str]) -> None:
 
     expected = {field.name: kind(field) for field in schema(axes)}
     found = {field.name: kind(field) for field in table.schema}
-    if found != expected:
-        wrong = next(name for name in (*expected, *found) if found.get(name) != expected.get(name))
+    if found != expected or len(table.schema) != len(expected):
+        wrong = next((name for name in (*expected, *found) if found.get(name) != expected.get(name)), "")
         raise _damaged(path, f"its column {wrong!r} is {found.get(wrong)}, expected {expected.get(wrong)}")
     bounds: dict[str, Scale] = {"tokens": (0, 2**31), "length": (0, 10**6), "pitches": (0, 127), "velocities": (0, 127)}
     bounds |= {name: (0, 10**6) if name == "number_of_notes" else scale_of(name) for name in FEATURES if name in found}

@@ -262,7 +262,7 @@ def test_data_that_no_model_fits_are_refused() -> None:
         fit(y, np.concatenate([x, x[:, :1]], axis=1), [term])
     with pytest.raises(UserError, match="at least two different"):
         fit_ordinal(np.full(24, 3.0), x[:, 1:], grouped("participant", term.groups, x[:, 0]))
-    with pytest.raises(UserError, match="end of the scale"):
+    with pytest.raises(UserError, match="no rating of one system is lower than any of another"):
         fit_ordinal(np.where(x[:, 1] > 0, 10.0, 1.0), x[:, 1:], grouped("participant", term.groups, x[:, 0]), nodes=3)
 
 
