@@ -84,7 +84,7 @@ def read_settings(table: Path) -> dict[str, Any]:
         found = (pq.read_schema(table).metadata or {})[METADATA]
         provenance: dict[str, Any] = parse_json(found)
         provenance["settings"]["models"]
-    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, MemoryError, OverflowError):
         raise UserError(f"{table}: expected a table written by `smart evaluate sample`") from None
     return provenance
 

@@ -98,9 +98,10 @@ def fixed_table(data: Design, fitted: Fit, formula: str, size: str) -> Table:
             rows.append((name, *[math.nan] * 11))
             continue
         known, error = math.isfinite(t.low), float(fitted.errors[number])
-        profile = Estimate(t.value, *profile_interval(fitted, number), t.n)
-        if math.isfinite(profile.high - profile.low):
-            profile = within(profile, scale_of(number))
+        low, high = profile_interval(fitted, number)
+        profile = without(t.value, t.n, "an end is too far away")
+        if math.isfinite(high - low):
+            profile = within(Estimate(t.value, min(low, t.value), max(high, t.value), t.n), scale_of(number))
         rows.append((
             name, t.value, error, float(fitted.df[number]), t.value / error,
             float(fitted.p_values[number]) if known or t.why == WHOLE else math.nan, t.low, t.high, wald.low, wald.high,
@@ -194,13 +195,14 @@ def crossed_table(data: Design, models: Sequence[tuple[str, Fit]], size: str) ->
     rows: list[tuple[Any, ...]] = []
     for name, fitted in models:
         others = {term.name: float(v[0, 0]) for term, v in zip(fitted.terms[1:], fitted.variances[1:], strict=True)}
+        variances = (others.get("prompt", math.nan), others.get("excerpt", math.nan), fitted.sigma2)
         for number, term in enumerate(data.names[1:], start=1):
             found = effect(fitted, number)
             known = math.isfinite(found.value) and fitted.df[number] >= 1
             rows.append((
                 name, term, found.value, float(fitted.errors[number]), float(fitted.df[number]),
                 float(fitted.p_values[number]) if known else math.nan, found.low, found.high,
-                others.get("prompt", math.nan), others.get("excerpt", math.nan), fitted.sigma2,
+                *(each if each <= (LARGEST / 2) ** 2 else math.nan for each in variances),
             ))  # fmt: skip
     columns = (
         "model",

@@ -200,6 +200,25 @@ def test_a_study_is_never_overwritten_and_goes_on_after_an_interruption(
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
+def test_damage_to_a_finished_clip_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Any flipped bit: the clip is the same, or is made again, and that is said."""
+    work, draws = building.Work(tmp_path / "study", {}), np.random.default_rng(0)
+    sound = draws.normal(size=(2, 50)).astype(np.float32)
+    work.put(building.Clip(0, 1, 7, sound))
+    assert work.has(0, 1) and not work.has(0, 2) and not capsys.readouterr().err
+    whole = work.path(0, 1).read_bytes()
+    for _ in range(150):
+        data = bytearray(whole)
+        data[draws.integers(len(data))] ^= 1 << int(draws.integers(8))
+        work.path(0, 1).write_bytes(data)
+        if work.has(0, 1):
+            clip = work.get(0, 1)
+            assert clip.seed == 7 and np.array_equal(clip.audio, sound)
+        else:
+            assert "is damaged and will be made again" in capsys.readouterr().err
+    work.close()
+
+
 def test_models_get_the_same_prompts_and_seeds_and_go_on_where_they_were(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
