@@ -464,7 +464,8 @@ def test_a_rating_is_stored_once_whatever_is_sent(server: Server, client: httpx.
         async with httpx.AsyncClient(timeout=30) as many:
             return await asyncio.gather(*(many.post(f"{link}/ratings", json=sent) for _ in range(12)))
 
-    assert [(each.status_code, each.json()) for each in asyncio.run(at_once())] == [(200, {"rating": 7})] * 12
+    stored = {"rating": 7, "position": 1, "client_id": sent["client_id"]}
+    assert [(each.status_code, each.json()) for each in asyncio.run(at_once())] == [(200, stored)] * 12
     assert client.post(f"{link}/ratings", json=sent).json()["rating"] == 7
     assert client.post(f"{link}/ratings", json=answer(1, 2)).json()["rating"] == 7  # the first one counts
     assert client.post(f"{link}/ratings", json=answer(-1, 9)).json()["rating"] == 5
