@@ -276,7 +276,8 @@ def examine(path: str, overrides: tuple[str, ...], study: Path | None = None) ->
         findings["disk"] = _disk(config, base)
         findings["run"] = _run(config)
     findings["study"] = _study()
-    here = [path.parent for path in sorted(Path().glob("*/study.json")) if (path.parent / "consent.txt").is_file()]
+    designs = [*Path().glob("study.json"), *sorted(Path().glob("*/study.json"))]
+    here = [path.parent for path in designs if (path.parent / "consent.txt").is_file()]
     for folder in [study] if study is not None else here:
-        findings[f"consent of {folder.name}"] = _consent(folder)
+        findings[f"consent of {folder.resolve().name}"] = _consent(folder)
     return findings
