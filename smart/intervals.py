@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
 
 Floats = npt.NDArray[np.float64]
 Scale = tuple[float, float]
@@ -51,6 +50,8 @@ def within(found: Estimate, scale: Scale) -> Estimate:
 
 def by_student(value: float, error: float, df: float, n: int, scale: Scale = ANY) -> Estimate:
     """``value`` with its interval from a standard error with ``df`` degrees of freedom."""
+    from scipy import stats  # imported late: it is slow, and programs show their help without it
+
     if not (math.isfinite(error) and df >= 1):
         return without(value, n, TOO_FEW)
     reach = float(stats.t.ppf(0.975, df)) * error
