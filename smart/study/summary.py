@@ -64,13 +64,16 @@ def _compared(outcome: Outcome, reference: str) -> str:
     text = f"{outcome.system} was rated {size}"
     if not math.isfinite(found.low):
         return f"{text}, but these ratings cannot tell how much of that is chance ({found.why})"
-    interval = f"95% interval: {_points(found.low)} to {_points(found.high)}"
     chance = "" if found.low > 0 or found.high < 0 else ", which may be chance"
-    return f"{text}{chance} ({interval})"
+    return f"{text}{chance} (95% interval: {_points(found)})"
 
 
-def _points(value: float) -> str:
-    return f"{abs(value):.2f} {'higher' if value >= 0 else 'lower'}"
+def _points(found: Estimate) -> str:
+    if found.low >= 0:
+        return f"{found.low:.2f} to {found.high:.2f} higher"
+    if found.high <= 0:
+        return f"{-found.high:.2f} to {-found.low:.2f} lower"
+    return f"{-found.low:.2f} lower to {found.high:.2f} higher"
 
 
 def _scope(every: Sequence[Outcome], reference: str) -> str:
@@ -83,7 +86,7 @@ def _scope(every: Sequence[Outcome], reference: str) -> str:
     for each in known:
         assert each.elsewhere is not None
         name = f"of {each.system} " if len(others) > 1 else ""
-        parts.append(f"{name}{_points(each.elsewhere.low)} to {_points(each.elsewhere.high)}")
+        parts.append(f"{name}{_points(each.elsewhere)}")
     return f"{holds}; for other excerpts of the same systems the 95% interval is {', '.join(parts)}."
 
 

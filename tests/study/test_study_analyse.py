@@ -12,9 +12,11 @@ from published_data import DYESTUFF, DYESTUFF2, PENICILLIN, SLEEPSTUDY, WINE
 from scipy import optimize, stats
 
 from smart import UserError
+from smart.intervals import Estimate
 from smart.study import analyse, main, mixed, power, ratings
 from smart.study.mixed import Problem, Term, fit, profile_interval
 from smart.study.ordinal import Likelihood, fit_ordinal
+from smart.study.summary import Outcome
 
 
 def grouped(name: str, groups: np.ndarray, *columns: np.ndarray) -> Term:
@@ -314,6 +316,11 @@ def test_a_system_that_one_participant_heard_is_not_compared() -> None:
         "6 people gave 50"
     )
     assert "cannot be told from these ratings" in third
+    cases = [(0.5, 1.5, "0.50 to 1.50 higher"), (-1.5, -0.5, "0.50 to 1.50 lower")]
+    for low, high, shown in [*cases, (-1.5, 0.25, "1.50 lower to 0.25 higher")]:
+        found = Outcome("tuned", 9, 3, Estimate(5, 4, 6, 3), Estimate((low + high) / 2, low, high, 9))
+        second = analyse.sentences([outcome["base"], found], [], "base", 3, 0)[1]
+        assert shown in second and ("may be chance" in second) == (low < 0 < high)
 
 
 @pytest.mark.parametrize("people", [(range(5), range(5, 10)), (range(3), range(3, 9))])
