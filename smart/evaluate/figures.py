@@ -14,6 +14,8 @@ from smart.evaluate.pieces import FEATURES, Sample
 from smart.intervals import Floats
 from smart.run import read_metrics
 
+LARGEST = 1e9  # number of an iteration
+
 
 class Picture(NamedTuple):
     """A figure on the page."""
@@ -115,6 +117,11 @@ def run_picture(runs: Sequence[Path], out: Path) -> Picture:
     for name, rows in metrics.items():
         if not any(row.get("reward/mean") is not None for row in rows):
             raise UserError(f"--run {name}: its metrics have no reward; expected a tuning run, made by smart.grpo")
+        for row in rows:
+            for key in ("step", "reward/mean", "reward/std"):
+                value = row.get(key)
+                if value is not None and not (type(value) in (int, float) and not abs(value) > LARGEST):
+                    raise UserError(f"--run {name}: its metrics are damaged: {key} is {value!r:.40}")
     path = plots.rewards_by_iteration(metrics, out / "reward-by-iteration", "reward (1 to 10)")[0]
     parts = []
     for name, rows in metrics.items():

@@ -113,22 +113,24 @@ def cohen(difference: Floats, *, seed: int = 1) -> Estimate:
         return without(value, count, TOO_FEW if count < FEWEST else EQUAL)
     if count >= FEW:
         return bootstrap(difference, _cohen, seed)
-    root = math.sqrt(count)
+    statistic = abs(value) * math.sqrt(count)
 
-    def end(tail: float) -> float:
+    def end(tail: float, step: float) -> float:
+        """The noncentrality with ``tail`` of its distribution below the statistic; NaN if it cannot be computed."""
+
         def above(noncentrality: float) -> float:
-            return float(stats.nct.cdf(value * root, count - 1, noncentrality)) - tail
+            return float(stats.nct.cdf(statistic, count - 1, noncentrality)) - tail
 
-        reach = 10 + 3 * abs(value * root)  # also for the widest t, with two degrees of freedom
-        return float(optimize.brentq(above, value * root - reach, value * root + reach)) / root
+        far = statistic + step
+        while above(far) * step > 0 and abs(step) < 1e3:
+            step *= 1.5
+            far = statistic + step
+        return float(optimize.brentq(above, statistic, far)) if above(far) * step <= 0 else math.nan
 
-    try:
-        low, high = end(0.975), end(0.025)
-    except ValueError:  # the noncentral distribution cannot be computed so far out
-        low = high = math.nan
-    if not low <= value <= high:
+    low, high = (side / math.sqrt(count) for side in (end(0.975, -1.0), end(0.025, 1.0)))
+    if not low <= abs(value) <= high:  # also if an end is NaN
         return without(value, count, TOO_FEW)
-    return Estimate(value, low, high, count)
+    return Estimate(value, *((low, high) if value >= 0 else (-high, -low)), count)
 
 
 def cliff(difference: Floats) -> Estimate:

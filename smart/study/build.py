@@ -139,7 +139,8 @@ class Work:
 
     def get(self, system: int, prompt: int) -> Clip:
         """A finished clip. Raises various errors if it is damaged, which the checksums of a zip file show."""
-        with np.load(self.path(system, prompt), allow_pickle=False) as found:
+        packed = io.BytesIO(self.path(system, prompt).read_bytes())
+        with np.load(packed, allow_pickle=False) as found:
             return Clip(system, prompt, int(found["seed"]), found["audio"])
 
     def has(self, system: int, prompt: int) -> bool:

@@ -377,6 +377,10 @@ def test_mistakes_are_one_line(make: Make, tmp_path: Path) -> None:
     shutil.copy(table, tmp_path / "twin" / "t.parquet")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    large = f'{{"step": {10**300}, "reward/mean": 2}}'
+    for name, line in (("words", '{"step": 1, "reward/mean": "high"}'), ("large", large)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(line + "\n")
     for arguments, text in (
         ([], "nothing to report"),
         ([tmp_path / "absent.parquet"], "no such file"),
@@ -384,6 +388,8 @@ def test_mistakes_are_one_line(make: Make, tmp_path: Path) -> None:
         ([table, tmp_path / "twin" / "t.parquet"], "two tables are called 't'"),
         (["--run", tmp_path / "nowhere"], "has no metrics.jsonl"),
         (["--run", tmp_path / "empty"], "have no reward"),
+        (["--run", tmp_path / "words"], "its metrics are damaged: reward/mean is 'high'"),
+        (["--run", tmp_path / "large"], "its metrics are damaged: step is 10000"),
     ):
         result = run("report", *arguments, "--out", tmp_path / "out")
         assert result.exit_code == 2 and text in result.output and "Traceback" not in result.output, result.output

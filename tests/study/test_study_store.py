@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urljoin
 
@@ -108,25 +109,38 @@ def test_a_withdrawal_that_nobody_hinders_is_finished_at_once(study: Path, datab
 
 
 def test_a_clock_that_goes_back_refuses_no_rating(study: Path, database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time of day jumps by hours; what counts is the clock that only goes forward."""
+    day, passed = [1e9], [50.0]
+    monkeypatch.setattr(store, "now", lambda: day[0])
+    monkeypatch.setattr(store, "time", SimpleNamespace(monotonic=lambda: passed[0]))
     made = opened(study, database)
     client = TestClient(make_app(made), follow_redirects=False)
-    link, real, shift = begin(client, made), store.now, [0.0]
-    monkeypatch.setattr(store, "now", lambda: real() + shift[0])
-    assert rate(client, link, 1).status_code == 200
+    link = begin(client, made)
+
+    def later(seconds: float, jump: float = 0.0) -> None:
+        passed[0] += seconds
+        day[0] += seconds + jump
+
+    def send(position: int) -> Any:
+        return client.post(f"{link}/ratings", json=answer(position, 4))
+
+    assert client.get(f"{link}/audio/1").status_code == 200
+    later(SECONDS)
+    assert send(1).status_code == 200
     assert client.get(f"{link}/audio/2").status_code == 200
-    shift[0] = -3600
-    early = client.post(f"{link}/ratings", json=answer(2, 4))
-    assert early.status_code == 409 and early.headers["retry-after"]  # heard for no time yet, whatever the clock says
-    time.sleep(SECONDS)
-    assert client.post(f"{link}/ratings", json=answer(2, 4)).json()["rating"] == 4
+    later(SECONDS / 2, jump=-3600)
+    early = send(2)
+    assert early.status_code == 409 and early.headers["retry-after"]
+    later(SECONDS / 2)
+    assert send(2).json()["rating"] == 4
     assert client.get(f"{link}/audio/3").status_code == 200
-    shift[0] = 3600
-    assert client.post(f"{link}/ratings", json=answer(3, 4)).status_code == 409  # a clock that goes forward
+    later(SECONDS / 2, jump=3600)
+    assert send(3).status_code == 409  # a clock that goes forward is no listening
     made.close()
-    shift[0] = -7200  # and back while the server is restarted: nothing is known of the hour before
+    later(SECONDS / 4, jump=-7200)  # while the server is restarted: nothing is known of the hour before
     made = opened(study, database)
     client = TestClient(make_app(made), follow_redirects=False)
-    assert client.post(f"{link}/ratings", json=answer(3, 4)).status_code == 200
+    assert send(3).status_code == 200
     made.close()
 
 
