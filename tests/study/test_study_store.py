@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from starlette.testclient import TestClient
 from study_server import SECONDS, answer, build, consent, make_wavs
 
-from smart import doctor
+from smart.doctor import command, machine
 from smart.study import main, store
 from smart.study.app import make_app
 from smart.study.folder import Study
@@ -239,10 +239,10 @@ def test_every_link_stays_behind_a_prefix(study: Path, database: Path, prefix: s
 
 def test_a_draft_of_the_consent_text_is_said(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(study.parent)
-    found = doctor._consent(Path("study"))
-    assert found.state == doctor.NOTE and "[names, institution]" in found.found
-    monkeypatch.setattr(doctor, "examine", lambda path, overrides, folder: {"consent": doctor._consent(folder)})
-    result = CliRunner().invoke(doctor.main, ["--study", str(study)])
+    found = machine._consent(Path("study"))
+    assert found.state == machine.NOTE and "[names, institution]" in found.found
+    monkeypatch.setattr(command, "examine", lambda path, overrides, folder: {"consent": machine._consent(folder)})
+    result = CliRunner().invoke(command.main, ["--study", str(study)])
     assert "still has placeholders: [names, institution], [address]" in result.output
     assert Study(study).placeholders[1] == "[address]"
 
