@@ -21,6 +21,7 @@ from typing import NamedTuple
 import click
 import numpy as np
 import numpy.typing as npt
+from scipy import stats  # noqa: F401  (intervals need it: if it is missing, that is said before any work)
 
 from smart import UserError, plots, require
 from smart.evaluate.ratings import (
