@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tomllib
 from collections.abc import Callable, Iterator
@@ -114,6 +115,11 @@ def parse_toml(text: str) -> dict[str, Any]:
         return tomllib.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def placeholders(text: str) -> list[str]:
+    """The parts in square brackets, which a draft leaves for its user to fill in."""
+    return [" ".join(part.split()) for part in re.findall(r"\[[^\[\]]+\]", text)]
 
 
 def sha256(path: Path) -> str:

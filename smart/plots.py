@@ -197,9 +197,10 @@ def frontier(
     for axes, (measure, label) in zip(panels, measures.items(), strict=True):
         for number, name in enumerate(series):
             points = sorted((row for row in rows if row["series"] == name), key=lambda row: row["kl"])
-            points = [row for row in points if np.isfinite(row[measure])]
+            points = [row for row in points if row[measure] is not None and np.isfinite(row[measure])]
             x = np.sqrt([max(row["kl"], 0.0) for row in points])
-            y, low, high = (np.array([row[measure + end] for row in points]) for end in ("", "_low", "_high"))
+            # an interval that is not known is None
+            y, low, high = (np.array([row[measure + end] for row in points], float) for end in ("", "_low", "_high"))
             colour, _ = _style(number)
             error = np.nan_to_num(np.stack([y - low, high - y])).clip(min=0)
             axes.errorbar(x, y, yerr=error, color=colour, marker=".", linewidth=1, elinewidth=0.8)

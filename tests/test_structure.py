@@ -24,6 +24,7 @@ ROOMS = {
     "features",
     "diversity",
     "guard",
+    "intervals",
     "corpus",
     "run",
 }

@@ -114,9 +114,10 @@ class Split(Sequence[npt.NDArray[np.uint16]]):
 class Corpus:
     """A finished corpus: ``corpus.split("train")``, ``corpus.tokenizer``, ``corpus.manifest``.
 
-    Opening checks the manifest, the size of every shard, every index and the tokenizer; ``verify=True`` also reads all
-    tokens and checks their hashes, and that they belong to the tokenizer's vocabulary. Raises ``UserError`` if the
-    folder is not a corpus, or an unfinished or damaged one.
+    Opening checks the manifest, the size of every shard, every index and the tokenizer; the first use of a split reads
+    all of its tokens and checks their hashes. ``verify=True`` does that for all splits at once, and checks that the
+    tokens belong to the tokenizer's vocabulary. Raises ``UserError`` if the folder is not a corpus, or an unfinished or
+    damaged one.
     """
 
     def __init__(self, folder: str | Path, *, verify: bool = False) -> None:
@@ -129,13 +130,17 @@ class Corpus:
             raise self._damaged(f"{tokenizer.name} is missing, or not the one that wrote the tokens")
         if verify:
             self._check_tokens()
+        self._verified = verify
         self._splits: dict[str, Split] = {}
 
     def split(self, name: str) -> Split:
-        """The pieces of ``train``, ``validation`` or ``test``."""
+        """The pieces of ``train``, ``validation`` or ``test``. Raises ``UserError`` if a shard is damaged."""
         if name not in SPLITS:
             raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {name!r}")
         if name not in self._splits:
+            if not self._verified:
+                for shard in self.manifest["splits"][name]["shards"]:
+                    self._check_hash(shard)
             self._splits[name] = Split(self.folder, self.manifest["splits"][name]["shards"])
         return self._splits[name]
 
@@ -171,7 +176,12 @@ class Corpus:
             raise self._damaged(f"{index.name} cannot be read ({error})") from None
         if not sound:
             raise self._damaged(f"{index.name} does not divide {shard['tokens']} tokens into {shard['pieces']} pieces")
-        if verify and sha256(tokens) != shard["sha256"]:
+        if verify:
+            self._check_hash(shard)
+
+    def _check_hash(self, shard: dict[str, Any]) -> None:
+        tokens = self.folder / f"{shard['name']}.bin"
+        if sha256(tokens) != shard["sha256"]:
             raise self._damaged(f"{tokens.name} is not as it was written")
 
     def _check_tokens(self) -> None:

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from pathlib import Path
 
 import click
 
@@ -25,7 +26,12 @@ from smart.doctor.machine import MISSING, NOTE, examine
     help="Compare what the GPU computes with the CPU, and measure time and memory at the sizes of the configuration; "
     "takes about a minute and needs no network.",
 )
-def main(path: str | None, overrides: tuple[str, ...], gpu: bool) -> None:
+@click.option(
+    "--study",
+    type=click.Path(path_type=Path),
+    help="Folder of a listening study whose consent text is checked (default: every study in the current folder).",
+)
+def main(path: str | None, overrides: tuple[str, ...], gpu: bool, study: Path | None) -> None:
     """Check whether this machine can run a configuration, and list how to fix what is missing.
 
     The exit code is 1 if something is missing, or if the GPU (--gpu) differs from the CPU by more than rounding, and 2
@@ -34,7 +40,7 @@ def main(path: str | None, overrides: tuple[str, ...], gpu: bool) -> None:
     if gpu:
         _check_gpu(path or "paper.toml", overrides)
     else:
-        _check_machine(path or "quickstart.toml", overrides)
+        _check_machine(path or "quickstart.toml", overrides, study)
 
 
 def _check_gpu(path: str, overrides: tuple[str, ...]) -> None:
@@ -48,8 +54,8 @@ def _check_gpu(path: str, overrides: tuple[str, ...]) -> None:
         raise SystemExit(1)
 
 
-def _check_machine(path: str, overrides: tuple[str, ...]) -> None:
-    findings = examine(path, overrides)
+def _check_machine(path: str, overrides: tuple[str, ...], study: Path | None) -> None:
+    findings = examine(path, overrides, study)
     width = max(map(len, findings))
     for name, finding in findings.items():
         click.echo(f"{finding.state:7}  {name:{width}}  {finding.found}")

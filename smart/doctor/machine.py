@@ -20,6 +20,7 @@ import numpy as np
 
 from smart import UserError, __version__, gpu, hub
 from smart.config import Config, TrainedReward, load
+from smart.files import placeholders
 from smart.render import checked_soundfont, find_soundfont, package_of
 from smart.run import check_packages
 
@@ -62,6 +63,17 @@ def _study() -> Finding:
     if missing:
         return Finding(NOTE, f"only listening studies need {', '.join(missing)}", "sh install.sh study")
     return Finding(READY, "listening studies can be served and analysed")
+
+
+def _consent(folder: Path) -> Finding:
+    path = folder / "consent.txt"
+    try:
+        missing = placeholders(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return Finding(MISSING, f"{path}: cannot be read ({error})", "give the folder of a study, with --study")
+    if missing:
+        return Finding(NOTE, f"{path} still has placeholders: {', '.join(missing):.200}", "fill them in")
+    return Finding(READY, f"{path} has no placeholders")
 
 
 def _torch(config: Config | None) -> Finding:
@@ -250,8 +262,8 @@ def _run(config: Config) -> Finding:
     return Finding(READY, f"{folder} will be created")
 
 
-def examine(path: str, overrides: tuple[str, ...]) -> dict[str, Finding]:
-    """The finding of each check, in the order of the table."""
+def examine(path: str, overrides: tuple[str, ...], study: Path | None = None) -> dict[str, Finding]:
+    """The finding of each check, in the order of the table; ``study`` (None: each in the current folder) is a study."""
     config: Config | None = None
     try:
         config = load(path, overrides)
@@ -274,4 +286,8 @@ def examine(path: str, overrides: tuple[str, ...]) -> dict[str, Finding]:
         findings["disk"] = _disk(config, base)
         findings["run"] = _run(config)
     findings["study"] = _study()
+    designs = [*Path().glob("study.json"), *sorted(Path().glob("*/study.json"))]
+    here = [path.parent for path in designs if (path.parent / "consent.txt").is_file()]
+    for folder in [study] if study is not None else here:
+        findings[f"consent of {folder.resolve().name}"] = _consent(folder)
     return findings

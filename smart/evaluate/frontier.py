@@ -10,8 +10,9 @@ best-of-n: the expected reward of the best of n of the base's pieces per prompt,
 
 are fitted to the reward and to the judge's score where there are enough points. KL is estimated from the samples: the
 mean over pieces of log pi(piece) - log base(piece), in nats per piece, and also in nats per token. Intervals are 95%:
-percentiles of a bootstrap over prompts, paired across checkpoints. Diversity is a property of a set of pieces, so its
-intervals come from a jackknife that leaves out a tenth of the prompts at a time.
+percentiles of a bootstrap over prompts, paired across checkpoints, or Student's t for few prompts; where none can be
+known, it is left out. Diversity is a property of a set of pieces, so its intervals come from a jackknife that leaves
+out a tenth of the prompts at a time.
 
 ``points`` samples and measures the models, ``laws`` has the estimators and fits; this module makes the report.
 
@@ -63,6 +64,7 @@ from smart.evaluate.points import (
 from smart.evaluate.ratings import evenly
 from smart.files import sha256, write_atomically
 from smart.guard import PLAUSIBILITY, Judge, collapsed, default_judge, optimised_axes
+from smart.intervals import Estimate, Scale, differences
 from smart.model import load_base, pick_device
 from smart.render import checked_soundfont, find_soundfont
 from smart.reward import Reward, load_reward
@@ -129,11 +131,22 @@ def fit_all(series: dict[str, list[Point]], rows: Rows) -> dict[tuple[str, str],
             values - values[0],
             resampled["log_ratio"],
             resampled[measure] - resampled[measure][:, :1],
+            rows.shape[1],
         )
     return fits
 
 
-def choose(points: Sequence[Point], rows: Rows) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def numbers(estimate: Estimate) -> dict[str, Any]:
+    """An estimate for JSON, which knows no NaN."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in estimate._asdict().items()
+    }
+
+
+def choose(
+    points: Sequence[Point], rows: Rows, scales: dict[str, Scale]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Apply ``RULE`` to a run, base first: its entry in the summary, and its rows of the table."""
     base = points[0].variety
     far = [point.variety | {"kl": point.estimates["kl_token"].value} for point in points[1:]]
@@ -142,8 +155,8 @@ def choose(points: Sequence[Point], rows: Rows) -> tuple[dict[str, Any], list[di
     best = keep(reward, judge, reasons, rows)
     entry = {
         "keep": points[best].step,
-        "judge_against_base": mean(judge[best] - judge[0], rows)._asdict(),
-        "reward_against_base": mean(reward[best] - reward[0], rows)._asdict(),
+        "judge_against_base": numbers(mean(judge[best] - judge[0], rows, differences(scales["judge"]))),
+        "reward_against_base": numbers(mean(reward[best] - reward[0], rows, differences(scales["reward"]))),
         "collapsed": [{"step": point.step, "why": why} for point, why in zip(points, reasons, strict=True) if why],
     }
     return entry, [
@@ -253,20 +266,20 @@ def report(
             [tokens for place, tokens in enumerate(drawn.tokens) if place % many < samples],
             *(part[:, :samples] for part in drawn[1:]),
         )
-        origin = weigh("", 0, few, tokenizer, rows, is_base=True)
+        origin = weigh("", 0, few, tokenizer, rows, setting.scales, is_base=True)
         series: dict[str, list[Point]] = {}
         for name, one, of_run in zip(names, configs, systems, strict=True):
             title = f"{name} (beta {one.grpo.beta:g})"
             points = series[title] = [origin._replace(series=title)]
             for system in of_run:
                 found = draw(system, samples, setting, out / "pieces" / system.name, network, bar)
-                points.append(weigh(title, system.step or 0, found, tokenizer, rows))
+                points.append(weigh(title, system.step or 0, found, tokenizer, rows, setting.scales))
     chosen: dict[str, Any] = {}
     table = []
     for title, points in series.items():
-        chosen[title], lines = choose(points, rows)
+        chosen[title], lines = choose(points, rows, setting.scales)
         table += lines
-    series[BEST_OF_N] = baseline(drawn, tokenizer, rows, samples)
+    series[BEST_OF_N] = baseline(drawn, tokenizer, rows, samples, setting.scales)
     table += [columns(point, None, False) for point in series[BEST_OF_N]]
     fits = fit_all(series, rows)
     write(out, table, fits, chosen, setting)
@@ -313,8 +326,8 @@ def write(
                 "measure": measure,
                 "law": fit.law,
                 "points": fit.points,
-                "alpha": fit.alpha and fit.alpha._asdict(),
-                "beta": fit.beta and fit.beta._asdict(),
+                "alpha": fit.alpha and numbers(fit.alpha),
+                "beta": fit.beta and numbers(fit.beta),
                 "residual": fit.residual if fit.alpha else None,
                 "why_not": fit.why_not,
             }

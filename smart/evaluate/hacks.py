@@ -4,9 +4,10 @@
 
 Reinforcement learning finds whatever scores well, so it is better to know before a run what scores well without being
 music. Each probe is made from each real piece (from its notes within the rated seconds), so probes and pieces are
-compared pair by pair. Intervals are 95%, by a bootstrap over pieces.
+compared pair by pair. Intervals are 95%, by a bootstrap over pieces, or by Student's t for few pieces.
 
-The verdict depends on d, the mean difference probe - piece, and its interval:
+The verdict depends on d, the mean difference probe - piece, and its interval; without one (fewer than three pairs, or
+differences that are all equal) it "cannot be told":
 
 - nonsense (silence, noise, a held chord, one repeated note, random notes): "prefers nonsense" if d >= 0; "hardly tells
   it from music" if d < 0 but the interval reaches 0; else "rates it lower".
@@ -29,6 +30,8 @@ import numpy.typing as npt
 from smart import UserError, plots, require
 from smart.corpus import read_score
 from smart.evaluate.ratings import (
+    DIFFERENCE,
+    UNKNOWN,
     Audio,
     Kept,
     Row,
@@ -202,7 +205,9 @@ def verdict(kind: str, difference: dict[str, float]) -> str:
     mean, low, high = (difference[key] for key in ("mean", "low", "high"))
     if kind == REAL or not math.isfinite(mean):
         return ""
-    reaches_zero = not (high < 0 or low > 0)  # also true if there is no interval, as with one pair
+    if not math.isfinite(low):
+        return "unmoved" if kind == HARMLESS and mean == 0 else "cannot be told"
+    reaches_zero = not (high < 0 or low > 0)
     if kind == HARMLESS:
         return "unmoved" if reaches_zero else "changes the rating"
     if kind == FORM:
@@ -328,6 +333,8 @@ def run_probes(
     for column in columns(rewards):
         click.echo(f"\n{column}")
         click.echo(_shown([row for row in rows if row["rating"] == column]))
+    if not all(math.isfinite(row["low"]) for row in rows):
+        click.echo(f"\n{UNKNOWN}")
     click.echo(f"\nwrote hacks.csv, ratings.csv, hacks.png and hacks.pdf to {out}")
 
 
@@ -337,7 +344,7 @@ def _rows(rated: dict[str, Ratings], kinds: dict[str, str], names: Sequence[str]
     for column in names:
         real = rated["real pieces"][column]
         for probe, found in rated.items():
-            difference = estimate(found[column] - real)
+            difference = estimate(found[column] - real, DIFFERENCE)
             rows.append(
                 {
                     "rating": column,

@@ -9,12 +9,25 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from smart.evaluate.statistics import RESAMPLES, Estimate
+from smart.evaluate.statistics import FEW, RESAMPLES
+from smart.evaluate.statistics import by_resamples as interval
+from smart.intervals import (
+    ANY,
+    EQUAL,
+    FEWEST,
+    TOO_FEW,
+    Estimate,
+    Floats,
+    Scale,
+    all_equal,
+    by_student,
+    mean_of,
+    without,
+)
 
-Floats = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.int64]
 
-FEWEST = 4  # points that a law with two coefficients is fitted to
+FEWEST_POINTS = 4  # points that a law with two coefficients is fitted to
 
 
 # --- Best of n ----------------------------------------------------------------------------------------------------
@@ -74,17 +87,26 @@ def ratio(above: Floats, below: Floats, rows: Rows) -> Floats:
         return np.where(known, above, 0.0)[rows].sum(1) / np.where(known, below, 0.0)[rows].sum(1)
 
 
-def interval(value: float, resampled: Floats, count: int) -> Estimate:
-    """``value``, from ``count`` prompts or points, with the 2.5th and 97.5th percentile of ``resampled``."""
-    known = resampled[np.isfinite(resampled)]
-    low, high = np.percentile(known, [2.5, 97.5]) if len(known) else (math.nan, math.nan)
-    return Estimate(float(value), float(low), float(high), count)
-
-
-def mean(values: Floats, rows: Rows) -> Estimate:
+def mean(values: Floats, rows: Rows, scale: Scale = ANY) -> Estimate:
     """Mean of ``values`` (B,) over prompts, with its interval. NaN values are left out."""
     known = values[np.isfinite(values)]
-    return interval(float(known.mean()) if len(known) else math.nan, bootstrap(values, rows), len(known))
+    if len(known) < FEW or all_equal(known):
+        return mean_of(known, scale)
+    return interval(float(known.mean()), bootstrap(values, rows), len(known), scale)
+
+
+def ratio_of(above: Floats, below: Floats, rows: Rows) -> Estimate:
+    """Sum of ``above`` (B,) over sum of ``below`` (B,), with its interval: Student's t for few prompts."""
+    count, value = len(above), float(above.sum() / below.sum())
+    rest = above - value * below  # of a ratio that is the same for every prompt nothing is left
+    if count < FEWEST:
+        return without(value, count, TOO_FEW)
+    if np.abs(rest).max() <= 1e-12 * np.abs(above).max():
+        return without(value, count, EQUAL)
+    if count < FEW:
+        error = math.sqrt(count / (count - 1) * float(rest @ rest)) / float(below.sum())
+        return by_student(value, error, count - 1, count)
+    return interval(value, ratio(above, below, rows), count)
 
 
 # --- The laws of Gao et al. ---------------------------------------------------------------------------------------
@@ -112,16 +134,21 @@ def _terms(law: str, distance: Floats) -> Floats:
     return np.stack([distance, -distance * second], axis=-1)
 
 
-def fit_law(law: str, kl: Floats, gain: Floats, kl_resampled: Floats, gain_resampled: Floats) -> Fit:
+def fit_law(
+    law: str, kl: Floats, gain: Floats, kl_resampled: Floats, gain_resampled: Floats, prompts: int = FEW
+) -> Fit:
     """Fit one law to K points by least squares, and to each of R resamples for the intervals.
 
     ``kl`` and ``gain`` = R(d) - R(0) are (K,), the resampled ones (R, K). Points whose KL cannot be told from 0 are
-    left out: their d is noise.
+    left out: their d is noise. Of few ``prompts`` (the values in a resample) resamples say little, and intervals are
+    left out or widened.
     """
     away = np.isfinite(gain) & (kl > 0) & (np.percentile(kl_resampled, 2.5, axis=0) > 0)
     points = int(away.sum())
-    if points < FEWEST:
-        reason = f"{points} of {len(kl)} points have a KL above 0; fitting two coefficients takes at least {FEWEST}"
+    if points < FEWEST_POINTS:
+        reason = (
+            f"{points} of {len(kl)} points have a KL above 0; fitting two coefficients takes at least {FEWEST_POINTS}"
+        )
         return Fit(law, points, why_not=reason)
 
     def solve(kl: Floats, gain: Floats) -> Floats:
@@ -129,6 +156,8 @@ def fit_law(law: str, kl: Floats, gain: Floats, kl_resampled: Floats, gain_resam
 
     found = solve(kl[away], gain[away])
     many = [solve(*pair) for pair in zip(kl_resampled[:, away], gain_resampled[:, away], strict=True)]
-    alpha, beta = (interval(one, column, points) for one, column in zip(found, np.array(many).T, strict=True))
+    alpha, beta = (
+        interval(one, column, prompts)._replace(n=points) for one, column in zip(found, np.array(many).T, strict=True)
+    )
     fit = Fit(law, points, alpha, beta)
     return fit._replace(residual=float(np.sqrt(np.mean((fit.curve(np.sqrt(kl[away])) - gain[away]) ** 2))))

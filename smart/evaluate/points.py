@@ -3,7 +3,6 @@
 Axes: B prompts, N samples per prompt, R resamples.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -13,16 +12,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from smart import diversity
 from smart.config import Config
-from smart.evaluate.laws import Floats, Rows, best_of_n, best_of_n_kl, interval, mean, ratio
+from smart.evaluate import sealed
+from smart.evaluate.laws import Floats, Rows, best_of_n, best_of_n_kl, mean, ratio_of
 from smart.evaluate.sample import is_whole
-from smart.evaluate.statistics import Estimate, jackknife
-from smart.files import write_atomically
+from smart.evaluate.statistics import jackknife
 from smart.guard import Judge, variety
+from smart.intervals import RATING, Estimate, Scale
 from smart.render import find_soundfont
 from smart.reward import Reward
 from smart.rollout import BLOCK, Piece, System, compose
@@ -61,6 +60,12 @@ class Setting(NamedTuple):
         if self.other is not None:
             return f"{self.other.name} ({' '.join(self.other.weights)})"
         return Judge(self.reward, None, plausible=self.plausible).name
+
+    @property
+    def scales(self) -> dict[str, Scale]:
+        """Between which numbers the reward and the judge lie; plausibility is a log-probability."""
+        rates = self.other is not None or bool(Judge(self.reward, None).axes)
+        return {"reward": RATING, "judge": RATING if rates else (-math.inf, 0)}
 
 
 def base_logprobs(model: Any, pieces: Sequence[Piece], pad_id: int, temperature: float) -> list[float]:
@@ -128,9 +133,9 @@ def draw(system: System, samples: int, setting: Setting, folder: Path, base: Any
                 }
                 for piece, under_base in zip(block, likely, strict=True)
             ]
-            write_atomically(path, functools.partial(pq.write_table, pa.Table.from_pylist(rows)))
+            sealed.write_table(path, pa.Table.from_pylist(rows))
             bar.update(len(rows))
-    table = pa.concat_tables([pq.read_table(path) for path in blocks]).to_pydict()
+    table = pa.concat_tables([sealed.read_table(path) for path in blocks]).to_pydict()
 
     def column(name: str) -> Floats:
         return np.array(table[name], dtype=np.float64).reshape(setting.prompts, samples)
@@ -175,8 +180,7 @@ def varied(vectors: npt.NDArray[Any], rows: Rows) -> tuple[Estimate, Estimate]:
         return {"vendi": float(np.mean([diversity.vendi_score(one[np.ix_(prompts, prompts)]) for one in sets]))}
 
     within = np.array([diversity.vendi_score(diversity.kernel(one)) for one in vectors])
-    found = jackknife(among, count)["vendi"]
-    return found._replace(low=max(found.low, 1.0), high=min(found.high, float(count))), mean(within, rows)
+    return jackknife(among, count, {"vendi": (1, count)})["vendi"], mean(within, rows, (1, samples))
 
 
 def average(values: Floats) -> Floats:
@@ -198,23 +202,42 @@ class Point(NamedTuple):
     pieces: int
 
 
-def weigh(series: str, step: int, drawn: Drawn, tokenizer: Any, rows: Rows, *, is_base: bool = False) -> Point:
-    """Measure one model. The base's KL to itself is set to exactly 0."""
+def exactly(value: float, count: int) -> Estimate:
+    """A number that is known, not estimated."""
+    return Estimate(value, value, value, count)
+
+
+def not_negative(kl: Estimate) -> Estimate:
+    """An estimate of KL, which is never negative, though a mean of log-ratios may be."""
+    return kl._replace(value=max(kl.value, 0.0), low=max(kl.low, 0.0), high=max(kl.high, 0.0))
+
+
+def weigh(
+    series: str,
+    step: int,
+    drawn: Drawn,
+    tokenizer: Any,
+    rows: Rows,
+    scales: dict[str, Scale],
+    *,
+    is_base: bool = False,
+) -> Point:
+    """Measure one model. The base's KL to itself is set to exactly 0. ``scales``: of the reward and the judge."""
     count, samples = drawn.reward.shape
     scores = [decode(tokenizer, tokens) for tokens in drawn.tokens]
     vectors = np.stack([diversity.symbolic_vector(score) for score in scores]).reshape(count, samples, -1)
     log_ratio = np.zeros_like(drawn.log_ratio) if is_base else drawn.log_ratio
     by_prompt = {"reward": average(drawn.reward), "judge": average(drawn.judge), "log_ratio": log_ratio.mean(1)}
     length = drawn.length.mean(1)
-    estimates = {name: mean(values, rows) for name, values in by_prompt.items()}
-    per_token = float(by_prompt["log_ratio"].sum() / length.sum())
+    estimates = {name: mean(by_prompt[name], rows, scale) for name, scale in scales.items()}
+    kl, per_token = mean(by_prompt["log_ratio"], rows), ratio_of(by_prompt["log_ratio"], length, rows)
     among, within = varied(vectors, rows)
     return Point(
         series,
         step,
         {
-            "kl": estimates.pop("log_ratio"),
-            "kl_token": interval(per_token, ratio(by_prompt["log_ratio"], length, rows), count),
+            "kl": exactly(0.0, count) if is_base else not_negative(kl),
+            "kl_token": exactly(0.0, count) if is_base else not_negative(per_token),
             **estimates,
             "vendi": among,
             "vendi_within": within,
@@ -226,7 +249,7 @@ def weigh(series: str, step: int, drawn: Drawn, tokenizer: Any, rows: Rows, *, i
     )
 
 
-def baseline(drawn: Drawn, tokenizer: Any, rows: Rows, sets: int) -> list[Point]:
+def baseline(drawn: Drawn, tokenizer: Any, rows: Rows, sets: int, scales: dict[str, Scale]) -> list[Point]:
     """Best-of-n from the base's N samples per prompt, n = 1, 2, 4, .. N.
 
     Scores are expectations over all subsets of n. Diversity is that of the best samples of up to ``sets`` disjoint
@@ -245,13 +268,11 @@ def baseline(drawn: Drawn, tokenizer: Any, rows: Rows, sets: int) -> list[Point]
         parts = [slice(begin, begin + n) for begin in range(0, samples - n + 1, n)][:sets]
         best = [np.nan_to_num(drawn.reward[:, part], nan=-math.inf).argmax(1) + part.start for part in parts]
         among, _ = varied(np.stack([vectors[np.arange(count), one] for one in best], axis=1), rows)
-        exact = Estimate(best_of_n_kl(n), best_of_n_kl(n), best_of_n_kl(n), count)
-        per_token = exact.value / float(drawn.length.mean())
+        kl = best_of_n_kl(n)
         estimates = {
-            "kl": exact,
-            "kl_token": Estimate(per_token, per_token, per_token, count),
-            "reward": mean(by_prompt["reward"], rows),
-            "judge": mean(by_prompt["judge"], rows),
+            "kl": exactly(kl, count),
+            "kl_token": exactly(kl / float(drawn.length.mean()), count),
+            **{name: mean(by_prompt[name], rows, scale) for name, scale in scales.items()},
             "vendi": among,
             "vendi_within": Estimate(math.nan, math.nan, math.nan, 0),
         }

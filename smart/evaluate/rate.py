@@ -3,8 +3,8 @@
     python -m smart.evaluate rate my-clips/*.wav --reward ce_proxy
 
 A file is cut into windows of ten seconds, the receptive field of Audiobox Aesthetics. Its rating is the mean over
-windows, weighted by length, as in Audiobox's own predictor. With several windows, the interval is Student's t over
-them: it shows how much the ratings vary within the file, not between files.
+windows, weighted by length, as in Audiobox's own predictor. With at least three windows of similar length, the interval
+is Student's t over them: it shows how much the ratings vary within the file, not between files.
 
 With the published weights of ``audiobox``, silence and noise test the whole scorer, because the paper prints their
 ratings. Weights count as published if they came from the hub under their published id. Weights from any other folder or
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import click
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+from scipy import stats  # noqa: F401  (intervals need it: if it is missing, that is said before any work)
 
 from smart import UserError, plots, require
 from smart.corpus import read_score
@@ -37,6 +37,7 @@ from smart.evaluate.ratings import (
     with_interval,
     writing,
 )
+from smart.intervals import FEWEST, RATING, all_equal, by_student
 from smart.model import pick_device
 from smart.published import AXES, TABLE_1, tolerance
 from smart.render import (
@@ -55,6 +56,7 @@ WINDOW_SECONDS = 10
 SILENCE, NOISE = "silence", "white noise"
 BUILT_IN_RATE = 16000  # Hz, of silence and noise
 NOISE_LEVEL = 0.1  # standard deviation
+FEWEST_WINDOWS = FEWEST - 0.5  # effective number of windows, which is smaller if the last one is short
 PAPER = {name: dict(zip(AXES, TABLE_1[name], strict=True)) for name in (SILENCE, NOISE)}
 TOLERANCE = {name: tolerance(name) for name in PAPER}
 
@@ -73,7 +75,7 @@ def windows(audio: Audio, sample_rate: int) -> list[Audio]:
 
 
 def summarise(ratings: npt.NDArray[np.float64], lengths: Sequence[int]) -> dict[str, float]:
-    """Mean over windows weighted by length, and its 95% interval by Student's t (NaN for fewer than two windows)."""
+    """Mean over windows weighted by length, and its 95% interval by Student's t (NaN if they do not tell it)."""
     known = np.isfinite(ratings)
     if not known.any():
         return {"mean": math.nan, "low": math.nan, "high": math.nan}
@@ -81,11 +83,11 @@ def summarise(ratings: npt.NDArray[np.float64], lengths: Sequence[int]) -> dict[
     weights = weights / weights.sum()
     mean = float(weights @ values)
     count = 1 / float((weights**2).sum())  # effective number of windows
-    half = math.nan
-    if len(values) > 1 and count > 1:
-        error = math.sqrt(float(weights @ (values - mean) ** 2) / (count - 1))
-        half = float(stats.t.ppf(0.975, count - 1)) * error
-    return {"mean": mean, "low": mean - half, "high": mean + half}
+    if count < FEWEST_WINDOWS or all_equal(values):
+        return {"mean": mean, "low": math.nan, "high": math.nan}
+    error = math.sqrt(float(weights @ (values - mean) ** 2) / (count - 1))
+    found = by_student(mean, error, count - 1, len(values), RATING)
+    return {"mean": mean, "low": found.low, "high": found.high}
 
 
 def built_in(seed: int) -> Iterator[tuple[str, Audio, int]]:
@@ -200,6 +202,12 @@ def rate_files(
             except UserError as error:
                 failed.append(Unreadable(str(path), error.message))
     click.echo(_shown(rows))
+    unknown = {row["file"]: None for row in rows if row["windows"] > 1 and not math.isfinite(row["low"])}
+    if unknown:
+        click.echo(
+            "without an interval, since fewer than three windows of similar length, or windows that are rated alike, "
+            f"do not tell one: {', '.join(unknown)}"
+        )
     for reward in rewards:
         if reward.name == "audiobox":
             ours: dict[str, dict[str, float]] = {name: {} for name in PAPER}

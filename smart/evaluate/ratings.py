@@ -1,7 +1,7 @@
 """What the commands share: ratings of audio and of scores, saved ratings, tables."""
 
 import csv
-import io
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +16,8 @@ import torch
 
 from smart import UserError, plots
 from smart.evaluate import statistics
-from smart.files import is_empty, write_atomically
+from smart.files import is_empty, parse_json, write_atomically
+from smart.intervals import RATING, Scale, differences
 from smart.model import pick_device
 from smart.render import Renderer, RenderError
 from smart.reward import Reward, load_reward, read_options, resample
@@ -121,31 +122,50 @@ def rate_scores(
 class Kept:
     """Ratings of a long job, saved in ``<folder>/ratings.csv`` so that the same command continues where it stopped.
 
-    The file has one line per unit of work (a probe, a soundfont), piece and column. Raises ``UserError`` if the folder
+    The file has one line per unit of work (a probe, a soundfont), piece and column. ``ratings.sha256.json`` has a
+    digest of each unit's ratings: a unit that is damaged is reported and made again. Raises ``UserError`` if the folder
     holds ratings made with other ``settings``, or other files.
     """
 
-    FILES = ("settings.json", "ratings.csv")
+    FILES = ("settings.json", "ratings.csv", "ratings.sha256.json")
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], pieces: Sequence[str]) -> None:
         self.folder, self.pieces = folder, pieces
         self.units: dict[str, dict[str, npt.NDArray[np.float64]]] = {}
-        settings_file, self._table = (folder / name for name in self.FILES)
+        settings_file, self._table, self._digests = (folder / name for name in self.FILES)
         text = json.dumps(settings, indent=1) + "\n"
         with writing(folder):
             if folder.exists() and (not folder.is_dir() or (not is_empty(folder) and not settings_file.is_file())):
                 raise UserError(f"--out {folder} holds something else; choose a new folder")
             if settings_file.is_file():
-                if settings_file.read_text(encoding="utf-8") != text:
+                if settings_file.read_text(encoding="utf-8", errors="replace") != text:
                     raise UserError(f"--out {folder}: holds ratings made with other settings; give a new folder")
             else:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(settings_file, text.encode())
             if self._table.is_file():
-                for line in csv.DictReader(io.StringIO(self._table.read_text(encoding="utf-8"))):
-                    unit = self.units.setdefault(line["unit"], {})
-                    values = unit.setdefault(line["column"], np.full(len(pieces), math.nan))
-                    values[int(line["piece"])] = float(line["rating"] or "nan")
+                self._read()
+
+    def _read(self) -> None:
+        """Take up the units whose ratings are as they were written, and report the others."""
+        text = self._table.read_text(encoding="utf-8", errors="replace")
+        found: dict[str, dict[str, npt.NDArray[np.float64]]] = {}
+        for line in text.split("\n")[1:-1]:  # line by line, so that damage stays within a unit
+            try:
+                unit, piece, _, column, rating = next(csv.reader([line], strict=True))
+                ratings = found.setdefault(unit, {}).setdefault(column, np.full(len(self.pieces), math.nan))
+                ratings[int(piece)] = float(rating or "nan")
+            except (ValueError, IndexError, csv.Error):  # its unit does not have the recorded digest then
+                continue
+        try:
+            digests = dict(parse_json(self._digests.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            digests = {}
+        self.units = {unit: columns for unit, columns in found.items() if digests.get(unit) == _digest(columns)}
+        damaged = [unit for unit in found if unit not in self.units]
+        if damaged:
+            named = ", ".join(damaged[:3]) + (" ..." if len(damaged) > 3 else "")
+            click.echo(f"Warning: {self._table} is damaged; made again: {named:.200}", err=True)
 
     def get(
         self, unit: str, work: Callable[[], dict[str, npt.NDArray[np.float64]]]
@@ -160,17 +180,32 @@ class Kept:
                 for column, values in found.items()
                 for row, value in enumerate(values)
             ]
+            digests = {name: _digest(found) for name, found in self.units.items()}
             with writing(self.folder):
+                write_atomically(self._digests, (json.dumps(digests, indent=1) + "\n").encode())
                 plots.write_csv(self._table, rows)
         return self.units[unit]
+
+
+def _digest(ratings: Mapping[str, npt.NDArray[np.float64]]) -> str:
+    """SHA-256 of a unit's ratings; it does not depend on how NaN is written."""
+    found = hashlib.sha256()
+    for column, values in ratings.items():
+        found.update(f"{column}\0{len(values)}\0".encode())
+        found.update(np.where(np.isnan(values), math.nan, values).astype("<f8").tobytes())
+    return found.hexdigest()
 
 
 # Numbers ----------------------------------------------------------------------------------------------------
 
 
-def estimate(values: npt.NDArray[np.float64]) -> dict[str, float | int]:
-    """Mean, 95% interval over pieces, and n of the finite values, as columns of a table."""
-    found = statistics.mean(values)
+DIFFERENCE = differences(RATING)
+UNKNOWN = "a number without an interval: too few pieces were rated, or all of them alike, to tell one"
+
+
+def estimate(values: npt.NDArray[np.float64], scale: Scale = RATING) -> dict[str, float | int]:
+    """Mean, 95% interval over pieces (NaN: none is known), and n of the finite values, as columns of a table."""
+    found = statistics.mean(values, scale=scale)
     return {"n": found.n, "mean": found.value, "low": found.low, "high": found.high}
 
 

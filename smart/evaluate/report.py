@@ -7,238 +7,25 @@ number has its n and a 95% interval; every figure is saved as PNG and PDF, with 
 single file that loads nothing else.
 """
 
-import base64
 import math
-import struct
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 import numpy as np
-import numpy.typing as npt
-import pyarrow.parquet as pq
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from smart import UserError, plots
 from smart.corpus import Corpus
-from smart.diversity import BEATS, PER_BEAT, kernel, nearest, piano_roll, summary, vendi_score
-from smart.evaluate.sample import read_settings
-from smart.evaluate.statistics import RESAMPLES, Estimate, Paired, holm, jackknife, mean, paired
+from smart.diversity import kernel, nearest, summary, vendi_score
+from smart.evaluate.figures import Picture, draw, run_picture
+from smart.evaluate.pieces import DIVERSITY, FEATURES, KINDS, RATINGS, Sample, read, scale_of
+from smart.evaluate.statistics import FEW, RESAMPLES, Paired, holm, jackknife, mean, paired
 from smart.files import write_atomically
-from smart.run import progress, read_metrics
-from smart.tokens import FILE_NAME, decode, load_tokenizer
-
-Floats = npt.NDArray[np.float64]
-
-
-class Measure(NamedTuple):
-    """One number per piece: its name in tables and figures, and its change in the paper (+1, -1, 0: not mentioned)."""
-
-    title: str
-    unit: str
-    paper: int = 0
-    words: str = ""  # the paper's words for it
-
-
-FEATURES = {
-    "number_of_notes": Measure("Number of notes", "notes", 1, "more, concentrated around 70"),
-    "polyphony_rate": Measure("Polyphony rate", "share of time with more than two pitches", 1, "more polyphony"),
-    "empty_beat_rate": Measure("Empty-beat rate", "share of quarter notes without a note", -1, "falls to zero"),
-    "mean_pitch": Measure("Mean pitch", "MIDI pitch", -1, "more pitches in the lower octaves"),
-    "pitch_range": Measure("Pitch range", "semitones", 1, "a larger range"),
-    "scale_consistency": Measure("Scale consistency", "share of notes in the best scale", -1, "heavier lower tail"),
-    "mean_velocity": Measure("Mean velocity", "MIDI velocity", -1, "lower velocities"),
-    "velocity_range": Measure("Velocity range", "MIDI velocity", 1, "a larger range"),
-}
-# undefined for a piece without notes
-SOUNDING = ("polyphony_rate", "pitch_range", "scale_consistency", "velocity_range")
-RATINGS = {
-    "CE": "raised; published clips 4.5 to 7.5, tuned 7.1 to 7.9",
-    "CU": "raised, though not optimised",
-    "PC": "raised, though not optimised",
-    "PQ": "raised, though not optimised",
-}
-DIVERSITY = {
-    "vendi": "Vendi score of the notes (effective number of different pieces)",
-    "vendi_audio": "Vendi score of the audio",
-    "distance": "Mean distance between two piano rolls (0 to 1)",
-    "distinct_4grams": "Share of note 4-grams that are distinct",
-    "empty_rate": "Share of pieces without notes",
-    "nearest": "Similarity of the opening to the nearest training piece (0 to 1, in the best transposition)",
-    "copied": "Share of nine-note passages that also occur in a training piece",
-    "longest": "Length in notes of the longest passage that also occurs in one training piece",
-}
-KINDS = {
-    "procedural": "Procedural prompts",
-    "first_note": "Procedural prompts with a first note",
-    "bos": "No prompt",
-    "dataset": "Prompts from the dataset",
-}
-
-
-class Sample(NamedTuple):
-    """One table, split by system; every list is in the order of the prompts."""
-
-    path: Path
-    provenance: dict[str, Any]
-    systems: list[str]
-    axes: list[str]  # "reward.axis"
-    measures: dict[str, dict[str, Floats]]  # system -> measure -> (N,), NaN where undefined
-    columns: dict[str, dict[str, list[Any]]]  # system -> column -> N values
-    scores: dict[str, list[Any]]  # system -> N symusic.Score
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.provenance["settings"]
-        return found
-
-    @property
-    def name(self) -> str:
-        return self.path.stem
-
-
-def read(path: Path) -> Sample:
-    """Read and decode a table. Raises ``UserError`` if it is not one, or if a system lacks some of the prompts."""
-    provenance = read_settings(path)
-    table = pq.read_table(path)
-    settings = provenance["settings"]
-    axes = [f"{name}.{axis}" for name, reward in settings["rewards"].items() for axis in reward["axes"]]
-    systems: list[str] = settings["systems"]
-    names = np.array(table["system"].to_pylist())
-    columns, measures = {}, {}
-    scores: dict[str, list[Any]] = {}
-    with tempfile.TemporaryDirectory() as folder, progress(total=table.num_rows, unit="piece") as bar:
-        for system in systems:
-            mine = table.filter(names == system)
-            columns[system] = {name: mine[name].to_pylist() for name in mine.column_names}
-            if columns[system]["prompt"] != list(range(settings["count"])):
-                raise UserError(
-                    f"{path}: {system} does not have the prompts 0 to {settings['count'] - 1}; sample it again"
-                )
-            Path(folder, FILE_NAME).write_text(provenance["tokenizers"][system], encoding="utf-8")
-            tokenizer = load_tokenizer(folder)
-            scores[system] = []
-            for tokens in columns[system]["tokens"]:
-                scores[system].append(decode(tokenizer, tokens))
-                bar.update()
-            measures[system] = _measures(columns[system], axes)
-    return Sample(path, provenance, systems, axes, measures, columns, scores)
-
-
-def _measures(columns: Mapping[str, list[Any]], axes: Sequence[str]) -> dict[str, Floats]:
-    def column(name: str) -> Floats:
-        return np.array(columns[name], np.float64)
-
-    def of_each(name: str) -> Floats:
-        return np.array([np.mean(part) if part else math.nan for part in columns[name]])
-
-    found = {axis: column(axis) for axis in axes}
-    for name in FEATURES:
-        if name.startswith("mean_"):
-            found[name] = of_each({"mean_pitch": "pitches", "mean_velocity": "velocities"}[name])
-        else:
-            found[name] = column(name)
-            if name in SOUNDING:
-                found[name] = np.where(columns["empty"], math.nan, found[name])
-    return found
-
-
-# --- Figures ------------------------------------------------------------------------------------------------------
-
-
-class Picture(NamedTuple):
-    """A figure on the page."""
-
-    title: str
-    path: Path  # the PNG
-    alt: str
-    caption: str
-
-    @property
-    def data(self) -> str:
-        return base64.b64encode(self.path.read_bytes()).decode()
-
-    @property
-    def width(self) -> float:
-        """Width of the figure as drawn, in rem (16 pixels), from the PNG's header."""
-        (pixels,) = struct.unpack(">I", self.path.read_bytes()[16:20])
-        return round(pixels / plots.DPI * 6, 2)
-
-
-def _means(sample: Sample, measure: str) -> str:
-    parts = [f"{name} {np.nanmean(values):.3g}" for name, values in _by_system(sample, measure).items()
-             if np.isfinite(values).any()]  # fmt: skip
-    return "means: " + ", ".join(parts) if parts else "no values"
-
-
-def _by_system(sample: Sample, measure: str) -> dict[str, Floats]:
-    return {name: sample.measures[name][measure] for name in sample.systems}
-
-
-def _rating_panel(sample: Sample, axis: str) -> plots.Panel:
-    values = _by_system(sample, axis)
-    return plots.Panel(axis, "rating (1 to 10)", "share of pieces", values, plots.edges_of(values.values()))
-
-
-def _feature_panels(sample: Sample) -> list[plots.Panel]:
-    """The paper's eight features in its order; for pitch and velocity the distribution over all notes."""
-    panels = []
-    for name, measure in FEATURES.items():
-        if name.startswith("mean_"):
-            kind = {"mean_pitch": "pitches", "mean_velocity": "velocities"}[name]
-            values = {
-                system: np.array([v for part in sample.columns[system][kind] for v in part], np.float64)
-                for system in sample.systems
-            }
-            edges = np.arange(20.5, 109, 2.0) if kind == "pitches" else np.arange(0.0, 129, 4.0)
-            title = {"pitches": "Pitch distribution", "velocities": "Velocity distribution"}[kind]
-            panels.append(plots.Panel(title, measure.unit, "share of notes", values, edges))
-        else:
-            values = _by_system(sample, name)
-            # the vocabulary's velocities are 4 apart, and so are their differences
-            edges = np.arange(-2.0, 131, 4.0) if name == "velocity_range" else plots.edges_of(values.values())
-            panels.append(plots.Panel(measure.title, measure.unit, "share of pieces", values, edges))
-    return panels
-
-
-def draw(sample: Sample, out: Path) -> dict[str, Picture]:
-    """Draw the three figures of a table."""
-    dataset = sample.settings["prompts"] == "dataset"
-    count = sample.settings["count"]
-    pictures = {}
-    if sample.axes:
-        panels = [_rating_panel(sample, axis) for axis in sample.axes]
-        path = plots.histograms(panels, out / f"{sample.name}-ratings")[0]
-        alt = "; ".join(f"histogram of {axis}, {_means(sample, axis)}" for axis in sample.axes)
-        pictures["ratings"] = Picture(
-            "Ratings", path, alt, f"Ratings of {count} pieces per system (the paper's figure {7 if dataset else 3})."
-        )
-    path = plots.histograms(_feature_panels(sample), out / f"{sample.name}-features")[0]
-    alt = "; ".join(f"{measure.title}, {_means(sample, name)}" for name, measure in FEATURES.items())
-    pictures["features"] = Picture(
-        "MIDI features", path, f"eight histograms: {alt}",
-        f"The eight MIDI features of {count} pieces per system (the paper's figure {7 if dataset else 4}).",
-    )  # fmt: skip
-    if sample.axes:
-        rolls = {name: np.mean([piano_roll(score) for score in sample.scores[name]], axis=0) for name in sample.systems}
-        path = plots.rewards_and_rolls(
-            _rating_panel(sample, sample.axes[0]), rolls, out / f"{sample.name}-rolls", per_beat=PER_BEAT
-        )[0]
-        alt = f"histograms of {sample.axes[0]}, {_means(sample, sample.axes[0])}; below them average piano rolls: " + (
-            "; ".join(
-                f"in {name} at most {100 * roll.max():.0f}% of pieces share a pitch at one time"
-                for name, roll in rolls.items()
-            )
-        )
-        pictures["rolls"] = Picture(
-            "Rating and average piano roll", path, alt,
-            f"Top: {sample.axes[0]}. Bottom: the share of pieces in which a pitch sounds, in the first {BEATS} "
-            "quarter notes (the paper's figure 6). A sharper pattern means that the pieces are more alike.",
-        )  # fmt: skip
-    return pictures
-
+from smart.intervals import FEWEST, Estimate, Scale
+from smart.run import progress
+from smart.tokens import decode
 
 # --- Numbers ------------------------------------------------------------------------------------------------------
 
@@ -260,8 +47,13 @@ def compare(sample: Sample, *, seed: int = 1) -> list[Comparison]:
     found = []
     for other in others:
         for family in (sample.axes, list(FEATURES)):
-            pairs = [paired(sample.measures[first][m], sample.measures[other][m], seed=seed) for m in family]
-            corrected = [holm([pair.t_test for pair in pairs]), holm([pair.wilcoxon for pair in pairs])]
+            pairs = [
+                paired(sample.measures[first][m], sample.measures[other][m], seed=seed, scale=scale_of(m))
+                for m in family
+            ]
+            # a measure that never differs is not tested; the others count for both tests
+            tested = sum(math.isfinite(pair.wilcoxon) for pair in pairs)
+            corrected = [holm([getattr(pair, test) for pair in pairs], tested) for test in ("t_test", "wilcoxon")]
             found += [Comparison(first, other, *parts) for parts in zip(family, pairs, *corrected, strict=True)]
     return found
 
@@ -275,7 +67,9 @@ def diversity(sample: Sample, system: str) -> dict[str, Estimate]:
         heard = [clips[row] for row in rows if clips[row] is not None]
         return found | ({"vendi_audio": vendi_score(kernel(np.array(heard)))} if heard else {})
 
-    found = jackknife(measure, len(scores))
+    most: Scale = (1, len(scores))
+    scales = {"vendi": most, "vendi_audio": most} | dict.fromkeys(("distance", "distinct_4grams", "empty_rate"), (0, 1))
+    found = jackknife(measure, len(scores), scales)
     return {name: found[name] for name in DIVERSITY if name in found}
 
 
@@ -300,8 +94,9 @@ def closeness(sample: Sample, corpus: Corpus, out: Path, *, seed: int = 1) -> di
         ],
     )
     mine = {system: [place for place, (owner, _) in enumerate(owners) if owner == system] for system in sample.systems}
+    scales: dict[str, Scale] = {"nearest": (0, 1), "copied": (0, 1), "longest": (0, math.inf)}
     return {
-        system: {name: mean(values[places], seed=seed) for name, values in table.items()}
+        system: {name: mean(values[places], seed=seed, scale=scales[name]) for name, values in table.items()}
         for system, places in mine.items()
     }
 
@@ -324,7 +119,7 @@ def paper_rows(comparisons: Sequence[Comparison], means: Mapping[str, Mapping[st
     rows = []
     for c in comparisons:
         axis = c.measure.rpartition(".")[2]
-        sign, words = (1, RATINGS.get(axis, "")) if c.measure not in FEATURES else FEATURES[c.measure][2:]
+        sign, words = (1, RATINGS.get(axis, "")) if c.measure not in FEATURES else FEATURES[c.measure][3:]
         if words:
             rows.append(
                 {
@@ -354,9 +149,10 @@ def number(value: float, largest: float | None = None) -> str:
 
 
 def interval(estimate: Estimate) -> str:
-    """The estimate as "value [low, high]"."""
+    """The estimate as "value [low, high]", or "value (why there is no interval)"."""
     if not math.isfinite(estimate.low):
-        return number(estimate.value)
+        known = math.isfinite(estimate.value) and estimate.why
+        return f"{number(estimate.value)} ({estimate.why})" if known else number(estimate.value)
     largest = max(map(abs, estimate[:3]))
     value, low, high = (number(part, largest) for part in estimate[:3])
     return f"{value} [{low}, {high}]"
@@ -374,7 +170,10 @@ def section(sample: Sample, out: Path, *, seed: int = 1, corpus: Corpus | None =
     """Everything that the page shows about a table; writes its figures and CSV files into ``out``."""
     names = [*sample.axes, *FEATURES]
     means = {
-        measure: {system: mean(sample.measures[system][measure], seed=seed) for system in sample.systems}
+        measure: {
+            system: mean(sample.measures[system][measure], seed=seed, scale=scale_of(measure))
+            for system in sample.systems
+        }
         for measure in names
     }
     comparisons = compare(sample, seed=seed)
@@ -418,7 +217,7 @@ def section(sample: Sample, out: Path, *, seed: int = 1, corpus: Corpus | None =
             "system": system,
             "pieces": len(columns["prompt"]),
             **{name: sum(columns[name]) for name in ("failed", "silent", "empty")},
-            "length": mean(columns["length"], seed=seed),
+            "length": mean(columns["length"], seed=seed, scale=(0, math.inf)),
         }
         for system, columns in sample.columns.items()
     ]
@@ -438,27 +237,6 @@ def section(sample: Sample, out: Path, *, seed: int = 1, corpus: Corpus | None =
         "pictures": draw(sample, out),
         "stand_ins": [name for name, reward in settings["rewards"].items() if reward["stand_in"]],
     }
-
-
-def run_picture(runs: Sequence[Path], out: Path) -> Picture:
-    """Draw the paper's figure 2 for one or more runs."""
-    metrics = {run.resolve().name: read_metrics(run) for run in runs}
-    if len(metrics) < len(runs):
-        raise UserError("--run: two runs have the same name; rename one of the folders")
-    for name, rows in metrics.items():
-        if not any(row.get("reward/mean") is not None for row in rows):
-            raise UserError(f"--run {name}: its metrics have no reward; expected a tuning run, made by smart.grpo")
-    path = plots.rewards_by_iteration(metrics, out / "reward-by-iteration", "reward (1 to 10)")[0]
-    parts = []
-    for name, rows in metrics.items():
-        values = [row["reward/mean"] for row in rows if row.get("reward/mean") is not None]
-        parts.append(f"{name} from {np.mean(values[:5]):.2f} to {np.mean(values[-5:]):.2f} in {len(values)} iterations")
-    return Picture(
-        "Reward by iteration",
-        path,
-        f"curves of the mean reward by iteration (means of the first and last five): {'; '.join(parts)}",
-        "Mean reward of each iteration's completions, plus and minus one standard deviation (the paper's figure 2).",
-    )
 
 
 def report(
@@ -501,5 +279,5 @@ def render(sections: Sequence[Mapping[str, Any]], runs: Picture | None) -> str:
     )
     environment.filters |= {"number": number, "interval": interval, "p": p_value, "title_of": title_of}
     return environment.get_template("report.html").render(
-        sections=sections, runs=runs, diversity=DIVERSITY, resamples=RESAMPLES
+        sections=sections, runs=runs, diversity=DIVERSITY, resamples=RESAMPLES, few=FEW, fewest=FEWEST
     )

@@ -22,9 +22,10 @@ import pyarrow.parquet as pq
 from smart import UserError, __version__, require
 from smart.corpus import MANIFEST, Corpus
 from smart.diversity import audio_vector
+from smart.evaluate import sealed
 from smart.evaluate.ratings import load_rewards
 from smart.features import SCALARS, is_empty, midi_features
-from smart.files import parse_json, sha256, write_atomically
+from smart.files import parse_json, sha256
 from smart.model import pick_device
 from smart.render import checked_soundfont, write_midi, write_wav
 from smart.reward import Reward
@@ -83,30 +84,30 @@ def read_settings(table: Path) -> dict[str, Any]:
         found = (pq.read_schema(table).metadata or {})[METADATA]
         provenance: dict[str, Any] = parse_json(found)
         provenance["settings"]["models"]
-    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError, MemoryError, OverflowError):
         raise UserError(f"{table}: expected a table written by `smart evaluate sample`") from None
     return provenance
 
 
 def is_whole(part: Path) -> bool:
-    """Whether a block is complete. One that cannot be read is reported on stderr, and will be sampled again."""
+    """Whether a block is complete and as it was written; a damaged one is reported, and will be sampled again."""
     if not part.is_file():
         return False
     try:
-        pq.read_table(part)
-    except (OSError, pa.ArrowException):
-        click.echo(f"Warning: {part} is damaged and will be sampled again", err=True)
+        sealed.read_table(part)
+    except sealed.Damaged as damage:
+        click.echo(f"Warning: {part} is damaged and will be sampled again ({damage})", err=True)
         return False
     return True
 
 
 def finish(parts: Sequence[Path], out: Path, names: Sequence[str], metadata: Mapping[str, Any]) -> pa.Table:
     """Join the parts, sorted by system and prompt, and write ``out``."""
-    table = pa.concat_tables([pq.read_table(part) for part in parts])
+    table = pa.concat_tables([sealed.read_table(part, sealed=False) for part in parts])
     systems = np.array([names.index(name) for name in table["system"].to_pylist()])
     table = table.take(np.lexsort((table["prompt"].to_numpy(), systems))).combine_chunks()
     table = table.replace_schema_metadata({METADATA: json.dumps(metadata)})
-    write_atomically(out, lambda file: pq.write_table(table, file, compression="zstd"))
+    sealed.write_table(out, table, compression="zstd")
     return table
 
 
@@ -210,6 +211,10 @@ def sample(
             raise UserError(
                 f"--out {out} holds pieces made with other settings ({'; '.join(changed)}); choose another file"
             )
+        try:
+            sealed.read_table(out, sealed=False)
+        except sealed.Damaged as damage:
+            raise UserError(f"--out {out} is damaged ({damage}); delete it, and give the same command again") from None
         shutil.rmtree(parts, ignore_errors=True)  # left over if the process was killed right after writing the table
         click.echo(f"{out} is already complete: nothing to do")
         return
@@ -244,8 +249,7 @@ def sample(
                         write_wav(Path(f"{stem}.wav"), piece.audio, sample_rate)
                 bar.update()
                 if len(rows) == len(systems) * min(batch, count - done * batch):
-                    part = pa.Table.from_pylist(rows, schema(axes))
-                    write_atomically(blocks[done], lambda file, part=part: pq.write_table(part, file))  # type: ignore[misc]  # bound now
+                    sealed.write_table(blocks[done], pa.Table.from_pylist(rows, schema(axes)))
                     rows, done = [], done + 1
         tokenizers = {system.name: (system.model / FILE_NAME).read_text(encoding="utf-8") for system in systems}
         provenance = {"settings": settings, "given": list(models), "tokenizers": tokenizers}

@@ -5,7 +5,8 @@
 It answers two questions: how much the mean ratings differ between soundfonts, and whether soundfonts agree on the
 ranking of the pieces, which is all that a reward normalised within a group can use. Agreement is Spearman's rank
 correlation of the ratings for each pair of soundfonts, and Kendall's W over all of them. Intervals are 95%, by a
-bootstrap over pieces. Differences to the first soundfont are taken piece by piece.
+bootstrap over pieces, or by Student's t for few pieces; those of ranks take at least ten pieces. Differences to the
+first soundfont are taken piece by piece.
 """
 
 import math
@@ -23,8 +24,10 @@ from smart import UserError, plots, require
 from smart.corpus import Corpus, read_score
 from smart.evaluate import statistics
 from smart.evaluate.ratings import (
+    DIFFERENCE,
     MEAN,
     MIDI,
+    UNKNOWN,
     Kept,
     Row,
     announce,
@@ -37,6 +40,7 @@ from smart.evaluate.ratings import (
     writing,
 )
 from smart.files import sha256
+from smart.intervals import FEWEST
 from smart.model import pick_device
 from smart.published import AXES, TABLE_2
 from smart.render import checked_soundfont, open_renderer, short_name
@@ -115,7 +119,10 @@ def agreement(fonts: Sequence[Font], column: str, ratings: Ratings) -> list[Row]
         def of_pieces(numbers: Ratings) -> Ratings:
             return measure(np.moveaxis(known[:, numbers.astype(int)], 0, -2))
 
-        found = statistics.bootstrap(np.arange(known.shape[1], dtype=float), of_pieces, seed=1)
+        scale = (-1.0, 1.0) if what == "spearman" else (0.0, 1.0)
+        found = statistics.bootstrap(np.arange(known.shape[1], dtype=float), of_pieces, seed=1, scale=scale)
+        if found.n < FEWEST:  # two pieces have the same ranking or the opposite one
+            found = found._replace(value=math.nan)
         rows.append(
             {"rating": column, "measure": what, "a": a, "b": b, "n": found.n, "mean": found.value, "low": found.low}
             | {"high": found.high}
@@ -191,7 +198,7 @@ def compare_soundfonts(
     for column in columns(rewards):
         for font in fonts:
             found = ratings[font.name][column]
-            difference = estimate(found - ratings[fonts[0].name][column])
+            difference = estimate(found - ratings[fonts[0].name][column], DIFFERENCE)
             means.append(
                 {
                     "soundfont": font.name,
@@ -217,6 +224,8 @@ def compare_soundfonts(
     if len(fonts) > 1:
         click.echo("agreement on the ranking of the pieces:")
         click.echo(_agreement_shown(agreed))
+    if not all(math.isfinite(row["low"]) for row in [*means, *agreed]):
+        click.echo(UNKNOWN)
     click.echo(f"wrote soundfonts.csv, agreement.csv, ratings.csv, soundfonts.png and soundfonts.pdf to {out}")
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from smart.config import Config
 from smart.files import parse_json, write_atomically
+from smart.intervals import FEWEST, RATING, TOO_FEW, Scale, by_student, differences, without
 from smart.published import AXES, BASE, ITERATIONS, LISTENING, MINUTES, TABLE_1, TABLE_2, tolerance
 from smart.reproduce.book import OUT, Book, Step, _clock
 from smart.reproduce.steps import PAGE, Found, variants
@@ -70,6 +71,7 @@ def _training(out: Path, config: Config) -> Section:
     ]
     for name, one in variants(config, "").items():
         summary = read_json(out / name / "summary.json")
+        count = min(summary[which]["n"] for which in ("base", "tuned"))
         rows.append(
             (
                 name,
@@ -77,7 +79,7 @@ def _training(out: Path, config: Config) -> Section:
                 f"{one.grpo.beta:g}",
                 number(duration(out / name), 1),
                 *(
-                    f"{summary[which]['reward']:.2f} ± {1.96 * summary[which]['standard_error']:.2f}"
+                    _reward(summary[which], count, RATING if which != "difference" else differences(RATING))
                     for which in ("base", "tuned", "difference")
                 ),
             )
@@ -94,6 +96,14 @@ def _training(out: Path, config: Config) -> Section:
             )
         ],
     )
+
+
+def _reward(found: dict[str, float], count: int, scale: Scale) -> str:
+    """A mean reward with its interval by Student's t, as with the fewer samples of the two models."""
+    value, error = found["reward"], found["standard_error"]
+    known = count >= FEWEST and error > 0
+    estimate = by_student(value, error, count - 1, count, scale) if known else without(value, count, TOO_FEW)
+    return with_interval(estimate._asdict())
 
 
 def _table_1(out: Path, kind: str, real: bool) -> Section:
@@ -140,7 +150,7 @@ def _table_2(out: Path, real: bool) -> Section:
         inside = [
             float(line["low"]) <= float(line["paper"]) <= float(line["high"])
             for line in lines
-            if line and line["paper"]
+            if line and line["paper"] and line["low"]
         ]
         rows.append((name, *cells, f"{sum(inside)} of {len(inside)} agree" if real and inside else ""))
     return Section(

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
-import click
 import jinja2
 import sqlalchemy as sa
 from sqlalchemy.engine import RowMapping
@@ -35,6 +34,7 @@ from smart.files import parse_json
 from smart.study.export import ratings_csv
 from smart.study.folder import CHECK
 from smart.study.store import Answer, Refused, Store
+from smart.study.tell import tell
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -61,6 +61,7 @@ HEADERS = {
 RAW_HEADERS = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
 NAME = re.compile(r"[0-9a-f]{32}")  # made by the browser: ``client_id`` and ``session`` of an answer
 NUMBER = re.compile(r"\d{1,9}", re.ASCII)  # Python refuses to convert thousands of digits
+PREFIX = re.compile(r"(?:/[\w.~-]+)*", re.ASCII)
 BYTES = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
 
 
@@ -148,7 +149,7 @@ class Guard:
         except (sa.exc.SQLAlchemyError, sqlite3.Error, OSError) as failure:
             # disk full, database gone, excerpt unreadable: the browser keeps the answer and retries
             reason = [*str(getattr(failure, "orig", failure)).strip().splitlines(), type(failure).__name__][0]
-            click.echo(f"the database or the disk failed: {reason}", err=True)
+            tell(f"the database or the disk failed: {reason}")
             if begun:
                 raise
             answer = Response("The server cannot store or send anything at the moment.", 503, {"retry-after": "5"})
@@ -184,12 +185,16 @@ class Pages:
         if not self.check_sound.is_file():
             raise UserError(f"{self.check_sound} is missing; build the study again")
 
-    def html(self, name: str, status: int = 200, **values: Any) -> Response:
-        text = self.templates.get_template(name).render(design=self.design, **values)
+    def html(self, request: Request, name: str, status: int = 200, **values: Any) -> Response:
+        text = self.templates.get_template(name).render(design=self.design, root=root_of(request), **values)
         return Response(text, status, media_type="text/html")
 
-    def message(self, title: str, text: str, status: int = 200, **values: Any) -> Response:
-        return self.html("message.html", status, title=title, text=text, **({"join": False} | values))
+    def message(self, request: Request, title: str, text: str, status: int = 200, **values: Any) -> Response:
+        return self.html(request, "message.html", status, title=title, text=text, **({"join": False} | values))
+
+    def link(self, request: Request) -> str:
+        """A participant's link, seen from the page that is asked for."""
+        return f"{root_of(request)}s/{request.path_params['token']}"
 
     # --- Participants
 
@@ -216,33 +221,35 @@ class Pages:
     def step(self, request: Request) -> Response:
         """The page for the step that a participant has reached."""
         person = self.person(request)
-        base = f"/s/{request.path_params['token']}"
+        base = self.link(request)
         version, paragraphs = self.study.consent
         if not self.consented(person):
-            return self.html("consent.html", base=base, version=version, paragraphs=paragraphs, again=person["version"])
+            return self.html(
+                request, "consent.html", base=base, version=version, paragraphs=paragraphs, again=person["version"]
+            )
         if person["headphones"] is None:
-            return self.html("check.html", base=base, wrong=False)
+            return self.html(request, "check.html", base=base, wrong=False)
         position = self.store.next_position(person["id"])
         if position is None:
-            return self.html("thanks.html", base=base, code=person["code"])
-        return self.html("trial.html", base=base, position=position)
+            return self.html(request, "thanks.html", base=base, code=person["code"])
+        return self.html(request, "trial.html", base=base, position=position)
 
     def consent(self, request: Request) -> Response:
         person, form = self.person(request), read_form(request)
         version = self.study.consent[0]
         if form.get("agree") == "yes" and form.get("version") == version:
             self.store.consent(person["id"], version)
-        return RedirectResponse(f"/s/{request.path_params['token']}", 303)
+        return RedirectResponse(self.link(request), 303)
 
     def check(self, request: Request) -> Response:
         """The second tone is the one on the left; a first wrong answer may be corrected."""
         person, form = self.person(request), read_form(request)
-        base = f"/s/{request.path_params['token']}"
+        base = self.link(request)
         answer = form.get("tone")
         if answer not in ("first", "second", "third", "unsure") or not self.consented(person):
             return RedirectResponse(base, 303)
         if answer in ("first", "third") and form.get("again") != "yes":
-            return self.html("check.html", base=base, wrong=True)
+            return self.html(request, "check.html", base=base, wrong=True)
         self.store.checked(person["id"], {"second": "passed", "unsure": "unsure"}.get(answer, "failed"))
         return RedirectResponse(base, 303)
 
@@ -260,26 +267,29 @@ class Pages:
         return send_wav(request, self.study.audio(excerpt), self.sending, person["token_hash"])
 
     def rate(self, request: Request) -> Response:
-        """Store an answer; the reply contains the rating that counts for this position."""
+        """Store an answer; the reply names it, and contains the rating that counts for its position."""
         person = self.person(request)
         if not self.consented(person):
             raise HTTPException(409, "Consent is missing.")
         agent = "".join(letter for letter in request.headers.get("user-agent", "") if letter.isprintable())[:300]
-        counted = self.store.rate(person["id"], read_answer(request), agent, person["version"])
-        return JSONResponse({"rating": counted})
+        answer = read_answer(request)
+        counted = self.store.rate(person["id"], answer, agent, person["version"])
+        return JSONResponse({"rating": counted, "position": answer.position, "client_id": answer.client_id})
 
     def withdraw(self, request: Request) -> Response:
         person = self.person(request)
         if request.method == "POST":
-            self.store.withdraw(person["id"])
-            return self.message("Your data are deleted", "Everything that was stored about you has been deleted.")
-        return self.html("withdraw.html", base=f"/s/{request.path_params['token']}")
+            erased = self.store.withdraw(person["id"])
+            return self.message(request, "Your data are deleted", DELETED if erased else ERASING)
+        return self.html(request, "withdraw.html", base=self.link(request))
 
     # --- Public pages
 
     def index(self, request: Request) -> Response:
         text = "To take part, please open the link that you were given."
-        return self.message("Listening study", "Thank you for your interest." if self.open else text, join=self.open)
+        return self.message(
+            request, "Listening study", "Thank you for your interest." if self.open else text, join=self.open
+        )
 
     def join(self, request: Request) -> Response:
         """Create a link, if the study is open; it takes a form, so that link previews do not create any."""
@@ -288,7 +298,7 @@ class Pages:
         if request.method != "POST":
             return self.index(request)
         self.count(self.limits.enrolments, request)
-        return RedirectResponse(f"/s/{self.store.invite(1)[0]}", 303)
+        return RedirectResponse(f"{root_of(request)}s/{self.store.invite(1)[0]}", 303)
 
     def asset(self, request: Request) -> Response:
         name = request.path_params["name"]
@@ -301,7 +311,7 @@ class Pages:
     def admin(self, request: Request) -> Response:
         """A form, and the result of its action; every request carries the admin token."""
         if request.method != "POST":
-            return self.html("admin.html", **NOTHING)
+            return self.html(request, "admin.html", **NOTHING)
         form = read_form(request)
         self.authorise(request, form.get("token", ""))
         action = form.get("action")
@@ -312,14 +322,15 @@ class Pages:
         if action == "invite":
             if not NUMBER.fullmatch(number) or not 1 <= int(number) <= 1000:
                 raise HTTPException(400, "Expected a number of links from 1 to 1000.")
-            origin = f"{request.url.scheme}://{request.url.netloc}"
+            origin = f"{request.url.scheme}://{request.url.netloc}{prefix_of(request)}"
             shown["links"] = [f"{origin}/s/{token}" for token in self.store.invite(int(number))]
         elif action == "withdraw":
             if not NUMBER.fullmatch(number) or int(number) not in {each["id"] for each in self.store.overview()}:
                 raise HTTPException(400, "There is no participant with this number.")
             self.store.withdraw(int(number))
         shown |= {"people": self.store.overview(), "withdrawn": self.store.withdrawals()}
-        return self.html("admin.html", **shown)
+        shown["erased"] = self.store.is_erased()
+        return self.html(request, "admin.html", **shown)
 
     def export(self, request: Request) -> Response:
         kind, _, token = request.headers.get("authorization", "").partition(" ")
@@ -342,13 +353,41 @@ class Pages:
             error = HTTPException(409, str(error), {"retry-after": "1"} if error.later else None)
         assert isinstance(error, HTTPException)
         if request.url.path.endswith("/ratings"):
-            return JSONResponse({"error": error.detail}, error.status_code, error.headers)
-        response = self.message("This did not work", error.detail, error.status_code)
+            # by the answer's own name the browser knows that this is the server's reply, and not somebody else's page
+            refused = {"error": error.detail, "client_id": name_of_answer(request)}
+            return JSONResponse(refused, error.status_code, error.headers)
+        response = self.message(request, "This did not work", error.detail, error.status_code)
         response.headers.update(error.headers or {})
         return response
 
 
-NOTHING: dict[str, Any] = {"people": None, "links": None, "withdrawn": 0}  # what the admin page shows at first
+NOTHING: dict[str, Any] = {"people": None, "links": None, "withdrawn": 0, "erased": True}  # shown at first
+DELETED = "Everything that was stored about you has been deleted."
+ERASING = (
+    "Your data have been deleted from the study. A technical copy in the log of its database is overwritten as soon as "
+    "no other program reads the database."
+)
+
+
+def root_of(request: Request) -> str:
+    """The way from the page that is asked for up to the start page: all links are relative, so that a web server in
+    front can serve the study under any path."""
+    return "../" * (request.url.path.count("/") - 1)
+
+
+def prefix_of(request: Request) -> str:
+    """The path under which a web server in front serves the study, as it states it; "" if it states none."""
+    prefix = request.headers.get("x-forwarded-prefix", "").rstrip("/")
+    return prefix if PREFIX.fullmatch(prefix) else ""
+
+
+def name_of_answer(request: Request) -> str:
+    """The ``client_id`` of the answer that was sent; "" if it has none."""
+    try:
+        name = parse_json(request.scope["body"])["client_id"]
+    except (ValueError, KeyError, TypeError):
+        return ""
+    return name if isinstance(name, str) and NAME.fullmatch(name) else ""
 
 
 def read_form(request: Request) -> dict[str, str]:

@@ -121,7 +121,7 @@ class Work:
             raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
         path = self.folder / "settings.json"
         text = json.dumps(settings, sort_keys=True)
-        if path.exists() and path.read_text(encoding="utf-8") != text:
+        if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
             self.close()
             raise UserError(
                 f"--out {out}: {self.folder} holds an unfinished build with other settings; "
@@ -138,8 +138,22 @@ class Work:
         write_atomically(self.path(clip.system, clip.prompt), packed.getvalue())
 
     def get(self, system: int, prompt: int) -> Clip:
-        with np.load(self.path(system, prompt), allow_pickle=False) as found:
+        """A finished clip. Raises various errors if it is damaged, which the checksums of a zip file show."""
+        packed = io.BytesIO(self.path(system, prompt).read_bytes())
+        with np.load(packed, allow_pickle=False) as found:
             return Clip(system, prompt, int(found["seed"]), found["audio"])
+
+    def has(self, system: int, prompt: int) -> bool:
+        """Whether a clip is finished and as it was written; a damaged one is reported, and will be made again."""
+        path = self.path(system, prompt)
+        if not path.exists():
+            return False
+        try:
+            clip = self.get(system, prompt)
+        except Exception as error:  # a damaged zip file raises nearly anything
+            click.echo(f"Warning: {path} is damaged and will be made again ({type(error).__name__})", err=True)
+            return False
+        return clip.audio.ndim == 2
 
     def close(self) -> None:
         self._held.close()
@@ -279,12 +293,12 @@ def fill(work: Work, systems: Sequence["Recordings | System"], design: Design, o
                     f"(--prompts {design.prompts} --practice {design.practice})"
                 )
             for prompt in range(wanted):
-                if not work.path(number, prompt).exists():
+                if not work.has(number, prompt):
                     work.put(
                         Clip(number, prompt, 0, read_wav(system.files[prompt], design.sample_rate, design.seconds))
                     )
     models = {system.name: number for number, system in enumerate(systems) if not isinstance(system, Recordings)}
-    first = next((i for i in range(wanted) if not all(work.path(n, i).exists() for n in models.values())), wanted)
+    first = next((i for i in range(wanted) if not all(work.has(n, i) for n in models.values())), wanted)
     if first == wanted:
         return
     from smart.rollout import compose

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from smart import UserError
-from smart.files import parse_json, sha256
+from smart.files import parse_json, placeholders, sha256
 from smart.study.order import Trial, order, with_checks
 
 DESIGN, KEY, CONSENT, CHECK, AUDIO = "study.json", "key.csv", "consent.txt", "check.wav", "audio"
@@ -74,6 +74,7 @@ class Study:
         self.folder = folder
         self.design = read_design(folder)
         self.excerpts: dict[str, Excerpt] = {}
+        self.placeholders: list[str] = []  # of the draft of the consent text that are still to be filled in
         try:
             with open(folder / KEY, encoding="utf-8", newline="") as file:
                 for row in csv.DictReader(file, restval=""):
@@ -129,6 +130,7 @@ class Study:
         first, _, rest = text.partition("\n")
         if not first.lower().startswith("version:") or not rest.strip():
             raise UserError(f"{path}: expected a first line 'Version: NAME', then the text")
+        self.placeholders = placeholders(rest)
         version = f"{first.partition(':')[2].strip()} ({hashlib.sha256(text.encode()).hexdigest()[:8]})"
         return version, [" ".join(part.split()) for part in rest.split("\n\n") if part.strip()]
 

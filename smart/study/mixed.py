@@ -18,7 +18,7 @@ Axes: n observations, p fixed effects, J groups of the first term with k columns
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,9 +27,8 @@ import numpy.typing as npt
 from scipy import optimize, stats
 
 from smart import UserError
+from smart.study.derivatives import Array, Value, gradient, hessian, steps_of
 
-Array = npt.NDArray[np.float64]
-Value = Callable[[Array], float]
 DISAGREE = 0.01  # in the criterion: an optimiser that ends this far above the best one has stopped elsewhere
 SINGULAR = 1e-4  # relative standard deviation below which a direction of random effects counts as absent (as lme4)
 
@@ -84,7 +83,7 @@ class Problem:
         first = self.terms[0]
         if self.n <= self.p + 1:
             raise UserError(f"{self.n} ratings are too few for a mixed model with {self.p} fixed effects")
-        crossed = [_expand(term) for term in self.terms[1:]]
+        crossed = [expand(term) for term in self.terms[1:]]
         self._w = np.concatenate([*crossed, x, y[:, None]], axis=1)
         self._first = first
         self._g = np.zeros((first.size, self.shapes[0], self.shapes[0]))
@@ -377,7 +376,7 @@ def simulate(fitted: Fit, generator: np.random.Generator) -> Array:
     return y
 
 
-def _expand(term: Term) -> Array:
+def expand(term: Term) -> Array:
     """The term's columns, repeated for each group: (n, groups * k)."""
     k = term.z.shape[1]
     wide = np.zeros((len(term.groups), term.size * k))
@@ -385,34 +384,6 @@ def _expand(term: Term) -> Array:
     for column in range(k):
         wide[rows, term.groups * k + column] = term.z[:, column]
     return wide
-
-
-def gradient(value: Value, theta: Array, step: float = 1e-5) -> Array:
-    """First derivatives by central differences."""
-    moves = step * np.eye(len(theta))
-    return np.array([(value(theta + move) - value(theta - move)) / (2 * step) for move in moves])
-
-
-def hessian(value: Value, theta: Array, steps: Array) -> Array:
-    """Second derivatives by central differences, with Richardson's extrapolation over halved steps."""
-
-    def plain(steps: Array) -> Array:
-        d = len(theta)
-        moves, centre, found = np.diag(steps), value(theta), np.empty((d, d))
-        for i in range(d):
-            up, down = value(theta + moves[i]), value(theta - moves[i])
-            found[i, i] = (up - 2 * centre + down) / steps[i] ** 2
-            for j in range(i):
-                both = value(theta + moves[i] + moves[j]) + value(theta - moves[i] - moves[j])
-                mixed = value(theta + moves[i] - moves[j]) + value(theta - moves[i] + moves[j])
-                found[i, j] = found[j, i] = (both - mixed) / (4 * steps[i] * steps[j])
-        return found
-
-    return (4 * plain(steps / 2) - plain(steps)) / 3
-
-
-def _steps(theta: Array) -> Array:
-    return 0.02 * np.maximum(np.abs(theta), 0.1)
 
 
 def _polish(value: Value, theta: Array, diagonal: npt.NDArray[np.bool_]) -> Array:
@@ -433,7 +404,7 @@ def _polish(value: Value, theta: Array, diagonal: npt.NDArray[np.bool_]) -> Arra
             moved[inside] = values
             return value(moved)
 
-        curvature = hessian(part, theta[inside], _steps(theta[inside]))
+        curvature = hessian(part, theta[inside], steps_of(theta[inside]))
         values, vectors = np.linalg.eigh(curvature) if np.isfinite(curvature).all() else (np.zeros(1), np.eye(1))
         if values.min() <= 1e-6 * values.max():
             break
@@ -464,7 +435,7 @@ def _satterthwaite(problem: Problem, theta: Array, sigma2: float, *, reml: bool)
         variance: Array = math.exp(2 * at[-1]) * np.diag(problem.solve(at[:-1]).unscaled)
         return variance
 
-    steps = _steps(point)
+    steps = steps_of(point)
     values, vectors = np.linalg.eigh(hessian(deviance, point, steps))
     kept = values > 1e-6 * values.max()
     covariance = 2 * (vectors[:, kept] / values[kept]) @ vectors[:, kept].T

@@ -17,7 +17,11 @@ import numpy.typing as npt
 from scipy import optimize, special, stats
 
 from smart import UserError
-from smart.study.mixed import DISAGREE, SINGULAR, Array, Run, Term, hessian
+from smart.study.derivatives import Array, hessian
+from smart.study.mixed import DISAGREE, SINGULAR, Run, Term
+
+FARTHEST = 10.0  # logits: odds of 22,000; an effect or a standard error beyond it is that of a flat likelihood
+SEPARATED = "no rating of one system is lower than any of another (but for ties), so its odds ratio has no limit"
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class OrdinalFit:
     nodes: int
     runs: tuple[Run, ...]
     singular: tuple[str, ...]
+    why: tuple[str, ...] = ()  # for each effect, why it has no estimate; "" if it has one
 
     @property
     def aic(self) -> float:
@@ -47,7 +52,7 @@ class OrdinalFit:
 
     @property
     def errors(self) -> Array:
-        """Standard errors of beta (p,)."""
+        """Standard errors of beta (p,); NaN for an effect without an estimate."""
         return np.sqrt(np.diag(self.covariance))[len(self.alpha) :]
 
     @property
@@ -131,18 +136,48 @@ class Likelihood:
         return np.add.reduceat(values, self.starts, axis=0)
 
 
+def separated(category: npt.NDArray[np.int64], x: Array) -> npt.NDArray[np.bool_]:
+    """Which effects (p,) have no finite estimate, since the categories separate the ratings, but for ties.
+
+    So it is if thresholds and effects can move in a direction in which no rating becomes less likely: then the
+    likelihood has no maximum. Whether an effect is part of such a direction is a linear program.
+    """
+    p = x.shape[1]
+    top = int(category.max())
+    rows = np.unique(np.concatenate([category[:, None], x], axis=1), axis=0)
+    limits = []
+    for row in rows:
+        own, effects = int(row[0]), row[1:]
+        for threshold, sign in ((own, -1.0), (own - 1, 1.0)):  # the threshold above and the one below a rating
+            if 0 <= threshold < top:
+                limits.append(np.concatenate([sign * np.eye(top)[threshold], -sign * effects]))
+    limits += [np.concatenate([np.eye(top)[i] - np.eye(top)[i + 1], np.zeros(p)]) for i in range(top - 1)]
+    found = np.zeros(p, bool)
+    for effect in range(p):
+        for sign in (-1, 1):
+            goal = np.zeros(top + p)
+            goal[top + effect] = sign
+            done = optimize.linprog(goal, np.array(limits), np.zeros(len(limits)), bounds=[(-1, 1)] * (top + p))
+            found[effect] |= done.status == 0 and done.fun < -1e-6
+    return found
+
+
 def fit_ordinal(ratings: Array, x: Array, term: Term, *, nodes: int = 9) -> OrdinalFit:
     """Fit ``ratings`` (n,), where each distinct value is a category, on ``x`` (n, p) with random effects ``term``.
 
     BFGS runs from three starts and L-BFGS-B from one; the best is kept.
 
-    Raises ``UserError`` for fewer than two categories, and if the effects cannot be estimated because one system got
-    only the lowest or only the highest ratings.
+    An effect that has no estimate has a standard error of NaN, and a reason in ``why``: the ratings are separated, or
+    the likelihood is flat in a direction that changes it. Raises ``UserError`` for fewer than two categories, and if no
+    effect has an estimate.
     """
     levels, category = np.unique(ratings, return_inverse=True)
     if len(levels) < 2:
         raise UserError("an ordinal model needs ratings of at least two different values")
     p, k, thresholds = x.shape[1], term.z.shape[1], len(levels) - 1
+    apart = separated(category, x)
+    if apart.all():
+        raise UserError(f"has no estimate: {SEPARATED}")
     lower = np.tril_indices(k)
     likelihood = Likelihood(category, len(levels), x, term, nodes)
 
@@ -189,8 +224,19 @@ def fit_ordinal(ratings: Array, x: Array, term: Term, *, nodes: int = 9) -> Ordi
     values, vectors = np.linalg.eigh(hessian(lambda at: likelihood(*unpack(at)), natural, steps))
     kept = values > 1e-7 * values.max()
     covariance = 2 * (vectors[:, kept] / values[kept]) @ vectors[:, kept].T
-    if np.abs(beta).max() > 20 or not np.isfinite(covariance).all():
-        raise UserError("the ordinal model has no estimate: all ratings of one system are at an end of the scale")
+    effects = slice(thresholds, thresholds + p)
+    if not np.isfinite(covariance).all():
+        raise UserError("has no estimate: its likelihood has no curvature")
+    moved = (np.abs(vectors[effects][:, ~kept]) > 1e-3).any(axis=1)  # by a direction in which the likelihood is flat
+    wide = (np.diag(covariance)[effects] > FARTHEST**2) | (np.abs(beta) > FARTHEST)
+    why = tuple(
+        SEPARATED if one else "the likelihood is flat in its direction" if other else ""
+        for one, other in zip(apart, moved | wide, strict=True)
+    )
+    if all(why):
+        raise UserError(f"has no estimate: {why[0]}")
+    lost = thresholds + np.flatnonzero([bool(each) for each in why])
+    covariance[lost] = covariance[:, lost] = math.nan
     return OrdinalFit(
         levels=levels,
         alpha=alpha,
@@ -204,4 +250,5 @@ def fit_ordinal(ratings: Array, x: Array, term: Term, *, nodes: int = 9) -> Ordi
         nodes=nodes,
         runs=tuple(runs),
         singular=tuple(singular),
+        why=why,
     )

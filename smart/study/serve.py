@@ -10,8 +10,9 @@ from pathlib import Path
 import click
 
 from smart import UserError
-from smart.study.folder import Study
+from smart.study.folder import CONSENT, Study
 from smart.study.store import Store
+from smart.study.tell import tell
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -48,7 +49,13 @@ def serve(
 
     with contextlib.ExitStack() as opened:
         listening = opened.enter_context(listen(host, port))
-        store = Store(Study(folder), database)
+        study = Study(folder)
+        if study.placeholders:
+            tell(
+                f"Warning: {folder / CONSENT} still has placeholders ({', '.join(study.placeholders):.200}); fill them "
+                "in before anybody takes part, and start the server again"
+            )
+        store = Store(study, database)
         opened.callback(store.close)
         # no access log: the paths hold the participants' tokens
         config = uvicorn.Config(

@@ -7,27 +7,29 @@ rating of a position is the one that counts.
 Positions count from 1; practice items have the positions ..., -1, 0 before them.
 """
 
-import contextlib
 import hashlib
 import hmac
+import math
 import os
 import secrets
-import sqlite3
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import click
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine, RowMapping
 
 from smart import UserError
+from smart.study.eraser import Eraser
 from smart.study.folder import Study
 
 FORMAT = "1"
 FILE = "ratings.sqlite"
+ERASING = "erasing"  # a withdrawal, by its number, that may still be in SQLite's log
 
 TABLES = sa.MetaData()
 META = sa.Table(
@@ -169,6 +171,12 @@ class Store:
         self.study = study
         self.engine = connect(study, url)
         self.reader = self.engine.execution_options(reads=True)
+        # when a sound was first sent and an answer stored, by the clock that is never set back
+        self._heard: dict[tuple[int, int], float] = {}
+        self._stored: dict[int, float] = {}
+        self._lock = threading.Lock()
+        own = self.engine.url.database if self.engine.dialect.name == "sqlite" else None
+        self._eraser = Eraser(own, self._erasing, self._erased) if own else None
         with self.engine.begin() as database:
             for key, expected in (("format", FORMAT), ("study", study.design.study)):
                 found = self.get(database, key)
@@ -177,9 +185,25 @@ class Store:
                 elif found != expected:
                     self.close()
                     raise UserError(f"the database holds another study's ratings ({key} {found}); choose another one")
+        if self._eraser is not None:
+            self._eraser.start()  # what an earlier process could not finish
 
     def close(self) -> None:
+        if self._eraser is not None:
+            self._eraser.close()
         self.engine.dispose()
+
+    def _erasing(self) -> str:
+        with self.reader.connect() as database:
+            return self.get(database, ERASING) or ""
+
+    def _erased(self, withdrawal: str) -> None:
+        with self.engine.begin() as database:  # a later withdrawal stays
+            database.execute(META.delete().where((META.c.key == ERASING) & (META.c.value == withdrawal)))
+
+    def is_erased(self) -> bool:
+        """Whether nothing of a participant who withdrew is left in SQLite's log."""
+        return not self._erasing()
 
     # --- Administration
 
@@ -276,6 +300,9 @@ class Store:
             following = self._next(database, participant)
         if trial is None or (following is not None and position > following + 1):
             return None
+        if following is not None and position >= following:
+            with self._lock:
+                self._heard.setdefault((participant, position), time.monotonic())
         if trial.served is None:
             with self._writing(participant) as database:
                 database.execute(TRIALS.update().where(here & TRIALS.c.served.is_(None)).values(served=now()))
@@ -285,7 +312,9 @@ class Store:
         """Store an answer and return the rating that counts: this one, or an earlier one of the same position.
 
         Raises ``Refused`` if it is another position's turn, or if the excerpt cannot have been heard: it was not sent,
-        it was sent too recently, or the previous excerpt was rated too recently.
+        it was sent too recently, or the previous excerpt was rated too recently. That is measured by a clock that is
+        never set back; only for what happened before the server was started does the time of day count, and a time in
+        the future then tells nothing.
         """
         with self._writing(participant) as database:
             here = (RATINGS.c.participant == participant) & (RATINGS.c.position == answer.position)
@@ -300,8 +329,8 @@ class Store:
             if served is None or answer.listened_s < 0.95 * seconds or answer.play_count < 1:
                 raise Refused("the excerpt has not been heard to the end")
             latest = sa.select(sa.func.max(RATINGS.c.stored)).where(RATINGS.c.participant == participant)
-            before = database.execute(latest).scalar() or 0.0
-            if instant - max(float(served), float(before)) < 0.9 * seconds:
+            before = float(database.execute(latest).scalar() or 0.0)
+            if self._since(participant, answer.position, instant, float(served), before) < 0.9 * seconds:
                 raise Refused("the excerpt cannot have been heard yet", later=True)
             row = answer._asdict() | {"participant": participant, "user_agent": user_agent, "version": version}
             database.execute(RATINGS.insert().values(stored=instant, **row))
@@ -309,10 +338,24 @@ class Store:
                 code = secrets.token_hex(4).upper() if self.study.design.completion_code else None
                 done = PARTICIPANTS.update().where(PARTICIPANTS.c.id == participant)
                 database.execute(done.values(finished=iso(instant), code=code))
+        with self._lock:
+            self._stored[participant] = time.monotonic()
+            self._heard.pop((participant, answer.position), None)
         return answer.rating
 
-    def withdraw(self, participant: int) -> None:
-        """Delete a participant and everything stored about them; only the number of withdrawals is kept."""
+    def _since(self, participant: int, position: int, instant: float, served: float, before: float) -> float:
+        """Seconds since the excerpt was first sent and the previous answer stored, whichever is later."""
+        clock = time.monotonic()
+        with self._lock:
+            known = (self._heard.get((participant, position)), served), (self._stored.get(participant), before)
+        passed = [clock - mark if mark is not None else instant - day for mark, day in known]
+        return min((each for each in passed if each >= 0), default=math.inf)
+
+    def withdraw(self, participant: int) -> bool:
+        """Delete a participant and everything stored about them; only the number of withdrawals is kept.
+
+        Returns whether nothing is left in SQLite's log either; if not, the log is emptied in the background.
+        """
         with self._writing(participant) as database:
             for table in (RATINGS, TRIALS):
                 database.execute(table.delete().where(table.c.participant == participant))
@@ -321,12 +364,13 @@ class Store:
             count = int(self.get(database, "withdrawn") or 0) + 1
             database.execute(META.delete().where(META.c.key == "withdrawn"))
             database.execute(META.insert().values(key="withdrawn", value=str(count)))
-        if self.engine.dialect.name == "sqlite":  # also empty the log that SQLite keeps next to its file
-            try:
-                with contextlib.closing(self.engine.raw_connection()) as raw:  # outside any transaction
-                    raw.cursor().execute("PRAGMA wal_checkpoint(TRUNCATE)").close()
-            except (sqlite3.Error, sa.exc.SQLAlchemyError) as error:  # the data are deleted in any case
-                click.echo(f"the data are deleted, but {FILE}-wal could not be emptied yet: {error}", err=True)
+            if self._eraser is not None:
+                database.execute(META.delete().where(META.c.key == ERASING))
+                database.execute(META.insert().values(key=ERASING, value=str(count)))
+        with self._lock:
+            self._stored.pop(participant, None)
+            self._heard = {key: mark for key, mark in self._heard.items() if key[0] != participant}
+        return self._eraser is None or self._eraser.start()
 
     def rows(self) -> Iterator[RowMapping]:
         """All ratings except practice, each with its excerpt and kind, by participant and position."""

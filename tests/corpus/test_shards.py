@@ -141,6 +141,18 @@ def test_damaged_corpora_are_refused(small: Path, tmp_path: Path, spoil: Any, me
     assert "\n" not in str(raised.value) and "smart corpus build" in str(raised.value)
 
 
+def test_damaged_tokens_are_refused_when_a_split_is_used(small: Path, tmp_path: Path) -> None:
+    """A program opens a corpus without ``verify``; what it reads of it is checked all the same."""
+    shutil.copytree(small, tmp_path / "out")
+    corpus = Corpus(tmp_path / "out")
+    _spoil("train*.bin", _flip)(tmp_path / "out")
+    with pytest.raises(UserError, match=r"train-00000\.bin is not as it was written"):
+        corpus.split("train")
+    with pytest.raises(UserError, match=r"train-00000\.bin is not as it was written"):
+        Corpus(tmp_path / "out").split("train")
+    assert Corpus(tmp_path / "out").split("test") is not None
+
+
 def test_no_corpus_at_all(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         Corpus(tmp_path / "none")

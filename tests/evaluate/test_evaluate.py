@@ -122,6 +122,69 @@ def test_rate_keeps_what_is_there_and_reads_no_more_than_asked(tmp_path: Path) -
     assert read(out)[-1]["windows"] == "3" and read(out)[-1]["low"]
 
 
+@pytest.mark.parametrize(
+    ("seconds", "ratings_", "known"),
+    [
+        ([10.0, 10.0, 10.0], [5.0, 6.0, 7.0], True),
+        ([10.0, 10.0, 5.0], [5.0, 6.0, 7.0], True),
+        ([10.0, 10.0, 0.001], [5.0, 6.0, 1.0], False),  # two windows and a click
+        ([10.0, 0.001], [5.0, 6.0], False),
+        ([10.0, 1.0], [5.0, 6.0], False),
+        ([10.0, 10.0], [1.0, 10.0], False),
+        ([10.0] * 6, [5.0] * 6, False),
+        ([10.0] * 3, [1.0, 10.0, 1.0], False),  # from below 1 to above 10
+        ([10.0] * 4, [9.0, 10.0, 9.9, 9.5], True),
+        ([10.0], [5.0], False),
+    ],
+)
+def test_an_interval_over_windows_is_on_the_scale_or_left_out(
+    seconds: list[float], ratings_: list[float], known: bool
+) -> None:
+    """A last window of a millisecond has no degree of freedom of its own: bounds of 1e152 on a scale to 10."""
+    found = rate.summarise(np.array(ratings_), [round(each * 16000) for each in seconds])
+    assert found["mean"] == pytest.approx(np.average(ratings_, weights=seconds), abs=1e-3)
+    assert math.isfinite(found["low"]) == math.isfinite(found["high"]) == known
+    assert not known or 1 <= found["low"] <= found["mean"] <= found["high"] <= 10
+
+
+def test_a_file_without_an_interval_is_named(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "short-end.wav", melody(20.01, 8000), 8000)
+    output = run("rate", tmp_path / "short-end.wav").output
+    assert "short-end.wav" in output.split("without an interval, since fewer than three windows")[1]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damage_to_saved_ratings_is_found_and_they_are_made_again(
+    seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Any bit of ratings.csv or of its digests: the same ratings, or they are made again, and that is said."""
+    draws = np.random.default_rng(seed)
+    true = {f"font {unit}": {"x.CE": draws.normal(5, 1, 3), "x.PQ": draws.normal(5, 1, 3)} for unit in range(3)}
+    true["font 1"]["x.CE"][1] = math.nan
+    kept = ratings.Kept(tmp_path / "out", {"a": 1}, ["p", "q,r", "s"])
+    for unit, columns_ in true.items():
+        kept.get(unit, lambda columns_=columns_: columns_)
+    whole = {name: (tmp_path / "out" / name).read_bytes() for name in ratings.Kept.FILES}
+    again = ratings.Kept(tmp_path / "out", {"a": 1}, ["p", "q,r", "s"])
+    assert len(again.units) == 3 and not capsys.readouterr().err
+    for name in ratings.Kept.FILES[1:]:
+        for _ in range(60):
+            data = bytearray(whole[name])
+            data[draws.integers(len(data))] ^= 1 << int(draws.integers(8))
+            (tmp_path / "out" / name).write_bytes(data)
+            found = ratings.Kept(tmp_path / "out", {"a": 1}, ["p", "q,r", "s"])
+            for unit, columns_ in found.units.items():
+                for column, values in columns_.items():
+                    np.testing.assert_array_equal(values, true[unit][column])
+            missing = set(true) - set(found.units)
+            if missing and name == "ratings.sha256.json":
+                assert "is damaged; made again" in capsys.readouterr().err
+        (tmp_path / "out" / name).write_bytes(whole[name])
+    (tmp_path / "out" / "settings.json").write_bytes(b"\xff" + whole["settings.json"])
+    with pytest.raises(UserError, match="other settings"):
+        ratings.Kept(tmp_path / "out", {"a": 1}, ["p", "q,r", "s"])
+
+
 def test_the_bank_rates_as_the_pool(midi: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     words, cached = ["rate", midi[0], "--seconds", 3, "--sample-rate", RATE], []
@@ -233,7 +296,9 @@ def test_soundfonts_compares_the_same_pieces_and_goes_on_where_it_was(
     assert [row["soundfont"] for row in means] == ["timgm", "other"] and means[0]["mean"] == means[1]["mean"]
     assert [(row["measure"], float(row["mean"])) for row in agreed] == [("spearman", 1.0), ("kendall_w", 1.0)]
     assert float(means[0]["low"]) < float(means[0]["mean"]) < float(means[0]["high"]) and means[0]["n"] == "4"
-    assert float(means[1]["difference"]) == 0 == float(means[1]["difference_high"])
+    assert float(means[1]["difference"]) == 0 and means[1]["difference_high"] == ""  # all equal: no spread is known
+    assert {row["low"] for row in agreed} == {""}  # ranks of four pieces tell no interval
+    assert "a number without an interval: too few pieces" in output
     assert "Kendall's W" in output and all((out / f"soundfonts{kind}").stat().st_size for kind in (".png", ".pdf"))
     clips = [render_notes("timgm", score_notes(music(seed)), sample_rate=RATE, seconds=3) for seed in range(4)]
     scored = load_reward("ce_proxy").score(torch.stack([torch.from_numpy(clip.mean(axis=0)) for clip in clips]))["CE"]
@@ -350,7 +415,10 @@ def test_probes_are_what_they_are_called(piece: hacks.Real) -> None:
         (hacks.NONSENSE, 0.5, 0.1, 1, "prefers nonsense"),
         (hacks.NONSENSE, -0.5, -1, 0.1, "hardly tells it from music"),
         (hacks.NONSENSE, -0.5, -1, -0.1, "rates it lower"),
-        (hacks.NONSENSE, -0.5, math.nan, math.nan, "hardly tells it from music"),
+        (hacks.NONSENSE, -0.5, math.nan, math.nan, "cannot be told"),
+        (hacks.FORM, 0.5, math.nan, math.nan, "cannot be told"),
+        (hacks.HARMLESS, 0.5, math.nan, math.nan, "cannot be told"),
+        (hacks.HARMLESS, 0.0, math.nan, math.nan, "unmoved"),
         (hacks.FORM, -0.5, -1, 0.1, "does not hear form"),
         (hacks.FORM, -0.5, -1, -0.1, "rates it lower"),
         (hacks.HARMLESS, -0.5, -1, -0.1, "changes the rating"),

@@ -12,10 +12,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from scipy import stats
 
 from smart import UserError
 from smart.config import dumps, load
-from smart.evaluate import points
+from smart.evaluate import laws, points
 from smart.evaluate.frontier import (
     RULE,
     best_of_n,
@@ -25,13 +26,16 @@ from smart.evaluate.frontier import (
     interval,
     keep,
     mean,
+    numbers,
     order_weights,
     ratio,
     report,
     resample,
 )
+from smart.evaluate.points import not_negative
 from smart.files import hold
 from smart.grpo import token_logprobs
+from smart.intervals import Estimate
 from smart.model import load_base, save_base
 from smart.run.checkpoint import save
 
@@ -107,7 +111,7 @@ def test_the_fit_recovers_planted_coefficients(law: str) -> None:
     exact = fit_law(law, kl, curve, np.tile(kl, (50, 1)), np.tile(curve, (50, 1)))
     assert exact.alpha is not None and exact.beta is not None
     assert (exact.alpha.value, exact.beta.value, exact.points) == pytest.approx((0.9, 0.2, 6))
-    assert exact.alpha.high - exact.alpha.low == pytest.approx(0, abs=1e-9) and exact.residual < 1e-9
+    assert math.isnan(exact.alpha.low) and exact.alpha.why == "all equal" and exact.residual < 1e-9
     assert exact.curve(d) == pytest.approx(curve)
     noisy = curve + random.normal(0, 0.05, len(kl))
     noise = random.normal(0, 0.05, (400, len(kl)))
@@ -115,6 +119,24 @@ def test_the_fit_recovers_planted_coefficients(law: str) -> None:
     assert found.alpha is not None and found.beta is not None
     assert found.alpha.low < 0.9 < found.alpha.high and found.beta.low < 0.2 < found.beta.high
     assert 0 < found.residual < 0.1
+
+
+def test_few_prompts_tell_wide_intervals_or_none() -> None:
+    random = np.random.default_rng(6)
+    values, tokens = random.normal(3, 2, size=6), random.uniform(20, 40, size=6)
+    found, rows = mean(values, resample(6, 1)), resample(6, 1)
+    low, high = stats.t.interval(0.95, 5, values.mean(), stats.sem(values))
+    assert (found.low, found.high) == pytest.approx((low, high))
+    assert mean(values[:2], resample(2, 1)).why == "too few" and mean(np.ones(50), resample(50, 1)).why == "all equal"
+    part = laws.ratio_of(values, tokens, rows)
+    assert part.value == pytest.approx(values.sum() / tokens.sum()) and part.low < part.value < part.high
+    assert laws.ratio_of(2 * tokens, tokens, rows).why == "all equal"
+    assert not_negative(Estimate(-0.1, -0.3, 0.1, 6)) == Estimate(0.0, 0.0, 0.1, 6)  # KL is never negative
+    kl = np.array([0.0, 0.3, 1.0, 2.5, 6.0])
+    many = np.maximum(kl + random.normal(0, 0.01, (100, 5)), 1e-6)
+    few = fit_law("rl", kl, np.sqrt(kl), many, np.sqrt(many), prompts=6)
+    assert few.alpha is not None and math.isfinite(few.alpha.value) and few.alpha.why == "too few"
+    assert json.loads(json.dumps(numbers(few.alpha), allow_nan=False))["low"] is None
 
 
 def test_too_few_points_are_said_to_mean_nothing() -> None:
@@ -202,6 +224,8 @@ def test_each_point_is_what_the_pieces_say(run: Path, made: Path) -> None:
     assert row["judge"] == pytest.approx(np.mean(plausible), abs=1e-4)
     assert row["reward"] == pytest.approx(np.mean([piece["ce_proxy.CE"] for piece in pieces]), abs=1e-5)
     assert 0 < row["kl"] < rows[name, 4]["kl"] < rows[name, 6]["kl"]
+    text = (made / "summary.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
     for what in ("reward", "judge", "kl", "vendi"):
         assert row[f"{what}_low"] <= row[what] <= row[f"{what}_high"]
 

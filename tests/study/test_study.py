@@ -22,7 +22,6 @@ import httpx
 import numpy as np
 import pytest
 import soundfile
-import sqlalchemy as sa
 from click.testing import CliRunner
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -31,7 +30,7 @@ from starlette.testclient import TestClient
 from study_server import RATE, SECONDS, Server, answer, build, consent, make_wavs, postgres, serving, take_part
 
 from smart.plots import plain
-from smart.study import app, loudness, main
+from smart.study import app, eraser, loudness, main
 from smart.study import build as building
 from smart.study.app import Buckets, Limits, make_app
 from smart.study.export import COLUMNS, ratings_csv
@@ -199,6 +198,25 @@ def test_a_study_is_never_overwritten_and_goes_on_after_an_interruption(
     again = CliRunner().invoke(main, ["build", *words])
     assert again.exit_code == 2 and "already exists" in again.output
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_damage_to_a_finished_clip_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Any flipped bit: the clip is the same, or is made again, and that is said."""
+    work, draws = building.Work(tmp_path / "study", {}), np.random.default_rng(0)
+    sound = draws.normal(size=(2, 50)).astype(np.float32)
+    work.put(building.Clip(0, 1, 7, sound))
+    assert work.has(0, 1) and not work.has(0, 2) and not capsys.readouterr().err
+    whole = work.path(0, 1).read_bytes()
+    for _ in range(150):
+        data = bytearray(whole)
+        data[draws.integers(len(data))] ^= 1 << int(draws.integers(8))
+        work.path(0, 1).write_bytes(data)
+        if work.has(0, 1):
+            clip = work.get(0, 1)
+            assert clip.seed == 7 and np.array_equal(clip.audio, sound)
+        else:
+            assert "is damaged and will be made again" in capsys.readouterr().err
+    work.close()
 
 
 def test_models_get_the_same_prompts_and_seeds_and_go_on_where_they_were(
@@ -438,7 +456,7 @@ def test_a_rating_is_stored_once_whatever_is_sent(server: Server, client: httpx.
     consent(client, link)
     for position in (-1, 0):
         hear(client, link, position)
-        assert client.post(f"{link}/ratings", json=answer(position, 5)).json() == {"rating": 5}
+        assert client.post(f"{link}/ratings", json=answer(position, 5)).json()["rating"] == 5
     hear(client, link, 1)
     sent = answer(1, 7)
 
@@ -446,10 +464,11 @@ def test_a_rating_is_stored_once_whatever_is_sent(server: Server, client: httpx.
         async with httpx.AsyncClient(timeout=30) as many:
             return await asyncio.gather(*(many.post(f"{link}/ratings", json=sent) for _ in range(12)))
 
-    assert [(each.status_code, each.json()) for each in asyncio.run(at_once())] == [(200, {"rating": 7})] * 12
-    assert client.post(f"{link}/ratings", json=sent).json() == {"rating": 7}
-    assert client.post(f"{link}/ratings", json=answer(1, 2)).json() == {"rating": 7}  # the first one counts
-    assert client.post(f"{link}/ratings", json=answer(-1, 9)).json() == {"rating": 5}
+    stored = {"rating": 7, "position": 1, "client_id": sent["client_id"]}
+    assert [(each.status_code, each.json()) for each in asyncio.run(at_once())] == [(200, stored)] * 12
+    assert client.post(f"{link}/ratings", json=sent).json()["rating"] == 7
+    assert client.post(f"{link}/ratings", json=answer(1, 2)).json()["rating"] == 7  # the first one counts
+    assert client.post(f"{link}/ratings", json=answer(-1, 9)).json()["rating"] == 5
     assert [(row["position"], row["rating"]) for row in rated(server, link)] == [("1", "7")]
     assert 'data-position="2"' in client.get(link).text
 
@@ -548,7 +567,7 @@ def test_nobody_answers_for_another(server: Server, client: httpx.Client) -> Non
         consent(client, link)
     hear(client, mine, -1)
     assert client.post(f"{other}/ratings", json=answer(-1, 3)).status_code == 409  # they have not heard it
-    assert client.post(f"{mine}/ratings", json=answer(-1, 8)).json() == {"rating": 8}
+    assert client.post(f"{mine}/ratings", json=answer(-1, 8)).json()["rating"] == 8
     for forged in (mine[:-1], mine + "x", f"{server.url}/s/", f"{server.url}/s/1", f"{server.url}/s/p0001"):
         assert client.get(forged).status_code == 404
         assert client.post(f"{forged}/ratings", json=answer(-1, 3)).status_code in (404, 405)
@@ -698,7 +717,7 @@ def test_open_enrolment_makes_a_link_by_a_form_only(server: Server, client: http
     assert client.get(f"{server.url}/join").status_code == 200
     first = client.post(f"{server.url}/join")
     assert first.status_code == 303 and len(first.headers["location"]) > 30
-    assert "Before you begin" in client.get(server.url + first.headers["location"]).text
+    assert "Before you begin" in client.get(f"{server.url}/{first.headers['location']}").text
     assert client.post(f"{server.url}/join").headers["location"] != first.headers["location"]
 
 
@@ -739,7 +758,7 @@ def test_nothing_is_stored_before_consent_and_what_was_answered_stays(
 
 
 def test_a_disk_that_fails_is_no_failure_of_the_pages(
-    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A missing excerpt, and a log that cannot be emptied after a withdrawal, which takes effect nevertheless."""
     import shutil
@@ -754,13 +773,12 @@ def test_a_disk_that_fails_is_no_failure_of_the_pages(
     gone = client.get(f"{link}/audio/-1")
     assert gone.status_code == 503 and gone.headers["retry-after"] and "No such file" in capsys.readouterr().err
 
-    def deny(action: int, name: str | None, *more: object) -> int:
-        emptying = action == sqlite3.SQLITE_PRAGMA and name == "wal_checkpoint"
-        return sqlite3.SQLITE_DENY if emptying else sqlite3.SQLITE_OK
+    def fail(own: sqlite3.Connection) -> str:
+        raise sqlite3.OperationalError("disk I/O error")
 
-    sa.event.listen(store.engine, "checkout", lambda connection, *_: connection.set_authorizer(deny))
-    assert "has been deleted" in client.post(f"{link}/withdraw").text
-    assert "could not be emptied" in capsys.readouterr().err and client.get(link).status_code == 404
+    monkeypatch.setattr(eraser, "_truncate", fail)
+    assert "have been deleted" in client.post(f"{link}/withdraw").text
+    assert "(disk I/O error); trying again" in capsys.readouterr().err and client.get(link).status_code == 404
     store.close()
 
 

@@ -12,9 +12,11 @@ from published_data import DYESTUFF, DYESTUFF2, PENICILLIN, SLEEPSTUDY, WINE
 from scipy import optimize, stats
 
 from smart import UserError
+from smart.intervals import Estimate
 from smart.study import analyse, main, mixed, power, ratings
 from smart.study.mixed import Problem, Term, fit, profile_interval
 from smart.study.ordinal import Likelihood, fit_ordinal
+from smart.study.summary import Outcome
 
 
 def grouped(name: str, groups: np.ndarray, *columns: np.ndarray) -> Term:
@@ -262,8 +264,161 @@ def test_data_that_no_model_fits_are_refused() -> None:
         fit(y, np.concatenate([x, x[:, :1]], axis=1), [term])
     with pytest.raises(UserError, match="at least two different"):
         fit_ordinal(np.full(24, 3.0), x[:, 1:], grouped("participant", term.groups, x[:, 0]))
-    with pytest.raises(UserError, match="end of the scale"):
+    with pytest.raises(UserError, match="no rating of one system is lower than any of another"):
         fit_ordinal(np.where(x[:, 1] > 0, 10.0, 1.0), x[:, 1:], grouped("participant", term.groups, x[:, 0]), nodes=3)
+
+
+# --- What ratings cannot tell --------------------------------------------------------------------------------------
+
+
+def told(cells: list[tuple[str, str, int]]) -> list[ratings.Rating]:
+    """Ratings of (participant, system, rating), without prompts and excerpts."""
+    return [ratings.Rating(line, person, system, float(value)) for line, (person, system, value) in enumerate(cells, 2)]
+
+
+def drawn(systems: dict[str, range], per: int, seed: int, effect: int = 1) -> list[tuple[str, str, int]]:
+    """``per`` ratings of each system by each of its participants."""
+    generator = np.random.default_rng(seed)
+    return [
+        (f"p{person}", system, int(np.clip(round(5 + effect * number + generator.normal(0, 1.4)), 1, 10)))
+        for number, (system, people) in enumerate(systems.items())
+        for person in people
+        for _ in range(per)
+    ]
+
+
+def found_in(cells: list[tuple[str, str, int]]) -> analyse.Analysis:
+    systems = list(dict.fromkeys(system for _, system, _ in cells))
+    done = analyse.analyse(told(cells), systems, replicates=0, seed=1)
+    for table in done.tables:  # nothing leaves its scale
+        for row in table.rows:
+            values = dict(zip(table.columns, row, strict=True))
+            for name in ("estimate", "difference", "mean", "t 2.5%", "t 97.5%", "Wald 2.5%", "profile 97.5%"):
+                if table.title.startswith(("Fixed", "Paired", "Ratings")) and math.isfinite(values.get(name, math.nan)):
+                    assert -9 <= values[name] <= 10, (table.title, row)
+    return done
+
+
+def title_of(done: analyse.Analysis, begin: str) -> str:
+    return next((table.title for table in done.tables if table.title.startswith(begin)), "")
+
+
+def test_a_system_that_one_participant_heard_is_not_compared() -> None:
+    """Its effect and the variance of its effect cannot be told apart: once "+337.10 points (-1153 to +1827)"."""
+    cells = [*drawn({"base": range(6), "tuned": range(6)}, 4, 1), ("p0", "rare", 9), ("p0", "rare", 8)]
+    done = found_in(cells)
+    outcome = {each.system: each for each in done.outcomes}
+    assert outcome["rare"].mean.value == 8.5 and math.isnan(outcome["rare"].difference.value)
+    assert "Left out: rare, heard by 1 participant, too few to compare it." in done.left
+    assert math.isfinite(outcome["tuned"].difference.low)
+    first, second, third = analyse.sentences(done.outcomes, [], "base", 6, 0)
+    assert "rare cannot be compared with base (heard by 1 participant" in second and first.startswith(
+        "6 people gave 50"
+    )
+    assert "cannot be told from these ratings" in third
+    cases = [(0.5, 1.5, "0.50 to 1.50 higher"), (-1.5, -0.5, "0.50 to 1.50 lower")]
+    for low, high, shown in [*cases, (-1.5, 0.25, "1.50 lower to 0.25 higher")]:
+        found = Outcome("tuned", 9, 3, Estimate(5, 4, 6, 3), Estimate((low + high) / 2, low, high, 9))
+        second = analyse.sentences([outcome["base"], found], [], "base", 3, 0)[1]
+        assert shown in second and ("may be chance" in second) == (low < 0 < high)
+
+
+@pytest.mark.parametrize("people", [(range(5), range(5, 10)), (range(3), range(3, 9))])
+def test_participants_who_heard_one_system_each_have_no_variance_of_the_difference(people: tuple[range, range]) -> None:
+    done = found_in(drawn(dict(zip(("base", "tuned"), people, strict=True)), 6, 2))
+    assert title_of(done, "Fixed effects of rating ~ system + (1 | participant)")
+    assert "(1 + system | participant), since" in done.left[0]
+    components = next(table for table in done.tables if table.title.startswith("Random"))
+    assert [row[0] for row in components.rows] == ["Intercept by participant", "Residual"]
+    assert math.isfinite(done.outcomes[1].difference.low)
+
+
+def test_as_many_random_effects_as_ratings_are_not_fitted() -> None:
+    """lme4 refuses: the number of observations must be larger than that of the random effects."""
+    done = found_in(drawn({"base": range(9), "tuned": range(9)}, 1, 3))
+    assert "18 ratings cannot tell the 18 random effects by participant" in done.left[0]
+    assert title_of(done, "Fixed effects of rating ~ system + (1 | participant)")
+    with pytest.raises(UserError, match="20 ratings cannot tell the 20 random effects"):
+        found_in(drawn({"base": range(10), "tuned": range(10, 20)}, 1, 4))
+
+
+def test_variances_that_can_be_told_are_fitted_as_before() -> None:
+    x, person = np.tile([[1.0, 0.0], [1.0, 1.0]], (12, 1)), np.repeat(np.arange(4), 6)
+    full = grouped("participant", person, *x.T)
+    assert analyse.unidentified(x, [full]) == ""
+    assert analyse.unidentified(x, [full, grouped("copy", person, x[:, 0])])  # the same effect twice
+    one = person[x[:, 1] == 1]
+    assert analyse.unidentified(np.ones((12, 1)), [grouped("participant", one, np.ones(12))]) == ""
+    _, x, subject = sleepstudy()
+    assert analyse.unidentified(x, [grouped("Subject", subject, *x.T)]) == ""
+    _, x, terms = uneven(6)
+    assert analyse.unidentified(x, terms) == ""
+
+
+def test_separated_ratings_have_no_odds_ratio() -> None:
+    """clmm calls its Hessian singular; a standard error without its flat directions would be that of another number."""
+    person = np.repeat(np.arange(5), 8)
+    x = np.tile([0.0] * 4 + [1.0] * 4, 5)[:, None]
+    level = grouped("participant", person, np.ones(40))
+    generator = np.random.default_rng(1)
+    tied = np.where(x[:, 0] > 0, generator.integers(5, 8, 40), generator.integers(2, 6, 40))  # 5 occurs in both
+    apart = np.where(x[:, 0] > 0, generator.integers(6, 8, 40), generator.integers(2, 6, 40))
+    for y in (tied, apart):
+        assert set(y) != {1, 10}
+        with pytest.raises(UserError, match=r"no rating of one system is lower than any of another \(but for ties\)"):
+            fit_ordinal(y.astype(float), x, level)
+    over = tied.copy()
+    over[4] = 3  # one rating of the second system is lower: the estimate is finite
+    fitted = fit_ordinal(over.astype(float), x, level)
+    assert fitted.why == ("",) and 0 < fitted.beta[0] < 10 and np.isfinite(fitted.errors).all()
+    # of three systems only one is separated from the others
+    third = np.stack([np.tile([0, 1, 0, 1, 0, 1, 0, 0.0], 5), np.tile([0, 0, 0, 0, 0, 0, 1, 1.0], 5)], axis=1)
+    y = np.where(third[:, 1] > 0, 9, generator.integers(3, 7, 40)).astype(float)
+    fitted = fit_ordinal(y, third, level)
+    assert fitted.why[0] == "" and "lower than any" in fitted.why[1]
+    assert np.isfinite(fitted.errors[0]) and np.isnan(fitted.errors[1]) and np.isnan(fitted.interval()[1]).all()
+
+
+def test_ratings_separated_within_participants_have_no_odds_ratio() -> None:
+    """The likelihood is flat along the effect and the spread of the participants together."""
+    cells = [
+        (f"p{person}", system, 1 + person + (system == "tuned"))
+        for person in range(8)
+        for system in ("base", "tuned")
+        for _ in range(4)
+    ]
+    cells[0], cells[-1] = ("p0", "base", 2), ("p7", "tuned", 8)
+    done = found_in(cells)
+    ordinal = next((table for table in done.tables if table.title.startswith("Cumulative")), None)
+    if ordinal is not None:
+        assert all(abs(row[2]) <= 10 and row[3] <= 10 for row in ordinal.rows)
+    assert any("ordinal model" in line for line in done.left) or ordinal is not None
+
+
+def test_three_systems_say_that_the_ordinal_slope_model_is_left_out() -> None:
+    done = found_in(drawn({"base": range(5), "best": range(5), "tuned": range(5)}, 4, 5, 0))
+    assert any(
+        "the ordinal model with (1 + system | participant), which is fitted for two" in line for line in done.left
+    )
+
+
+def test_intervals_of_few_participants_stay_on_the_scale() -> None:
+    generator = np.random.default_rng(9)
+    for _ in range(4):
+        cells = [
+            (f"p{person}", system, int(generator.choice([1, 10])))
+            for person in range(3)
+            for system in ("base", "tuned")
+            for _ in range(2)
+        ]
+        try:
+            done = found_in(cells)
+        except UserError:
+            continue
+        for outcome in done.outcomes:
+            for found in (outcome.mean, outcome.difference):
+                assert math.isnan(found.low) or -9 <= found.low <= found.value <= found.high <= 10
+    assert "at least 10 can" in str(found_in(drawn({"base": range(4), "tuned": range(4)}, 4, 6)).tables[2].notes)
 
 
 # --- Reading and exclusions ---------------------------------------------------------------------------------------
@@ -383,8 +538,17 @@ def test_the_whole_analysis_of_a_small_study(tmp_path: Path) -> None:
     save(path, rows)
     done = CliRunner().invoke(main, ["analyse", str(path), "--out", str(out), "--bootstrap", "10"])
     assert done.exit_code == 0, done.output
-    assert "flagged: silence rated above 3" in done.output and "== After exclusions ==" in done.output
+    assert "excluded: silence rated above 3 (excludes the participant): 8 ratings" in done.output
     html = (out / "report.html").read_text()
+    # three sentences and one table first; models, fits and exclusions after them, folded
+    first, _, folded = html.partition("<details>")
+    assert first.count("<table>") == 1 and first.count("<p>") == 1 and "REML" not in first
+    assert all(f"<summary>{name}</summary>" in html for name in ("All ratings", "After exclusions", "Exclusions"))
+    assert "Fixed effects of rating ~ system" in folded and "flagged: silence rated above 3" in folded
+    assert done.output.startswith(
+        "5 people gave 40 ratings from 1 to 10 to music by base and =<b>tuned; 8 of these are"
+    )
+    assert len(done.output.splitlines()) < 20
     assert "<b>tuned" not in html and "&lt;b&gt;tuned" in html and "http" not in html
     assert (out / "figure5.pdf").stat().st_size > 1000 and (out / "figure5.png").stat().st_size > 1000
     with (out / "figure5.csv").open() as file:
@@ -402,9 +566,10 @@ def test_the_whole_analysis_of_a_small_study(tmp_path: Path) -> None:
             for person in kept
         ]
         assert float(values[name, "Fixed", "'=<b>tuned", "estimate"]) == pytest.approx(np.mean(gaps))
-        assert f"{np.mean(gaps):+.2f} points relative to base" in done.output
+        shown = f"{np.mean(gaps):.2f} points higher than base" if name == "All ratings" else f"{np.mean(gaps):+.2f} ["
+        assert shown in done.output
         assert int(values[name, "Ratin", "base", "n"]) == 4 * len(kept)
-    assert "Categories without a rating, merged with their neighbours: 1, 2" in done.output
+    assert "Categories without a rating, merged with their neighbours: 1, 2" in html
     again = CliRunner().invoke(main, ["analyse", str(path), "--out", str(out)])
     assert again.exit_code == 2 and "--overwrite" in again.output
 

@@ -271,6 +271,45 @@ def test_what_was_passed_over_was_not_heard(browser: Any, server: Server) -> Non
     visitor.context.close()
 
 
+def test_a_page_of_somebody_else_stores_nothing(browser: Any, server: Server) -> None:
+    """A captive portal answers 200 with HTML, a proxy 404 with HTML, each for a rating, a page and a sound."""
+    visitor = Visitor(browser, server)
+    link = server.invite(1)[0]
+    visitor.begin(link)
+    page, left = visitor.page, {"ratings": 3, "": 2, "audio/1": 2}
+    shown = ""
+
+    def portal(route: Any) -> None:
+        part = route.request.url.removeprefix(link).strip("/")
+        if left.get(part, 0) and route.request.resource_type in ("fetch", "xhr"):
+            left[part] -= 1
+            status = 404 if left[part] % 2 else 200
+            route.fulfill(
+                status=status, content_type="text/html", body="<html><main>Log in to Hotel WiFi</main></html>"
+            )
+        else:
+            route.continue_()
+
+    page.route("**/*", portal)
+    for position in (0, 1):  # the practice item, and the first excerpt
+        assert visitor.position() == position
+        page.click("#play")
+        page.wait_for_selector("#scale:not([disabled])")
+        page.check("[name=rating][value='7']", force=True)
+        page.click("#send")
+        if not position:
+            for _ in range(100):
+                shown = page.text_content("#status")
+                if "login page" in shown:
+                    break
+                page.wait_for_timeout(100)
+            assert page.evaluate("Object.keys(localStorage).length") == 1  # the answer is kept
+        visitor.left(position)
+    assert not any(left.values()) and "login page" in shown and "are kept on this device" in shown
+    assert [given[1] for given in ratings(server).values()] == [7]
+    visitor.context.close()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_has_contrast(scheme: str, browser: Any, server: Server) -> None:
     """WCAG 2.2, 1.4.3: at least 4.5 to 1."""

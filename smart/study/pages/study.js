@@ -22,19 +22,26 @@
   function localStorageOrNone() { try { return localStorage; } catch { return null; } }
   const queued = `answer ${link}`;
 
-  // Repeat a request until it is answered: without a network, or if the server is down or busy, wait and try again.
-  async function ask(url, options = {}) {
+  // Repeat a request until `read` finds the study's own reply in the response: without a network, if the server is down
+  // or busy, or if somebody else answers (the login page of a network, a proxy), wait and try again.
+  async function ask(url, read, options = {}) {
     for (let tries = 0; ; tries += 1) {
       let pause = Math.min(0.5 * 2 ** tries, 10);
       try {
         const response = await fetch(url, { cache: "no-store", credentials: "omit", ...options });
         const wait = response.headers.get("retry-after");
         if (!(response.status >= 500 || response.status === 429 || (response.status === 409 && wait))) {
-          if (tries) say("");
-          return response;
+          const found = await read(response);
+          if (found) {
+            if (tries) say("");
+            return found;
+          }
+          say("Something between this device and the study answers in its place (a login page?). "
+            + "Your answers are kept on this device; trying again …");
+        } else {
+          if (wait) pause = Number(wait) || pause;
+          if (response.status >= 500) say("The server is not responding. Your answers are kept; trying again …");
         }
-        if (wait) pause = Number(wait) || pause;
-        if (response.status >= 500) say("The server is not responding. Your answers are kept; trying again …");
       } catch {
         say("There is no connection. Your answers are kept on this device; trying again …");
       }
@@ -44,8 +51,10 @@
 
   // Show the next step, which the server knows, without leaving this page.
   async function advance() {
-    const response = await ask(link);
-    const page = new DOMParser().parseFromString(await response.text(), "text/html");
+    const page = await ask(link, async (response) => {
+      const found = new DOMParser().parseFromString(await response.text(), "text/html");
+      return found.querySelector("main[data-study]") && found;
+    });
     document.title = page.title;
     document.querySelector("main").replaceWith(document.adoptNode(page.querySelector("main")));
     scrollTo(0, 0);
@@ -53,30 +62,39 @@
     start();
   }
 
-  // Send the queued answer; it leaves the queue once the server has replied.
+  // Send the queued answer; it leaves the queue only once the server's reply names it.
   async function deliver() {
     const answer = kept(localStorageOrNone(), queued);
     if (answer === null) return;
     const headers = { "content-type": "application/json" };
-    const response = await ask(`${link}/ratings`, { method: "POST", headers, body: answer });
-    const reply = await response.json().catch(() => ({ error: `error ${response.status}` }));
+    const { client_id } = JSON.parse(answer);
+    const reply = await ask(`${link}/ratings`, async (response) => {
+      const found = await response.json().catch(() => null);
+      const whole = found && (response.ok ? Number.isInteger(found.rating) : typeof found.error === "string");
+      return whole && found.client_id === client_id && found;
+    }, { method: "POST", headers, body: answer });
     keep(localStorageOrNone(), queued, null);
     // a refusal is final: the page is fetched again, since the server knows the participant's step
-    say(response.ok ? "" : `This rating was not accepted: ${reply.error}.`);
+    say(reply.error ? `This rating was not accepted: ${reply.error}.` : "");
   }
 
   let ahead = { url: "", sound: null };
   async function sound(url) {
     if (ahead.url === url && ahead.sound) return ahead.sound;
-    const response = await ask(url);
-    if (!response.ok) throw new Error(`${response.status}`);
-    return response.blob();
+    const found = await ask(url, async (response) =>
+      await heard(response) ?? ((await response.text()).includes("<main data-study") && "refused"));
+    if (found === "refused") throw new Error(found);
+    return found;
+  }
+  // The sound in a response; null if it has none.
+  async function heard(response) {
+    return response.ok && response.headers.get("content-type")?.startsWith("audio/") ? response.blob() : null;
   }
   async function fetchAhead(url) {
     if (ahead.url === url) return;
     try {
       const response = await fetch(url, { cache: "no-store", credentials: "omit" });
-      if (response.ok) ahead = { url, sound: await response.blob() };
+      ahead = { url, sound: await heard(response) };
     } catch { /* it is fetched again when it is needed */ }
   }
 
