@@ -9,7 +9,7 @@ import click
 
 from smart import Group, UserError
 from smart.cores import usable_cores
-from smart.corpus.build import DAMAGED, build
+from smart.corpus.build import DAMAGED, build, check_list
 from smart.corpus.midi import BARS, Limits, Reading
 from smart.corpus.shards import SPLITS, Corpus
 from smart.corpus.stats import describe, measure, plot
@@ -60,6 +60,7 @@ FOLDER = click.Path(path_type=Path)
 @click.option(
     "--list", "listed", type=FOLDER, help="Text file with one FOLDER-NAME/PATH per line; only these are read."
 )
+@click.option("--skip-missing", is_flag=True, help="Leave out lines of --list that name no file, instead of refusing.")
 @click.option(
     "--pedal/--no-pedal",
     default=True,
@@ -83,6 +84,7 @@ def build_command(
     tokenizer: str | None,
     include: tuple[str, ...],
     listed: Path | None,
+    skip_missing: bool,
     pedal: bool,
     bars: str,
     overwrite: bool,
@@ -92,9 +94,10 @@ def build_command(
     only = None
     if listed is not None:
         try:
-            only = frozenset(filter(None, listed.read_text(encoding="utf-8").splitlines()))
+            lines = listed.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
         except (OSError, ValueError) as error:
             raise UserError(f"--list {listed}: cannot be read ({error})") from None
+        only = check_list(lines, folders, skip_missing=skip_missing)
     try:
         # SQLite's error for a full disk is not an OSError
         with in_one_line("the corpus", "run the same command again to continue", sqlite3.OperationalError):
@@ -113,6 +116,8 @@ def build_command(
         raise UserError(f"--out {out}: {DAMAGED} ({error}); start again with --overwrite") from None
     for reason, number in summary.counts.items():
         click.echo(f"{reason:30}{number:>12,}")
+    for kind, number in summary.remarks.items():
+        click.echo(f"  {kind} in {number:,} of the kept (pieces.csv)")
     click.echo(f"{'split':30}{'pieces':>12}{'tokens':>16}")
     for split in SPLITS:
         click.echo(f"  {split:28}{summary.pieces[split]:>12,}{summary.tokens[split]:>16,}")

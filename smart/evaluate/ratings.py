@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import math
-import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from symusic.core import ScoreTick
 
 from smart import UserError, plots
-from smart.corpus import Limits, Reject, check_structure
+from smart.corpus import open_score
 from smart.evaluate import statistics
 from smart.files import is_empty, write_atomically
 from smart.model import pick_device
@@ -163,26 +162,11 @@ class Kept:
 
 
 def read_score(path: Path) -> ScoreTick:
-    """Read a MIDI file. Raises ``UserError`` if it is missing, too large, damaged or not a MIDI file."""
-    limits = Limits()
-    try:
-        if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
-            raise Reject("not a regular file")  # opening a pipe would wait for a writer
-        with path.open("rb") as file:
-            data = file.read(limits.max_bytes + 1)
-        if len(data) > limits.max_bytes:
-            raise Reject("too large", f"over {limits.max_bytes} bytes")
-        check_structure(data, limits)  # the parser would accept a truncated file as a short one
-        score = ScoreTick.from_midi(data)
-        if (notes := sum(len(track.notes) for track in score.tracks)) > limits.max_notes:
-            raise Reject("too many notes", f"{notes}, expected at most {limits.max_notes}")
-        return score
-    except OSError as error:
-        raise UserError(f"MIDI file {path}: cannot be read ({error.strerror})") from error
-    except Reject as reject:
-        raise UserError(f"MIDI file {path}: {': '.join(filter(None, reject.args))}") from reject
-    except (RuntimeError, ValueError, OverflowError) as error:  # the parser's own errors
-        raise UserError(f"MIDI file {path}: cannot be parsed ({str(error).splitlines()[0][:200]})") from error
+    """Read a MIDI file and print what will not be heard. Raises ``UserError``: see ``smart.corpus.open_score``."""
+    score, remarks = open_score(path)
+    for remark in remarks:
+        click.echo(f"Note: {path}: {remark}", err=True)
+    return score
 
 
 # Numbers ----------------------------------------------------------------------------------------------------
