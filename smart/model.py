@@ -179,6 +179,12 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def context_length(model: Any) -> int:
+    """The most tokens, prompt and completion together, that a model can read and write."""
+    config = model.config
+    return min(config.max_position_embeddings, config.sliding_window or config.max_position_embeddings)
+
+
 def save_base(model: Phi3ForCausalLM, tokenizer: Any, folder: Path) -> None:
     """Write ``folder`` in the format that ``load_base`` and the hub read."""
     folder.mkdir(parents=True, exist_ok=True)

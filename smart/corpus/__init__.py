@@ -10,7 +10,7 @@ from smart.corpus import events
 from smart.corpus.bars import Bars, fit_bars, signatures_of
 from smart.corpus.midi import BARS, Limits, Piece, Reading, Reject, read_bytes
 from smart.corpus.readers import ReaderPool
-from smart.corpus.score import check_length, open_score, read_score
+from smart.corpus.score import check_length, open_score, played, read_score
 from smart.corpus.shards import MANIFEST, SPLITS, Corpus, ShardWriter, Split
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "events",
     "fit_bars",
     "open_score",
+    "played",
     "read_bytes",
     "read_score",
     "signatures_of",

@@ -415,12 +415,13 @@ def _write_pieces(state: State, writers: dict[str, ShardWriter], file: IO[bytes]
     table = _table(file, *columns, "stretch", "placed", "remarks")
     wanted = "path, hash, place, length, notes, bars, seconds, stretch, placed, remarks"
     with open(state.folder / "spool.bin", "rb") as spool:
-        for path, digest, place, length, notes, bars, seconds, stretch, *words in state.rows(wanted, "reason = ?", KEPT):
+        for path, digest, place, length, notes, bars, *rest in state.rows(wanted, "reason = ?", KEPT):
+            seconds, stretch, placed, remarks = rest
             spool.seek(place)
             split = split_of(digest)
             shard, index = writers[split].add(spool.read(length))
             numbers = (length // DTYPE.itemsize, notes, bars, f"{seconds:.2f}", f"{stretch:.3f}")
-            table([_shown(path), digest.hex(), split, shard, index, *numbers, *words])
+            table([_shown(path), digest.hex(), split, shard, index, *numbers, placed, remarks])
 
 
 def _write_rejects(state: State, file: IO[bytes]) -> None:

@@ -46,6 +46,13 @@ def read_score(data: bytes, limits: Limits) -> ReadScore:
     return ReadScore(score, structure.tail, data, hanging)
 
 
+def played(found: ReadScore) -> ScoreTick:
+    """The score as it sounds: notes that end under the pressed pedal last to its release."""
+    from smart.corpus.pedal import sustain
+
+    return sustain(found.score, found.data)
+
+
 def _parse(data: bytes) -> ScoreTick:
     from symusic.core import ScoreTick
 
@@ -62,12 +69,15 @@ def check_length(score: ScoreTick, limits: Limits) -> None:
         notes = track.notes.numpy()
         if len(notes["time"]) and (quarters := int(notes["time"].max()) / division) > limits.max_quarters:
             raise Reject("too long", f"{quarters:.0f} quarter notes, expected at most {limits.max_quarters}")
-    if (seconds := float(score.to("second").end()) if score.note_num() else 0.0) > LONGEST_SECONDS:
+    seconds = float(score.to("second").end()) if score.note_num() else 0.0  # type: ignore[attr-defined]
+    if not seconds <= LONGEST_SECONDS:
         raise Reject("too long", f"its notes last {seconds:.0f} s, expected at most {LONGEST_SECONDS} s")
 
 
 def open_score(path: Path) -> tuple[ScoreTick, list[str]]:
-    """The score of a MIDI file that is to be heard, and what to tell the user about it, a phrase each.
+    """The score of a MIDI file as it will be heard, and what to tell the user about it, a phrase each.
+
+    Notes that end under the pressed pedal are lengthened to its release.
 
     Raises ``UserError`` if the file is missing, too large, damaged, no MIDI file or longer than a day.
     """
@@ -88,11 +98,13 @@ def open_score(path: Path) -> tuple[ScoreTick, list[str]]:
             "such a note ends with the next release of its key, or with its track"
         )
     if unheard := unheard_messages(found.score):
-        said.append(f"{', '.join(unheard)} cannot be heard: only notes, velocities, programs and tempos are played")
-    return found.score, said
+        said.append(
+            f"{', '.join(unheard)} cannot be heard: only notes, the pedal, velocities, programs and tempos are played"
+        )
+    return played(found), said
 
 
-# what a message changes that is not played, and the value at which it changes nothing; 64, the pedal, is played
+# what a message changes that is not played, and the value at which it changes nothing; the pedal (CC64) lengthens notes
 _CONTROLLERS = {
     0: ("bank select (CC0)", 0),
     1: ("modulation (CC1)", 0),
@@ -101,7 +113,6 @@ _CONTROLLERS = {
     8: ("balance (CC8)", 64),
     10: ("pan (CC10)", 64),
     11: ("expression (CC11)", 127),
-    64: ("pedal (CC64)", 0),
     65: ("portamento (CC65)", 0),
     66: ("sostenuto pedal (CC66)", 0),
     67: ("soft pedal (CC67)", 0),
