@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from smart import Group, UserError
+from smart import FilePath, Group, UserError
 from smart.cores import usable_cores
 from smart.corpus.build import DAMAGED, build, check_list
 from smart.corpus.midi import BARS, Limits, Reading
 from smart.corpus.shards import SPLITS, Corpus
-from smart.corpus.stats import describe, measure, plot
+from smart.corpus.stats import check_picture, describe, measure, plot
 from smart.run import in_one_line
 from smart.tokens import build_tokenizer, load_tokenizer
 
@@ -33,7 +33,7 @@ def _limit_options(command: Any) -> Any:
     return command
 
 
-FOLDER = click.Path(path_type=Path)
+FOLDER = FilePath()
 
 
 @main.command("build")
@@ -133,15 +133,16 @@ def build_command(
 
 @main.command("stats")
 @click.argument("folder", type=FOLDER)
-@click.option("--plot", "picture", type=FOLDER, help="PNG file for the plot (default: stats.png in the corpus).")
+@click.option(
+    "--plot", "picture", type=FOLDER, help="File for the plot, such as .png or .pdf (default: stats.png in the corpus)."
+)
 def stats_command(folder: Path, picture: Path | None) -> None:
     """Check every byte of a corpus, then print and plot its statistics."""
+    picture = picture or folder / "stats.png"
+    check_picture(picture)
     corpus = Corpus(folder, verify=True)
     stats = measure(corpus)
     click.echo(describe(corpus, stats))
-    picture = picture or folder / "stats.png"
-    try:
+    with in_one_line("the plot", "choose another file with --plot"):
         plot(corpus, stats, picture)
-    except ModuleNotFoundError as error:
-        raise UserError(f"the plot needs {error.name}; install it with: pip install {error.name}") from None
     click.echo(f"plotted in {picture}")

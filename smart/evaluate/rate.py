@@ -198,7 +198,8 @@ def rate_files(
             try:
                 add(str(path), *read(path, pool, sample_rate, seconds))
             except UserError as error:
-                failed.append(Unreadable(str(path), error.message))
+                reason = error.message if str(path) in error.message else f"file {path}: {error.message}"
+                failed.append(Unreadable(str(path), reason))
     click.echo(_shown(rows))
     for reward in rewards:
         if reward.name == "audiobox":

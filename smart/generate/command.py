@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from smart import UserError
+from smart import FilePath, UserError
 from smart.generate.pieces import FILL_VERSIONS, generate
 from smart.generate.writer import ROWS
 from smart.render import RenderError
@@ -23,7 +22,7 @@ from smart.run import backend_option, in_one_line
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     required=True,
     help="Folder for the pieces; an unfinished one is continued.",
 )
@@ -33,8 +32,8 @@ from smart.run import backend_option, in_one_line
 )
 @click.option("--tempo", default=120.0, show_default=True, help="Tempo of new pieces in quarter notes per minute.")
 @click.option("--time-signature", default="4/4", show_default=True, help="First time signature of new pieces.")
-@click.option("--continue", "song", type=click.Path(path_type=Path), help="MIDI file to continue.")
-@click.option("--fill", type=click.Path(path_type=Path), help="MIDI file of which the --bars are written anew.")
+@click.option("--continue", "song", type=FilePath(), help="MIDI file to continue.")
+@click.option("--fill", type=FilePath(), help="MIDI file of which the --bars are written anew.")
 @click.option(
     "--bars",
     default="8",

@@ -7,7 +7,7 @@
 import os
 from typing import TYPE_CHECKING
 
-from smart.render.audio import load_soundfile, read_audio, write_midi, write_wav
+from smart.render.audio import load_soundfile, read_audio, with_pad_bytes, write_midi, write_wav
 from smart.render.notes import MAX_BEATS, NOTE_COLUMNS, Notes, check_notes, played_notes, score_notes
 from smart.render.pool import Renderer, RenderPool
 from smart.render.soundfonts import (
@@ -47,6 +47,7 @@ __all__ = [
     "render_notes",
     "score_notes",
     "short_name",
+    "with_pad_bytes",
     "write_midi",
     "write_wav",
 ]

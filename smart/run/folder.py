@@ -125,7 +125,7 @@ MAY_CHANGE = (
 def _refuse_changes(folder: Path, config: str) -> None:
     """Raise ``UserError`` if a run would be continued with another configuration."""
     try:
-        before = parse_toml((folder / CONFIG).read_text(encoding="utf-8"))
+        before = parse_toml((folder / CONFIG).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"run {folder}: its {CONFIG} cannot be read ({error})") from None
     changed = changes(before, parse_toml(config), but=MAY_CHANGE)
