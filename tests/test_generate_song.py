@@ -70,6 +70,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Event(5, b"\xf0\x03\x43\x12\x00"),
         Event(9, b"\xf7\x02\x00\xf7"),
         Event(8 * BAR, b"\xff\x59\x02\x02\x00"),  # D major
+        Event(8 * BAR, b"\xff\x59\x02\xf7\xff"),  # no key
         tempo(11 * BAR, 200),  # after the end
     )
     pedal = [Event(2 * BAR + 7, b"\xb0\x40\x7f"), Event(3 * BAR + 9, b"\xb0\x40\x00")]

@@ -103,8 +103,9 @@ def read(path: Path, pool: Renderer | None, sample_rate: int, seconds: float) ->
     if path.suffix.lower() not in MIDI:
         return read_audio(path, seconds)
     assert pool is not None
+    score = read_score(path)
     try:
-        audio = pool.submit(score_notes(read_score(path), max_beats=math.inf)).result()
+        audio = pool.submit(score_notes(score, max_beats=math.inf)).result()
     except (RenderError, ValueError) as error:  # ValueError: impossible notes
         raise UserError(f"MIDI file {path} cannot be rendered ({error})") from error
     return audio.mean(axis=0), sample_rate

@@ -182,7 +182,8 @@ class Continuation(NamedTuple):
             if not later or later[0].time:
                 later[:0] = [copy(event, 0) for event in changes if event.time < line][-1:]
             setattr(score, name, type(getattr(score, name))(later))
-        for key in list(self.song.score.key_signatures)[-1:]:
+        keys = [each for each in self.song.score.key_signatures if -7 <= each.key <= 7 and each.tonality in (0, 1)]
+        for key in keys[-1:]:
             score.key_signatures.append(KeySignatureTick(0, key.key, key.tonality))
         for part in whole.tracks:
             notes = [note for note in part.notes if note.time >= line]
