@@ -11,8 +11,10 @@
 N = prompts x G; P, T: tokens of a prompt, of a completion; S: samples of a clip. ``smart.grpo`` is that loop.
 """
 
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 try:
@@ -40,6 +42,16 @@ class UserError(click.ClickException, ValueError):
 
 class Failure(click.ClickException, RuntimeError):
     """A failure that is not the user's mistake: it ends a program with one line and exit code 1; saved work is kept."""
+
+
+class FilePath(click.Path):
+    """A path on a command line; a ``~`` at its beginning is the home directory, also where no shell expands it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(path_type=Path, **options)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expanduser(value), param, ctx)
 
 
 def brief(error: BaseException) -> str:

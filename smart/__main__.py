@@ -31,7 +31,7 @@ ENVIRONMENT = {
 }
 # where a program's command ``main`` is; what it does stands elsewhere, and is imported once its options are right
 MODULES = {
-    "generate": "smart.generate",
+    "generate": "smart.generate.command",
     "evaluate": "smart.evaluate.command",
     "corpus": "smart.corpus.command",
     "demo": "smart.demo.command",

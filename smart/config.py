@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,12 +32,16 @@ def _choice(default: str, *choices: str) -> Any:
     return field(default=default, metadata={"choices": choices})
 
 
+def _path(default: str) -> Any:
+    return field(default=default, metadata={"path": True})
+
+
 @dataclass(frozen=True)
 class Run:
     """Where a run is written, ``<folder>/<name>/``, its seed and its device."""
 
     name: str = field(default="run", metadata={"file_name": True})
-    folder: str = "runs"
+    folder: str = _path("runs")
     seed: int = _number(1, low=0, high=2**31 - 1)
     device: str = _choice("auto", "auto", "cpu", "cuda")
 
@@ -45,7 +50,7 @@ class Run:
 class Model:
     """The base to start from: a shipped name, a local folder, or a hub id (only this one uses the network)."""
 
-    base: str = "piano-small"
+    base: str = _path("piano-small")
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Prompts:
     """The prompts that completions start from (``smart.prompts``)."""
 
     kind: str = _choice("procedural", "procedural", "first_note", "bos", "dataset")
-    corpus: str = ""  # folder written by smart.corpus; kind = "dataset" needs it
+    corpus: str = _path("")  # folder written by smart.corpus; kind = "dataset" needs it
     split: str = _choice("train", "train", "validation", "test")
 
 
@@ -72,7 +77,7 @@ class Sampling:
 class Render:
     """How notes become audio (``smart.render``, ``smart.render.bank``)."""
 
-    soundfont: str = "timgm"
+    soundfont: str = _path("timgm")
     soundfonts: tuple[str, ...] = ()  # several, in place of ``soundfont``
     # several soundfonts: one is drawn for each group, or each clip's ratings are averaged over all of them
     soundfont_use: str = _choice("draw", "draw", "average")
@@ -204,7 +209,7 @@ class Architecture:
 class Data:
     """Tokenised music to learn from, written by ``smart.corpus``."""
 
-    corpus: str = ""
+    corpus: str = _path("")
     crop: int = _number(512, low=8)  # tokens of a training row, BOS and EOS included
     transpose: int = _number(0, low=0, high=11)  # largest shift in semitones, up or down; drawn for every row
     velocity_shift: int = _number(0, low=0, high=31)  # largest shift of a row's velocities, in steps of the vocabulary
@@ -253,7 +258,7 @@ def shipped() -> list[str]:
 
 def find(path: str | Path) -> Path:
     """``path`` itself, or the shipped configuration of that name if there is no such file."""
-    given = Path(path)
+    given = Path(os.path.expanduser(path))
     if given.is_file():
         return given
     if given.name == str(path) and (SHIPPED / given.name).is_file():
@@ -268,7 +273,7 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, schema: type[Schema
     """
     file = find(path)
     try:
-        values = parse_toml(file.read_text(encoding="utf-8"))
+        values = parse_toml(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"config {file}: cannot be read as TOML: {error}") from None
     overrides = {_apply(values, override): override for override in overrides}
@@ -431,6 +436,8 @@ def _check(kind: Any, value: Any, name: str, allowed: Any, source: str) -> Any:
             if key in value:
                 raise wrong(f"a table without {key!r}, which is set elsewhere")
         return value
+    if allowed.get("path") and isinstance(value, str):
+        return os.path.expanduser(value)
     if type(value) is not kind:
         raise wrong({int: "an integer", float: "a number", str: "a string", bool: "true or false"}[kind])
     if kind is float and not math.isfinite(value):

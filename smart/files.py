@@ -2,10 +2,12 @@
 programs that need none."""
 
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import tomllib
 from collections.abc import Callable, Iterator
@@ -17,11 +19,12 @@ from typing import IO, Any
 def write_atomically(path: Path, write: bytes | Callable[[IO[bytes]], object]) -> None:
     """Replace ``path`` in one rename with bytes, or with what ``write(file)`` writes, flushed to the disk.
 
-    Whenever the machine stops, the file is absent, unchanged or complete. Processes and threads that replace the same
-    file wait for each other.
+    Whenever the machine stops, the file is absent, unchanged or complete. If several processes or threads replace the
+    same file, the last one's stays.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with _open_alone(temporary) as file:
+    _sweep(path)
+    temporary, opened = _open_temporary(path)
+    with opened as file:
         try:
             if isinstance(write, bytes):
                 file.write(write)
@@ -36,17 +39,41 @@ def write_atomically(path: Path, write: bytes | Callable[[IO[bytes]], object]) -
     sync(path.parent)
 
 
-def _open_alone(path: Path) -> IO[bytes]:
-    """Open a file to write it from scratch, once no other process or thread is writing it."""
+def _open_temporary(path: Path) -> tuple[Path, IO[bytes]]:
+    """A new file next to ``path``, locked for as long as it is open, so that nobody takes it for a leftover."""
     while True:
-        file = open(path, "wb", opener=lambda name, flags: os.open(name, flags & ~os.O_TRUNC, 0o666))  # noqa: SIM115
+        temporary = temporary_name(path)
+        file = open_new(temporary)
         with suppress(OSError):  # some network file systems have no locks
             fcntl.flock(file, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):  # its last writer has renamed it
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                file.truncate()  # leftovers of a killed process
-                return file
+        if temporary.exists():  # nobody swept it before it was locked
+            return temporary, file
         file.close()
+
+
+def _sweep(path: Path) -> None:
+    """Delete temporary files for ``path`` whose process was killed: those that nobody has locked."""
+    name = re.compile(rf"\.{re.escape(path.name[:100])}(\.[0-9a-f]{{16}})?\.tmp")
+    with os.scandir(path.parent) as entries:
+        leftovers = [entry.path for entry in entries if name.fullmatch(entry.name)]
+    for leftover in leftovers:
+        with suppress(OSError):  # it is a link, it is locked or already gone, or there are no locks
+            descriptor = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(leftover)
+            finally:
+                os.close(descriptor)
+
+
+def temporary_name(path: Path) -> Path:
+    """A hidden name next to ``path`` that nobody can guess, so that nobody can put a link there."""
+    return path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
+
+
+def open_new(path: Path) -> IO[bytes]:
+    """Open a file that does not exist yet, to write it. Raises ``FileExistsError`` if it does, even as a link."""
+    return open(path, "xb")
 
 
 def replace_files(folder: Path, write: Callable[[Path], object], *, last: str) -> None:
@@ -54,8 +81,9 @@ def replace_files(folder: Path, write: Callable[[Path], object], *, last: str) -
 
     Each file is flushed to the disk first. Whenever the machine stops, each is absent, unchanged or complete.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # leftovers of a killed process
+    for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):  # of a killed process
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = temporary_name(folder)
     temporary.mkdir(parents=True)
     try:
         write(temporary)
@@ -99,6 +127,19 @@ def hold(path: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def split_name(text: str) -> tuple[str, str]:
+    """NAME and PATH of ``NAME=PATH``; the name is empty if there is none, as in a path that holds a ``=``.
+
+    A ``~`` at the beginning of the path is the home directory, also of one that does not exist.
+    """
+    name, separator, rest = text.partition("=")
+    before_at = text.rpartition("@")[0]
+    is_path = any(part and Path(os.path.expanduser(part)).exists() for part in (text, before_at))
+    if not separator or not name or is_path or set(name) & set("/@~"):
+        return "", os.path.expanduser(text)
+    return name, os.path.expanduser(rest)
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -6,16 +6,17 @@ from safetensors only, so loading a base never runs code that came with it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import safe_open
 
 from smart import UserError, cores, gpu, hub
 from smart.files import parse_json
-from smart.tokens import load_tokenizer, save_tokenizer, vocabulary
+from smart.tokens import Vocabulary, load_tokenizer, save_tokenizer, vocabulary
 
 if TYPE_CHECKING:  # imported where they are used: finding a base takes seconds less without them
     import torch
@@ -23,6 +24,8 @@ if TYPE_CHECKING:  # imported where they are used: finding a base takes seconds 
 
 SHIPPED = Path(__file__).parent / "bases"
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
+LARGEST_CONFIG = 1 << 20  # bytes of a config.json
+FEWEST_POSITIONS = 16  # of a base: a prompt and a few tokens after it
 
 
 def pick_device(name: str) -> torch.device:
@@ -91,7 +94,7 @@ def build_model(
 
 def find_base(path_or_hub_id: str) -> Path:
     """The folder of a base, given a shipped name, a local folder, or a hub id (downloaded into the hub's cache)."""
-    for folder in (Path(path_or_hub_id), SHIPPED / path_or_hub_id):
+    for folder in (Path(os.path.expanduser(path_or_hub_id)), SHIPPED / path_or_hub_id):
         if folder.is_dir():
             missing = [name for name in FILES if not (folder / name).is_file()]
             if missing:
@@ -120,27 +123,16 @@ def load_base(
     Raises ``UserError`` if the base cannot be found or read, is not a Phi-3 model, or does not fit its tokenizer.
     """
     import torch
-    from transformers import Phi3ForCausalLM
+    from transformers import Phi3Config, Phi3ForCausalLM
 
     folder = find_base(str(path_or_hub_id))
     tokenizer = load_tokenizer(folder)
+    config = check_base(folder, vocabulary(tokenizer))
     try:
-        config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
-        kind = config["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"base {folder}: config.json is not a model configuration ({error})") from None
-    if kind != "phi3":
-        raise UserError(f"base {folder}: model_type is {kind!r}, expected 'phi3'")
-    if "quantization_config" in config:
-        raise UserError(f"base {folder}: its weights are quantised, expected unquantised ones")
-    try:
-        with safe_open(folder / "model.safetensors", framework="pt") as weights:
-            many = len(weights.keys())
-        if config.get("num_hidden_layers", 0) > many:  # building them would never end
-            raise ValueError(f"{many} tensors for {config['num_hidden_layers']} layers")
         with _quiet():
             loaded: Any = Phi3ForCausalLM.from_pretrained(
                 folder,
+                config=Phi3Config.from_dict(config),
                 local_files_only=True,
                 use_safetensors=True,
                 attn_implementation="sdpa",
@@ -148,19 +140,135 @@ def load_base(
             )
         model, info = loaded
     except Exception as error:  # SafetensorError, OSError, RuntimeError, ...: the file is damaged
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"base {folder}: model.safetensors cannot be read ({reason}); download or train it again"
-        ) from None
+        raise _unreadable(folder, error) from None
     for what in ("missing", "unexpected"):  # transformers would continue with random weights
         if names := sorted(info[f"{what}_keys"]):
             raise UserError(f"base {folder}: model.safetensors has {what} weights for its config.json: {names[0]}, ...")
-    if model.config.vocab_size != vocabulary(tokenizer).size:
-        raise UserError(
-            f"base {folder}: the model has {model.config.vocab_size} tokens, but its tokenizer has "
-            f"{vocabulary(tokenizer).size}; expected the same number"
-        )
     return model.to(device=device, dtype=dtype or torch.float32).eval(), tokenizer
+
+
+def check_base(folder: Path, facts: Vocabulary) -> dict[str, Any]:
+    """The model configuration in a base's folder, checked against its weights and vocabulary before it is built.
+
+    Special tokens are those of the vocabulary: the configuration may lack them, or give two of them one id. Raises
+    ``UserError`` for a model that this package cannot run, or that does not fit its weights or its vocabulary.
+    """
+    path = folder / "config.json"
+    try:
+        if path.stat().st_size > LARGEST_CONFIG:
+            raise ValueError(f"it has more than {LARGEST_CONFIG:,} bytes")
+        config = parse_json(path.read_text(encoding="utf-8"))
+        kind = config["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"base {folder}: config.json is not a model configuration ({error})") from None
+    if kind != "phi3":
+        raise UserError(f"base {folder}: model_type is {kind!r}, expected 'phi3'")
+    if "quantization_config" in config:
+        raise UserError(f"base {folder}: its weights are quantised, expected unquantised ones")
+    for key in ("rope_parameters", "rope_scaling"):
+        scaling = config.get(key) or {}
+        rope = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else scaling
+        if rope != "default":
+            raise UserError(f"base {folder}: its rotary embeddings are {rope!r}, expected plain ones ('default')")
+    size = _size(folder, config)
+    if size.vocabulary != facts.size:
+        raise UserError(
+            f"base {folder}: the model has {size.vocabulary} tokens, but its tokenizer has {facts.size}; "
+            "expected the same number"
+        )
+    if (context := min(size.positions, size.window or size.positions)) < FEWEST_POSITIONS:
+        raise UserError(f"base {folder}: it reads {context} tokens at once, expected at least {FEWEST_POSITIONS}")
+    _check_weights(folder, size)
+    for key in ("num_labels", "id2label", "label2id"):  # for classifiers; a table would be built of them
+        config.pop(key, None)
+    return config | {"pad_token_id": facts.pad_id, "bos_token_id": facts.bos_id, "eos_token_id": facts.eos_id}
+
+
+class _Size(NamedTuple):
+    """What a configuration declares; defaults are those of transformers' Phi3Config."""
+
+    vocabulary: int
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    positions: int
+    window: int
+
+    def shapes(self) -> dict[str, list[int]]:
+        """The shape of every tensor of the weights."""
+        heads, kv_heads = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        layer = {
+            "input_layernorm": [self.hidden],
+            "post_attention_layernorm": [self.hidden],
+            "self_attn.qkv_proj": [heads + 2 * kv_heads, self.hidden],
+            "self_attn.o_proj": [self.hidden, heads],
+            "mlp.gate_up_proj": [2 * self.intermediate, self.hidden],
+            "mlp.down_proj": [self.hidden, self.intermediate],
+        }
+        ends = {
+            "model.embed_tokens.weight": [self.vocabulary, self.hidden],
+            "model.norm.weight": [self.hidden],
+            "lm_head.weight": [self.vocabulary, self.hidden],
+        }
+        return ends | {
+            f"model.layers.{number}.{name}.weight": shape
+            for number in range(self.layers)
+            for name, shape in layer.items()
+        }
+
+
+def _size(folder: Path, config: dict[str, Any]) -> _Size:
+    def whole(key: str, default: int, high: int = 1 << 20, low: int = 1) -> int:
+        value = config.get(key)
+        if value is None:
+            return default
+        if type(value) is not int or not low <= value <= high:
+            raise UserError(f"base {folder}: config.json: {key} is {value!r}, expected a number from {low} to {high:,}")
+        return value
+
+    hidden, heads = whole("hidden_size", 3072), whole("num_attention_heads", 32)
+    positions = whole("max_position_embeddings", 4096, 1 << 24)
+    whole("original_max_position_embeddings", positions, 1 << 24)
+    return _Size(
+        whole("vocab_size", 32064),
+        hidden,
+        whole("intermediate_size", 8192),
+        whole("num_hidden_layers", 32, 1 << 12),
+        heads,
+        whole("num_key_value_heads", heads),
+        whole("head_dim", max(hidden // heads, 1)),
+        positions,
+        whole("sliding_window", 0, 1 << 24),
+    )
+
+
+def _check_weights(folder: Path, size: _Size) -> None:
+    """Compare the declared shapes with those in the header of the weights' file."""
+    try:
+        with safe_open(folder / "model.safetensors", framework="pt") as weights:
+            found = {name: list(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    except Exception as error:  # SafetensorError, OSError, ...: the file is damaged
+        raise _unreadable(folder, error) from None
+    declared = size.shapes()
+    for name in declared.keys() & found.keys():
+        if declared[name] != found[name]:
+            raise UserError(
+                f"base {folder}: model.safetensors holds {name} with shape {found[name]}, "
+                f"but config.json declares {declared[name]}"
+            )
+    if len(declared) > 2 * len(found):  # building so many layers without weights would never end
+        raise UserError(
+            f"base {folder}: model.safetensors has missing weights for its config.json, which declares "
+            f"{len(declared)} tensors; it holds {len(found)}"
+        )
+
+
+def _unreadable(folder: Path, error: Exception) -> UserError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(f"base {folder}: model.safetensors cannot be read ({reason}); download or train it again")
 
 
 @contextmanager
@@ -177,6 +285,12 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(level)
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+def context_length(model: Any) -> int:
+    """The most tokens, prompt and completion together, that a model can read and write."""
+    config = model.config
+    return min(config.max_position_embeddings, config.sliding_window or config.max_position_embeddings)
 
 
 def save_base(model: Phi3ForCausalLM, tokenizer: Any, folder: Path) -> None:

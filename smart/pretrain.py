@@ -41,7 +41,7 @@ from smart.cores import summary
 from smart.corpus import Corpus
 from smart.distributed import World, join
 from smart.files import parse_json, sync
-from smart.model import build_model, load_base, pick_device, pick_precision, save_base
+from smart.model import build_model, context_length, load_base, pick_device, pick_precision, save_base
 from smart.plots import curves
 from smart.prompts import Pieces, draw
 from smart.render import RenderError, checked_soundfont, open_renderer
@@ -234,7 +234,7 @@ class Pretraining:
         self.facts = vocabulary(self.tokenizer)
         model: Any = _start(config, self.tokenizer)
         self.model = model.to(self.world.device)
-        longest = self.model.config.max_position_embeddings
+        longest = context_length(self.model)
         if data.crop > longest:
             raise UserError(f"data.crop = {data.crop}: expected at most the base's max_positions = {longest}")
         self.rows = Crops(self.corpus.split("train"), self.facts, data)
@@ -399,7 +399,7 @@ class Samples:
         prompts = draw("procedural", settings.samples, self.tokenizer, torch.Generator().manual_seed(seed))
         rollout = self.sampler.sample(
             prompts.to(self.model.device),
-            max_new_tokens=min(256, self.model.config.max_position_embeddings - prompts.shape[1]),
+            max_new_tokens=min(256, context_length(self.model) - prompts.shape[1]),
             generator=torch.Generator(self.model.device).manual_seed(seed),
         )
         scores = [decode(self.tokenizer, row) for row in rollout.tokens.cpu()]

@@ -7,6 +7,7 @@ eighth note in n/8) from the bar line; durations have the same unit.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,9 @@ if TYPE_CHECKING:  # imported where they are used: a command line needs none of 
     from symusic.core import ScoreTick
 
 FILE_NAME = "tokenizer.json"
-LARGEST_NUMBER = 1000  # in a tokenizer's file: MidiTok makes that many tokens
+LARGEST_FILE = 4 << 20  # bytes of a tokenizer's file
+LARGEST_NUMBER = 1000  # in a tokenizer's file, also of entries in a list: MidiTok makes that many tokens
+MOST_TOKENS = 1 << 16  # of a vocabulary: shards hold 16 bits per token
 PIANO_PROGRAMS = range(8)  # General MIDI 1-8 (paper section 3.1), zero-based
 DRUM_PROGRAM = "Program_-1"
 SPECIALS = ("PAD", "BOS", "EOS", "PRE", "SUF", *(f"INF{number}" for number in range(1, 17)))
@@ -89,7 +92,7 @@ def load_tokenizer(path_or_hub_id: str | Path) -> REMI:
     The hub is asked only if no such path exists. Raises ``UserError`` if there is no such tokenizer, the hub
     cannot be reached, or the file does not describe an untrained REMI tokenizer.
     """
-    path = Path(path_or_hub_id)
+    path = Path(os.path.expanduser(path_or_hub_id))
     if path.is_dir():
         path = path / FILE_NAME
     if path.is_file():
@@ -116,7 +119,9 @@ def _read_tokenizer(path: Path) -> REMI:
 
     wanted = "expected an untrained REMI tokenizer, saved by MidiTok"
     try:
-        saved = parse_json(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > LARGEST_FILE:
+            raise ValueError(f"it has more than {LARGEST_FILE:,} bytes")
+        saved = parse_json(path.read_text(encoding="utf-8-sig"))
         config, kind = saved["config"], saved["tokenization"]
         version = str(saved.get("miditok_version", config.get("miditok_version", "3.1")))
         inclusive = tuple(int(part) for part in version.split(".")[:2]) >= (3, 1)
@@ -139,6 +144,8 @@ def _read_tokenizer(path: Path) -> REMI:
         for number in _numbers(counted):
             if not abs(number) <= LARGEST_NUMBER:  # NaN as well
                 raise ValueError(f"{float(number):g} in its configuration, at most {LARGEST_NUMBER} expected")
+        if (tokens := _declared_tokens(config)) > MOST_TOKENS:
+            raise ValueError(f"it makes about {tokens:,} tokens, at most {MOST_TOKENS:,} expected")
         tokenizer = REMI(TokenizerConfig.from_dict(config))
         vocabulary(tokenizer)
     except Exception as error:  # MidiTok does not check values: a wrong one may raise anything
@@ -146,11 +153,20 @@ def _read_tokenizer(path: Path) -> REMI:
     return tokenizer
 
 
+def _declared_tokens(config: dict[str, Any]) -> int:
+    """About how many tokens MidiTok would make of what a configuration multiplies: beats by their steps."""
+    steps = [(beats, int(each)) for key in ("beat_res", "beat_res_rest") for beats, each in config.get(key, {}).items()]
+    durations = sum((beats[1] - beats[0]) * each for beats, each in steps)
+    longest_bar = max((max(beats, default=4) for beats in config["time_signature_range"].values()), default=4)
+    return durations + max((each for _, each in steps), default=0) * longest_bar + len(config.get("special_tokens", ()))
+
+
 def _numbers(value: Any) -> Iterator[float]:
-    """All numbers in nested containers, including keys."""
+    """All numbers in nested containers, including keys, and the number of their entries."""
     if isinstance(value, dict):
         value = [*value, *value.values()]
     if isinstance(value, list | tuple):
+        yield len(value)
         for each in value:
             yield from _numbers(each)
     elif isinstance(value, int | float):

@@ -24,7 +24,7 @@ from smart.distributed import World, join
 from smart.files import replace_files
 from smart.guard import Guard, HeldOut
 from smart.logprobs import Reference
-from smart.model import find_base, load_base, pick_device, pick_precision, save_base
+from smart.model import context_length, find_base, load_base, pick_device, pick_precision, save_base
 from smart.plots import curves, timeline
 from smart.prompts import LONGEST, Pieces, draw
 from smart.render import Renderer, checked_soundfont, open_renderer
@@ -159,7 +159,7 @@ class Tuning:
         self.parts = preflight(config, world, self._reward)
         check_sizes(config, world)
         self.policy, self.tokenizer = load_base(self.parts.base, device=world.device)
-        longest = self.policy.config.max_position_embeddings - LONGEST
+        longest = context_length(self.policy) - LONGEST
         if (wanted := config.sampling.max_new_tokens) > longest:
             raise UserError(f"sampling.max_new_tokens = {wanted}: expected at most {longest} for this base")
         run = Run(

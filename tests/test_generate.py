@@ -17,13 +17,14 @@ import pytest
 import soundfile
 import torch
 from click.testing import CliRunner, Result
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from symusic import Note, Score, Tempo, TimeSignature, Track
 
 from smart import UserError
 from smart.files import hold
-from smart.generate import WINDOW, Writer, last_bars, main, opening, unplayable_tokens
+from smart.generate import main
+from smart.generate.writer import WINDOW, Writer, last_bars, opening, unplayable_tokens
 from smart.reward import load_reward, resample
 from smart.sampler import Sampler
 from smart.tokens import build_grammar, build_tokenizer, decode, encode, vocabulary
@@ -71,6 +72,7 @@ def test_what_the_vocabulary_lacks_is_refused(signature: str, tempo: float, text
         opening(TOKENIZER, signature, tempo)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(1, 14), st.integers(60, 500), st.integers(0, 5))
 def test_last_bars_sound_like_the_end_of_the_piece(bars: int, wanted: int, longest: int, seed: int) -> None:
     whole = piano_tokens(song(bars, seed))
@@ -274,6 +276,12 @@ def test_a_damaged_table_is_named_and_made_up_for(tmp_path: Path, line: bytes) -
         (["--continue", "text.mid"], "--continue text.mid: not a MIDI file"),
         (["--continue", "violin.mid"], "--continue violin.mid: no piano notes"),
         (["--continue", "song.mid", "--tempo", "90"], "a continuation keeps the song's own"),
+        (["--continue", "song.mid", "--bars", "5-8"], "--bars 5-8: expected a number of bars"),
+        (["--continue", "song.mid", "--fill", "song.mid", "--bars", "5"], "cannot be combined; choose one"),
+        (["--fill", "song.mid"], "--fill needs --bars"),
+        (["--fill", "song.mid", "--bars", "8-5"], "--bars 8-5: expected the bars to fill, such as 5-8"),
+        (["--fill", "song.mid", "--bars", "12-13"], "--bars 12-13: expected bars 1 to 12"),
+        (["--fill", "song.mid", "--bars", "2", "--reward", "ce_proxy"], "--reward and --fill cannot be combined"),
         (["--soundfont", "absent.sf2"], "does not exist"),
         (["--best-of", "2", "--reward", "applause"], 'there is no reward "applause"'),
         (["--best-of", "2", "--reward-option", "loud"], "expected KEY=VALUE"),

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from smart import UserError
-from smart.model import SHIPPED, build_model, find_base, load_base, pick_device, save_base
+from smart.model import SHIPPED, build_model, context_length, find_base, load_base, pick_device, save_base
 from smart.tokens import vocabulary
 
 
@@ -108,9 +108,9 @@ def test_mistakes(base: Path, tmp_path: Path, tokenizer: Any) -> None:
         ({"model_type": "llama"}, "model_type is 'llama', expected 'phi3'"),
         ({"vocab_size": 400}, r"model\.safetensors cannot be read|expected the same number"),
         ({"num_hidden_layers": 3}, r"missing weights .*model\.layers\.2"),
-        ({"num_hidden_layers": 10**12}, r"tensors for 1000000000000 layers"),
-        ({"hidden_size": 10**7}, r"model\.safetensors cannot be read"),
-        ({"num_attention_heads": 0}, r"cannot be read"),
+        ({"num_hidden_layers": 10**12}, r"num_hidden_layers is 1000000000000, expected a number"),
+        ({"hidden_size": 10**7}, r"hidden_size is 10000000, expected a number"),
+        ({"num_attention_heads": 0}, r"num_attention_heads is 0, expected a number"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"its weights are quantised"),
     ):
         (base / "config.json").write_text(json.dumps(config | change))
@@ -149,3 +149,51 @@ def test_device() -> None:
         assert pick_device("auto").type == "cpu"
         with pytest.raises(UserError, match="no CUDA GPU"):
             pick_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"intermediate_size": 524288}, r"mlp\.\w+\.weight with shape .* but config\.json declares"),
+        ({"intermediate_size": 1 << 40}, r"intermediate_size is 1099511627776, expected a number from 1 to"),
+        ({"hidden_size": "large"}, r"hidden_size is 'large', expected a number"),
+        ({"num_hidden_layers": 4000}, r"missing weights for its config\.json, which declares 24003 tensors"),
+        ({"vocab_size": 500_000}, r"the model has 500000 tokens, but its tokenizer has 413"),
+        ({"max_position_embeddings": 8}, r"reads 8 tokens at once, expected at least 16"),
+        ({"sliding_window": 4}, r"reads 4 tokens at once, expected at least 16"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, r"rotary embeddings are 'longrope', expected plain ones"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, r"embeddings are 'linear'"),
+        ({"rope_parameters": "yarn"}, r"embeddings are 'yarn'"),
+    ],
+)
+def test_a_base_that_cannot_run_is_refused_before_it_is_built(
+    base: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], message: str
+) -> None:
+    from transformers import Phi3ForCausalLM
+
+    monkeypatch.setattr(Phi3ForCausalLM, "from_pretrained", None)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=message):
+        load_base(base)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"pad_token_id": 1}, {"pad_token_id": 2, "eos_token_id": 1}, {"pad_token_id": None}, {"pad_token_id": 9999}],
+)
+def test_special_tokens_are_those_of_the_vocabulary(base: Path, change: dict[str, Any]) -> None:
+    """Whatever the configuration says, padding is padding, and the beginning of a piece is none."""
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | change | {"num_labels": 3_000_000}))
+    model, tokenizer = load_base(base)
+    facts = vocabulary(tokenizer)
+    found = model.config
+    assert (found.pad_token_id, found.bos_token_id, found.eos_token_id) == (facts.pad_id, facts.bos_id, facts.eos_id)
+    assert model.model.embed_tokens.padding_idx == facts.pad_id
+
+
+def test_a_window_limits_the_context(base: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"sliding_window": 128}))
+    assert context_length(load_base(base)[0]) == 128

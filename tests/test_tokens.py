@@ -215,6 +215,8 @@ def _change(key: str, value: Any) -> Any:
         (_change("beat_res", {"0_4": 10**9}), "1e\\+09 in its configuration, at most 1000"),
         (_change("beat_res", {"0_1000000000": 4}), "at most 1000"),
         (_change("num_tempos", 10**9), "at most 1000"),
+        (_change("beat_res", {"0_1000": 1000}), "it makes about 1,012,\\d+ tokens, at most 65,536"),
+        (_change("special_tokens", [f"X{number}" for number in range(200_000)]), "at most 1000"),
         (_change("pitch_range", [0, 10**9]), "at most 1000"),
         (lambda saved: saved.update(config={"x": math.nan, **saved["config"], "num_tempos": 10**9}), "at most 1000"),
         (lambda saved: saved["config"].update(use_pitch_bends=True, pitch_bend_range=[0, 1, 2 * 10**8]), "at most"),

@@ -2,18 +2,22 @@
 
 ``Corpus`` reads what ``smart corpus build`` wrote. The other modules build it: ``build`` walks the folders, ``readers``
 gives each file to a worker process (``ReaderPool``), ``midi`` and ``piece`` check and convert it there, ``remi``
-tokenises it, and ``shards`` stores the tokens. ``read_score`` reads a file for other purposes.
+tokenises it, and ``shards`` stores the tokens. Every program reads MIDI files with ``score``, finds their bars with
+``bars``, and changes them with ``events``.
 """
 
-from smart.corpus.midi import BARS, Limits, Piece, Reading, Reject, check_structure
+from smart.corpus import events
+from smart.corpus.bars import Bars, fit_bars, signatures_of
+from smart.corpus.midi import BARS, Limits, Piece, Reading, Reject, read_bytes
 from smart.corpus.readers import ReaderPool
-from smart.corpus.score import read_score
+from smart.corpus.score import check_length, open_score, played, read_score
 from smart.corpus.shards import MANIFEST, SPLITS, Corpus, ShardWriter, Split
 
 __all__ = [
     "BARS",
     "MANIFEST",
     "SPLITS",
+    "Bars",
     "Corpus",
     "Limits",
     "Piece",
@@ -22,6 +26,12 @@ __all__ = [
     "Reject",
     "ShardWriter",
     "Split",
-    "check_structure",
+    "check_length",
+    "events",
+    "fit_bars",
+    "open_score",
+    "played",
+    "read_bytes",
     "read_score",
+    "signatures_of",
 ]

@@ -23,6 +23,7 @@ import re
 import shutil
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -40,6 +41,7 @@ from smart.tokens import FILE_NAME, build_tokenizer, save_tokenizer
 EXTENSIONS = (".mid", ".midi")
 TEST_SHARE, VALIDATION_SHARE = 0.1, 0.1  # shares of all pieces, and of those not in test (paper section 3.1)
 SHARD_FILE = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}\.(bin|idx\.npy)(\.tmp)?")
+MOST_SHOWN = 20  # unknown lines of a list
 COMMIT_SECONDS = 2.0  # the most work that is lost when a build is killed
 
 
@@ -52,12 +54,14 @@ def split_of(digest: bytes) -> str:
 
 
 KEPT, DUPLICATE = "kept", "duplicate"  # reasons that the build itself gives
+STATE = "state-2.sqlite"  # its number changes with the table's columns: an unfinished build of other ones starts again
 DAMAGED = "its unfinished build is damaged"
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT);
 CREATE TABLE IF NOT EXISTS files (
     path BLOB PRIMARY KEY, reason TEXT, detail,
-    hash BLOB, place INTEGER, length INTEGER, notes INTEGER, bars INTEGER, seconds REAL, stretch REAL, placed TEXT
+    hash BLOB, place INTEGER, length INTEGER, notes INTEGER, bars INTEGER, seconds REAL, stretch REAL, placed TEXT,
+    remarks TEXT
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_hash ON files (hash, path) WHERE hash IS NOT NULL;
 """
@@ -77,7 +81,7 @@ class State:
         with contextlib.ExitStack() as opened:  # closed again if anything below fails
             _hold(folder, opened)
             damaged = f"--out {folder.parent}: {DAMAGED}; start again with --overwrite"
-            self.table = sqlite3.connect(folder / "state.sqlite", isolation_level=None)
+            self.table = sqlite3.connect(folder / STATE, isolation_level=None)
             opened.callback(self.table.close)
             try:
                 self.table.executescript(SCHEMA)
@@ -124,12 +128,13 @@ class State:
         row: tuple[Any, ...]
         if isinstance(answer, Piece):
             self.spool.write(answer.tokens)
+            place = answer.digest, self.end, len(answer.tokens)
             numbers = answer.notes, answer.bars, answer.seconds, answer.stretch
-            row = (KEPT, "", answer.digest, self.end, len(answer.tokens), *numbers, answer.placed)
+            row = (KEPT, "", *place, *numbers, answer.placed, answer.remarks)
             self.end += len(answer.tokens)
         else:
-            row = (*answer, *[None] * 8)
-        self.table.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (key, *row))
+            row = (*answer, *[None] * 9)
+        self.table.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (key, *row))
 
     def unread(self) -> Iterator[bytes]:
         """Keys of files that have not been read, in order; a page at a time, because rows change meanwhile."""
@@ -152,6 +157,11 @@ class State:
     def count(self, where: str, *values: Any) -> int:
         return int(self.table.execute(f"SELECT COUNT(*) FROM files WHERE {where}", values).fetchone()[0])
 
+    def remarks(self) -> dict[str, int]:
+        """How many kept pieces have a remark of each kind."""
+        rows = self.table.execute("SELECT remarks FROM files WHERE reason = ? AND remarks != ''", (KEPT,))
+        return dict(Counter(remark.partition(":")[0] for (text,) in rows for remark in text.split("; ")))
+
     def reasons(self) -> dict[str, int]:
         return dict(self.table.execute("SELECT reason, COUNT(*) FROM files GROUP BY reason ORDER BY reason"))
 
@@ -171,6 +181,7 @@ class Summary:
     """What a build made: files by reason (``kept`` is one), and pieces and tokens by split."""
 
     counts: dict[str, int] = field(default_factory=dict)
+    remarks: dict[str, int] = field(default_factory=dict)  # kept pieces that were read otherwise than written, by kind
     pieces: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     pedalled: int = 0  # pieces with notes that the pedal lengthens
@@ -208,6 +219,38 @@ def find_files(
                             yield os.fsencode(key)
             except OSError:
                 yield os.fsencode(folder.removeprefix(prefix))
+
+
+def check_list(lines: Sequence[str], folders: Sequence[Path], *, skip_missing: bool = False) -> frozenset[str]:
+    """The keys that the lines of a list name, FOLDER-NAME/PATH each; spaces around a line count for nothing.
+
+    A backslash may stand for a slash. Raises ``UserError`` that shows the lines which name no MIDI file under
+    ``folders``, unless ``skip_missing``: then they are left out.
+    """
+    readings = [(line, line.strip(), line.strip().replace("\\", "/")) for line in lines]
+    keys = find_files(
+        [folder.resolve() for folder in folders], (), frozenset(key for three in readings for key in three)
+    )
+    there = {os.fsdecode(key) for key in keys}
+    found, unknown = set(), []
+    for number, three in enumerate(readings, 1):
+        if key := next((key for key in three if key in there), None):
+            found.add(key)
+        elif three[1]:
+            unknown.append(f"line {number}: {_printable(three[1])}")
+    if unknown and not skip_missing:
+        raise UserError(
+            "\n- ".join(
+                [f"--list: {len(unknown)} lines name no MIDI file under --midi; correct them, or add --skip-missing:"]
+                + unknown[:MOST_SHOWN]
+                + [f"and {len(unknown) - MOST_SHOWN} more"] * (len(unknown) > MOST_SHOWN)
+            )
+        )
+    return frozenset(found)
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else repr(text)
 
 
 def build(
@@ -336,7 +379,7 @@ def _write(state: State, out: Path, settings: dict[str, Any], summary: Summary) 
     for path in [out / MANIFEST, *filter(lambda path: SHARD_FILE.fullmatch(path.name), out.iterdir())]:
         path.unlink(missing_ok=True)  # left by a run that was killed here; its files may have changed since
     state.mark_duplicates()
-    summary.counts = state.reasons()
+    summary.counts, summary.remarks = state.reasons(), state.remarks()
     longer = "reason = ? AND stretch > 1"
     summary.pedalled = state.count(longer, KEPT)
     if summary.pedalled:
@@ -368,19 +411,17 @@ def _write(state: State, out: Path, settings: dict[str, Any], summary: Summary) 
 
 
 def _write_pieces(state: State, writers: dict[str, ShardWriter], file: IO[bytes]) -> None:
-    table = _table(
-        file, "path", "hash", "split", "shard", "index", "tokens", "notes", "bars", "seconds", "stretch", "placed"
-    )
-    columns = "path, hash, place, length, notes, bars, seconds, stretch, placed"
+    columns = ("path", "hash", "split", "shard", "index", "tokens", "notes", "bars", "seconds")
+    table = _table(file, *columns, "stretch", "placed", "remarks")
+    wanted = "path, hash, place, length, notes, bars, seconds, stretch, placed, remarks"
     with open(state.folder / "spool.bin", "rb") as spool:
-        for path, digest, place, length, notes, bars, seconds, stretch, placed in state.rows(
-            columns, "reason = ?", KEPT
-        ):
+        for path, digest, place, length, notes, bars, *rest in state.rows(wanted, "reason = ?", KEPT):
+            seconds, stretch, placed, remarks = rest
             spool.seek(place)
             split = split_of(digest)
             shard, index = writers[split].add(spool.read(length))
             numbers = (length // DTYPE.itemsize, notes, bars, f"{seconds:.2f}", f"{stretch:.3f}")
-            table([_shown(path), digest.hex(), split, shard, index, *numbers, placed])
+            table([_shown(path), digest.hex(), split, shard, index, *numbers, placed, remarks])
 
 
 def _write_rejects(state: State, file: IO[bytes]) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from smart import Group, UserError
+from smart import FilePath, Group, UserError
 from smart.cores import usable_cores
-from smart.corpus.build import DAMAGED, build
+from smart.corpus.build import DAMAGED, build, check_list
 from smart.corpus.midi import BARS, Limits, Reading
 from smart.corpus.shards import SPLITS, Corpus
-from smart.corpus.stats import describe, measure, plot
+from smart.corpus.stats import check_picture, describe, measure, plot
 from smart.run import in_one_line
 from smart.tokens import build_tokenizer, load_tokenizer
 
@@ -33,7 +33,7 @@ def _limit_options(command: Any) -> Any:
     return command
 
 
-FOLDER = click.Path(path_type=Path)
+FOLDER = FilePath()
 
 
 @main.command("build")
@@ -60,6 +60,7 @@ FOLDER = click.Path(path_type=Path)
 @click.option(
     "--list", "listed", type=FOLDER, help="Text file with one FOLDER-NAME/PATH per line; only these are read."
 )
+@click.option("--skip-missing", is_flag=True, help="Leave out lines of --list that name no file, instead of refusing.")
 @click.option(
     "--pedal/--no-pedal",
     default=True,
@@ -83,6 +84,7 @@ def build_command(
     tokenizer: str | None,
     include: tuple[str, ...],
     listed: Path | None,
+    skip_missing: bool,
     pedal: bool,
     bars: str,
     overwrite: bool,
@@ -92,9 +94,10 @@ def build_command(
     only = None
     if listed is not None:
         try:
-            only = frozenset(filter(None, listed.read_text(encoding="utf-8").splitlines()))
+            lines = listed.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
         except (OSError, ValueError) as error:
             raise UserError(f"--list {listed}: cannot be read ({error})") from None
+        only = check_list(lines, folders, skip_missing=skip_missing)
     try:
         # SQLite's error for a full disk is not an OSError
         with in_one_line("the corpus", "run the same command again to continue", sqlite3.OperationalError):
@@ -113,6 +116,8 @@ def build_command(
         raise UserError(f"--out {out}: {DAMAGED} ({error}); start again with --overwrite") from None
     for reason, number in summary.counts.items():
         click.echo(f"{reason:30}{number:>12,}")
+    for kind, number in summary.remarks.items():
+        click.echo(f"  {kind} in {number:,} of the kept (pieces.csv)")
     click.echo(f"{'split':30}{'pieces':>12}{'tokens':>16}")
     for split in SPLITS:
         click.echo(f"  {split:28}{summary.pieces[split]:>12,}{summary.tokens[split]:>16,}")
@@ -128,15 +133,16 @@ def build_command(
 
 @main.command("stats")
 @click.argument("folder", type=FOLDER)
-@click.option("--plot", "picture", type=FOLDER, help="PNG file for the plot (default: stats.png in the corpus).")
+@click.option(
+    "--plot", "picture", type=FOLDER, help="File for the plot, such as .png or .pdf (default: stats.png in the corpus)."
+)
 def stats_command(folder: Path, picture: Path | None) -> None:
     """Check every byte of a corpus, then print and plot its statistics."""
+    picture = picture or folder / "stats.png"
+    check_picture(picture)
     corpus = Corpus(folder, verify=True)
     stats = measure(corpus)
     click.echo(describe(corpus, stats))
-    picture = picture or folder / "stats.png"
-    try:
+    with in_one_line("the plot", "choose another file with --plot"):
         plot(corpus, stats, picture)
-    except ModuleNotFoundError as error:
-        raise UserError(f"the plot needs {error.name}; install it with: pip install {error.name}") from None
     click.echo(f"plotted in {picture}")

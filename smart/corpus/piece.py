@@ -12,11 +12,13 @@ import numpy as np
 import numpy.typing as npt
 from symusic.core import ScoreTick
 
+from smart.corpus.bars import fit_signatures, signatures_of
 from smart.corpus.beats import find_bars
-from smart.corpus.midi import Limits, Piece, Reading, Reject, check_structure
+from smart.corpus.midi import Limits, Piece, Reading, Reject
 from smart.corpus.notes import gather, seconds_at
 from smart.corpus.pedal import sustain
 from smart.corpus.remi import FastRemi
+from smart.corpus.score import read_score
 from smart.tokens import all_tracks, decode, encode, merge_piano, vocabulary
 
 TOKEN = np.dtype("<u2")
@@ -73,6 +75,7 @@ class PieceReader:
     def __init__(self, tokenizer: Any, limits: Limits, reading: Reading) -> None:
         self.tokenizer, self.limits, self.reading = tokenizer, limits, reading
         self.facts = vocabulary(tokenizer)
+        self.signatures = signatures_of(tokenizer.vocab)
         self.is_pitch = np.zeros(self.facts.size, dtype=bool)
         self.is_pitch[[*self.facts.pitch_ids, *self.facts.drum_ids]] = True
         self.fast = FastRemi(tokenizer) if FastRemi.supports(tokenizer) else None
@@ -80,29 +83,26 @@ class PieceReader:
 
     def read(self, data: bytes) -> Piece:
         """The piece in the bytes of a MIDI file. Raises ``Reject`` with the reason for leaving it out."""
-        tail = check_structure(data, self.limits)
-        try:
-            whole = ScoreTick.from_midi(data)
-        except (RuntimeError, ValueError, OverflowError) as error:
-            raise Reject("cannot be parsed", str(error).splitlines()[0][:200]) from None
-        raw = sum(len(track.notes) for track in whole.tracks)
-        if raw > self.limits.max_notes:  # before any work that grows with their number
-            raise Reject("too many notes", f"{raw}, expected at most {self.limits.max_notes}")
+        found = read_score(data, self.limits)
+        whole, remarks = found.score, found.remarks()
         score = self._kept_tracks(whole)
         if not len(score.tracks):
             raise Reject("no notes" if self.tokenizer.config.use_programs else "no piano notes")
-        seconds = check_notes(score, gather(score), tail, self.limits)
+        seconds = check_notes(score, gather(score), found.tail, self.limits)
         digest, stretch = content_hash(score), 1.0  # of what was written, so that a piece stays in its split
         if self.reading.pedal:
-            held = self._kept_tracks(sustain(whole, data))
+            held = self._kept_tracks(sustain(whole, found.data))
             stretch = float(gather(held)["duration"].mean() / max(gather(score)["duration"].mean(), 1e-9))
             score = held
         placed = "as written"
         if self.reading.bars == "found":
             score, placed = find_bars(score)
+        if placed == "as written" and (remark := fit_signatures(score, self.signatures, whole.time_signatures)):
+            remarks.append(remark)
         tokens = self._tokens(score)
         notes, bars = self._check_bars(tokens)
-        return Piece(digest, tokens.astype(TOKEN).tobytes(), notes, bars, seconds, stretch, placed)
+        packed = tokens.astype(TOKEN).tobytes()
+        return Piece(digest, packed, notes, bars, seconds, stretch, placed, "; ".join(remarks))
 
     def _kept_tracks(self, score: ScoreTick) -> ScoreTick:
         if self.tokenizer.config.use_programs:

@@ -9,7 +9,6 @@ import math
 import os
 import resource
 import signal
-import stat
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smart import Failure
-from smart.corpus.midi import Limits, Piece, Reading, Reject
+from smart.corpus.midi import Limits, Piece, Reading, Reject, read_bytes
 from smart.workers import STARTS, Answer, GarbledAnswer, NoAnswer, Worker, WorkerFailure, answering
 
 if TYPE_CHECKING:
@@ -60,14 +59,8 @@ def _answer(reader: "PieceReader", path: bytes) -> Answer:
     # the default action of SIGALRM ends the process even inside native code that never returns
     signal.setitimer(signal.ITIMER_REAL, reader.limits.seconds)
     try:
-        if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
-            raise Reject("cannot be read", "not a regular file")  # opening a pipe would wait for its other end
-        with open(path, "rb") as file:  # a folder gives an error: it is one, or it may not be listed
-            data = file.read(reader.limits.max_bytes + 1)
-        if len(data) > reader.limits.max_bytes:
-            raise Reject("too large", f"over {reader.limits.max_bytes} bytes")
-        piece = reader.read(data)
-        facts = {name: getattr(piece, name) for name in ("notes", "bars", "seconds", "stretch", "placed")}
+        piece = reader.read(read_bytes(path, reader.limits))
+        facts = {name: getattr(piece, name) for name in ("notes", "bars", "seconds", "stretch", "placed", "remarks")}
         return {"digest": piece.digest.hex(), **facts}, piece.tokens
     except Reject as reject:
         reason, detail = reject.reason, reject.detail
@@ -98,8 +91,15 @@ def _understand(fields: dict[str, Any], tokens: bytes) -> Piece | tuple[str, str
                 "seconds": float(seconds),
                 "stretch": float(stretch),
                 "placed": str(placed),
-            } if len(digest) == 32 and 0 <= notes < 2**31 and 0 <= bars < 2**31 and math.isfinite(seconds + stretch):
-                return Piece(bytes.fromhex(digest), tokens, notes, bars, seconds, stretch, placed)
+                "remarks": str(remarks),
+            } if (
+                (placed + remarks).encode() is not None
+                and len(digest) == 32
+                and 0 <= notes < 2**31
+                and 0 <= bars < 2**31
+                and math.isfinite(seconds + stretch)
+            ):
+                return Piece(bytes.fromhex(digest), tokens, notes, bars, seconds, stretch, placed, remarks)
     except ValueError:  # a digest that is not hexadecimal, or text that cannot be encoded
         pass
     raise GarbledAnswer(fields)

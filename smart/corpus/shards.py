@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from smart import UserError
-from smart.files import parse_json, sha256, write_atomically
+from smart.files import open_new, parse_json, sha256, write_atomically
 
 SPLITS = ("train", "validation", "test")
 MANIFEST = "manifest.json"
@@ -48,7 +48,8 @@ class ShardWriter:
         if self._file is not None and self._starts[-1] + len(tokens) // DTYPE.itemsize > self.limit:
             self._finish_shard()
         if self._file is None:
-            self._file = open(self._path(".bin.tmp"), "wb")  # noqa: SIM115 (closed by _finish_shard)
+            self._path(".bin.tmp").unlink(missing_ok=True)  # left by a killed build
+            self._file = open_new(self._path(".bin.tmp"))
         self._file.write(tokens)
         self._digest.update(tokens)
         self._starts.append(self._starts[-1] + len(tokens) // DTYPE.itemsize)

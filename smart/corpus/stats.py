@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from smart import UserError
 from smart.corpus.shards import SPLITS, Corpus
+from smart.files import write_atomically
 from smart.tokens import vocabulary
 
 
@@ -82,8 +84,21 @@ def describe(corpus: Corpus, stats: Statistics) -> str:
     return "\n".join(lines)
 
 
+def check_picture(path: Path) -> None:
+    """Raise ``UserError`` if no figure can be written to ``path``: before the work that it shows."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ModuleNotFoundError as error:
+        raise UserError(f"the plot needs {error.name}; install it with: pip install {error.name}") from None
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise UserError(f"--plot {path}: expected a file that ends in one of .{', .'.join(sorted(known))}")
+    if not path.parent.is_dir():
+        raise UserError(f"--plot {path}: the folder {path.parent} does not exist; create it first")
+
+
 def plot(corpus: Corpus, stats: Statistics, path: Path) -> None:
-    """Draw the distributions that ``describe`` prints into a PNG file."""
+    """Draw the distributions that ``describe`` prints into a picture, in the format of its name."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 6), layout="constrained")
@@ -106,4 +121,4 @@ def plot(corpus: Corpus, stats: Statistics, path: Path) -> None:
     splits = corpus.manifest["tokens"]
     axes[5].bar([*splits], [*splits.values()])
     axes[5].set(title="splits", ylabel="tokens")
-    figure.savefig(path, dpi=120)
+    write_atomically(path, lambda file: figure.savefig(file, format=path.suffix[1:].lower(), dpi=120))

@@ -135,7 +135,7 @@ def _section(title: str, first: str, second: str, wanted: str, kind: str, corpus
         raise UserError(f"{first} and {second}: both are called {names[-1]}; rename one, as in other={second}")
     tuned_on: dict[str, Any] = {}
     if kind == "run" and two.run is not None:
-        tuned_on = parse_toml((two.run / CONFIG).read_text(encoding="utf-8")).get("prompts", {})
+        tuned_on = parse_toml((two.run / CONFIG).read_text(encoding="utf-8-sig")).get("prompts", {})
     kind = tuned_on.get("kind", "procedural") if kind == "run" else kind
     if kind != "dataset":
         return Section(title, one, others, kind, None)

@@ -1,10 +1,10 @@
 """The command line of ``smart demo``; what makes the page is imported when it is called."""
 
-from pathlib import Path
 from typing import Any
 
 import click
 
+from smart import FilePath
 from smart.prompts import KINDS
 from smart.render import RenderError
 from smart.run import backend_option, in_one_line
@@ -25,7 +25,7 @@ from smart.run import backend_option, in_one_line
     metavar="TITLE FIRST SECOND",
     help="Two models to compare in a section with this title; repeatable, instead of --runs.",
 )
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="HTML file to write.")
+@click.option("--out", type=FilePath(), required=True, help="HTML file to write.")
 @click.option("--overwrite", is_flag=True, help="Replace the file --out if it exists.")
 @click.option("--title", default="Before and after tuning", show_default=True, help="Title of the page.")
 @click.option(
@@ -37,7 +37,7 @@ from smart.run import backend_option, in_one_line
 )  # fmt: skip
 @click.option(
     "--corpus",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="Corpus whose test split gives dataset prompts.  [default: the run's]",
 )
 @click.option(

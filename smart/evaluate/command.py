@@ -1,12 +1,11 @@
 """The command line of ``smart evaluate``; what a command does is imported when it is called."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
 
-from smart import Group
+from smart import FilePath, Group
 from smart.corpus import SPLITS
 from smart.prompts import KINDS
 from smart.render import RenderError
@@ -67,15 +66,13 @@ def clip_options(most_seconds: float) -> Callable[[Callable[..., None]], Callabl
 
 @main.command("sample", short_help="Sample several models on the same prompts, rate the pieces, and write one table.")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Parquet file for the table.")
+@click.option("--out", type=FilePath(), required=True, help="Parquet file for the table.")
 @click.option(
     "--prompts", default="procedural", show_default=True, type=click.Choice(KINDS),
     help="What pieces start from: a random time signature and tempo (procedural), these and a first note, nothing "
     "(bos), or a time signature and tempo from a corpus (dataset).",
 )  # fmt: skip
-@click.option(
-    "--corpus", type=click.Path(path_type=Path), help="Folder written by `smart corpus build`, for --prompts dataset."
-)
+@click.option("--corpus", type=FilePath(), help="Folder written by `smart corpus build`, for --prompts dataset.")
 @click.option(
     "--split", default="test", show_default=True, type=click.Choice(SPLITS), help="Split of the corpus to use."
 )
@@ -109,7 +106,7 @@ def clip_options(most_seconds: float) -> Callable[[Callable[..., None]], Callabl
     "--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True),
     help="Sample only from the most likely tokens that together have this probability (1: from all).",
 )  # fmt: skip
-@click.option("--audio", type=click.Path(path_type=Path), help="Folder to save every piece in, as MIDI and WAV.")
+@click.option("--audio", type=FilePath(), help="Folder to save every piece in, as MIDI and WAV.")
 @backend_option
 @click.option(
     "--workers", default=0, show_default=True, type=click.IntRange(0, 1024), help="Render processes (0: one per core)."
@@ -128,14 +125,10 @@ def sample_command(**given: Any) -> None:
 
 
 @main.command("report", short_help="Draw the paper's figures from such tables, run tests, and write an HTML page.")
-@click.argument("tables", nargs=-1, type=click.Path(path_type=Path), metavar="TABLE...")
-@click.option(
-    "--run", "runs", multiple=True, type=click.Path(path_type=Path), help="Tuning run whose reward to plot; repeatable."
-)
-@click.option(
-    "--corpus", type=click.Path(path_type=Path), help="Check how much the pieces copy from this corpus's train split."
-)
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the page, figures and numbers.")
+@click.argument("tables", nargs=-1, type=FilePath(), metavar="TABLE...")
+@click.option("--run", "runs", multiple=True, type=FilePath(), help="Tuning run whose reward to plot; repeatable.")
+@click.option("--corpus", type=FilePath(), help="Check how much the pieces copy from this corpus's train split.")
+@click.option("--out", required=True, type=FilePath(), help="Folder for the page, figures and numbers.")
 @click.option("--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Seed of the bootstrap.")
 def report_command(**given: Any) -> None:
     """Write a page of figures and statistics from TABLEs of `smart evaluate sample`, and from runs."""
@@ -145,7 +138,7 @@ def report_command(**given: Any) -> None:
 
 
 @main.command("rate", short_help="Rate audio and MIDI files, and compare silence and noise with the paper.")
-@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, type=FilePath())
 @reward_options
 @click.option("--soundfont", default="timgm", show_default=True, help="Soundfont for MIDI files: short name or path.")
 @click.option(
@@ -160,7 +153,7 @@ def report_command(**given: Any) -> None:
 @click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Seed of the white noise."
 )
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Also write the ratings to this CSV file.")
+@click.option("--out", type=FilePath(dir_okay=False), help="Also write the ratings to this CSV file.")
 @click.option("--overwrite", is_flag=True, help="Replace the file --out if it exists.")
 def rate_command(**given: Any) -> None:
     """Rate FILES (wav, flac, mp3, ogg, mid), silence and white noise, in windows of ten seconds."""
@@ -170,7 +163,7 @@ def rate_command(**given: Any) -> None:
 
 
 @main.command("rerate", short_help="Rate the stored completions of a run with any reward, without sampling again.")
-@click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
+@click.argument("run", type=FilePath(), metavar="RUN")
 @reward_options
 @click.option(
     "--soundfont", "soundfonts", multiple=True, metavar="SOUNDFONT",
@@ -192,7 +185,7 @@ def rate_command(**given: Any) -> None:
     help="Renderer: worker processes (pool), or sums of notes that were rendered in advance (bank).  "
     "[default: render.backend of the run]",
 )  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the ratings and the table.")
+@click.option("--out", type=FilePath(), required=True, help="Folder for the ratings and the table.")
 def rerate_command(**given: Any) -> None:
     """Rate the completions that a tuning RUN learnt from with any reward, without sampling again.
 
@@ -210,7 +203,7 @@ def rerate_command(**given: Any) -> None:
     "--soundfonts", "given", multiple=True, required=True, metavar="SOUNDFONT...",
     help="Soundfonts to compare: short names or paths, as in --soundfonts timgm fluidr3.",
 )  # fmt: skip
-@click.option("--corpus", type=click.Path(path_type=Path), help="Corpus to take pieces from, instead of MIDI files.")
+@click.option("--corpus", type=FilePath(), help="Corpus to take pieces from, instead of MIDI files.")
 @click.option(
     "--split", default="train", show_default=True, type=click.Choice(SPLITS), help="Split of the corpus to use."
 )
@@ -223,7 +216,7 @@ def rerate_command(**given: Any) -> None:
 )  # fmt: skip
 @reward_options
 @clip_options(most_seconds=3600)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the tables and the figure.")
+@click.option("--out", type=FilePath(), required=True, help="Folder for the tables and the figure.")
 def soundfonts_command(**given: Any) -> None:
     """Rate the same pieces with several soundfonts: MIDI FILES, or pieces from a corpus."""
     from smart.evaluate.soundfonts import compare_soundfonts
@@ -232,7 +225,7 @@ def soundfonts_command(**given: Any) -> None:
 
 
 @main.command("hacks", short_help="Test whether a reward can be fooled by silence, noise or loops.")
-@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, type=FilePath())
 @reward_options
 @click.option(
     "--soundfont", "names", multiple=True, metavar="SOUNDFONT",
@@ -250,7 +243,7 @@ def soundfonts_command(**given: Any) -> None:
     help="Seed of the random probes and of the sampled pieces.",
 )  # fmt: skip
 @clip_options(most_seconds=600)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the tables and the figure.")
+@click.option("--out", type=FilePath(), required=True, help="Folder for the tables and the figure.")
 def hacks_command(**given: Any) -> None:
     """Test whether a reward can be fooled: rate silence, noise, drones, loops and random notes next to real pieces.
 
@@ -264,10 +257,8 @@ def hacks_command(**given: Any) -> None:
 @main.command(
     "frontier", short_help="Plot reward, a second score and diversity against KL, over the checkpoints of runs."
 )
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Folder for the report: new, or one to continue."
-)
+@click.argument("runs", nargs=-1, required=True, type=FilePath(), metavar="RUN...")
+@click.option("--out", type=FilePath(), required=True, help="Folder for the report: new, or one to continue.")
 @click.option(
     "-n", "--n", "prompts", default=128, show_default=True, type=click.IntRange(min=2),
     help="Number of held-out prompts.",

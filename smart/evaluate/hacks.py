@@ -28,7 +28,6 @@ import numpy as np
 import numpy.typing as npt
 
 from smart import UserError, plots, require
-from smart.corpus import read_score
 from smart.evaluate.ratings import (
     DIFFERENCE,
     UNKNOWN,
@@ -41,6 +40,7 @@ from smart.evaluate.ratings import (
     load_rewards,
     rate,
     rate_scores,
+    read_score,
     table,
     with_interval,
     writing,

@@ -24,7 +24,6 @@ import numpy.typing as npt
 from scipy import stats  # noqa: F401  (intervals need it: if it is missing, that is said before any work)
 
 from smart import UserError, plots, require
-from smart.corpus import read_score
 from smart.evaluate.ratings import (
     MIDI,
     Audio,
@@ -33,6 +32,7 @@ from smart.evaluate.ratings import (
     columns,
     load_rewards,
     rate,
+    read_score,
     table,
     with_interval,
     writing,
@@ -105,8 +105,9 @@ def read(path: Path, pool: Renderer | None, sample_rate: int, seconds: float) ->
     if path.suffix.lower() not in MIDI:
         return read_audio(path, seconds)
     assert pool is not None
+    score = read_score(path)
     try:
-        audio = pool.submit(score_notes(read_score(path), max_beats=math.inf)).result()
+        audio = pool.submit(score_notes(score, max_beats=math.inf)).result()
     except (RenderError, ValueError) as error:  # ValueError: impossible notes
         raise UserError(f"MIDI file {path} cannot be rendered ({error})") from error
     return audio.mean(axis=0), sample_rate
@@ -200,7 +201,8 @@ def rate_files(
             try:
                 add(str(path), *read(path, pool, sample_rate, seconds))
             except UserError as error:
-                failed.append(Unreadable(str(path), error.message))
+                reason = error.message if str(path) in error.message else f"file {path}: {error.message}"
+                failed.append(Unreadable(str(path), reason))
     click.echo(_shown(rows))
     unknown = {row["file"]: None for row in rows if row["windows"] > 1 and not math.isfinite(row["low"])}
     if unknown:

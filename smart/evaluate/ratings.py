@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from smart import UserError, plots
+from smart.corpus import open_score
 from smart.evaluate import statistics
 from smart.files import is_empty, parse_json, write_atomically
 from smart.intervals import RATING, Scale, differences
@@ -22,6 +23,9 @@ from smart.model import pick_device
 from smart.render import Renderer, RenderError
 from smart.reward import Reward, load_reward, read_options, resample
 from smart.run import progress
+
+if TYPE_CHECKING:
+    from symusic.core import ScoreTick
 
 Audio = npt.NDArray[np.float32]
 Row = dict[str, Any]
@@ -194,6 +198,14 @@ def _digest(ratings: Mapping[str, npt.NDArray[np.float64]]) -> str:
         found.update(f"{column}\0{len(values)}\0".encode())
         found.update(np.where(np.isnan(values), math.nan, values).astype("<f8").tobytes())
     return found.hexdigest()
+
+
+def read_score(path: Path) -> "ScoreTick":
+    """Read a MIDI file and print what will not be heard. Raises ``UserError``: see ``smart.corpus.open_score``."""
+    score, remarks = open_score(path)
+    for remark in remarks:
+        click.echo(f"Note: {path}: {remark}", err=True)
+    return score
 
 
 # Numbers ----------------------------------------------------------------------------------------------------

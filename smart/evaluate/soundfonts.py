@@ -21,7 +21,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from smart import UserError, plots, require
-from smart.corpus import Corpus, read_score
+from smart.corpus import Corpus
 from smart.evaluate import statistics
 from smart.evaluate.ratings import (
     DIFFERENCE,
@@ -35,6 +35,7 @@ from smart.evaluate.ratings import (
     estimate,
     load_rewards,
     rate_scores,
+    read_score,
     table,
     with_interval,
     writing,

@@ -2,6 +2,7 @@
 
 import io
 import math
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def read_audio(path: Path, seconds: float = math.inf) -> tuple[npt.NDArray[np.fl
     if not path.is_file():
         raise UserError(f"audio file {path}: no such file")
     try:
-        with soundfile.SoundFile(path) as file:
+        with soundfile.SoundFile(with_pad_bytes(path)) as file:
             rate = int(file.samplerate)
             most = -1 if math.isinf(seconds) else round(seconds * rate)
             # block by block: an hour of many channels would not fit into memory
@@ -49,6 +50,38 @@ def read_audio(path: Path, seconds: float = math.inf) -> tuple[npt.NDArray[np.fl
     if not np.isfinite(audio).all():
         raise UserError(f"audio file {path} holds samples that are not finite numbers")
     return audio, rate
+
+
+def with_pad_bytes(path: Path) -> Path | io.BytesIO:
+    """The file itself, or its bytes in memory if it is a WAV file in which a chunk of odd length lacks its pad byte.
+
+    libsndfile then finds no chunk after that one. Raises ``OSError`` if the file cannot be read.
+    """
+    with path.open("rb") as file:
+        head = file.read(12)
+        if len(head) < 12 or head[:4] != b"RIFF" or head[8:] != b"WAVE":
+            return path
+        missing, place, size = [], 12, path.stat().st_size
+        while place + 8 <= size:
+            file.seek(place)
+            name, length = struct.unpack("<4sI", file.read(8))
+            if name == b"data":  # nothing after it is needed
+                break
+            place += 8 + length
+            file.seek(place)
+            following = file.read(4)
+            if length % 2:
+                if len(following) == 4 and following.isascii() and following.decode("ascii").isprintable():
+                    missing.append(place)
+                else:
+                    place += 1
+        if not missing:
+            return path
+        file.seek(0)
+        data = file.read()
+    for place in reversed(missing):
+        data = data[:place] + b"\0" + data[place:]
+    return io.BytesIO(data[:4] + struct.pack("<I", len(data) - 8) + data[8:])
 
 
 def load_soundfile() -> Any:

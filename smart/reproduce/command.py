@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 
-from smart import UserError
+from smart import FilePath, UserError
 from smart.config import Config, dumps, load
 from smart.files import write_atomically
 from smart.published import TABLE_2
@@ -29,19 +29,17 @@ from smart.run import in_one_line
 
 @click.command()
 @click.option("--config", "path", help="Config file (TOML), or the name of a shipped one.  [default: paper.toml]")
-@click.option(
-    "--out", type=click.Path(path_type=Path), required=True, help="Output folder: a new one, or one to continue."
-)
+@click.option("--out", type=FilePath(), required=True, help="Output folder: a new one, or one to continue.")
 @click.option(
     "--corpus",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="Corpus for dataset prompts: a folder written by smart corpus build.",
 )
 @click.option(
     "--recording",
     "recordings",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="Recording to rate for table 1 (repeatable).",
 )
 @click.option(

@@ -218,7 +218,10 @@ def read_clip(path: Path) -> torch.Tensor:
     mono = torch.from_numpy(audio)
     if len(mono) == 0:
         raise UserError(f"audio file {path} is empty; remove it from the scores")
-    return resample(mono, rate, SAMPLE_RATE)
+    try:
+        return resample(mono, rate, SAMPLE_RATE)
+    except UserError as error:
+        raise UserError(f"audio file {path}: {error.message}") from None
 
 
 def calibrate(

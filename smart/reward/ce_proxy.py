@@ -24,6 +24,7 @@ memory is that of one clip.
 import functools
 import itertools
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,7 +183,7 @@ def load_coefficients(path: str | Path) -> Coefficients:
             number; it names the file and the entry.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(os.path.expanduser(path)).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"coefficients {path} cannot be read ({_reason(error)}); create them with: "

@@ -1,26 +1,27 @@
 """The command line of ``smart calibrate``; what it does is imported when it is called."""
 
-from pathlib import Path
 from typing import Any
 
 import click
+
+from smart import FilePath
 
 SOURCE = "clips and ratings supplied by the user of the calibration program"
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--audio", required=True, type=click.Path(path_type=Path), help="Folder with the audio files.")
-@click.option("--scores", type=click.Path(path_type=Path), help="CSV with one rated clip per row.")
+@click.option("--audio", required=True, type=FilePath(), help="Folder with the audio files.")
+@click.option("--scores", type=FilePath(), help="CSV with one rated clip per row.")
 @click.option(
     "--pairs",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="Choices between two clips, instead of --scores: a CSV with the columns better and worse, the choices that a "
     "demo page saves (CSV or JSON), or the export of a study.",
 )
 @click.option(
     "--out",
     default="ce_proxy.json",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FilePath(dir_okay=False),
     help="JSON file to write the coefficients to.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace --out if it exists.")

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from smart import UserError
-from smart.corpus import read_score
+from smart.corpus import open_score
 from smart.files import parse_json
 from smart.render import Audio, Notes, RenderPool, read_audio, score_notes, short_name
 from smart.reward.mixture import Part
@@ -80,7 +80,7 @@ def read_excerpts(
     notes = []
     for path in files:
         if path.suffix.lower() in MIDI:
-            notes.append(excerpt(score_notes(read_score(path), max_beats=math.inf), seconds))
+            notes.append(excerpt(score_notes(open_score(path)[0], max_beats=math.inf), seconds))
             continue
         audio, rate = read_audio(path, LONGEST)
         if rate < LOWEST_RATE:

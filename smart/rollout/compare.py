@@ -19,7 +19,7 @@ import torch
 from smart import UserError
 from smart.cores import share
 from smart.corpus import Corpus
-from smart.model import load_base, pick_device, pick_precision
+from smart.model import context_length, load_base, pick_device, pick_precision
 from smart.prompts import LONGEST, Pieces, draw
 from smart.render import Audio, Renderer, open_renderer
 from smart.reward import Reward
@@ -149,7 +149,7 @@ def compose(
     where = pick_device(device)
     loaded = [_Loaded(system, *load_base(system.model, device=where)) for system in systems]
     for system, model, _ in loaded:
-        if max_new_tokens > (room := model.config.max_position_embeddings - LONGEST):
+        if max_new_tokens > (room := context_length(model) - LONGEST):
             raise UserError(f"{system.name}: {max_new_tokens} new tokens were asked for, but it has room for {room}")
     wanted = _Prompts(prompts, tokenizer or load_tokenizer(systems[0].model), pieces, seed=seed, samples=samples)
     indices = range(first * samples, (first + count) * samples)

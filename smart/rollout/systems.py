@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import click
 
 from smart import UserError
-from smart.files import parse_toml
+from smart.files import parse_toml, split_name
 from smart.model import find_base
 from smart.run import CONFIG, checkpoint
 
@@ -26,12 +26,12 @@ def find_system(text: str) -> System:
 
     A run stands for its tuned model, or for the base that a pretraining run made; if the run is unfinished, for its
     newest checkpoint, with a note on stderr. RUN@base is the base that it started from (or made), RUN@STEP a
-    checkpoint. NAME=TEXT sets the name in tables; by default it is the folder's. Raises ``UserError`` if there is no
-    such model.
+    checkpoint. NAME=TEXT sets the name in tables; by default it is the folder's. A path may hold ``=``. Raises
+    ``UserError`` if there is no such model.
     """
-    name, separator, rest = text.partition("=")
-    if separator and name and not set(name) & set("/@"):
-        return find_system(rest)._replace(name=name)
+    name, text = split_name(text)
+    if name:
+        return find_system(text)._replace(name=name)
     path, _, which = text.rpartition("@")
     if path and _is_run(Path(path)):
         return _of_run(Path(path), which)
@@ -85,6 +85,6 @@ def _of_run(run: Path, which: str) -> System:
 def _setting(run: Path, section: str, key: str) -> Any:
     """One value of a run's configuration, which contains all keys."""
     try:
-        return parse_toml((run / CONFIG).read_text(encoding="utf-8"))[section][key]
+        return parse_toml((run / CONFIG).read_text(encoding="utf-8-sig"))[section][key]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"run {run}: {CONFIG} holds no {section}.{key} ({type(error).__name__})") from None

@@ -18,7 +18,7 @@ import click
 from safetensors import SafetensorError
 
 from smart import UserError
-from smart.files import parse_json, sha256, sync
+from smart.files import parse_json, sha256, sync, temporary_name
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,8 @@ def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int = 0,
     """
     root.mkdir(parents=True, exist_ok=True)
     _sweep(root)
-    final, temporary = root / f"{step:08d}", root / f".{step:08d}.tmp"
+    final = root / f"{step:08d}"
+    temporary = temporary_name(final)
     temporary.mkdir()
     try:
         write(temporary)
@@ -75,6 +76,8 @@ def tidy(root: Path, step: int, *, keep: int = 0, best: int | None = None) -> No
 def _sweep(root: Path) -> None:
     """Delete what a killed process left half written."""
     for leftover in root.glob(".*.tmp"):
+        if leftover.is_symlink():
+            leftover.unlink()
         shutil.rmtree(leftover, ignore_errors=True)
     (root / f".{BEST}.link").unlink(missing_ok=True)
 

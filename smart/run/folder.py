@@ -132,7 +132,7 @@ MAY_CHANGE = (
 def _refuse_changes(folder: Path, config: str, complete: Callable[[Path], str] | None) -> None:
     """Raise ``UserError`` if a run would be continued with another configuration."""
     try:
-        before = parse_toml((folder / CONFIG).read_text(encoding="utf-8"))
+        before = parse_toml((folder / CONFIG).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"run {folder}: its {CONFIG} cannot be read ({error})") from None
     before = before if complete is None else parse_toml(complete(folder / CONFIG))

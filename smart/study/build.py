@@ -27,8 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from smart import UserError, __version__
-from smart.files import hold, sha256, sync, write_atomically
-from smart.render import checked_soundfont, write_wav
+from smart.files import hold, sha256, split_name, sync, write_atomically
+from smart.render import checked_soundfont, with_pad_bytes, write_wav
 from smart.run import progress
 from smart.study import loudness
 from smart.study.folder import AUDIO, CHECK, CONSENT, FORMAT, KEY, KEY_COLUMNS, Design, write_csv, write_design
@@ -64,10 +64,10 @@ class Recordings(NamedTuple):
 
 def recordings(text: str) -> Recordings | None:
     """``NAME=FOLDER`` or ``FOLDER`` as a folder of WAV files; None if it is not one."""
-    name, equals, path = text.rpartition("=")
+    name, path = split_name(text)
     folder = Path(path)
-    found = sorted(folder.glob("*.wav")) if folder.is_dir() else []
-    return Recordings(name if equals else folder.name, folder, found) if found else None
+    found = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".wav") if folder.is_dir() else []
+    return Recordings(name or folder.resolve().name, folder, found) if found else None
 
 
 def find_model(text: str) -> "System":
@@ -86,7 +86,7 @@ def read_wav(path: Path, sample_rate: int, seconds: float) -> npt.NDArray[np.flo
 
     try:
         most = round(seconds * sample_rate)
-        audio, rate = soundfile.read(path, frames=most, dtype="float32", always_2d=True)
+        audio, rate = soundfile.read(with_pad_bytes(path), frames=most, dtype="float32", always_2d=True)
     except (OSError, soundfile.SoundFileError) as error:
         raise UserError(f"{path}: cannot be read as audio ({error})") from None
     if rate != sample_rate:

@@ -1,11 +1,10 @@
 """The command line of ``smart study``; what a command does is imported when it is called."""
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from smart import Group
+from smart import FilePath, Group
 from smart.run import backend_option
 from smart.study.loudness import TARGET
 from smart.study.ratings import HIGH, LOW
@@ -21,7 +20,7 @@ def main() -> None:
     "--runs", multiple=True, required=True, metavar="SYSTEM ...", help="Systems to compare; NAME=PATH names one."
 )
 @click.argument("more", nargs=-1, metavar="")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the study; must not exist yet.")
+@click.option("--out", required=True, type=FilePath(), help="Folder for the study; must not exist yet.")
 @click.option("--prompts", default=15, show_default=True, type=click.IntRange(min=1), help="Rated excerpts per system.")
 @click.option(
     "--practice",
@@ -75,7 +74,7 @@ def main() -> None:
 @click.option("--completion-code", is_flag=True, help="Show a personal code to each participant who finishes.")
 @click.option(
     "--corpus",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="Corpus whose test split the prompts come from (default: procedural prompts).",
 )
 @click.option("--soundfont", default="timgm", show_default=True, help="Soundfont: a short name or a path.")
@@ -101,7 +100,7 @@ def build_command(**given: Any) -> None:
 
 
 @main.command("serve", short_help="Serve a study's pages and store the ratings.")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=FilePath())
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on (0.0.0.0: all interfaces).")
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="Port (0: any free one).")
 @click.option(
@@ -117,7 +116,7 @@ def serve_command(**given: Any) -> None:
 
 
 @main.command("invite", short_help="Create links for participants.")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=FilePath())
 @click.option("-n", "count", default=1, show_default=True, type=click.IntRange(1, 10000), help="Number of links.")
 @click.option(
     "--address", default="http://127.0.0.1:8000", show_default=True, help="Server address to use in the links."
@@ -133,11 +132,11 @@ def invite_command(**given: Any) -> None:
 
 
 @main.command("export", short_help="Write the ratings to a CSV file, one row per rating.")
-@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("folder", type=FilePath())
 @click.option(
     "--database", metavar="URL", envvar="SMART_STUDY_DATABASE", help="Database URL (default: an SQLite file in FOLDER)."
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="CSV file to write.")
+@click.option("--out", required=True, type=FilePath(), help="CSV file to write.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing file.")
 def export_command(**given: Any) -> None:
     """Write the ratings of the study in FOLDER to a CSV file, one row per rating."""
@@ -151,12 +150,12 @@ def export_command(**given: Any) -> None:
     short_help="Analyse the ratings: exclusions, mixed models, intervals, figures.",
     context_settings={"show_default": True},
 )
-@click.argument("ratings", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the report, tables and figure.")
+@click.argument("ratings", type=FilePath())
+@click.option("--out", required=True, type=FilePath(), help="Folder for the report, tables and figure.")
 @click.option(
     "--study",
     "folder",
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     help="Folder of the study, for its silent excerpts and the length of an excerpt.",
 )
 @click.option(
@@ -247,7 +246,7 @@ def analyse_command(**given: Any) -> None:
 @click.option("--studies", default=200, type=click.IntRange(20), help="Simulated studies per size.")
 @click.option("--seed", default=1, type=click.IntRange(0), help="Seed of the simulation.")
 @click.option("--only", is_flag=True, help="Simulate only the planned number of listeners.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for power.csv and the figure.")
+@click.option("--out", type=FilePath(), help="Folder for power.csv and the figure.")
 def power_command(**given: Any) -> None:
     """Simulate studies of different sizes, by default with the variances of the paper's Table 5."""
     from smart.study.power import compare_sizes

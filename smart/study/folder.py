@@ -124,7 +124,7 @@ class Study:
         """The version of the consent text (as stated in it, with a hash of the text), and its paragraphs."""
         path = self.folder / CONSENT
         try:
-            text = path.read_text(encoding="utf-8").strip()
+            text = path.read_text(encoding="utf-8-sig").strip()
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read ({error})") from None
         first, _, rest = text.partition("\n")
@@ -141,7 +141,7 @@ def read_design(folder: Path) -> Design:
     if not path.is_file():
         raise UserError(f"study {folder}: has no {DESIGN}; build a study with smart study build")
     try:
-        values = parse_json(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8-sig"))
         design = Design(**values)
         json.dumps(values, ensure_ascii=False).encode()  # a lone surrogate is valid JSON, but not valid text
     except (OSError, ValueError, TypeError) as error:

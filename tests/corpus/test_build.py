@@ -14,7 +14,21 @@ from typing import Any
 import numpy as np
 import programs
 import pytest
-from corpora import GOOD, MALFORMED, build_small, contents, hooked, run, song, table, wait_until_gone, write_songs
+from corpora import (
+    GOOD,
+    MALFORMED,
+    MELODY,
+    build_small,
+    contents,
+    hooked,
+    midi,
+    notes,
+    run,
+    song,
+    table,
+    wait_until_gone,
+    write_songs,
+)
 
 from smart import UserError
 from smart.corpus import Corpus, shards
@@ -325,13 +339,13 @@ def test_two_builds_do_not_share_a_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="another build is writing this folder"):
         build([tmp_path / "midi"], tmp_path / "out", overwrite=True)
     assert sorted(path.name for path in (tmp_path / "out").rglob("*.*")) == [
-        ".work", "spool.bin", "state.sqlite", "train-00000.bin.tmp"
+        ".work", "spool.bin", "state-2.sqlite", "train-00000.bin.tmp"
     ]  # fmt: skip
     state.close()
     assert build([tmp_path / "midi"], tmp_path / "out", overwrite=True).counts == {"kept": 3}
 
 
-@pytest.mark.parametrize("name", ["state.sqlite", "spool.bin"])
+@pytest.mark.parametrize("name", ["state-2.sqlite", "spool.bin"])
 def test_damaged_state_says_so(tmp_path: Path, name: str) -> None:
     write_songs(tmp_path / "midi", range(3))
     state = State(tmp_path / "out" / ".work")
@@ -352,7 +366,7 @@ def test_damage_within_the_state_is_one_line(tmp_path: Path) -> None:
     state = State(tmp_path / "out" / ".work")
     state.list_files(find_files([tmp_path / "midi"]))
     state.close()
-    path = tmp_path / "out" / ".work" / "state.sqlite"
+    path = tmp_path / "out" / ".work" / "state-2.sqlite"
     data = path.read_bytes()
     assert len(data) > 10 * 4096
     path.write_bytes(data[:4096] + b"x" * (len(data) - 4096))
@@ -396,3 +410,43 @@ def test_files_that_are_gone_are_forgotten(tmp_path: Path) -> None:
     (tmp_path / "midi" / "0" / "song 000.mid").unlink()
     write_songs(tmp_path / "midi", [6])
     assert build([tmp_path / "midi"], tmp_path / "out").counts == {"kept": 6}
+
+
+def test_a_list_may_come_from_another_system_and_names_files_that_exist(tmp_path: Path) -> None:
+    """A byte order mark, CRLF, spaces and backslashes do not matter; a line that names no file does."""
+    write_songs(tmp_path / "midi", range(3))
+    names = [f"midi/{seed}/song 00{seed}.mid" for seed in range(3)]
+    listed = tmp_path / "list.txt"
+    lines = ["\ufeff" + names[0], names[1] + "  ", names[2].replace("/", "\\"), ""]
+    listed.write_bytes("\r\n".join(lines).encode())
+    words = ["build", "--midi", str(tmp_path / "midi"), "--list", str(listed), "--workers", "1", "--out"]
+    done = run(*words, str(tmp_path / "out"))
+    assert done.exit_code == 0, done.output
+    assert [row["path"] for row in table(tmp_path / "out" / "pieces.csv")] == names
+
+    listed.write_text("\n".join([names[0], "midi/0/sogn 000.mid", "song 001.mid", "midi/../midi/1/song 001.mid"]))
+    done = run(*words, str(tmp_path / "b"))
+    assert done.exit_code == 2 and "3 lines name no MIDI file" in done.output
+    for line in ("line 2: midi/0/sogn 000.mid", "line 3: song 001.mid", "line 4: midi/../midi/1/song 001.mid"):
+        assert f"\n- {line}" in done.output
+    assert not (tmp_path / "b").exists()
+    done = run(*words, str(tmp_path / "b"), "--skip-missing")
+    assert done.exit_code == 0 and [row["path"] for row in table(tmp_path / "b" / "pieces.csv")] == names[:1]
+
+
+def test_what_was_read_otherwise_is_counted(tmp_path: Path) -> None:
+    """Notes that are never released, and bars of other time signatures, are in the table and in the summary."""
+    folder = tmp_path / "midi"
+    write_songs(folder, range(1))
+    hanging = notes(*MELODY)[:-4] + b"\x00\x90\x30\x40\x87\x40\xff\x2f\x00"
+    (folder / "hanging.mid").write_bytes(midi(hanging))
+    (folder / "seven.mid").write_bytes(midi(b"\x00\xff\x58\x04\x07\x02\x18\x08" + notes(*MELODY)))
+    done = run("build", "--midi", str(folder), "--out", str(tmp_path / "out"), "--workers", "1")
+    assert done.exit_code == 0 and "notes without an end in 1 of the kept" in done.output, done.output
+    assert "bars read in other time signatures in 1 of the kept" in done.output
+    remarks = {row["path"]: row["remarks"] for row in table(tmp_path / "out" / "pieces.csv")}
+    assert remarks == {
+        "midi/0/song 000.mid": "",
+        "midi/hanging.mid": "notes without an end: 1",
+        "midi/seven.mid": "bars read in other time signatures: 7/4 as 4/4 + 3/4",
+    }

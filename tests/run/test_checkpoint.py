@@ -359,3 +359,25 @@ def test_first_signal_asks_second_interrupts() -> None:
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
+    """No name of a temporary file can be guessed, and one that exists is never opened."""
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in (".config.toml.tmp", ".tuned.tmp", ".00000001.tmp"):
+        (folder / name).symlink_to(victim)
+    write_atomically(folder / "config.toml", b"ours")
+    replace_files(folder / "tuned", lambda other: (other / "a").write_text("ours"), last="a")
+    checkpoint.save(folder, 1, lambda other: (other / "a").write_text("ours") and None)
+    assert victim.read_text() == "mine" and (folder / "config.toml").read_bytes() == b"ours"
+    assert (folder / "tuned" / "a").read_text() == (folder / "00000001" / "a").read_text() == "ours"
+
+
+def test_a_file_of_any_length_of_name_can_be_replaced(tmp_path: Path) -> None:
+    for length in (1, 120, 255):
+        write_atomically(tmp_path / ("n" * length), b"x")
+        assert os.listdir(tmp_path) == ["n" * length]
+        (tmp_path / ("n" * length)).unlink()
