@@ -38,6 +38,7 @@ PROGRAMS = {
     "reproduce",
     "study",
     "reward.calibrate",
+    "reward.naturalness",
 }
 
 
@@ -129,7 +130,7 @@ socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 import smart.__main__, smart.grpo, smart.pretrain, smart.generate, smart.corpus.build, smart.demo.build, smart.doctor
 import smart.evaluate.report, smart.evaluate.rate, smart.evaluate.soundfonts, smart.evaluate.hacks
 import smart.evaluate.frontier
-import smart.reward.audiobox, smart.reward.calibrate
+import smart.reward.audiobox, smart.reward.calibrate, smart.reward.naturalness.program
 import smart.study.build, smart.study.serve, smart.study.app, smart.study.analyse, smart.study.power
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

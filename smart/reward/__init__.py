@@ -1,8 +1,8 @@
 """Rewards: they rate audio on named axes, each on a scale from 1 to 10.
 
 A reward takes clips of mono audio (N, S), float32 at the reward's own sample rate, and returns one (N,)
-float32 tensor per axis. ``load_reward`` finds one by name: the built-in ``audiobox`` and ``ce_proxy``, or
-any that an installed package registers in the entry-point group ``smart.rewards``.
+float32 tensor per axis. ``load_reward`` finds one by name: the built-in ``audiobox``, ``ce_proxy``, ``naturalness`` and
+``naturalness_mel``, or any that an installed package registers in the entry-point group ``smart.rewards``.
 
 A rating that could not be computed is NaN, never 0, so that averages can leave it out and count it. A clip
 is rated NaN if it has no samples, if it holds a NaN or an infinity, or if the reward could not rate it (an
@@ -44,6 +44,8 @@ ENTRY_POINT_GROUP = "smart.rewards"
 BUILT_IN = {
     "audiobox": EntryPoint("audiobox", "smart.reward.audiobox:Audiobox", ENTRY_POINT_GROUP),
     "ce_proxy": EntryPoint("ce_proxy", "smart.reward.ce_proxy:CEProxy", ENTRY_POINT_GROUP),
+    "naturalness": EntryPoint("naturalness", "smart.reward.ear:Ear", ENTRY_POINT_GROUP),
+    "naturalness_mel": EntryPoint("naturalness_mel", "smart.reward.ear:MelEar", ENTRY_POINT_GROUP),
 }
 
 
@@ -57,7 +59,8 @@ def load_reward(
     """Build a reward by name.
 
     Args:
-        kind: ``audiobox``, ``ce_proxy``, or a name that an installed package registers.
+        kind: ``audiobox``, ``ce_proxy``, ``naturalness``, ``naturalness_mel``, or a name that an installed package
+            registers.
         weights: axis -> weight of ``Reward.combine``; None: the reward's first axis.
         device: the device on which the reward computes.
         options: passed to the reward, for example ``model=`` and ``dtype=`` of ``audiobox``.
