@@ -171,10 +171,11 @@ for name in PROGRAMS:
 answer("grpo", "--set", "grpo.betaa=1")
 answer("pretrain", "--set", "data.crops=9")
 answer("reproduce", "--set", "grpo.betaa=2", "--out", "nowhere")
-for name in (*PROGRAMS, "reward.calibrate"):
+for name in (*PROGRAMS, "reward.calibrate", "reward.naturalness"):
     sys.argv[1:] = ["--help"]
+    found = "smart" if name in ("calibrate", "naturalness") else f"smart.{name}"
     try:
-        runpy.run_module(f"smart.{name}" if name != "calibrate" else "smart", run_name="__main__", alter_sys=True)
+        runpy.run_module(found, run_name="__main__", alter_sys=True)
     except SystemExit as error:
         assert not error.code
 slow = "torch transformers miditok symusic pyarrow matplotlib scipy pandas sqlalchemy jinja2"

@@ -62,7 +62,7 @@ def train_ear(
     }  # fmt: skip
     recipe = Recipe(
         steps=steps, excerpts=batch, kept=min(2, corruptions), learning_rate=learning_rate,
-        bfloat16=precision == "bfloat16",
+        warmup=min(50, steps // 8), bfloat16=precision == "bfloat16",
     )  # fmt: skip
     _claim(work, about)
     click.echo(f"{len(pieces.train)} pieces to train on, {len(pieces.held_out)} held out; work in {work}")

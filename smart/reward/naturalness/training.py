@@ -89,7 +89,7 @@ class Trainer:
     def rate(self, step: int) -> float:
         """Warm-up, then half a cosine."""
         if step <= self.recipe.warmup:
-            return self.recipe.learning_rate * step / self.recipe.warmup
+            return self.recipe.learning_rate * step / max(1, self.recipe.warmup)
         done = (step - self.recipe.warmup) / max(1, self.recipe.steps - self.recipe.warmup)
         return self.recipe.learning_rate * (0.02 + 0.98 * (1 + math.cos(math.pi * min(done, 1))) / 2)
 
