@@ -5,16 +5,16 @@ stopped, and files are read only when they are drawn.
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from smart import UserError
-from smart.corpus import Limits, Reject, check_structure
+from smart.corpus import Limits, Reject, check_structure, sustain
 from smart.render import Notes, RenderError, load_soundfont, render_notes, score_notes
 from smart.reward.naturalness.corruptions import ALL, KINDS, SECONDS, corrupt
 from smart.reward.spectra import SAMPLE_RATE, hear
@@ -75,43 +75,16 @@ def read_piece(path: Path) -> Notes:
     data = path.read_bytes()
     check_structure(data, Limits())
     try:
-        score = ScoreTick.from_midi(data)
+        score = sustain(ScoreTick.from_midi(data), data)
     except (RuntimeError, ValueError, OverflowError) as error:
         raise Reject("cannot be parsed", str(error)) from None
-    _hold(score)
     try:
-        notes = score_notes(score, max_beats=1e9)
+        notes = score_notes(score, max_beats=math.inf)
     except ValueError as error:
         raise Reject("absurd notes", str(error)) from None
     notes = notes[(notes[:, 5] == 0) & (notes[:, PITCH] >= 21) & (notes[:, PITCH] <= 108) & (notes[:, LOUD] > 0)]
     notes[:, PROGRAM] = 0
     return notes
-
-
-def _hold(score: Any) -> None:
-    """Lengthen each note that ends under the pedal (controller 64) to its release, or to the next of its pitch."""
-    for track in score.tracks:
-        pedals = [c for c in track.controls if c.number == 64]
-        if not pedals or not len(track.notes):
-            continue
-        time = np.array([c.time for c in pedals])
-        down = np.array([c.value >= 64 for c in pedals])
-        order = np.argsort(time, kind="stable")
-        time, down = time[order], down[order]
-        ups = time[~down]
-        columns = track.notes.numpy()
-        start, end = columns["time"], columns["time"] + columns["duration"]
-        at = np.searchsorted(time, end, side="right") - 1
-        held = (at >= 0) & down[np.maximum(at, 0)]
-        release = np.append(ups, end.max())[np.searchsorted(ups, end, side="left")]
-        end = np.where(held, np.maximum(end, release), end)
-        for pitch in np.unique(columns["pitch"]):
-            same = np.flatnonzero(columns["pitch"] == pitch)
-            same = same[np.argsort(start[same], kind="stable")]
-            end[same[:-1]] = np.minimum(end[same[:-1]], np.maximum(start[same[1:]], start[same[:-1]] + 1))
-        columns["duration"] = np.maximum(end - start, 1).astype(columns["duration"].dtype)
-        names = ("time", "duration", "pitch", "velocity")
-        track.notes = type(track.notes).from_numpy(*(columns[name] for name in names))
 
 
 def draw_excerpt(piece: Notes, draw: np.random.Generator) -> Notes | None:
