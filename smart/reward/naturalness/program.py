@@ -20,7 +20,7 @@ from smart import UserError, __version__, brief
 from smart.files import parse_json, write_atomically
 from smart.render import checked_soundfont, short_name
 from smart.reward import load_reward
-from smart.reward.ear import AXIS, LAYOUTS, Ear, Network, Scale, save_ear
+from smart.reward.ear import AXIS, LAYOUTS, Ear, Network, Scale, channels_last, save_ear
 from smart.reward.naturalness.corruptions import HELD_OUT, KINDS
 from smart.reward.naturalness.excerpts import REAL, Maker, Pieces, Stored, prepare
 from smart.reward.naturalness.measure import EVERY, report, table
@@ -167,7 +167,7 @@ def _real(
 
 def _usable(networks: Sequence[Network]) -> list[Network]:
     """The networks as the file stores them."""
-    return [network.fused().half().float().to(memory_format=torch.channels_last) for network in networks]
+    return [channels_last(network.fused().half().float()) for network in networks]
 
 
 def _answers(networks: Sequence[Network], stored: Stored) -> dict[str, torch.Tensor]:

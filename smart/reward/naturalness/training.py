@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn.functional import softplus
 
-from smart.reward.ear import Layout, Network
+from smart.reward.ear import Layout, Network, channels_last
 from smart.reward.naturalness.excerpts import Stored, not_music
 
 NOT_MUSIC = 36  # clips of noise and the like; each batch has some in place of corruptions
@@ -79,7 +79,7 @@ class Trainer:
         self.recipe, self.stored, self.seed = recipe, stored, seed
         self.shift = 4 if layout.spectra == "log" else 1
         torch.manual_seed(seed)
-        self.network = Network(layout).to(memory_format=torch.channels_last)
+        self.network = channels_last(Network(layout))
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay, betas=(0.9, 0.98)
         )
