@@ -289,8 +289,10 @@ def _collapsed(notes: Notes, other: Notes, draw: np.random.Generator) -> Notes:
 
 
 def _held_chord(notes: Notes, other: Notes, draw: np.random.Generator) -> Notes:
-    chord = _chord(notes, draw)
-    return _notes(np.zeros(len(chord)), np.full(len(chord), SECONDS), chord, _loudness(len(chord), draw))
+    """A chord or a note, struck one to four times and held."""
+    chord = _chord(notes, draw)[: draw.integers(1, 9)]
+    on = np.repeat(np.arange(draw.integers(1, 5)) * draw.uniform(1.5, 4), len(chord))
+    return _notes(on, np.full(len(on), SECONDS), np.resize(chord, len(on)), _loudness(len(on), draw))
 
 
 def _few_notes(notes: Notes, other: Notes, draw: np.random.Generator) -> Notes:
@@ -326,9 +328,9 @@ KINDS: dict[str, Kind] = {
     "random notes anywhere": Kind(_random(False, False), 1.0, 0.7),
     "chromatic walk": Kind(_walk((1,)), 1.0, 1.0),
     "loop": Kind(_loop, 0.5, 1.2),
-    "repeated chord": Kind(_repeated_chord, 0.8, 1.2),
+    "repeated chord": Kind(_repeated_chord, 0.8, 1.5),
     "collapsed": Kind(_collapsed, 0.8, 1.5),
-    "held chord": Kind(_held_chord, 1.0, 0.3),
+    "held chord": Kind(_held_chord, 1.0, 1.0),
     "few notes": Kind(_few_notes, 0.7, 0.5),
     "clusters": Kind(_too_many, 0.8, 0.8),
 }

@@ -58,6 +58,7 @@ def train_ear(
     kept, work = work is not None, work or out.with_name(out.name + ".work")
     about = {
         "spectra": spectra, "part": list(part), "seed": seed, "corruptions": corruptions, "pieces": pieces.digest,
+        "kinds": {name: [kind.harm, kind.weight] for name, kind in KINDS.items()},
         "soundfonts": [hashlib.sha256(font.read_bytes()).hexdigest() for font in fonts],
     }  # fmt: skip
     recipe = Recipe(
