@@ -20,6 +20,7 @@ PROGRAMS = {
     "doctor": "Check whether this machine can run a configuration.",
     "reproduce": "Run every experiment of the paper and compare the results on one page.",
     "calibrate": "Fit the ce_proxy reward to clips that you rated.",
+    "naturalness": "Train or test a reward that tells piano music from its corruptions.",
 }
 ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "GPUs that a program may use.",
@@ -39,6 +40,7 @@ MODULES = {
     "doctor": "smart.doctor.command",
     "reproduce": "smart.reproduce.command",
     "calibrate": "smart.reward.command",
+    "naturalness": "smart.reward.naturalness.command",
 }
 # the programs that make a run: their configuration's schema in ``smart.config``, and its default file
 RUNS = {"grpo": ("Config", "quickstart.toml"), "pretrain": ("PretrainConfig", "base.toml")}

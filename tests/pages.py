@@ -41,6 +41,8 @@ SMALL = {
     "smart.evaluate frontier": "-n 4 --best-of 2 --checkpoints 2",
     "smart.evaluate sample": "-n 4 --tokens 24 --seconds 2 --workers 1",
     "smart.reproduce": "--list",
+    "smart.reward.naturalness train": "--excerpts 8 --corruptions 1 --held-out 8 --members 1 --steps 2 --batch 2",
+    "smart.reward.naturalness test": "--excerpts 2 --kind loop",
     "smart.study build": "--prompts 2 --repeats 1 --tokens 24 --seconds 2 --workers 1 --power 5",
     "mypy": "--version",  # its settings are in the repository's root
     "benchmarks/reward.py": "--clips 2 --rounds 1 --dtypes bfloat16",

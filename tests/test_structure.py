@@ -39,6 +39,7 @@ PROGRAMS = {
     "reproduce",
     "study",
     "reward.calibrate",
+    "reward.naturalness",
 }
 
 
@@ -132,7 +133,7 @@ socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 import smart.__main__, smart.grpo, smart.pretrain, smart.generate, smart.corpus.build, smart.demo.build, smart.doctor
 import smart.evaluate.report, smart.evaluate.rate, smart.evaluate.soundfonts, smart.evaluate.hacks
 import smart.evaluate.frontier
-import smart.reward.audiobox, smart.reward.calibrate
+import smart.reward.audiobox, smart.reward.calibrate, smart.reward.naturalness.program
 import smart.study.build, smart.study.serve, smart.study.app, smart.study.analyse, smart.study.power
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -173,10 +174,11 @@ for name in PROGRAMS:
 answer("grpo", "--set", "grpo.betaa=1")
 answer("pretrain", "--set", "data.crops=9")
 answer("reproduce", "--set", "grpo.betaa=2", "--out", "nowhere")
-for name in (*PROGRAMS, "reward.calibrate"):
+for name in (*PROGRAMS, "reward.calibrate", "reward.naturalness"):
     sys.argv[1:] = ["--help"]
+    found = "smart" if name in ("calibrate", "naturalness") else f"smart.{name}"
     try:
-        runpy.run_module(f"smart.{name}" if name != "calibrate" else "smart", run_name="__main__", alter_sys=True)
+        runpy.run_module(found, run_name="__main__", alter_sys=True)
     except SystemExit as error:
         assert not error.code
 slow = "torch transformers miditok symusic pyarrow matplotlib scipy pandas sqlalchemy jinja2"

@@ -5,10 +5,13 @@ a note is, and drops controllers of tracks without notes; both are therefore rea
 """
 
 import re
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from symusic.core import NoteTickList, ScoreTick
+
+if TYPE_CHECKING:
+    from symusic.core import ScoreTick
 
 PEDAL, DOWN = 64, 64  # the controller's number; from this value on, the pedal is pressed (half of its way)
 
@@ -20,7 +23,7 @@ _EVENT = re.compile(
 Columns = dict[str, npt.NDArray[np.int64]]
 
 
-def sustain(score: ScoreTick, data: bytes) -> ScoreTick:
+def sustain(score: "ScoreTick", data: bytes) -> "ScoreTick":
     """A copy of ``score``, read from the MIDI file ``data``, with notes that end under a pressed pedal lengthened.
 
     Such a note ends when its channel's pedal is released, or at the next onset of its key on that channel. A pedal that
@@ -33,6 +36,8 @@ def sustain(score: ScoreTick, data: bytes) -> ScoreTick:
     if not any((values >= DOWN).any() for _, values in pedals.values()):
         return score
     last = max((track.end() for track in score.tracks), default=0)
+    from symusic.core import NoteTickList
+
     held = score.copy()
     for track in held.tracks:
         if track.is_drum or not len(track.notes):

@@ -55,6 +55,8 @@ ENTRY_POINT_GROUP = "smart.rewards"
 BUILT_IN = {
     "audiobox": EntryPoint("audiobox", "smart.reward.audiobox:Audiobox", ENTRY_POINT_GROUP),
     "ce_proxy": EntryPoint("ce_proxy", "smart.reward.ce_proxy:CEProxy", ENTRY_POINT_GROUP),
+    "naturalness": EntryPoint("naturalness", "smart.reward.ear:Ear", ENTRY_POINT_GROUP),
+    "naturalness_mel": EntryPoint("naturalness_mel", "smart.reward.ear:MelEar", ENTRY_POINT_GROUP),
     "reference": EntryPoint("reference", "smart.reward.reference:Nearness", ENTRY_POINT_GROUP),
     "symbolic": EntryPoint("symbolic", "smart.reward.symbolic:Symbolic", ENTRY_POINT_GROUP),
 }
@@ -70,7 +72,8 @@ def load_reward(
     """Build a reward by name.
 
     Args:
-        kind: ``audiobox``, ``ce_proxy``, ``reference``, ``symbolic``, or a name that an installed package registers.
+        kind: ``audiobox``, ``ce_proxy``, ``naturalness``, ``naturalness_mel``, ``reference``, ``symbolic``, or a name
+            that an installed package registers.
         weights: axis -> weight of ``Reward.combine``; None: the reward's first axis, or all of ``symbolic``.
         device: the device on which the reward computes.
         options: passed to the reward, for example ``model=`` and ``dtype=`` of ``audiobox``.

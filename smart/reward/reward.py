@@ -74,8 +74,8 @@ class Reward:
             TypeError, ValueError: an argument has another type or shape, or the reward's ``rate`` returned
                 something other than documented.
         """
-        lengths = _check_clips(audio, lengths)
-        clips, sound = _silence_beyond(audio, lengths)
+        lengths = check_clips(audio, lengths)
+        clips, sound = silence_beyond(audio, lengths)
         scores = {
             axis: torch.full((len(audio),), math.nan, dtype=torch.float32, device=audio.device) for axis in self.axes
         }
@@ -191,7 +191,7 @@ def _check_weights(name: str, axes: tuple[str, ...], weights: Any) -> dict[str, 
     return {axis: float(weight) for axis, weight in weights.items()}
 
 
-def _check_clips(audio: Any, lengths: Any) -> torch.Tensor:
+def check_clips(audio: Any, lengths: Any) -> torch.Tensor:
     """Lengths (N,) int64 on the CPU, after checking both arguments of ``Reward.score``."""
     if not isinstance(audio, torch.Tensor) or audio.dtype != torch.float32:
         got = audio.dtype if isinstance(audio, torch.Tensor) else type(audio).__name__
@@ -212,7 +212,7 @@ def _check_clips(audio: Any, lengths: Any) -> torch.Tensor:
     return lengths
 
 
-def _silence_beyond(audio: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def silence_beyond(audio: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Audio (N, S) with zeros past each clip's length, and which clips can be rated: (N,) bool on the CPU."""
     samples = audio.shape[1]
     if bool((lengths < samples).any()):
