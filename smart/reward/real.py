@@ -107,14 +107,16 @@ def _figures() -> dict[str, dict[str, dict[str, float]]]:
 
 
 def shipped_figure(target: Target, soundfonts: Sequence[Path]) -> float:
-    """The figure that ships, averaged over ``soundfonts``. Raises ``UserError`` if there is none."""
+    """The figure that ships with the reward, averaged over ``soundfonts``. Raises ``UserError`` if there is none."""
     reward = target.reward
     weights = {axis: weight for axis, weight in reward.weights.items() if weight}
     known = _figures().get(reward.name, {})
     names = [short_name(path) or path.name for path in soundfonts]
     axis, weight = next(iter(weights.items()))
     found = [known.get(axis, {}).get(name, math.nan) for name in names]
-    if len(weights) == 1 and not target.options and all(map(math.isfinite, found)):
+    if own := getattr(reward, "real_by_soundfont", None):  # an ear's file has those of its own networks
+        found = [own.get(name, {}).get(axis, math.nan) for name in names]
+    if len(weights) == 1 and (own or not target.options) and all(map(math.isfinite, found)):
         return math.copysign(1.0, weight) * sum(found) / len(found)
     what = f"reward {reward.name} ({' '.join(weights)}{', with options' if target.options else ''})"
     raise UserError(

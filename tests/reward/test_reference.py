@@ -212,6 +212,19 @@ def test_figures_ship_for_a_single_axis_without_options() -> None:
             real.check(target, where)
 
 
+@pytest.mark.parametrize("kind", ["naturalness", "naturalness_mel"])
+def test_an_ear_brings_its_own_figures(kind: str) -> None:
+    """The median of real excerpts through each soundfont that it was tested with, averaged over those of the run."""
+    ear = load_reward(kind)
+    target, medians = real.Target(ear, {}, ""), ear.real_by_soundfont
+    assert set(medians) == {"fluidr3", "timgm"}
+    assert real.shipped_figure(target, [find_soundfont("timgm")]) == pytest.approx(medians["timgm"]["NA"])
+    both = [find_soundfont("timgm"), Path("FluidR3_GM.sf2")]
+    assert real.shipped_figure(target, both) == pytest.approx(sum(font["NA"] for font in medians.values()) / 2)
+    with pytest.raises(UserError, match="no figure ships for"):
+        real.check(target, [Path("other.sf2")])
+
+
 def test_the_numbers_of_a_run_are_read_back(tmp_path: Path) -> None:
     assert real.read_targets(tmp_path) == {}
     (tmp_path / real.TARGETS).write_text('{"ce_proxy": 7.25}')
