@@ -67,7 +67,7 @@ def preflight(config: Config, world: World, reward: Reward | None = None) -> Par
         lambda: checked_soundfont(config.guard.soundfont) if config.guard.soundfont else None,
         lambda: _find_pieces(config, config.prompts.split),
         lambda: _find_unseen(config),
-        check_packages,
+        lambda: check_packages(config.track.also),
     )
     soundfonts, found = found[: len(fonts)], found[len(fonts) :]
     parts = Parts(base, soundfonts, found[: len(rewards)], *found[len(rewards) : len(rewards) + 4])
@@ -224,7 +224,7 @@ class Tuning:
     def _open_files(self, opened: ExitStack) -> None:
         """Open the run's files and its renderer, and set up sampling, rating and measuring."""
         render, sampling = self.config.render, self.config.sampling
-        self.run.open(self.done, self.config.grpo.iterations, "iteration")
+        self.run.open(self.done, self.config.grpo.iterations, "iteration", also=self.config.track.also)
         self._workers = render.workers or share(self.world.neighbours)
         rendering: dict[str, Any] = {
             "sample_rate": render.sample_rate,
