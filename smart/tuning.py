@@ -21,7 +21,7 @@ from smart.config import Config, TrainedReward, completed, dumps
 from smart.cores import share, summary
 from smart.corpus import Corpus
 from smart.distributed import World, join
-from smart.files import replace_files
+from smart.files import replace_files, sha256
 from smart.guard import Guard, HeldOut
 from smart.logprobs import Reference
 from smart.model import context_length, find_base, load_base, pick_device, pick_precision, save_base
@@ -309,6 +309,8 @@ class Tuning:
         iterations = self.config.grpo.iterations
         log(f"run {self.folder}: base {self.parts.base} on {device}, {self.done} of {iterations} iterations done")
         log(summary(self._workers))
+        for font in self.parts.soundfonts:
+            log(f"soundfont: {font.name}, SHA-256 {sha256(font)}")
         judge = self.guard.held_out.judge if self.guard.held_out else None
         for line in objective.described(self.config, self.reward, judge):
             log(line)

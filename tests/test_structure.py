@@ -27,11 +27,14 @@ ROOMS = {
     "intervals",
     "corpus",
     "run",
+    "model_card",
 }
 PROGRAMS = {
     "grpo",
     "pretrain",
     "generate",
+    "push",
+    "card",
     "corpus.command",
     "demo",
     "doctor",

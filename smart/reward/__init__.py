@@ -45,6 +45,7 @@ __all__ = [
     "NoteReward",
     "Reward",
     "available_rewards",
+    "licence",
     "load_reward",
     "read_options",
     "resample",
@@ -114,6 +115,19 @@ def read_options(texts: Sequence[str]) -> dict[str, Any]:
         except ValueError:
             options[key] = value
     return options
+
+
+def licence(kind: str) -> str:
+    """The licence of a reward, for a model card: of its published weights, or of the package that provides it."""
+    if kind == "audiobox":
+        return "published weights and code: CC BY 4.0, parts of the code MIT (Meta, facebook/audiobox-aesthetics)"
+    if kind in BUILT_IN:
+        return "MIT, as part of smart"
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        if entry.name == kind and entry.dist is not None:
+            stated = entry.dist.metadata.get("License-Expression") or entry.dist.metadata.get("License")
+            return f"{stated or 'not stated'} (package {_package(entry)})"
+    return "unknown: the package that provides it is not installed"
 
 
 def available_rewards() -> dict[str, str]:

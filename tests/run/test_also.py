@@ -5,7 +5,6 @@ trackio, wandb and MLflow are optional: each test of the real package is skipped
 
 import importlib.util
 import os
-import re
 import sys
 import threading
 import time
@@ -13,13 +12,12 @@ import wave
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import programs
 import pytest
 from PIL import Image
-from runs import arguments, run
 from symusic import Note, Score, Tempo, Track
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -93,7 +91,7 @@ class Notebook:
         self.target, self.told = target, []
         Notebook.made.append(self)
 
-    made: list["Notebook"] = []
+    made: ClassVar[list["Notebook"]] = []
     told: list[tuple[Any, ...]]
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
@@ -182,7 +180,9 @@ def test_names_are_checked() -> None:
     config = load("quickstart.toml", ['track.also=["trackio", "mlflow"]'])
     assert config.track.also == ("trackio", "mlflow") and 'also = ["trackio", "mlflow"]' in dumps(config)
     assert load("base.toml", ['track.also=["wandb"]'], schema=PretrainConfig).track.also == ("wandb",)
-    with pytest.raises(UserError, match=r'track\.also = .wandb.: expected a list of strings, for example \["trackio", "wandb"\]'):
+    with pytest.raises(
+        UserError, match=r'track\.also = .wandb.: expected a list of strings, for example \["trackio", "wandb"\]'
+    ):
         load("quickstart.toml", ["track.also=wandb"])
     with pytest.raises(UserError, match="expected a list of some of trackio, wandb, mlflow"):
         load("quickstart.toml", ['track.also=["comet"]'])
@@ -204,43 +204,77 @@ def test_none_is_imported_unless_it_is_asked_for() -> None:
 
 # --- The real packages ----------------------------------------------------------------------------------------------
 
-OFFLINE = {
-    "trackio": {},
-    "wandb": {"WANDB_MODE": "offline"},
-    "mlflow": {},
-}
 
-
-def tracked(name: str, folder: Path, base: Path, **changes: str) -> tuple[int, str]:
-    """A small run with one tracker, in its offline or local mode."""
+def tracked(name: str, folder: Path, code: str = "", **environment: str) -> str:
+    """A run's files with one tracker, in its offline or local mode; returns the log and what ``code`` prints."""
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"{name} is not installed")
-    environment = {"TRACKIO_DIR": str(folder / "trackio"), "HOME": str(folder), "HF_HUB_OFFLINE": "1"}
-    environment = {**os.environ, **environment, **OFFLINE[name], **changes}
-    words = arguments(base, folder, **{"grpo.iterations": 3, "track.also": f'["{name}"]'})
-    return run("grpo", *words, env=environment)
+    script = f"""
+import sys
+sys.path[:0] = {[str(Path(__file__).parent)]}
+from pathlib import Path
+from test_also import RATE, clip, scale
+from smart.run import Tracker
+folder = Path({str(folder / "r")!r})
+for start in (0, 2):  # begun, and resumed
+    with Tracker(folder, start=start, also=[{name!r}]) as files:
+        for step in (start + 1, start + 2):
+            files.write_piece(f"samples/{{step:08d}}/00", scale(), clip(), RATE)
+            files.metrics(step, {{"reward/mean": step / 2, "bad": float("nan")}})
+{code}
+"""
+    (folder / "r").mkdir()
+    (folder / "r" / "config.toml").write_text("[grpo]\nbeta = 0.04\n")
+    env = (
+        os.environ | {"HOME": str(folder), "TRACKIO_DIR": str(folder / "trackio"), "HF_HUB_OFFLINE": "1"} | environment
+    )
+    done = programs.run([sys.executable, "-c", script], fresh=True, cwd=folder, env=env)
+    assert done.returncode == 0, done.stderr
+    log = folder / "r" / "log.txt"
+    return (log.read_text() if log.exists() else "") + done.stdout
 
 
 @pytest.mark.slow
-def test_trackio_keeps_curves_and_samples(tmp_path: Path, base: Path) -> None:
-    code, output = tracked("trackio", tmp_path, base)
-    assert code == 0 and "Warning" not in output, output
+def test_trackio_keeps_curves_and_samples(tmp_path: Path) -> None:
+    code = """
+import sqlite3
+(database,) = (folder.parent / "trackio").glob("smart*.db")
+with sqlite3.connect(database) as opened:
+    names = {row[0] for row in opened.execute("select distinct run_name from metrics")}
+    rows = opened.execute("select step, metrics from metrics order by step").fetchall()
+clips = sum("samples/00/audio" in values for _, values in rows)
+print(len(names), [step for step, values in rows if "reward/mean" in values], clips)
+"""
+    assert tracked("trackio", tmp_path, code).splitlines()[-1] == "1 [1, 2, 3, 4] 4"
 
 
 @pytest.mark.slow
-def test_wandb_offline_writes_a_run_that_can_be_sent_later(tmp_path: Path, base: Path) -> None:
-    code, output = tracked("wandb", tmp_path, base)
-    assert code == 0 and "Warning" not in output, output
+def test_wandb_offline_writes_runs_that_can_be_sent_later(tmp_path: Path) -> None:
+    assert tracked("wandb", tmp_path, WANDB_MODE="offline") == ""
+    parts = list((tmp_path / "r" / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(parts) == 2 and len({part.name for part in parts}) == 1, "the same run, in two parts"
+    written = b"".join(part.read_bytes() for part in parts)
+    assert b"reward/mean" in written and b"samples/00/audio" in written and b"samples/00/roll" in written
 
 
 @pytest.mark.slow
-def test_wandb_without_a_key_is_one_warning(tmp_path: Path, base: Path) -> None:
-    code, output = tracked("wandb", tmp_path, base, WANDB_MODE="online")
-    assert code == 0 and "no API key: run `wandb login`" in output, output
-    assert len(re.findall("Warning", output)) == 1
+def test_wandb_without_a_key_is_one_warning(tmp_path: Path) -> None:
+    log = tracked("wandb", tmp_path, WANDB_MODE="online", WANDB_API_KEY="")
+    why = "no API key: run `wandb login`, or set WANDB_MODE=offline"
+    assert log == f"Warning: the run continues without wandb: {why}\n" * 2  # once in each of two runs
 
 
 @pytest.mark.slow
-def test_mlflow_keeps_curves_and_samples(tmp_path: Path, base: Path) -> None:
-    code, output = tracked("mlflow", tmp_path, base)
-    assert code == 0 and "Warning" not in output, output
+def test_mlflow_keeps_curves_and_samples(tmp_path: Path) -> None:
+    code = """
+from mlflow import MlflowClient
+client = MlflowClient(f"sqlite:///{folder.parent / 'mlflow.db'}")
+(run,) = client.search_runs([client.get_experiment_by_name("smart").experiment_id])
+points = client.get_metric_history(run.info.run_id, "reward/mean")
+files = [file.path for file in client.list_artifacts(run.info.run_id, "samples/00/00000003")]
+print([(point.step, point.value) for point in points], run.data.params, run.info.status, files)
+"""
+    assert tracked("mlflow", tmp_path, code).splitlines()[-1] == (
+        "[(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0)] {'grpo.beta': '0.04'} FINISHED "
+        "['samples/00/00000003/00.wav', 'samples/00/00000003/roll.png']"
+    )
