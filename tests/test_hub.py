@@ -55,7 +55,7 @@ def tuned(tmp_path: Path, base: Path) -> Path:
     (run / "final").mkdir()
     for prompt in range(3):
         for name in ("base", "tuned"):
-            soundfile.write(run / "final" / f"{prompt:02d}-{name}.wav", [[0.1 * prompt, 0.2]] * 800, 8000)
+            soundfile.write(run / "final" / f"{prompt:02d}-{name}.wav", [[0.1 * prompt, 0.1 * len(name)]] * 800, 8000)
     (run / "reward_mean.png").write_bytes(b"\x89PNG")
     return run
 
@@ -146,7 +146,7 @@ def test_the_card_of_a_pretraining(tmp_path: Path, base: Path) -> None:
 def test_records_that_are_damaged_are_one_line(tuned: Path) -> None:
     from smart import card
 
-    (tuned / "config.toml").write_text("[grpo]\n")
+    (tuned / "config.toml").write_text("[grpo]\niterations = 20\n")
     result = CliRunner().invoke(card.main, [str(tuned)])
     assert result.exit_code == 2 and "its records are not those of a run" in result.output, result.output
 

@@ -211,7 +211,7 @@ def tracked(name: str, folder: Path, code: str = "", **environment: str) -> str:
         pytest.skip(f"{name} is not installed")
     script = f"""
 import sys
-sys.path[:0] = {[str(Path(__file__).parent)]}
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(programs.__file__).parent)]}
 from pathlib import Path
 from test_also import RATE, clip, scale
 from smart.run import Tracker
