@@ -55,7 +55,6 @@ class _Trackio:
             config=run.settings,
             resume="allow",
             embed=False,
-            auto_log_gpu=False,
         )
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
@@ -75,6 +74,7 @@ class _Wandb:
     """Weights & Biases; with ``WANDB_MODE=offline`` it writes into the run's folder (``wandb sync`` sends that)."""
 
     def __init__(self, run: Target) -> None:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         if os.environ.get("WANDB_MODE", "online") in ("online", "shared") and not wandb.api.api_key:
@@ -108,6 +108,7 @@ class _Mlflow:
     """MLflow; without ``MLFLOW_TRACKING_URI`` it writes a database next to the run's folder (``mlflow ui``)."""
 
     def __init__(self, run: Target) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         from mlflow import MlflowClient
 
         home = run.folder.resolve().parent

@@ -241,7 +241,7 @@ import sqlite3
 (database,) = (folder.parent / "trackio").glob("smart*.db")
 with sqlite3.connect(database) as opened:
     names = {row[0] for row in opened.execute("select distinct run_name from metrics")}
-    rows = opened.execute("select step, metrics from metrics order by step").fetchall()
+    rows = opened.execute("select step, cast(metrics as text) from metrics order by step").fetchall()
 clips = sum("samples/00/audio" in values for _, values in rows)
 print(len(names), [step for step, values in rows if "reward/mean" in values], clips)
 """
