@@ -125,8 +125,9 @@ def licence(kind: str) -> str:
         return "MIT, as part of smart"
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         if entry.name == kind and entry.dist is not None:
-            stated = entry.dist.metadata.get("License-Expression") or entry.dist.metadata.get("License")
-            return f"{stated or 'not stated'} (package {_package(entry)})"
+            about = entry.dist.metadata
+            stated = next((about[key] for key in ("License-Expression", "License") if key in about), "not stated")
+            return f"{stated} (package {_package(entry)})"
     return "unknown: the package that provides it is not installed"
 
 
