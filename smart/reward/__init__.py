@@ -121,6 +121,9 @@ def licence(kind: str) -> str:
     """The licence of a reward, for a model card: of its published weights, or of the package that provides it."""
     if kind == "audiobox":
         return "published weights and code: CC BY 4.0, parts of the code MIT (Meta, facebook/audiobox-aesthetics)"
+    if kind.startswith("naturalness"):
+        data = "POP909 and pianolatron (MIT) and GiantMIDI-Piano (CC BY 4.0)"
+        return f"MIT, as part of smart; trained on {data}"
     if kind in BUILT_IN:
         return "MIT, as part of smart"
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
