@@ -19,6 +19,8 @@ PROGRAMS = {
     "study": "Build and serve a listening study, export and analyse its ratings.",
     "doctor": "Check whether this machine can run a configuration.",
     "reproduce": "Run every experiment of the paper and compare the results on one page.",
+    "push": "Put a run's model, or a base, on the Hugging Face hub.",
+    "card": "Print the model card of a run or a base, written from its own records.",
     "calibrate": "Fit the ce_proxy reward to clips that you rated.",
     "naturalness": "Train or test a reward that tells piano music from its corruptions.",
 }
@@ -28,6 +30,7 @@ ENVIRONMENT = {
     "GOMP_SPINCOUNT": f"How long a thread waits for others before it sleeps (default: {SPINS}).",
     "SMART_SOUNDFONTS": "More folders to search for soundfonts, separated by colons.",
     "XDG_CACHE_HOME": "Folder of the note bank's cache (default: ~/.cache).",
+    "HF_TOKEN": "Token for the Hugging Face hub (default: that of `hf auth login`).",
     "HF_HUB_OFFLINE": "Set to 1 to use only models of the Hugging Face hub that were downloaded before.",
 }
 # where a program's command ``main`` is; what it does stands elsewhere, and is imported once its options are right
@@ -39,6 +42,8 @@ MODULES = {
     "study": "smart.study.command",
     "doctor": "smart.doctor.command",
     "reproduce": "smart.reproduce.command",
+    "push": "smart.push",
+    "card": "smart.card",
     "calibrate": "smart.reward.command",
     "naturalness": "smart.reward.naturalness.command",
 }

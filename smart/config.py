@@ -20,6 +20,7 @@ from smart.files import parse_toml
 
 SHIPPED = Path(__file__).parent / "configs"
 NO_REWARD = "none"  # reward.kind, where [[rewards]] holds all of them
+TRACKERS = ("trackio", "wandb", "mlflow")
 
 Schema = TypeVar("Schema")
 
@@ -167,6 +168,7 @@ class Track:
     trace_every: int = _number(0, low=0)  # write a timeline every so many iterations; 0: never
     held_out_every: int = _number(10, low=0)  # measure on held-out prompts every so many iterations; 0: never
     held_out_prompts: int = _number(8, low=2)  # with four completions each
+    also: tuple[str, ...] = field(default=(), metadata={"choices": TRACKERS})  # further trackers (smart.run.also)
 
 
 @dataclass(frozen=True)
@@ -240,6 +242,13 @@ class Optimisation:
 
 
 @dataclass(frozen=True)
+class PretrainTrack:
+    """The trackers that get a run's curves and samples, besides the files of the run and TensorBoard."""
+
+    also: tuple[str, ...] = field(default=(), metadata={"choices": TRACKERS})
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     """A pretraining run (``smart.pretrain``). Empty ``model.base``: random weights of ``architecture``."""
 
@@ -249,6 +258,7 @@ class PretrainConfig:
     data: Data = field(default_factory=Data)
     optimisation: Optimisation = field(default_factory=Optimisation)
     render: Render = field(default_factory=Render)
+    track: PretrainTrack = field(default_factory=PretrainTrack)
 
 
 def shipped() -> list[str]:
@@ -423,7 +433,10 @@ def _check(kind: Any, value: Any, name: str, allowed: Any, source: str) -> Any:
         value = float(value)
     if kind == tuple[str, ...]:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise wrong('a list of strings, for example ["timgm", "fluidr3"]')
+            listed = ", ".join(f'"{word}"' for word in allowed.get("choices", ("timgm", "fluidr3"))[:2])
+            raise wrong(f"a list of strings, for example [{listed}]")
+        if "choices" in allowed and not set(value) <= set(allowed["choices"]):
+            raise wrong(f"a list of some of {', '.join(allowed['choices'])}")
         return tuple(value)
     if kind == dict[str, float]:
         if not isinstance(value, dict) or not all(_is_number(item) for item in value.values()):

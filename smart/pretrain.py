@@ -155,7 +155,7 @@ def train(config: PretrainConfig, *, resume: bool = False, overwrite: bool = Fal
     one process up to rounding. Raises ``UserError`` for what the user can correct, and ``click.ClickException`` if the
     loss is no longer finite.
     """
-    check_packages()
+    check_packages(config.track.also)
     with Pretraining(config, resume=resume, overwrite=overwrite) as run:
         for step in run.steps():
             # every process draws the whole batch, to know its number of targets, and learns from a share of it
@@ -278,7 +278,7 @@ class Pretraining:
 
     def _open_files(self, opened: contextlib.ExitStack, soundfont: Path) -> None:
         """Open the run's files and, in the lead process, the renderer for samples."""
-        self.run.open(self.progress.step, self.config.optimisation.steps, "step")
+        self.run.open(self.progress.step, self.config.optimisation.steps, "step", also=self.config.track.also)
         self.samples = None
         if self.world.lead:
             self.samples = opened.enter_context(Samples(self.config, soundfont, self.model, self.tokenizer))

@@ -21,7 +21,7 @@ from smart.config import Config, TrainedReward, completed, dumps
 from smart.cores import share, summary
 from smart.corpus import Corpus
 from smart.distributed import World, join
-from smart.files import replace_files
+from smart.files import replace_files, sha256
 from smart.guard import Guard, HeldOut
 from smart.logprobs import Reference
 from smart.model import context_length, find_base, load_base, pick_device, pick_precision, save_base
@@ -67,7 +67,7 @@ def preflight(config: Config, world: World, reward: Reward | None = None) -> Par
         lambda: checked_soundfont(config.guard.soundfont) if config.guard.soundfont else None,
         lambda: _find_pieces(config, config.prompts.split),
         lambda: _find_unseen(config),
-        check_packages,
+        lambda: check_packages(config.track.also),
     )
     soundfonts, found = found[: len(fonts)], found[len(fonts) :]
     parts = Parts(base, soundfonts, found[: len(rewards)], *found[len(rewards) : len(rewards) + 4])
@@ -224,7 +224,7 @@ class Tuning:
     def _open_files(self, opened: ExitStack) -> None:
         """Open the run's files and its renderer, and set up sampling, rating and measuring."""
         render, sampling = self.config.render, self.config.sampling
-        self.run.open(self.done, self.config.grpo.iterations, "iteration")
+        self.run.open(self.done, self.config.grpo.iterations, "iteration", also=self.config.track.also)
         self._workers = render.workers or share(self.world.neighbours)
         rendering: dict[str, Any] = {
             "sample_rate": render.sample_rate,
@@ -309,6 +309,8 @@ class Tuning:
         iterations = self.config.grpo.iterations
         log(f"run {self.folder}: base {self.parts.base} on {device}, {self.done} of {iterations} iterations done")
         log(summary(self._workers))
+        for font in self.parts.soundfonts:
+            log(f"soundfont: {font.name}, SHA-256 {sha256(font)}")
         judge = self.guard.held_out.judge if self.guard.held_out else None
         for line in objective.described(self.config, self.reward, judge):
             log(line)

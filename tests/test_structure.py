@@ -27,11 +27,14 @@ ROOMS = {
     "intervals",
     "corpus",
     "run",
+    "model_card",
 }
 PROGRAMS = {
     "grpo",
     "pretrain",
     "generate",
+    "push",
+    "card",
     "corpus.command",
     "demo",
     "doctor",
@@ -134,6 +137,7 @@ import smart.__main__, smart.grpo, smart.pretrain, smart.generate, smart.corpus.
 import smart.evaluate.report, smart.evaluate.rate, smart.evaluate.soundfonts, smart.evaluate.hacks
 import smart.evaluate.frontier
 import smart.reward.audiobox, smart.reward.calibrate, smart.reward.naturalness.program
+import smart.push, smart.card, smart.model_card
 import smart.study.build, smart.study.serve, smart.study.app, smart.study.analyse, smart.study.power
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

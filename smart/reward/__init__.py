@@ -45,6 +45,7 @@ __all__ = [
     "NoteReward",
     "Reward",
     "available_rewards",
+    "licence",
     "load_reward",
     "read_options",
     "resample",
@@ -114,6 +115,23 @@ def read_options(texts: Sequence[str]) -> dict[str, Any]:
         except ValueError:
             options[key] = value
     return options
+
+
+def licence(kind: str) -> str:
+    """The licence of a reward, for a model card: of its published weights, or of the package that provides it."""
+    if kind == "audiobox":
+        return "published weights and code: CC BY 4.0, parts of the code MIT (Meta, facebook/audiobox-aesthetics)"
+    if kind.startswith("naturalness"):
+        data = "POP909 and pianolatron (MIT) and GiantMIDI-Piano (CC BY 4.0)"
+        return f"MIT, as part of smart; trained on {data}"
+    if kind in BUILT_IN:
+        return "MIT, as part of smart"
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+        if entry.name == kind and entry.dist is not None:
+            about = entry.dist.metadata
+            stated = next((about[key] for key in ("License-Expression", "License") if key in about), "not stated")
+            return f"{stated} (package {_package(entry)})"
+    return "unknown: the package that provides it is not installed"
 
 
 def available_rewards() -> dict[str, str]:

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,9 +17,9 @@ SETTINGS = "settings.json"
 NEEDED = ("pyarrow", "tensorboard", "matplotlib", "soundfile")
 
 
-def check_packages() -> None:
-    """Raise ``UserError`` naming the packages of the ``track`` extra that are not installed."""
-    missing = [name for name in NEEDED if find_spec(name) is None]
+def check_packages(also: Iterable[str] = ()) -> None:
+    """Raise ``UserError`` naming the packages that a run needs, and those of trackers in ``also``, that are missing."""
+    missing = [name for name in (*NEEDED, *also) if find_spec(name) is None]
     if missing:
         raise UserError(f"a run needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
@@ -126,6 +126,7 @@ MAY_CHANGE = (
     "reward.deadline",
     "rewards.deadline",
     "track.trace_every",
+    "track.also",
 )  # these do not change the result
 
 
@@ -146,7 +147,7 @@ def _refuse_changes(folder: Path, config: str, complete: Callable[[Path], str] |
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], *, but: Collection[str] = ()) -> list[str]:
     """How nested settings differ: one clause per dotted key, except those in ``but``, without numbers of tables."""
-    old, new = _flat(before), _flat(now)
+    old, new = flat(before), flat(now)
     return [
         f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
@@ -154,10 +155,11 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], *, but: Collectio
     ]
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one mapping from dotted keys."""
+    found: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):  # [[tables]]
             value = {str(number): item for number, item in enumerate(value)}
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -72,10 +72,14 @@ class Run:
     def __exit__(self, *error: Any) -> None:
         self._opened.__exit__(*error)
 
-    def open(self, done: int, total: int, unit: str) -> None:
-        """Open the run's files, cut back to step ``done``, and show a progress bar up to step ``total``."""
+    def open(self, done: int, total: int, unit: str, *, also: Sequence[str] = ()) -> None:
+        """Open the run's files, cut back to step ``done``, and show a progress bar up to step ``total``.
+
+        ``also`` names further trackers that get the run's values and samples (``smart.run.also``).
+        """
         lead = self._world.lead
-        self.files = self._opened.enter_context(Tracker(self.folder, start=done) if lead else NullTracker())
+        files = Tracker(self.folder, start=done, also=also) if lead else NullTracker()
+        self.files = self._opened.enter_context(files)
         self.bar = self._opened.enter_context(progress(total=total, initial=done, unit=unit, show=lead))
 
     def steps(self, done: int, total: int, *, unless: Callable[[], object]) -> Iterator[int]:

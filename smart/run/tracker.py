@@ -1,5 +1,7 @@
 """The files of a run: ``metrics.jsonl``, TensorBoard events, ``log.txt``, completions, MIDI, WAV and a summary.
 
+TensorBoard gets the curves, and the audio and piano roll of each sample; so do the trackers of ``smart.run.also``.
+
 Metrics and completions can be cut back to a step, so that a run that is resumed from a checkpoint writes the same files
 as one that was never interrupted.
 """
@@ -22,30 +24,41 @@ from tqdm import tqdm
 from smart import Failure, UserError
 from smart.files import is_leftover, parse_json, write_atomically
 from smart.render import Audio, write_midi, write_wav
+from smart.run.also import Also, describe
+from smart.run.roll import piano_roll
 
 METRICS = "metrics.jsonl"
 
 
 class Tracker:
-    """Writes a run's files; use it as a context manager. ``start`` is the last step that is already done (0: none)."""
+    """Writes a run's files; use it as a context manager.
 
-    def __init__(self, folder: Path, *, start: int = 0) -> None:
+    ``start`` is the last step that is already done (0: none); ``also`` names further trackers.
+    """
+
+    def __init__(self, folder: Path, *, start: int = 0, also: Iterable[str] = ()) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = folder
+        self._step = start
         self._completions: list[dict[str, Any]] = []
         _cut_back(folder, start)
         self._metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115  # closed by __exit__
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self._hook, threading.excepthook = threading.excepthook, self._thread_failed
+        self._also = [Also(name, describe(folder), self.log) for name in dict.fromkeys(also)]
 
     def __enter__(self) -> "Tracker":
         return self
 
     def __exit__(self, *_: object) -> None:
-        threading.excepthook = self._hook
-        self._metrics.close()
-        self._board.close()
+        try:
+            for tracker in self._also:
+                tracker.close()
+        finally:  # also if Ctrl-C ends the waiting for them
+            threading.excepthook = self._hook
+            self._metrics.close()
+            self._board.close()
 
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
         """Print no traceback if TensorBoard's thread cannot write: the next point raises that error."""
@@ -64,8 +77,11 @@ class Tracker:
         line = {key: (value if math.isfinite(value) else None) for key, value in values.items()}
         self._metrics.write(json.dumps({"step": step, **line}) + "\n")
         self._metrics.flush()
+        self._step = step
         for key, value in values.items():
             self._board.add_scalar(key, value, step)
+        for tracker in self._also:
+            tracker.metrics(step, values)
 
     def completions(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Keep rows (step, group, tokens, reward, ...) until the next ``flush`` writes them."""
@@ -86,12 +102,25 @@ class Tracker:
         self._completions.clear()
 
     def write_piece(self, name: str, score: Any, audio: Audio | None, sample_rate: int) -> None:
-        """Write ``<name>.mid`` and, unless the clip failed, ``<name>.wav`` from ``audio`` (2, S)."""
+        """Write ``<name>.mid`` and, unless the clip failed, ``<name>.wav`` from ``audio`` (2, S).
+
+        Trackers show it at the step that ``name`` contains as a folder, or else at the last one with metrics.
+        """
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         write_midi(path.with_suffix(".mid"), score)
+        wav = None if audio is None else path.with_suffix(".wav")
+        if audio is not None and wav is not None:
+            write_wav(wav, audio, sample_rate)
+        *folders, last = name.split("/")
+        step = next((int(part) for part in folders if part.isdecimal()), self._step)
+        tag = "/".join([*(part for part in folders if not part.isdecimal()), last])
+        roll = piano_roll(score, None if audio is None else audio.shape[1] / sample_rate)
+        self._board.add_image(f"{tag}/roll", roll, step, dataformats="HWC")
         if audio is not None:
-            write_wav(path.with_suffix(".wav"), audio, sample_rate)
+            self._board.add_audio(f"{tag}/audio", audio.mean(axis=0).clip(-1, 1), step, sample_rate)
+        for tracker in self._also:
+            tracker.piece(step, tag, roll, wav)
 
 
 class NullTracker(Tracker):
