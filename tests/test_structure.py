@@ -12,7 +12,7 @@ import pytest
 import smart
 
 PACKAGE = Path(smart.__file__).parent
-GROUND = {"config", "tokens", "model", "hub", "files", "distributed", "published", "workers", "cores", "gpu"}
+GROUND = {"config", "tokens", "model", "hub", "files", "distributed", "published", "workers", "cores", "gpu", "web"}
 ROOMS = {
     "logprobs",
     "prompts",
@@ -27,6 +27,7 @@ ROOMS = {
     "intervals",
     "corpus",
     "run",
+    "listen",
 }
 PROGRAMS = {
     "grpo",
@@ -38,6 +39,7 @@ PROGRAMS = {
     "evaluate",
     "reproduce",
     "study",
+    "watch",
     "reward.calibrate",
     "reward.naturalness",
 }
@@ -134,6 +136,7 @@ import smart.__main__, smart.grpo, smart.pretrain, smart.generate, smart.corpus.
 import smart.evaluate.report, smart.evaluate.rate, smart.evaluate.soundfonts, smart.evaluate.hacks
 import smart.evaluate.frontier
 import smart.reward.audiobox, smart.reward.calibrate, smart.reward.naturalness.program
+import smart.watch.serve
 import smart.study.build, smart.study.serve, smart.study.app, smart.study.analyse, smart.study.power
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

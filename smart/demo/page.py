@@ -21,9 +21,8 @@ import numpy.typing as npt
 import torch
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
-from symusic import Score
 
-from smart.render import score_notes
+from smart.listen import asset, notes_of
 from smart.reward import Reward, resample
 from smart.rollout import SILENT, Piece, System
 
@@ -97,10 +96,9 @@ class Page:
 
     def _clip(self, piece: Piece) -> dict[str, Any]:
         midi: bytes = piece.score.dumps_midi()
-        notes = score_notes(Score.from_midi(midi))  # from the same file that the page offers for download
         clip: dict[str, Any] = {
             "midi": _text(midi),
-            "notes": [[round(onset, 4), round(length, 4), int(p), int(v)] for onset, length, p, v in notes[:, :4]],
+            "notes": notes_of(midi),  # from the same file that the page offers for download
             "audio": None,
             "ratings": {},
         }
@@ -142,6 +140,7 @@ class Page:
             files("smart.demo").joinpath(name).read_text(encoding="utf-8").strip()
             for name in ("page.css", "page.js", "page.html")
         )
+        style, script = f"{asset('player.css')}\n{style}", f"{asset('player.js')}\n{script}"
         environment = jinja2.Environment(
             autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
         )

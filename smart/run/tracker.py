@@ -93,6 +93,14 @@ class Tracker:
         if audio is not None:
             write_wav(path.with_suffix(".wav"), audio, sample_rate)
 
+    def write_ratings(self, name: str, ratings: Mapping[str, Mapping[str, float]]) -> None:
+        """Write ratings by piece and name as a JSON file; one that is not finite becomes null."""
+        finite = {
+            piece: {key: value if math.isfinite(value) else None for key, value in rated.items()}
+            for piece, rated in ratings.items()
+        }
+        write_atomically(self.folder / name, json.dumps(finite, indent=1).encode())
+
 
 class NullTracker(Tracker):
     """A tracker that writes nothing, for processes other than the lead."""
@@ -116,6 +124,9 @@ class NullTracker(Tracker):
         pass
 
     def write_piece(self, name: str, score: Any, audio: Audio | None, sample_rate: int) -> None:
+        pass
+
+    def write_ratings(self, name: str, ratings: Mapping[str, Mapping[str, float]]) -> None:
         pass
 
 
