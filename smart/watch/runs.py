@@ -66,7 +66,7 @@ def numbers(line: bytes) -> dict[str, Any] | None:
     """A line of a metrics file: its step and its numbers; None if it is not one."""
     with suppress(ValueError, TypeError, OverflowError):
         row = parse_json(line)
-        if isinstance(row, dict) and isinstance(row["step"], int):
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
             return {
                 str(key): value if isinstance(value, int | float) and math.isfinite(value) else None
                 for key, value in row.items()
