@@ -107,7 +107,8 @@ class Runs:
         except (OSError, ValueError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or "no such folder"
             raise UserError(f"{folder} cannot be read ({reason}); give a folder of runs, such as runs") from None
-        self.folder, self._only = (whole.parent, whole.name) if is_run else (whole, None)
+        self.folder = whole.parent if is_run else whole
+        self._only = whole.name if is_run else None
         self.title = str(folder)
         self._metrics: dict[Path, Metrics] = {}
         self._last: dict[Path, tuple[Any, dict[str, Any]]] = {}

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -69,7 +70,8 @@ def test_only_runs_are_listed(server: Server) -> None:
         "/runs/../config.toml", "/runs/..%2F..%2Fetc/config", "/runs/%2e%2e/config", "/runs/./config",
         "/runs/link/config", "/runs/.hidden/config", "/runs/new%0Aline/config", "/runs/no%20run/config",
         "/runs/a%20file/config", "/runs/one%00/config", "/runs/one%5C..%5Cone/config", "/runs/%FF%FE/config",
-        "/runs/" + "x" * 5000 + "/config", "/runs/none/metrics", "/runs/one/sets/tuned", "/runs/one/sets/final/../samples",
+        "/runs/" + "x" * 5000 + "/config", "/runs/none/metrics", "/runs/one/sets/tuned",
+        "/runs/one/sets/final/../samples",
         "/runs/one/sets/samples/0", "/runs/one/pieces/final/config.toml", "/runs/one/pieces/final/..%2Fconfig.toml",
         "/runs/one/pieces/tuned/model.safetensors", "/runs/one/pieces/final/..%2F..%2F00.wav",
         "/runs/one/pieces/samples/..%2Ffinal/00.wav", "/runs/one/pieces/samples/00000003/00.wav.wav",
@@ -193,7 +195,7 @@ def test_what_is_half_written_or_damaged_is_left_out(run: Path) -> None:
     shutil.copy(
         run / "final" / "00-tuned.mid", run / "samples" / "00000009" / "00.mid"
     )  # its ratings are not there yet
-    assert [each.name for each in reader.sets("one")][0] == "held_out/00000006"
+    assert reader.sets("one")[0].name == "held_out/00000006"
     (run / "completions" / "00000008.parquet").write_bytes(b"PAR1")
     (run / "completions" / ".00000010.parquet.tmp").write_bytes(b"")
     assert reader.completion_steps("one") == [1, 2, 3, 4, 5, 6]
@@ -219,7 +221,7 @@ def test_one_run_or_no_folder(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, run.parent / "two", symlinks=True)
     assert Runs(run).names() == ["one"] and Runs(run.parent).names() == ["one", "two"]
     for wrong in (tmp_path / "none", run / "config.toml"):
-        with pytest.raises(UserError, match="cannot be read .*; give a folder of runs"):
+        with pytest.raises(UserError, match=r"cannot be read .*; give a folder of runs"):
             Runs(wrong)
 
 

@@ -3,12 +3,12 @@
 import json
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import soundfile
@@ -163,19 +163,17 @@ def test_the_table_sorts_and_plays(browser: Any, server: Server) -> None:
         assert page.locator("#completions th").nth(1).get_attribute("aria-sort") == "descending"
         page.get_by_role("button", name="Sort by Reward").click()
         assert [float(row.locator("td").nth(1).inner_text()) for row in rows.all()] == rewards[::-1]
-        page.get_by_role("button", name="Play completion 0").click()
+        page.get_by_role("button", name="Play completion 0", exact=True).click()
         clip = page.locator("#completions .clip")
         clip.wait_for()
         page.wait_for_function("audio => audio.currentTime > 0.2", arg=clip.locator("audio").element_handle())
         drawn = clip.locator("rect.note").count()
-        reply = subprocess.run(
-            ["curl", "-s", f"{server.url}/runs/one/completions/6/0.mid"], capture_output=True, check=True
-        )
-        notes = score_notes(Score.from_midi(reply.stdout))
+        reply = httpx.get(f"{server.url}/runs/one/completions/6/0.mid", timeout=60)
+        notes = score_notes(Score.from_midi(reply.content))
         assert drawn == (notes[:, 0] < float(clip.locator("input").get_attribute("max"))).sum()
         page.get_by_role("button", name="Sort by Advantage").click()  # what is open stays open
         assert page.locator("#completions .clip").count() == 1
-        page.get_by_role("button", name="Play completion 0").click()
+        page.get_by_role("button", name="Play completion 0", exact=True).click()
         assert page.locator("#completions .clip").count() == 0
         page.locator("#steps").select_option("2")
         page.wait_for_function("() => document.querySelector('#table-box').getAttribute('aria-busy') === null")
@@ -239,7 +237,7 @@ def test_it_fits_a_phone(browser: Any, server: Server, scheme: str) -> None:
         page.locator("#completions .clip").wait_for()
         page.locator("details summary").click()
         assert page.evaluate("document.documentElement.scrollWidth") == 390
-        for table in ("#runs", "#completions"):
+        for table in ("#runs", "#completions", "#differences table"):
             wide, box = page.locator(table).evaluate("node => [node.scrollWidth, node.parentNode.clientWidth]")
             assert wide <= box
         small = page.locator("button:visible, input:visible, select:visible").evaluate_all(

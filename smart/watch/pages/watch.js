@@ -188,7 +188,7 @@
       const found = curves.map((curve) => {
         const point = curve.points.filter(([each]) => each <= step).pop();
         const many = panel.of.length > 1 ? `${curve.words} ` : "";
-        return point && `${names ? `${curve.name}: ` : ""}${many}${short(point[1])}${point[2] === null ? "" : ` ± ${short(point[2])}`}`;
+        return point && `${names ? `${curve.name}: ` : ""}${many}${short(point[1])}${point[2] === null ? "" : ` ± ${short(point[2])}`}${point[0] === step ? "" : ` at ${point[0]}`}`;
       }).filter(Boolean);
       put(made.readout, `Iteration ${step}: ${found.join("; ")}`);
     };
@@ -282,11 +282,12 @@
           downloads: files([["MIDI", path("mid")], ...(clip.audio ? [["WAV", path("wav")]] : [])], `${clip.label}, ${where},`),
         });
       });
-      const axes = [...new Set(pair.clips.flatMap((clip) => Object.keys(clip.ratings)))];
+      const rated = [...new Set(pair.clips.flatMap((clip) => Object.keys(clip.ratings)))];
+      const axes = rated.length === 2 ? rated.filter((axis) => axis !== "reward") : rated; // one axis is the reward
       const lines = axes.map((axis) => {
-        const rated = pair.clips.map((clip) => clip.ratings[axis] ?? null);
-        const both = rated.length === 2 && !rated.includes(null);
-        return [axis, ...rated.map(number), ...(rated.length === 2 ? [both ? signed(rated[1] - rated[0]) : "none"] : [])];
+        const found = pair.clips.map((clip) => clip.ratings[axis] ?? null);
+        const both = found.length === 2 && !found.includes(null);
+        return [axis, ...found.map(number), ...(found.length === 2 ? [both ? signed(found[1] - found[0]) : "none"] : [])];
       });
       const table = ratingsTable("Ratings", ["Axis", ...heads, ...(heads.length === 2 ? ["Difference"] : [])], lines);
       const node = make("article", { className: "pair" }, make("h4", {}, `Prompt ${pair.number}`),
