@@ -1,6 +1,6 @@
 "use strict";
 (() => {
-  const { make, button, say, number, signed, slug, save, clipView, rows } = Listen;
+  const { make, button, say, number, signed, slug, save, clipView, switcher, rows } = Listen;
   const data = JSON.parse(document.getElementById("data").textContent);
 
   // --- The listener's choices, stored in this browser if it allows that --------------------------------------------
@@ -143,9 +143,11 @@
         });
       });
       this.node.replaceChildren(
-        make("h3", {}, `Prompt ${pair.prompt}`),
-        make("p", { className: "opening" }, `${pair.opening}; seed ${pair.seed}`),
-        make("div", { className: "clips" }, ...views));
+        make("h3", {}, `Prompt ${pair.prompt}: ${pair.words}`),
+        ...[switcher(views, this.where)].filter(Boolean),
+        make("div", { className: "clips" }, ...views),
+        make("details", { className: "opening" }, make("summary", {}, "Tokens of the prompt"),
+          make("p", {}, `${pair.opening}; seed ${pair.seed}`)));
       this.votes = [];
       if (hidden) this.node.append(this.ballot(names, heard));
       else {

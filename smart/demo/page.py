@@ -22,7 +22,7 @@ import torch
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
-from smart.listen import asset, notes_of
+from smart.listen import asset, in_words, notes_of
 from smart.reward import Reward, resample
 from smart.rollout import SILENT, Piece, System
 
@@ -84,12 +84,13 @@ class Page:
         )
 
     def add(self, piece: Piece, opening: str) -> None:
-        """Add a piece to the last section; ``opening`` is its prompt as text."""
+        """Add a piece to the last section; ``opening`` is its prompt as names of tokens."""
         section = self.sections[-1]
         pairs = {pair["prompt"]: pair for pair in section["pairs"]}
         pair = pairs.get(piece.prompt)
         if pair is None:
             pair = {"prompt": piece.prompt, "seed": piece.seed, "opening": opening, "clips": {}}
+            pair["words"] = in_words(opening.split())
             section["pairs"].append(pair)
         pair["clips"][piece.system] = len(self.clips)
         self.clips.append(self._clip(piece))

@@ -112,6 +112,7 @@ const Listen = (() => {
     audio.addEventListener("play", () => {
       play.textContent = "Pause";
       play.setAttribute("aria-label", `Pause ${label}, ${where}`);
+      node.classList.add("on");
       last = audio.currentTime;
       heard.started = true;
       began();
@@ -120,6 +121,7 @@ const Listen = (() => {
     audio.addEventListener("pause", () => {
       play.textContent = "Play";
       play.setAttribute("aria-label", `Play ${label}, ${where}`);
+      node.classList.remove("on");
       show();
     });
     audio.addEventListener("timeupdate", () => {
@@ -139,11 +141,49 @@ const Listen = (() => {
       node.append(make("p", { className: "about" }, describe(clip)), downloads);
     }
     show();
+    node.player = { audio, label, seconds: clip.seconds, position, move, load, start };
     node.stop = () => {
       gone = true;
       audio.pause();
       if (audio.src) URL.revokeObjectURL(audio.src);
     };
+    return node;
+  }
+
+  // One player for two clips, which goes from one to the other at the same instant; null unless both have sound.
+  function switcher(views, where) {
+    const players = views.map((view) => view.player);
+    if (players.length !== 2 || players.includes(undefined)) return null;
+    let side = 0; // the clip that plays, or played last
+    const play = button("Play", "", () => {
+      if (players[side].audio.paused) {
+        Promise.resolve(players[1 - side].load()).catch(() => {}); // so that it is ready
+        players[side].start();
+      } else players[side].audio.pause();
+    });
+    const change = button("", "", () => {
+      const [from, to] = [players[side], players[1 - side]];
+      const [now, sounds] = [from.position(), !from.audio.paused];
+      side = 1 - side;
+      to.move(now);
+      if (sounds && now >= to.seconds - 0.05) { from.audio.pause(); say(`${to.label} has ended by then.`); }
+      else if (sounds) to.start();
+      show();
+    });
+    function show() {
+      const sounds = !players[side].audio.paused;
+      play.textContent = `${sounds ? "Pause" : "Play"} ${players[side].label}`;
+      play.setAttribute("aria-label", `${play.textContent} in the player of both, ${where}`);
+      change.textContent = `Switch to ${players[1 - side].label}`;
+      change.setAttribute("aria-label", `${change.textContent} at the same instant, ${where}`);
+    }
+    players.forEach(({ audio }, place) => ["play", "pause"].forEach((event) => audio.addEventListener(event, () => {
+      if (event === "play") side = place;
+      show();
+    })));
+    show();
+    const node = make("div", { className: "row switcher", role: "group" }, play, change);
+    node.setAttribute("aria-label", `Both, ${where}`);
     return node;
   }
 
@@ -212,5 +252,5 @@ const Listen = (() => {
 
   const isPlaying = () => playing !== null && !playing.paused;
 
-  return { make, draw, button, say, number, signed, slug, save, clipView, rollView, rows, isPlaying };
+  return { make, draw, button, say, number, signed, slug, save, clipView, switcher, rows, isPlaying };
 })();

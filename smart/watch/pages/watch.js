@@ -1,6 +1,6 @@
 "use strict";
 (() => {
-  const { make, draw, button, say, number, signed, clipView, rows: ratingsTable, isPlaying } = Listen;
+  const { make, draw, button, say, number, signed, clipView, switcher, rows: ratingsTable, isPlaying } = Listen;
   const EVERY = 2000; // milliseconds between two looks at the runs
   const byId = (id) => document.getElementById(id);
   const PANELS = [ // the first metric is a solid line, the second a dashed one
@@ -290,7 +290,7 @@
         return [axis, ...found.map(number), ...(found.length === 2 ? [both ? signed(found[1] - found[0]) : "none"] : [])];
       });
       const table = ratingsTable("Ratings", ["Axis", ...heads, ...(heads.length === 2 ? ["Difference"] : [])], lines);
-      const node = make("article", { className: "pair" }, make("h4", {}, `Prompt ${pair.number}`),
+      const node = make("article", { className: "pair" }, make("h4", {}, `Prompt ${pair.number}`), ...[switcher(views, where)].filter(Boolean),
         make("div", { className: heads.length === 1 ? "clips alone" : "clips" }, ...views), ...(axes.length ? [table] : []));
       node.setAttribute("aria-label", `Prompt ${pair.number}`);
       return node;
