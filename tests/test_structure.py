@@ -93,7 +93,7 @@ def test_arrows_point_down(name: str) -> None:
         assert "config" not in used, "only programs read the configuration"
 
 
-DOORS = {"render", "corpus", "run", "rollout", "sampler"}
+DOORS = {"render", "listen", "corpus", "run", "rollout", "sampler"}
 # used as modules: events.read_file; checkpoint.save; bank.NoteBank, which imports torch
 MODULES = {"corpus.events", "run.checkpoint", "render.bank"}
 

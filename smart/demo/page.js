@@ -226,7 +226,7 @@
       return [head, number(mean(both.map((two) => two[0]))), number(mean(both.map((two) => two[1]))),
         signed(mean(both.map((two) => two[1] - two[0])))];
     });
-    box.replaceChildren(rows("Mean ratings of the pairs below", ["Axis", section.first, other, "Difference"], table));
+    box.replaceChildren(rows("Mean ratings of the pairs above", ["Axis", section.first, other, "Difference"], table));
   }
 
   const sections = data.sections.map((section, index) => {

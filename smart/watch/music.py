@@ -12,7 +12,7 @@ import numpy as np
 
 from smart import UserError
 from smart.listen import in_words, rows_of
-from smart.render import SILENT, RenderPool, find_soundfont, load_soundfile, score_notes
+from smart.render import SILENT, RenderPool, draw_fonts, find_soundfont, load_soundfile, score_notes
 from smart.watch.runs import Missing, Runs
 
 TOKENIZER = "tokenizer.json"
@@ -65,16 +65,21 @@ class Music:
         """A completion as a ``symusic.Score``."""
         from smart.tokens import decode
 
+        return decode(self._tokenizer(name), self._row(name, step, row)["tokens"])
+
+    def _row(self, name: str, step: int, row: int) -> dict[str, Any]:
         rows = self.runs.completions(name, step)
         if not 0 <= row < len(rows):
             raise Missing("There is no such completion.")
-        return decode(self._tokenizer(name), rows[row]["tokens"])
+        return rows[row]
 
     def wav(self, name: str, step: int, row: int) -> bytes:
-        """A completion as a WAV file of 16 bits, rendered with its run's soundfont, sample rate and length."""
+        """A completion as a WAV file of 16 bits, rendered with its run's settings.
+
+        Of several soundfonts it is the one that was drawn for its group, or the first if their ratings were averaged.
+        """
         score = self.score(name, step, row)
-        render = self.runs.config(name).get("render", {})
-        settings = _settings(render if isinstance(render, Mapping) else {})
+        settings = _settings(self.runs.config(name), step, self._row(name, step, row)["group"])
         key = settings, score.dumps_midi()
         with self._lock:  # one at a time: a run may need the cores
             if key not in self._rendered:
@@ -114,15 +119,16 @@ class Music:
         return self._tokenizers[saved]
 
 
-def _settings(render: Mapping[str, Any]) -> tuple[str, int, float]:
-    """Soundfont, sample rate and seconds of a run's configuration. Raises ``Missing`` if they are not what they say."""
-    soundfont, rate, seconds = (render.get(key) for key in ("soundfont", "sample_rate", "seconds"))
-    if (
-        isinstance(soundfont, str)
-        and isinstance(rate, int)
-        and isinstance(seconds, int | float)
-        and 8000 <= rate <= 192000
-        and 0 < seconds <= 600
-    ):
-        return soundfont, rate, float(seconds)
-    raise Missing("The configuration of this run does not say how to render.")
+def _settings(config: Mapping[str, Any], step: int, group: int) -> tuple[str, int, float]:
+    """Soundfont, sample rate and seconds for a completion. Raises ``Missing`` if the configuration is not readable."""
+    try:
+        render = config["render"]
+        rate, seconds, several = int(render["sample_rate"]), float(render["seconds"]), render.get("soundfonts", [])
+        fonts = [str(font) for font in several] or [str(render["soundfont"])]
+        font = 0
+        if len(fonts) > 1 and render["soundfont_use"] == "draw":
+            groups, seed = int(config["grpo"]["prompts"]), int(config["run"]["seed"])
+            font = draw_fonts(len(fonts), groups, seed=seed, number=step)[group]
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise Missing("The configuration of this run does not say how to render.") from None
+    return fonts[font], rate, seconds

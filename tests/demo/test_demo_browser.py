@@ -110,7 +110,7 @@ def test_one_player_switches_at_the_same_instant(page: Any) -> None:
 )
 def test_the_first_screen_has_something_to_hear(page: Any, parsed: Parsed) -> None:
     first = clips(page).first
-    button = first.locator("button.play").bounding_box()
+    button = page.locator(".pair .switcher button").first.bounding_box()
     assert button["y"] + button["height"] <= 800
     opening = parsed.data["sections"][0]["pairs"][0]["opening"]
     signature, tempo = (word.split("_")[1] for word in opening.split()[1::2])
