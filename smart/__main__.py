@@ -13,6 +13,7 @@ PROGRAMS = {
     "grpo": "Tune a base model with a reward for how its music sounds.",
     "pretrain": "Train a base model on a tokenised corpus.",
     "generate": "Write music with a base or a tuned run.",
+    "watch": "Show runs on a local page while they write: curves, pieces, completions, settings.",
     "evaluate": "Sample models, rate and compare their pieces, draw the paper's figures.",
     "corpus": "Turn a folder of MIDI files into a tokenised corpus.",
     "demo": "Make a web page that plays pairs of pieces from two models.",
@@ -36,6 +37,7 @@ ENVIRONMENT = {
 # where a program's command ``main`` is; what it does stands elsewhere, and is imported once its options are right
 MODULES = {
     "generate": "smart.generate.command",
+    "watch": "smart.watch.command",
     "evaluate": "smart.evaluate.command",
     "corpus": "smart.corpus.command",
     "demo": "smart.demo.command",

@@ -192,6 +192,7 @@ class HeldOut:
         self.judge = judge
         self.reference = reference
         self.fonts = fonts  # of each prompt, the same in each measurement; None: there is one soundfont
+        self.batch: Batch | None = None  # what was last measured, kept until its pieces are written
 
     def measure(self, sampler: Sampler) -> dict[str, float]:
         """The metrics that docs/metrics.md defines under ``held_out/``, by name; the same in every process."""
@@ -201,6 +202,7 @@ class HeldOut:
         many = len(self.prompts) * COMPLETIONS
         batch = self.batches.rate(drawn, base_logp, keep=range(many))
         judged = self.judge.rate(drawn, batch, self.batches)
+        self.batch = batch
         rollout, rated = batch.rollout, batch.rated
         # not k3 as in the loss: a single token that is very unlikely under the base can multiply the mean k3 by ten
         kl = ((rollout.logprobs - batch.ref_logp) * rollout.mask).sum(1)  # (N,)

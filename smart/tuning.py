@@ -22,7 +22,7 @@ from smart.cores import share, summary
 from smart.corpus import Corpus
 from smart.distributed import World, join
 from smart.files import replace_files, sha256
-from smart.guard import Guard, HeldOut
+from smart.guard import COMPLETIONS, Guard, HeldOut
 from smart.logprobs import Reference
 from smart.model import context_length, find_base, load_base, pick_device, pick_precision, save_base
 from smart.plots import curves, timeline
@@ -316,7 +316,7 @@ class Tuning:
             log(line)
         if self.run.stopping():
             self.run.leave()
-        if not self.done and (measured := self.guard.look(0, self.samplers["base"])):
+        if not self.done and (measured := self._look(0, "base")):
             self.run.files.metrics(0, measured)
 
     def _draw_prompts(self, count: int, generator: torch.Generator, pieces: Pieces | None) -> torch.Tensor:
@@ -419,12 +419,12 @@ class Tuning:
         self._before_update = None
         run, track, group_size = self.run, self.config.track, self.config.grpo.group_size
         batch = batch._replace(rollout=batch.rollout.to("cpu"))  # once: the rest is no work for a GPU
-        measured = self.guard.look(step, self.samplers["tuned"])
+        measured = self._look(step, "tuned")
         run.files.completions(
             row | {"step": step, "advantage": advantage}
             for row, advantage in zip(batch.rated.rows(batch.rollout, group_size), advantages.tolist(), strict=True)
         )
-        self._write_pieces(f"samples/{step:08d}/{{:02d}}", batch, self._kept_rows(step))
+        self._write_pieces(f"samples/{step:08d}", batch, self._kept_rows(step))
         quality = completion_metrics(batch.rollout, self._eos_id, self._grammar)
         self.watch.lap("record")
         metrics = {
@@ -451,12 +451,32 @@ class Tuning:
         if stopping:
             run.leave()
 
-    def _write_pieces(self, name: str, batch: Batch, rows: range) -> None:
-        """Write ``rows`` of ``batch`` as MIDI and WAV; ``name`` has a place for the row."""
-        for row in rows:
+    def _look(self, step: int, name: str) -> dict[str, float]:
+        """The guard's measurement after ``step`` iterations; pieces of it are kept as often as others are.
+
+        The policy and the base write them for the same prompts with the same random numbers, so that they can be
+        compared while the run goes on.
+        """
+        track, held_out = self.config.track, self.guard.held_out
+        measured = self.guard.look(step, self.samplers[name])
+        if measured and held_out is not None and held_out.batch is not None:
+            if step // track.samples_every > (step - track.held_out_every) // track.samples_every:
+                rows = range(0, COMPLETIONS * min(track.samples, track.held_out_prompts), COMPLETIONS)
+                self._write_pieces(f"held_out/{step:08d}", held_out.batch, rows)
+            held_out.batch = None  # its audio
+        return measured
+
+    def _write_pieces(self, folder: str, batch: Batch, rows: range, ending: str = "") -> None:
+        """Write ``rows`` of ``batch`` as MIDI and WAV, numbered from 0, and last their ratings."""
+        ratings = {}
+        for number, row in enumerate(rows):
+            name, rated = f"{number:02d}{ending}", batch.rated
             score = decode(self.tokenizer, batch.rollout.tokens[row])
-            audio = batch.rated.audio[row]
-            self.run.files.write_piece(name.format(row), score, audio, self.config.render.sample_rate)
+            self.run.files.write_piece(f"{folder}/{name}", score, rated.audio[row], self.config.render.sample_rate)
+            ratings[name] = {"reward": rated.rewards[row].item()}
+            ratings[name] |= {axis: values[row].item() for axis, values in rated.scores.items()}
+        if ratings:
+            self.run.files.write_ratings(f"{folder}/ratings{ending}.json", ratings)
 
     def _save_checkpoint(self, step: int, metrics: dict[str, float]) -> None:
         ahead = None if self._drawn_ahead is None else self.batches.gather(self._drawn_ahead.rollout)
@@ -539,5 +559,5 @@ class Tuning:
                 self.run.leave()
             batch = self.batches.rate(drawn, keep=kept)
             rewards[name] = batch.rated.rewards[batch.rated.rewards.isfinite()].numpy()
-            self._write_pieces(f"final/{{:02d}}-{name}", batch, kept)
+            self._write_pieces("final", batch, kept, f"-{name}")
         return rewards

@@ -12,7 +12,7 @@ import pytest
 import smart
 
 PACKAGE = Path(smart.__file__).parent
-GROUND = {"config", "tokens", "model", "hub", "files", "distributed", "published", "workers", "cores", "gpu"}
+GROUND = {"config", "tokens", "model", "hub", "files", "distributed", "published", "workers", "cores", "gpu", "web"}
 ROOMS = {
     "logprobs",
     "prompts",
@@ -28,6 +28,7 @@ ROOMS = {
     "corpus",
     "run",
     "model_card",
+    "listen",
 }
 PROGRAMS = {
     "grpo",
@@ -41,6 +42,7 @@ PROGRAMS = {
     "evaluate",
     "reproduce",
     "study",
+    "watch",
     "reward.calibrate",
     "reward.naturalness",
 }
@@ -94,7 +96,7 @@ def test_arrows_point_down(name: str) -> None:
         assert "config" not in used, "only programs read the configuration"
 
 
-DOORS = {"render", "corpus", "run", "rollout", "sampler"}
+DOORS = {"render", "listen", "corpus", "run", "rollout", "sampler"}
 # used as modules: events.read_file; checkpoint.save; bank.NoteBank, which imports torch
 MODULES = {"corpus.events", "run.checkpoint", "render.bank"}
 
@@ -138,6 +140,7 @@ import smart.evaluate.report, smart.evaluate.rate, smart.evaluate.soundfonts, sm
 import smart.evaluate.frontier
 import smart.reward.audiobox, smart.reward.calibrate, smart.reward.naturalness.program
 import smart.push, smart.card, smart.model_card
+import smart.watch.serve
 import smart.study.build, smart.study.serve, smart.study.app, smart.study.analyse, smart.study.power
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,14 +1,7 @@
 "use strict";
 (() => {
+  const { make, button, say, number, signed, slug, save, clipView, switcher, rows } = Listen;
   const data = JSON.parse(document.getElementById("data").textContent);
-  const calm = matchMedia("(prefers-reduced-motion: reduce)");
-  const live = document.getElementById("live");
-  let quiet;
-  const say = (text) => { // for screen readers; visible to everyone for a few seconds
-    live.textContent = text;
-    clearTimeout(quiet);
-    quiet = setTimeout(() => { live.textContent = ""; }, 8000);
-  };
 
   // --- The listener's choices, stored in this browser if it allows that --------------------------------------------
 
@@ -27,34 +20,6 @@
 
   // --- Helpers -----------------------------------------------------------------------------------------------------
 
-  function make(tag, properties = {}, ...children) {
-    const node = document.createElement(tag);
-    for (const [name, value] of Object.entries(properties)) {
-      if (name.includes("-") || name === "role") node.setAttribute(name, value); else node[name] = value;
-    }
-    node.append(...children);
-    return node;
-  }
-  function draw(tag, attributes, parent) {
-    const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
-    for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-    parent.append(node);
-    return node;
-  }
-  const button = (text, label, act) => {
-    const node = make("button", { type: "button" }, text);
-    if (label) node.setAttribute("aria-label", label);
-    node.addEventListener("click", act);
-    return node;
-  };
-  const pitchName = (pitch) => { // spelt out, because screen readers may skip signs
-    const name = ["C", "C sharp ", "D", "E flat ", "E", "F", "F sharp ", "G", "A flat ", "A", "B flat ", "B"][pitch % 12];
-    return name + (Math.floor(pitch / 12) - 1);
-  };
-  const number = (value) => value === null || value === undefined ? "none" : value.toFixed(2);
-  const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(2);
-  const slug = (text) => text.normalize("NFKD").replace(/[^A-Za-z0-9]+/g, "-").replace(/^-|-$/g, "").toLowerCase();
-
   // Decodes base 85 (RFC 1924, with "," for "<"): a quarter longer than the bytes, where base 64 is a third longer.
   const alphabet = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%&()*+-;,=>?@^_`{|}~";
   const digit = new Uint8Array(128);
@@ -70,13 +35,6 @@
       out.setUint32(group * 4, value);
     }
     return out.buffer.slice(0, groups * 4 - (groups * 5 - text.length));
-  }
-  function save(content, type, name) {
-    const link = make("a", { href: URL.createObjectURL(new Blob([content], { type })), download: name });
-    document.body.append(link);
-    link.click();
-    link.remove();
-    setTimeout(() => URL.revokeObjectURL(link.href), 60000);
   }
 
   // --- Audio: the page has FLAC, plays it directly, and converts it to WAV for download ------------------------------
@@ -131,100 +89,6 @@
     }
   }
 
-  let playing = null; // the clip that is playing
-
-  // One clip: heading, roll, player, downloads. `label` is its name on the page; `hidden` hides all but the sound.
-  function clipView({ clip, role, label, hidden, span, range, where, name, heard, began }) {
-    const node = make("div", { className: "clip", role: "group", "aria-label": `${label}, ${where}` },
-      make("h4", {}, label));
-    node.dataset.role = hidden ? "hidden" : role;
-    if (clip.audio === null) {
-      node.append(make("p", { className: "missing" }, "This piece could not be rendered: it has no audio and no rating."));
-      if (!hidden) node.append(downloads(clip, label, where, name));
-      return node;
-    }
-    const audio = make("audio", { preload: "none" });
-    const roll = rollView(clip, label, where, hidden, span, range);
-    const playhead = roll.querySelector(".playhead");
-    const time = make("span", { className: "time" });
-    const seek = make("input", { type: "range", min: 0, max: span, step: 0.05, value: 0 });
-    seek.setAttribute("aria-label", `Position in ${label}, ${where}`);
-    const play = button("Play", `Play ${label}, ${where}`, () => (audio.paused ? start() : audio.pause()));
-    play.className = "play";
-
-    let wanted = 0; // where to start, until the audio is loaded
-    const position = () => (audio.src ? audio.currentTime : wanted);
-    function show() {
-      const now = position();
-      playhead.setAttribute("x1", now);
-      playhead.setAttribute("x2", now);
-      seek.value = now;
-      const text = `${now.toFixed(1)} of ${clip.seconds.toFixed(1)} s`;
-      seek.setAttribute("aria-valuetext", text);
-      if (time.textContent !== text) time.textContent = text;
-    }
-    function move(to) {
-      wanted = Math.min(Math.max(to, 0), clip.seconds);
-      if (audio.src) audio.currentTime = wanted;
-      show();
-    }
-    function load() {
-      if (audio.src) return;
-      audio.src = URL.createObjectURL(new Blob([flac(clip)], { type: "audio/flac" }));
-      if (wanted) audio.addEventListener("loadedmetadata", () => { audio.currentTime = wanted; }, { once: true });
-    }
-    async function start() {
-      try {
-        load();
-        if (playing && playing !== audio) playing.pause();
-        playing = audio;
-        await audio.play();
-      } catch (error) {
-        if (error.name !== "AbortError") say(`${label} cannot be played: ${error.message}`);
-      }
-    }
-    function follow() {
-      show();
-      if (!audio.paused && !calm.matches) requestAnimationFrame(follow);
-    }
-    let last = 0;
-    audio.addEventListener("play", () => {
-      play.textContent = "Pause";
-      play.setAttribute("aria-label", `Pause ${label}, ${where}`);
-      last = audio.currentTime;
-      heard.started = true;
-      began();
-      follow();
-    });
-    audio.addEventListener("pause", () => {
-      play.textContent = "Play";
-      play.setAttribute("aria-label", `Play ${label}, ${where}`);
-      show();
-    });
-    audio.addEventListener("timeupdate", () => {
-      const passed = audio.currentTime - last;
-      last = audio.currentTime;
-      if (passed > 0 && passed < 1) heard.seconds += passed;
-      show();
-    });
-    audio.addEventListener("seeked", () => { last = audio.currentTime; show(); });
-    seek.addEventListener("input", () => move(Number(seek.value)));
-    roll.addEventListener("click", (event) => {
-      const box = roll.getBoundingClientRect();
-      move((event.clientX - box.left) / box.width * span);
-    });
-    node.append(roll, seek, make("div", { className: "row" }, play, time), audio);
-    if (!hidden) {
-      node.append(make("p", { className: "about" }, describe(clip)), downloads(clip, label, where, name));
-    }
-    show();
-    node.stop = () => {
-      audio.pause();
-      if (audio.src) URL.revokeObjectURL(audio.src);
-    };
-    return node;
-  }
-
   const downloads = (clip, label, where, name) => {
     const row = make("div", { className: "row" },
       button("MIDI", `Save ${label}, ${where}, as MIDI`, () => save(bytes(clip.midi), "audio/midi", name + ".mid")));
@@ -234,51 +98,7 @@
     return row;
   };
 
-  const heardNotes = (clip) => clip.notes.filter(([onset]) => onset < clip.seconds);
-
-  function describe(clip) {
-    const notes = heardNotes(clip);
-    const pitches = notes.map((note) => note[2]);
-    const later = clip.notes.length - notes.length;
-    const [low, high] = [Math.min(...pitches), Math.max(...pitches)].map(pitchName);
-    return (!notes.length ? "No notes" : notes.length === 1 ? `1 note, ${low},`
-        : `${notes.length} notes from ${low} to ${high}`)
-      + ` in ${clip.seconds.toFixed(1)} seconds` + (later ? `, ${later} more after that in the MIDI file` : "")
-      + (clip.silent ? ". The clip is silent." : ".");
-  }
-
-  function rollView(clip, label, where, hidden, span, [low, high]) {
-    const roll = draw("svg", {
-      class: "roll", role: "img", viewBox: `0 0 ${span} ${high - low + 1}`, preserveAspectRatio: "none",
-      "aria-label": `Piano roll of ${label}, ${where}: ` + (hidden ? "hidden until you have chosen." : describe(clip)),
-    }, document.createDocumentFragment());
-    for (let second = 1; second < span; second += 1) {
-      draw("line", { x1: second, x2: second, y1: 0, y2: high - low + 1 }, roll);
-    }
-    for (let pitch = Math.ceil(low / 12) * 12; pitch <= high; pitch += 12) { // a line under every C
-      draw("line", { x1: 0, x2: span, y1: high - pitch + 1, y2: high - pitch + 1 }, roll);
-    }
-    if (clip.seconds < span) {
-      draw("rect", { class: "after", x: clip.seconds, y: 0, width: span - clip.seconds, height: high - low + 1 }, roll);
-    }
-    for (const [onset, length, pitch, velocity] of hidden ? [] : heardNotes(clip)) {
-      draw("rect", {
-        class: "note", x: onset, y: high - pitch, width: Math.min(length, clip.seconds - onset), height: 1,
-        "fill-opacity": 0.35 + 0.65 * velocity / 127, "data-pitch": pitch, "data-velocity": velocity,
-      }, roll);
-    }
-    draw("line", { class: "playhead", x1: 0, x2: 0, y1: 0, y2: high - low + 1 }, roll);
-    return roll;
-  }
-
   // --- Pairs ---------------------------------------------------------------------------------------------------------
-
-  function rows(caption, heads, axisRows) {
-    return make("table", { className: "ratings" }, make("caption", {}, caption),
-      make("thead", {}, make("tr", {}, ...heads.map((head) => make("th", { scope: "col" }, head)))),
-      make("tbody", {}, ...axisRows.map(([head, ...cells]) => make("tr", {}, make("th", { scope: "row" }, head),
-        ...cells.map((cell) => make("td", {}, cell))))));
-  }
 
   class Pair {
     constructor(section, index) {
@@ -313,15 +133,21 @@
         this.unlock(heard);
         if (!hidden && !choice) { state.open[key] = true; keep(); }
       };
-      const views = clips.map((clip, side) => clipView({
-        clip, role: roles[side], hidden, span, range, where: this.where, heard: heard[side], began,
-        label: !state.blind ? names[side] : hidden ? "AB"[side] : `${"AB"[side]}: ${names[side]}`,
-        name: slug(`${section.title} prompt ${String(pair.prompt).padStart(2, "0")} ${names[side]}`),
-      }));
+      const views = clips.map((clip, side) => {
+        const label = !state.blind ? names[side] : hidden ? "AB"[side] : `${"AB"[side]}: ${names[side]}`;
+        const name = slug(`${section.title} prompt ${String(pair.prompt).padStart(2, "0")} ${names[side]}`);
+        return clipView({
+          clip, role: roles[side], label, hidden, span, range, where: this.where, heard: heard[side], began,
+          source: () => URL.createObjectURL(new Blob([flac(clip)], { type: "audio/flac" })),
+          downloads: downloads(clip, label, this.where, name),
+        });
+      });
       this.node.replaceChildren(
-        make("h3", {}, `Prompt ${pair.prompt}`),
-        make("p", { className: "opening" }, `${pair.opening}; seed ${pair.seed}`),
-        make("div", { className: "clips" }, ...views));
+        make("h3", {}, `Prompt ${pair.prompt}: ${pair.words}`),
+        ...[switcher(views, this.where)].filter(Boolean),
+        make("div", { className: "clips" }, ...views),
+        make("details", { className: "opening" }, make("summary", {}, "Tokens of the prompt"),
+          make("p", {}, `${pair.opening}; seed ${pair.seed}`)));
       this.votes = [];
       if (hidden) this.node.append(this.ballot(names, heard));
       else {
@@ -400,7 +226,7 @@
       return [head, number(mean(both.map((two) => two[0]))), number(mean(both.map((two) => two[1]))),
         signed(mean(both.map((two) => two[1] - two[0])))];
     });
-    box.replaceChildren(rows("Mean ratings of the pairs below", ["Axis", section.first, other, "Difference"], table));
+    box.replaceChildren(rows("Mean ratings of the pairs above", ["Axis", section.first, other, "Difference"], table));
   }
 
   const sections = data.sections.map((section, index) => {

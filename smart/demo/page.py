@@ -21,9 +21,8 @@ import numpy.typing as npt
 import torch
 from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
-from symusic import Score
 
-from smart.render import score_notes
+from smart.listen import asset, in_words, notes_of
 from smart.reward import Reward, resample
 from smart.rollout import SILENT, Piece, System
 
@@ -85,22 +84,22 @@ class Page:
         )
 
     def add(self, piece: Piece, opening: str) -> None:
-        """Add a piece to the last section; ``opening`` is its prompt as text."""
+        """Add a piece to the last section; ``opening`` is its prompt as names of tokens."""
         section = self.sections[-1]
         pairs = {pair["prompt"]: pair for pair in section["pairs"]}
         pair = pairs.get(piece.prompt)
         if pair is None:
             pair = {"prompt": piece.prompt, "seed": piece.seed, "opening": opening, "clips": {}}
+            pair["words"] = in_words(opening.split())
             section["pairs"].append(pair)
         pair["clips"][piece.system] = len(self.clips)
         self.clips.append(self._clip(piece))
 
     def _clip(self, piece: Piece) -> dict[str, Any]:
         midi: bytes = piece.score.dumps_midi()
-        notes = score_notes(Score.from_midi(midi))  # from the same file that the page offers for download
         clip: dict[str, Any] = {
             "midi": _text(midi),
-            "notes": [[round(onset, 4), round(length, 4), int(p), int(v)] for onset, length, p, v in notes[:, :4]],
+            "notes": notes_of(midi),  # from the same file that the page offers for download
             "audio": None,
             "ratings": {},
         }
@@ -142,6 +141,7 @@ class Page:
             files("smart.demo").joinpath(name).read_text(encoding="utf-8").strip()
             for name in ("page.css", "page.js", "page.html")
         )
+        style, script = f"{asset('player.css')}\n{style}", f"{asset('player.js')}\n{script}"
         environment = jinja2.Environment(
             autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
         )

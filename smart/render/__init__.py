@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from smart.render.audio import load_soundfile, read_audio, with_pad_bytes, write_midi, write_wav
+from smart.render.audio import SILENT, load_soundfile, read_audio, with_pad_bytes, write_midi, write_wav
 from smart.render.notes import MAX_BEATS, NOTE_COLUMNS, Notes, check_notes, played_notes, score_notes
 from smart.render.pool import Renderer, RenderPool
 from smart.render.several import SeveralRenderers, draw_fonts
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MAX_BEATS",
     "NOTE_COLUMNS",
+    "SILENT",
     "Audio",
     "Notes",
     "RenderError",

@@ -12,6 +12,8 @@ import numpy.typing as npt
 from smart import UserError
 from smart.files import write_atomically
 
+SILENT = 1e-3  # of full scale: a clip that never exceeds it counts as silent (clips are peak-normalised)
+
 
 def write_midi(path: Path, score: Any) -> None:
     """Write a ``symusic.Score`` as a MIDI file. Raises ``OSError`` if that fails."""

@@ -26,15 +26,13 @@ from typing import Any, NamedTuple
 import torch
 
 from smart import Failure, brief
-from smart.render import Audio, Renderer, RenderError, SeveralRenderers
+from smart.render import SILENT, Audio, Renderer, RenderError, SeveralRenderers
 from smart.reward import NoteReward, Reward, resample
 from smart.reward.mixture import Part, single_parts
 from smart.rollout.horizon import Horizon
 from smart.run import Stopwatch
 from smart.sampler import Rollout
 from smart.tokens import Grammar, decode, unplayable
-
-SILENT = 1e-3  # of full scale: a clip that never exceeds it counts as silent (clips are peak-normalised)
 
 
 class Rated(NamedTuple):

@@ -122,6 +122,14 @@ class Tracker:
         for tracker in self._also:
             tracker.piece(step, tag, roll, wav)
 
+    def write_ratings(self, name: str, ratings: Mapping[str, Mapping[str, float]]) -> None:
+        """Write ratings by piece and name as a JSON file; one that is not finite becomes null."""
+        finite = {
+            piece: {key: value if math.isfinite(value) else None for key, value in rated.items()}
+            for piece, rated in ratings.items()
+        }
+        write_atomically(self.folder / name, json.dumps(finite, indent=1).encode())
+
 
 class NullTracker(Tracker):
     """A tracker that writes nothing, for processes other than the lead."""
@@ -145,6 +153,9 @@ class NullTracker(Tracker):
         pass
 
     def write_piece(self, name: str, score: Any, audio: Audio | None, sample_rate: int) -> None:
+        pass
+
+    def write_ratings(self, name: str, ratings: Mapping[str, Mapping[str, float]]) -> None:
         pass
 
 

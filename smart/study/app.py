@@ -35,6 +35,7 @@ from smart.study.export import ratings_csv
 from smart.study.folder import CHECK
 from smart.study.store import Answer, Refused, Store
 from smart.study.tell import tell
+from smart.web import HEADERS  # no referrer: an address holds the participant's token
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -46,18 +47,6 @@ BLOCK = 64 * 1024  # bytes of a sound that are read and sent at a time
 BLOCK_SECONDS = 30.0  # until the client must have taken a block
 MOST_SOUNDS = 4  # sent to one link at the same time
 ASSETS = {"study.css": "text/css", "study.js": "text/javascript", "icon.svg": "image/svg+xml"}
-HEADERS = {
-    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
-    "media-src blob:; connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
-    "cache-control": "no-store",
-    "cross-origin-opener-policy": "same-origin",
-    "cross-origin-resource-policy": "same-origin",
-    "permissions-policy": "camera=(), microphone=(), geolocation=()",
-    "referrer-policy": "no-referrer",  # an address holds the participant's token
-    "x-content-type-options": "nosniff",
-    "x-frame-options": "DENY",
-    "x-robots-tag": "noindex, nofollow",
-}
 RAW_HEADERS = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
 NAME = re.compile(r"[0-9a-f]{32}")  # made by the browser: ``client_id`` and ``session`` of an answer
 NUMBER = re.compile(r"\d{1,9}", re.ASCII)  # Python refuses to convert thousands of digits

@@ -88,6 +88,51 @@ def test_audio_plays_and_the_playhead_moves(page: Any) -> None:
     assert second.locator("button.play").inner_text() == "Play"
 
 
+def test_one_player_switches_at_the_same_instant(page: Any) -> None:
+    first, second = clips(page).all()
+    pair = page.locator(".pair").first
+    pair.get_by_role("button", name="Play piano-small in the player of both, prompt 0").click()
+    wait(page, first, "audio.currentTime > 0.5")
+    pair.get_by_role("button", name="Switch to perturbed at the same instant, prompt 0").click()
+    wait(page, second, "!audio.paused && audio.currentTime > 0.4")  # not from its beginning
+    assert audio(first, "paused") and abs(audio(second, "currentTime") - audio(first, "currentTime")) < 1
+    pair.get_by_role("button", name="Pause perturbed in the player of both, prompt 0").click()
+    assert audio(second, "paused")
+    pair.get_by_role("button", name="Switch to piano-small at the same instant, prompt 0").click()  # silently
+    assert audio(first, "paused") and abs(audio(second, "currentTime") - audio(first, "currentTime")) < 0.1
+
+
+@pytest.mark.parametrize(
+    "page",
+    [{"viewport": {"width": 1280, "height": 800}}, {"viewport": {"width": 390, "height": 800}}],
+    indirect=True,
+    ids=["wide", "phone"],
+)
+def test_the_first_screen_has_something_to_hear(page: Any, parsed: Parsed) -> None:
+    first = clips(page).first
+    button = page.locator(".pair .switcher button").first.bounding_box()
+    assert button["y"] + button["height"] <= 800
+    opening = parsed.data["sections"][0]["pairs"][0]["opening"]
+    signature, tempo = (word.split("_")[1] for word in opening.split()[1::2])
+    heading = page.locator(".pair h3").first.inner_text()
+    assert heading == f"Prompt 0: {signature}, {float(tempo):.0f} beats a minute"
+    assert opening not in page.locator(".pair").first.inner_text()
+    page.locator(".pair summary").first.click()  # on demand
+    assert opening in page.locator(".pair").first.inner_text()
+    seconds = first.locator(".seconds span").all_inner_texts()
+    assert seconds[0] == "0 s" and [int(second) for second in seconds[1:]] == list(range(1, len(seconds)))
+    span = float(first.locator("svg").get_attribute("viewBox").split()[2])
+    top, height = (first.locator("svg").bounding_box()[name] for name in ("y", "height"))
+    rows = float(first.locator("svg").get_attribute("viewBox").split()[3])
+    notes = first.locator("rect.note")
+    pitch, y = (float(notes.first.get_attribute(name)) for name in ("data-pitch", "y"))
+    for name in first.locator(".pitches span").all():  # a name stands where the notes of that pitch are
+        box = name.bounding_box()
+        at = (box["y"] + box["height"] / 2 - top) / height * rows
+        assert abs(at - (y + pitch + 0.5 - 12 * (int(name.inner_text()[1:]) + 1))) < 1
+    assert span > 0
+
+
 def test_the_roll_is_the_midi(page: Any, parsed: Parsed) -> None:
     for pair in range(2):
         for clip, name in zip(clips(page, pair).all(), ["piano-small", "perturbed"], strict=True):
