@@ -8,22 +8,27 @@ from smart.run.folder import (
     CONFIG,
     NEEDED,
     SETTINGS,
+    Opening,
     changes,
     check_packages,
     claim_folder,
+    confirm_settings,
     hold_folder,
     open_run_folder,
 )
 from smart.run.run import Run
+from smart.run.sources import ACCEPT, digests, files_in
 from smart.run.stop import StopRequest
 from smart.run.stopwatch import Span, Stopwatch
 from smart.run.tracker import METRICS, Tracker, read_metrics, summarise
 
 __all__ = [
+    "ACCEPT",
     "CONFIG",
     "METRICS",
     "NEEDED",
     "SETTINGS",
+    "Opening",
     "Run",
     "Span",
     "StopRequest",
@@ -33,6 +38,9 @@ __all__ = [
     "changes",
     "check_packages",
     "claim_folder",
+    "confirm_settings",
+    "digests",
+    "files_in",
     "hold_folder",
     "in_one_line",
     "open_run_folder",
