@@ -108,7 +108,8 @@ class World:
         if told is None:
             return
         if problem is not None and self.rank == first:
-            raise type(problem)(f"{self._name() if first else ''}{': ' if first else ''}{problem.message}") from None
+            problem.message = f"{self._name()}: {problem.message}" if first else problem.message
+            raise problem
         raise _Told(*told) from None
 
     def confirm(self, what: Mapping[str, object], then: str, *, error: type[click.ClickException] = UserError) -> None:

@@ -520,6 +520,8 @@ class Tuning:
                 checkpoint.verify(folder)
                 return folder
             except UserError as error:
+                if error.exit_code == 1:  # too many open files, say: it may be intact
+                    raise
                 if folder.exists():  # not all are kept
                     self.run.log(f"Warning: {error.message}; using the next best")
                 guard.history = [one for one in guard.history if one.step != best]

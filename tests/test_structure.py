@@ -12,7 +12,7 @@ import pytest
 import smart
 
 PACKAGE = Path(smart.__file__).parent
-GROUND = {"config", "tokens", "model", "hub", "files", "distributed", "published", "workers", "cores", "gpu"}
+GROUND = {"config", "tokens", "model", "hub", "files", "distributed", "published", "workers", "cores", "gpu", "process"}
 ROOMS = {
     "logprobs",
     "prompts",

@@ -121,6 +121,8 @@ def latest(root: Path) -> Path | None:
         try:
             verify(folder)
         except UserError as error:
+            if error.exit_code == 1:  # too many open files, say: it may be intact
+                raise
             damaged.append(error.message)
             click.echo(f"Warning: {error.message}; trying the one before it", err=True)
             continue

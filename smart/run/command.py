@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from smart import UserError
+from smart.process import exhausted
 from smart.run.folder import run_of
 from smart.run.sources import ACCEPT
 
@@ -102,6 +103,9 @@ def in_one_line(writing: str, then: str, *expected: type[Exception]) -> Iterator
     except expected as error:
         raise click.ClickException(f"{error}; {then}") from None
     except (OSError, SafetensorError) as error:  # the latter is how that library reports a full disk
+        limit = exhausted(error)
+        if limit and "disk" not in limit:
+            raise click.ClickException(f"{limit}; {then}") from error
         raise click.ClickException(f"{writing} could not be written ({error}); {then}") from error
     except (MemoryError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
