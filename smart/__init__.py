@@ -17,6 +17,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from smart.cores import bound_spin
+from smart.process import end_imports_at_interrupt, exhausted, open_streams
+
+# here, since every program imports this package first
+open_streams()
+end_imports_at_interrupt()
+bound_spin()
+
+try:
+    import click
+except ModuleNotFoundError:  # installed without its dependencies
+    print("Error: the packages that smart needs are missing (click is one); see docs/install.md", file=sys.stderr)
+    sys.exit(2)
+
 __version__ = "0.1.0"
 
 
