@@ -12,7 +12,20 @@ import pytest
 import smart
 
 PACKAGE = Path(smart.__file__).parent
-GROUND = {"config", "tokens", "model", "hub", "files", "distributed", "published", "workers", "cores", "gpu", "process"}
+GROUND = {
+    "config",
+    "tokens",
+    "model",
+    "hub",
+    "files",
+    "distributed",
+    "published",
+    "workers",
+    "cores",
+    "gpu",
+    "process",
+    "style",
+}
 ROOMS = {
     "logprobs",
     "prompts",

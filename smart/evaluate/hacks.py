@@ -59,6 +59,7 @@ from smart.render import (
 )
 from smart.rollout import compose, find_system
 from smart.run import check_packages, progress
+from smart.style import own_style
 
 Ratings = dict[str, npt.NDArray[np.float64]]  # column -> (pieces,)
 
@@ -381,6 +382,7 @@ def _shown(rows: Sequence[Row]) -> str:
     )
 
 
+@own_style
 def _draw(stem: Path, rows: Sequence[Row], names: Sequence[str]) -> None:
     """Draw the paired differences with their intervals, one panel per rating."""
     from matplotlib.figure import Figure

@@ -46,6 +46,7 @@ from smart.model import pick_device
 from smart.published import AXES, TABLE_2
 from smart.render import checked_soundfont, open_renderer, short_name
 from smart.run import check_packages
+from smart.style import own_style
 from smart.tokens import decode
 
 Ratings = npt.NDArray[np.float64]
@@ -265,6 +266,7 @@ def _agreement_shown(rows: Sequence[Row]) -> str:
     )
 
 
+@own_style
 def _draw(stem: Path, fonts: Sequence[Font], names: Sequence[str], means: list[Row], agreed: list[Row]) -> None:
     """Draw each rating's mean by soundfont (top) and its matrix of Spearman correlations (bottom)."""
     from matplotlib.figure import Figure
