@@ -64,9 +64,7 @@ except Exception as error:
 
 
 def test_who_waits_for_a_process_that_never_comes_gives_up() -> None:
-    first, second = start_two("-c", ALONE)
-    second.kill()
-    codes, output = finish([first])
+    codes, output = finish(start_two("-c", ALONE, ranks="0"))
     assert codes == [0] and "Failure process 0 of 2 did not find all others at 127.0.0.1:" in output, output
     assert "within 0.05 minutes" in output
 
@@ -108,19 +106,8 @@ def test_all_confirm_the_same_and_end_together() -> None:
 
 
 def test_a_process_with_another_configuration_is_named(base: Path, tmp_path: Path) -> None:
-    words = ["-m", "smart.grpo", *arguments(base, tmp_path), "--set", "grpo.learning_rate=0.001"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    processes = [
-        programs.start(
-            [sys.executable, *words, *more], env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": "0"}, **streams
-        )
-        for rank, more in enumerate(([], ["--set", "grpo.learning_rate=0.002"]))
-    ]
-    codes, output = finish(processes)
+    words = ("-m", "smart.grpo", *arguments(base, tmp_path), "--set", "grpo.learning_rate=0.001")
+    codes, output = finish(start_two(*words, more={"1": ["--set", "grpo.learning_rate=0.002"]}))
     assert codes == [2, 2] and output.count("Error: ") == 1, output
     assert "has another grpo.learning_rate than process 0" in output and "0.002 instead of 0.001" in output
     assert not (tmp_path / "r").exists()
@@ -225,8 +212,13 @@ with join(torch.device("cpu")) as world:
 """
 
 
-def start_two(*words: str, **options: Any) -> list[subprocess.Popen[str]]:
-    """Two processes with the environment that torchrun gives its own, by rank; without torchrun, which takes long."""
+def start_two(
+    *words: str, ranks: str = "01", more: dict[str, list[str]] | None = None, **options: Any
+) -> list[subprocess.Popen[str]]:
+    """Two processes with the environment that torchrun gives its own, by rank; without torchrun, which takes long.
+
+    ``ranks`` are those that are started; ``more``: words that only the process of that rank gets.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -234,9 +226,11 @@ def start_two(*words: str, **options: Any) -> list[subprocess.Popen[str]]:
     options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return [
         programs.start(
-            [sys.executable, *words], env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank}, **options
+            [sys.executable, *words, *(more or {}).get(rank, [])],
+            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank},
+            **options,
         )
-        for rank in "01"
+        for rank in ranks
     ]
 
 
