@@ -53,7 +53,10 @@ def identify(
     settings = to_dict(config)
     paths = {f"model.base/{name}": base / name for name in FILES}
     paths |= {f"render.soundfont {name}": path for name, path in zip(config.render.fonts, soundfonts, strict=True)}
-    paths |= files_in({key: settings[key] for key in ("reward", "rewards", "guard")})
+    tables = {"reward": settings["reward"], "guard.judge": settings["guard"]["judge"]}
+    tables |= {f"rewards.{number}": table for number, table in enumerate(settings["rewards"])}
+    for name, table in tables.items():
+        paths |= files_in({key: table[key] for key in ("options", "real") if key in table}, f"{name}.")
     if judge_soundfont is not None:
         paths["guard.soundfont"] = judge_soundfont
     if config.prompts.kind == "dataset":

@@ -85,6 +85,18 @@ def backend_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return option(function)
 
 
+def accept_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The option of a program that takes up unfinished work, for ``claim_folder``."""
+    option = click.option(
+        ACCEPT,
+        "accept_changes",
+        is_flag=True,
+        help="Continue unfinished work although files that it was begun with (models, the soundfont, files of rewards) "
+        "have changed. That is recorded with the result.",
+    )
+    return option(function)
+
+
 # how torch (on CUDA and on a CPU), Python's threads, C++ and CUDA's libraries say it
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "can't start new thread", "bad_alloc", "ALLOC_FAILED")
 

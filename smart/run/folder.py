@@ -165,6 +165,14 @@ def hold_folder(folder: Path) -> Iterator[None]:
         yield
 
 
+def text_changes(before: str, now: str) -> str:
+    """How two JSON texts of settings differ."""
+    try:
+        return "; ".join(changes(parse_json(before), parse_json(now)))
+    except (ValueError, AttributeError):
+        return "they cannot be read"
+
+
 MAY_CHANGE = (
     "run.folder",
     "run.name",
