@@ -53,13 +53,7 @@ def open_run_folder(
     """
     if "\0" in str(folder):
         raise UserError(f"run {str(folder)!r}: a folder cannot have that name; choose another run.name")
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise UserError(f"run {folder} is not a folder; choose another run.name")
-    if resume and not (folder / CONFIG).is_file():
-        raise UserError(
-            f"run {folder}: nothing to resume, since it has no {CONFIG}; leave out --resume to begin it, or give the "
-            f"configuration of a run, --config RUN/{CONFIG}"
-        )
+    _check_kind(folder, resume)
     with ExitStack() as held:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -72,6 +66,22 @@ def open_run_folder(
         except OSError as error:
             raise UserError(f"run {folder} cannot be written ({error.strerror})") from None
         yield
+
+
+def check_resumable(folder: Path, config: str, *, complete: Callable[[Path], str] | None = None) -> None:
+    """Raise ``UserError`` if ``folder`` holds no run, or one with another configuration; arguments as above."""
+    _check_kind(folder, True)
+    _refuse_changes(folder, config, complete)
+
+
+def _check_kind(folder: Path, resume: bool) -> None:
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"run {folder} is not a folder; choose another run.name")
+    if resume and not (folder / CONFIG).is_file():
+        raise UserError(
+            f"run {folder}: nothing to resume, since it has no {CONFIG}; leave out --resume to begin it, or give the "
+            f"configuration of a run, --config RUN/{CONFIG}"
+        )
 
 
 def _make_or_check(

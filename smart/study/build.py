@@ -425,10 +425,9 @@ def build_study(
     )  # fmt: skip
     for line in build(
         out, systems, design, target=given["lufs"], studies=given["power"], options=options,
-        accept=given["accept_changes"],
+        accept=given.get("accept_changes", False),
     ):  # fmt: skip
         click.echo(line)
     click.echo(f"{out}: {design.prompts} prompts x {len(names)} systems, {design.rated} trials for each participant")
-    click.echo(
-        f"complete {out / CONSENT} and {out / 'preregistration.md'}, then: {shlex.join([sys.executable, '-m', 'smart.study', 'serve', str(out)])}"
-    )
+    serve = shlex.join([sys.executable, "-m", "smart.study", "serve", str(out)])
+    click.echo(f"complete {out / CONSENT} and {out / 'preregistration.md'}, then: {serve}")
