@@ -17,15 +17,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from smart.cores import bound_spin
+from smart.process import end_imports_at_interrupt, exhausted, open_streams
+
+# here, since every program imports this package first
+open_streams()
+end_imports_at_interrupt()
+bound_spin()
+
 try:
     import click
 except ModuleNotFoundError:  # installed without its dependencies
     print("Error: the packages that smart needs are missing (click is one); see docs/install.md", file=sys.stderr)
     sys.exit(2)
-
-from smart.cores import bound_spin
-
-bound_spin()  # here, since every program imports this package before torch
 
 __version__ = "0.1.0"
 
@@ -34,10 +38,17 @@ class UserError(click.ClickException, ValueError):
     """A mistake that the user can fix: one line that names the thing, what was expected and what to do.
 
     As a ``ClickException`` it ends a program with that line and exit code 2, without a traceback; code that uses
-    the package as a library can catch it as a ``ValueError``.
+    the package as a library can catch it as a ``ValueError``. One that is raised because the system ran into a limit
+    (memory, open files, disk) names the limit, and ends a program with exit code 1: it is not the user's mistake.
     """
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        if limit := exhausted(sys.exc_info()[1]):
+            message = message if message.startswith(limit) else f"{limit}: {message}"
+            self.exit_code = 1  # type: ignore[misc]  # click reads it from the instance
+        super().__init__(message)
 
 
 class Failure(click.ClickException, RuntimeError):
@@ -67,6 +78,8 @@ def require(*finders: Callable[[], Any]) -> list[Any]:
         try:
             found.append(finder())
         except UserError as error:
+            if error.exit_code == 1:  # a limit of the system, into which the others may run, too
+                raise
             problems.append(error.message)
     problems = list(dict.fromkeys(problems))  # several may report the same thing
     if len(problems) > 1:

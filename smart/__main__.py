@@ -1,13 +1,17 @@
 """``smart PROGRAM ...`` runs ``python -m smart.PROGRAM ...``; each program is imported only when it is called."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from typing import Any
 
 import click
 
 from smart import Group, __version__, missing
 from smart.cores import SPINS
+from smart.process import exhausted
 
 PROGRAMS = {
     "grpo": "Tune a base model with a reward for how its music sounds.",
@@ -56,6 +60,10 @@ RUNS = {"grpo": ("Config", "quickstart.toml"), "pretrain": ("PretrainConfig", "b
 class Programs(Group):
     """The programs by their names, none of which is imported before it is asked for."""
 
+    def main(self, *args: Any, **options: Any) -> Any:
+        with limits_named():
+            return super().main(*args, **options)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(PROGRAMS)
 
@@ -85,11 +93,25 @@ def command(name: str) -> click.Command:
 def start(name: str) -> None:
     """Run a program that was started as ``python -m``, which names it so in its usage line, and exit."""
     try:
-        command(name)()
+        with limits_named():
+            command(name)()
     except ModuleNotFoundError as error:
         problem = missing(name, error)
         problem.show()
         sys.exit(problem.exit_code)
+
+
+@contextmanager
+def limits_named() -> Iterator[None]:
+    """End a program with one line if it ran out of memory, open files or disk where nothing else says so."""
+    try:
+        yield
+    except (OSError, MemoryError, RuntimeError, ImportError) as error:
+        limit = exhausted(error)
+        if limit is None:
+            raise
+        click.echo(f"Error: {limit}", err=True)
+        raise SystemExit(1) from None
 
 
 @click.group(cls=Programs)

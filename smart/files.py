@@ -1,6 +1,7 @@
 """Write files so that a crash never leaves half of one, and read files from unknown sources. Imports no torch, for
 programs that need none."""
 
+import errno
 import fcntl
 import glob
 import hashlib
@@ -9,11 +10,17 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
+
+import click
+
+# what a file system answers that lacks an operation; some answer EPERM, for links
+UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def write_atomically(path: Path, write: bytes | Callable[[IO[bytes]], object]) -> None:
@@ -114,7 +121,7 @@ def hold(path: Path) -> Iterator[int]:
     """Lock a file or folder against other processes; yields the descriptor that holds the lock.
 
     The lock ends with the process, however that ends. Raises ``BlockingIOError`` if another process holds it, and
-    ``OSError`` if the path cannot be opened. On a file system without locks this does nothing.
+    ``OSError`` if the path cannot be opened. On a file system without locks this only warns.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -123,7 +130,7 @@ def hold(path: Path) -> Iterator[int]:
         except BlockingIOError:
             raise
         except OSError:  # some network file systems have no locks
-            pass
+            _warn("lock", path)
         yield descriptor
     finally:
         os.close(descriptor)
@@ -170,9 +177,83 @@ def sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Flush a file's bytes, or a folder's names, to the disk."""
+    """Flush a file's bytes, or a folder's names, to the disk. A file system that cannot do the latter is reported."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED or not path.is_dir():
+            raise
+        _warn("flush", path)
     finally:
         os.close(descriptor)
+
+
+def link(path: Path, name: str) -> bool:
+    """Make ``path`` a symbolic link to ``name``, in one rename; without links in the file system warn, return False."""
+    temporary = path.with_name(f".{path.name}.link")
+    temporary.unlink(missing_ok=True)  # left by a killed process
+    try:
+        temporary.symlink_to(name)
+    except OSError as error:
+        if error.errno not in (*UNSUPPORTED, errno.EPERM):
+            raise
+        _warn("link", path.parent)
+        return False
+    os.replace(temporary, path)
+    sync(path.parent)
+    return True
+
+
+LACKS = {
+    "flush": "cannot flush folders to the disk: after a power cut the last files may be missing",
+    "link": "has no symbolic links: they are left out, or replaced by copies",
+    "lock": "has no locks: make sure that no two processes work in one folder",
+    "case": "ignores upper and lower case: names have to differ in more than that",
+}
+
+
+def _warn(lack: str, place: Path) -> None:
+    """Say once in a process what the file system of ``place`` lacks."""
+    if lack not in _warned:
+        _warned.add(lack)
+        with suppress(OSError):  # the terminal was closed
+            click.echo(f"Warning: the file system of {place} {LACKS[lack]}", err=True)
+
+
+_warned: set[str] = set()
+
+
+def lacks(folder: Path) -> list[str]:
+    """What the file system of a folder lacks that runs use, as clauses. Raises ``OSError`` if it cannot be written."""
+    found = []
+
+    def flush(tried: Path) -> None:
+        descriptor = os.open(tried, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def lock(tried: Path) -> None:
+        descriptor = os.open(tried, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        finally:
+            os.close(descriptor)
+
+    with tempfile.TemporaryDirectory(prefix=".smart-", dir=folder) as name:
+        tried = Path(name)
+        for lack, attempt in (
+            ("flush", flush),
+            ("link", lambda tried: os.symlink(".", tried / "link")),
+            ("lock", lock),
+        ):
+            try:
+                attempt(tried)
+            except OSError:
+                found.append(LACKS[lack])
+        (tried / "case").touch()
+        if (tried / "CASE").exists():
+            found.append(LACKS["case"])
+    return found

@@ -254,16 +254,16 @@ def update(
     return first_stats | {"grad_norm": norm}
 
 
-def train(config: Config, *, reward: Reward | None = None, resume: bool = False, overwrite: bool = False) -> Path:
+def train(config: Config, *, reward: Reward | None = None, **opening: bool) -> Path:
     """Tune a base by ``config``; returns the folder of the run, whose ``tuned/`` has the same format as a base.
 
-    ``reward`` replaces the configured one. With ``resume`` the run continues from its last checkpoint, on a CPU
-    exactly. Started by ``torchrun``, each process draws, renders and rates its share of the groups, and learns from its
-    share of the batch. Raises ``UserError`` for a mistake that the user can correct, ``Failure`` if training cannot
-    continue.
+    ``reward`` replaces the configured one. ``opening`` are flags of ``Tuning``: with ``resume`` the run continues from
+    its last checkpoint, on a CPU exactly; ``overwrite`` replaces a run of that name. Started by ``torchrun``, each
+    process draws, renders and rates its share of the groups, and learns from its share of the batch. Raises
+    ``UserError`` for a mistake that the user can correct, ``Failure`` if training cannot continue.
     """
     settings = config.grpo
-    with Tuning(config, reward=reward, resume=resume, overwrite=overwrite) as run:
+    with Tuning(config, reward=reward, **opening) as run:
         for step in run.steps():
             for parameters in run.optimizer.param_groups:
                 parameters["lr"] = settings.learning_rate * (1 - (step - 1) / settings.iterations)  # linear to 0

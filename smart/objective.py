@@ -13,14 +13,17 @@ import torch
 
 from smart.config import Config, to_dict
 from smart.cores import usable_cores
+from smart.corpus import MANIFEST
 from smart.distributed import World
 from smart.diversity import alikeness, distinct_rewards
 from smart.files import write_atomically
 from smart.guard import PLAUSIBILITY, Judge, default_judge, optimised_axes
+from smart.model import FILES
 from smart.render import Renderer, draw_fonts
 from smart.reward import Mixture, Reward, load_reward, real
 from smart.reward.mixture import Part, as_one, load_part, single_parts
 from smart.rollout import Batch, Fonts
+from smart.run import digests, files_in
 from smart.tokens import decode
 
 
@@ -34,6 +37,34 @@ def reward_finders(config: Config, device: torch.device, given: Reward | None) -
     if given is not None:
         return [lambda: Part("", given, deadline=config.reward.deadline)]
     return [partial(load_part, table, device) for table in tables(config)]
+
+
+def identify(
+    config: Config,
+    *,
+    base: Path,
+    soundfonts: Sequence[Path],
+    rewards: Sequence[Part],
+    judge: Reward | None,
+    judge_soundfont: Path | None,
+    **_: object,
+) -> dict[str, str]:
+    """What a run is made of: name -> SHA-256 of a file or folder, or the description of a reward."""
+    settings = to_dict(config)
+    paths = {f"model.base/{name}": base / name for name in FILES}
+    paths |= {f"render.soundfont {name}": path for name, path in zip(config.render.fonts, soundfonts, strict=True)}
+    tables = {"reward": settings["reward"], "guard.judge": settings["guard"]["judge"]}
+    tables |= {f"rewards.{number}": table for number, table in enumerate(settings["rewards"])}
+    for name, table in tables.items():
+        paths |= files_in({key: table[key] for key in ("options", "real") if key in table}, f"{name}.")
+    if judge_soundfont is not None:
+        paths["guard.soundfont"] = judge_soundfont
+    if config.prompts.kind == "dataset":
+        paths["prompts.corpus"] = Path(config.prompts.corpus).expanduser() / MANIFEST
+    described = {part.name or part.reward.name: part.reward for part in rewards}
+    if judge is not None:
+        described["guard.judge"] = judge
+    return digests(paths) | {f"reward {name}": reward.provenance for name, reward in described.items()}
 
 
 def find_named_judge(config: Config, device: torch.device) -> Reward | None:

@@ -12,8 +12,10 @@ import numpy.typing as npt
 
 from smart.files import parse_json, write_atomically
 from smart.run import read_metrics
+from smart.style import own_style
 
 
+@own_style
 def curves(folder: Path, keys: Sequence[str], unit: str, *, step: str) -> Path:
     """Plot the metrics ``keys`` of a run by step into ``<folder>/<first key>.png``, with "_" for "/".
 
@@ -39,6 +41,7 @@ def curves(folder: Path, keys: Sequence[str], unit: str, *, step: str) -> Path:
     return path
 
 
+@own_style
 def timeline(trace: Path) -> Path:
     """Draw a trace written by ``smart.run.Stopwatch.write``, one row per lane, into a PNG next to it."""
     from matplotlib.figure import Figure
@@ -97,6 +100,7 @@ def edges_of(values: Iterable[npt.NDArray[Any]], bins: int = 30) -> npt.NDArray[
     return np.linspace(low, high, bins + 1)
 
 
+@own_style
 def histograms(panels: Sequence[Panel], stem: Path, *, columns: int = 2) -> list[Path]:
     """Draw panels side by side into ``<stem>.png`` and ``.pdf``; the data goes into ``<stem>.csv``."""
     from matplotlib.figure import Figure
@@ -115,6 +119,7 @@ def histograms(panels: Sequence[Panel], stem: Path, *, columns: int = 2) -> list
     return save(figure, stem, table)
 
 
+@own_style
 def rewards_and_rolls(
     panel: Panel, rolls: Mapping[str, npt.NDArray[np.float32]], stem: Path, *, per_beat: int
 ) -> list[Path]:
@@ -151,6 +156,7 @@ def rewards_and_rolls(
     return save(figure, stem, table)
 
 
+@own_style
 def rewards_by_iteration(runs: Mapping[str, Sequence[Mapping[str, Any]]], stem: Path, ylabel: str) -> list[Path]:
     """Mean reward of each run by iteration, with a band of one standard deviation, like the paper's figure 2."""
     from matplotlib.figure import Figure
@@ -177,6 +183,7 @@ def rewards_by_iteration(runs: Mapping[str, Sequence[Mapping[str, Any]]], stem: 
     return save(figure, stem, table)
 
 
+@own_style
 def frontier(
     rows: Sequence[Mapping[str, Any]],
     measures: Mapping[str, str],
@@ -296,6 +303,7 @@ def plain(cell: Any) -> Any:
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell
 
 
+@own_style
 def ratings(table: Sequence[tuple[str, str, float]], systems: Sequence[str], path: Path) -> None:
     """Ratings overall and by participant (the paper's figure 5) as ``path``.png and ``path``.pdf, data in ``path``.csv.
 
@@ -346,6 +354,7 @@ def ratings(table: Sequence[tuple[str, str, float]], systems: Sequence[str], pat
     save(figure, path, lines)
 
 
+@own_style
 def power(rows: Sequence[Mapping[str, float]], effect: float, path: Path) -> None:
     """Power by number of listeners as ``path``.png and ``path``.pdf, data in ``path``.csv.
 

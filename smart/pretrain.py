@@ -38,15 +38,24 @@ from transformers import Phi3ForCausalLM
 from smart import UserError
 from smart.config import Data, Optimisation, PretrainConfig, completed, dumps
 from smart.cores import summary
-from smart.corpus import Corpus
+from smart.corpus import MANIFEST, Corpus
 from smart.distributed import World, join
-from smart.files import parse_json, sync
-from smart.model import build_model, context_length, load_base, pick_device, pick_precision, save_base
+from smart.files import link, parse_json, replace_files
+from smart.model import (
+    FILES,
+    build_model,
+    context_length,
+    find_base,
+    load_base,
+    pick_device,
+    pick_precision,
+    save_base,
+)  # fmt: skip
 from smart.plots import curves
 from smart.prompts import Pieces, draw
 from smart.render import RenderError, checked_soundfont, open_renderer
 from smart.rollout import SILENT, completion_metrics
-from smart.run import Run, Tracker, check_packages, checkpoint
+from smart.run import Opening, Run, Tracker, check_packages, checkpoint, confirm_settings, digests
 from smart.sampler import Sampler
 from smart.tokens import Vocabulary, build_grammar, decode, vocabulary
 
@@ -148,15 +157,17 @@ class Progress:
     steps: int = 0  # since the last evaluation
 
 
-def train(config: PretrainConfig, *, resume: bool = False, overwrite: bool = False) -> Path:
+def train(config: PretrainConfig, **opening: bool) -> Path:
     """Train a base as ``config`` says; returns the folder of the run, whose ``base/`` contains the best model.
+
+    ``opening`` are flags of ``Pretraining``: ``resume``, ``overwrite``, ``accept_changes``.
 
     If ``torchrun`` started several processes, each learns from its own rows of every batch, and the result is that of
     one process up to rounding. Raises ``UserError`` for what the user can correct, and ``click.ClickException`` if the
     loss is no longer finite.
     """
     check_packages(config.track.also)
-    with Pretraining(config, resume=resume, overwrite=overwrite) as run:
+    with Pretraining(config, **opening) as run:
         for step in run.steps():
             # every process draws the whole batch, to know its number of targets, and learns from a share of it
             batch = run.rows.batch(config.optimisation.batch, np.random.default_rng((config.run.seed, step)))
@@ -199,19 +210,34 @@ class Pretraining:
 
     Attributes: ``model``; ``forward``, the same model for the forward pass (compiled, or wrapped for several
     processes); ``optimizers``; ``autocast``; ``rows``, the training rows; ``world`` (all processes); ``progress``.
+    ``opening`` are flags of ``smart.run.Opening``.
     """
 
-    def __init__(self, config: PretrainConfig, *, resume: bool = False, overwrite: bool = False) -> None:
+    def __init__(self, config: PretrainConfig, **opening: bool) -> None:
         self.config = config
         self.folder = Path(config.run.folder) / config.run.name
         self.progress = Progress()
-        self._resume, self._overwrite = resume, overwrite
+        self._opening = Opening(**opening)
         self._opened = contextlib.ExitStack()
 
     def __enter__(self) -> "Pretraining":
         with contextlib.ExitStack() as opened:
             self.world = opened.enter_context(join(pick_device(self.config.run.device)))
-            soundfont = self._find_parts(opened)
+            settings = dumps(self.config)
+            confirm_settings(self.world, "smart.pretrain", settings, self._opening)
+            with self.world.together():
+                soundfont, sources = self._find_parts()
+            run = Run(
+                self.folder,
+                settings,
+                program="smart.pretrain",
+                world=self.world,
+                opening=self._opening,
+                keep=self.config.optimisation.keep_checkpoints,
+                sources=sources,
+                complete=partial(completed, schema=PretrainConfig),
+            )
+            self.run = opened.enter_context(run)
             self._build_optimizers()
             self._open_files(opened, soundfont)
             self._opened = opened.pop_all()
@@ -220,8 +246,8 @@ class Pretraining:
     def __exit__(self, *error: Any) -> None:
         self._opened.__exit__(*error)
 
-    def _find_parts(self, opened: contextlib.ExitStack) -> Path:
-        """Read the corpus, make the model, and open the run's folder; returns the soundfont for samples."""
+    def _find_parts(self) -> tuple[Path, dict[str, str]]:
+        """Read the corpus and make the model; returns the soundfont for samples, and digests of what the run reads."""
         config, settings, data = self.config, self.config.optimisation, self.config.data
         if not data.corpus:
             raise UserError("data.corpus is empty: set it to a folder written by `smart corpus build`")
@@ -243,18 +269,11 @@ class Pretraining:
         ).batch(settings.evaluate_rows, np.random.default_rng((config.run.seed, 0)))
         self._missing = missing_to_compile(self.world.device.type)
         self._compiling = _compiles(settings.compile, self.world.device, self._missing)
-        run = Run(
-            self.folder,
-            dumps(config),
-            program="smart.pretrain",
-            world=self.world,
-            resume=self._resume,
-            overwrite=self._overwrite,
-            keep=settings.keep_checkpoints,
-            complete=partial(completed, schema=PretrainConfig),
-        )
-        self.run = opened.enter_context(run)
-        return soundfont
+        paths = {"data.corpus": Path(data.corpus) / MANIFEST, "render.soundfont": soundfont}
+        if config.model.base:
+            base = find_base(config.model.base)
+            paths |= {f"model.base/{name}": base / name for name in FILES}
+        return soundfont, digests(paths)
 
     def _build_optimizers(self) -> None:
         """Make optimisers and forward pass; if the run is resumed, restore it from the last checkpoint."""
@@ -313,7 +332,10 @@ class Pretraining:
         self.run.bar.update()
         self.run.bar.set_postfix(loss=f"{loss * self.world.size:.3f}", best=f"{done.best:.3f}")
         stopping = self.run.stopping()
-        if step % settings.evaluate_every == 0 or step == settings.steps:
+        evaluated = step % settings.evaluate_every == 0 or step == settings.steps
+        if evaluated or stopping:
+            self.run.confirm_weights(self.model, step)
+        if evaluated:
             self._evaluate(norm)
             self._save_checkpoint()
             self._restart_clock()
@@ -346,7 +368,6 @@ class Pretraining:
                 f"step {done.step}: loss {metrics['loss']:.4f}, validation {value:.4f} (perplexity "
                 f"{metrics['validation_perplexity']:.2f}), {metrics['tokens_per_second']:,.0f} tokens/s"
             )
-            curves(self.folder, ("loss", "validation_loss"), "nats per token", step="step")
             if better:
                 _keep_best(self.folder, done.step, self.model, self.tokenizer)
         done.waited = 0 if better else done.waited + 1
@@ -356,6 +377,8 @@ class Pretraining:
         (loss,) = self.world.sum(self.progress.loss)
         if self.world.lead:
             self.run.save(self.progress.step, partial(self._write_checkpoint, replace(self.progress, loss=loss)))
+            if self.progress.steps == 0:  # this step was evaluated
+                self.run.draw(curves, self.folder, ("loss", "validation_loss"), "nats per token", step="step")
 
     def _write_checkpoint(self, progress: Progress, target: Path) -> None:
         save_base(self.model, self.tokenizer, target)
@@ -481,10 +504,8 @@ def _compiles(wanted: str, device: torch.device, missing: list[str]) -> bool:
 
 
 def _keep_best(folder: Path, step: int, model: Any, tokenizer: Any) -> None:
-    """Save a copy of the model and point the link ``base`` to it, in one rename."""
+    """Save a copy of the model and point the link ``base`` to it; without links ``base`` is a copy."""
     copy = checkpoint.save(folder / "best", step, lambda target: save_base(model, tokenizer, target), keep=2)
-    link = folder / ".base.tmp"
-    link.unlink(missing_ok=True)
-    link.symlink_to(copy.relative_to(folder))
-    os.replace(link, folder / "base")
-    sync(folder)
+    base = folder / "base"
+    if (base.is_dir() and not base.is_symlink()) or not link(base, str(copy.relative_to(folder))):
+        replace_files(base, lambda target: save_base(model, tokenizer, target), last="model.safetensors")

@@ -31,7 +31,7 @@ from smart.render import Renderer, checked_soundfont, open_renderer
 from smart.reward import Mixture, Reward
 from smart.reward.mixture import Part, as_one
 from smart.rollout import Agreement, Batch, Batches, Clips, Drawn, Scorer, completion_metrics, device_names
-from smart.run import Run, Stopwatch, check_packages, checkpoint, summarise
+from smart.run import Opening, Run, Stopwatch, check_packages, checkpoint, confirm_settings, summarise
 from smart.sampler import Rollout, Sampler
 from smart.tokens import build_grammar, decode, vocabulary
 
@@ -112,16 +112,15 @@ def check_sizes(config: Config, world: World) -> None:
 class Tuning:
     """A GRPO run without its algorithm, as a context manager: entering it builds or resumes the run.
 
-    ``reward`` replaces the configured one. Entering raises ``UserError`` for mistakes that the user can correct,
-    before any work; leaving raises ``Failure`` if training cannot continue.
+    ``reward`` replaces the configured one; ``opening`` are flags of ``smart.run.Opening``. Entering raises
+    ``UserError`` for mistakes that the user can correct, before any work; leaving raises ``Failure`` if training cannot
+    continue.
 
     ``train`` uses ``policy``, ``optimizer``, ``autocast`` (the precision of the policy's forward pass), ``world`` (all
     processes) and ``folder`` of the run; the other attributes are for the methods here.
     """
 
-    def __init__(
-        self, config: Config, *, reward: Reward | None = None, resume: bool = False, overwrite: bool = False
-    ) -> None:
+    def __init__(self, config: Config, *, reward: Reward | None = None, **opening: bool) -> None:
         if not (reward is None or isinstance(reward, Reward)):
             raise TypeError(f"reward: expected an object of a subclass of smart.reward.Reward, got {reward!r}")
         if reward is not None:  # name it in the run's configuration, so that nobody resumes with a different one
@@ -130,13 +129,28 @@ class Tuning:
         self.config = config
         self.folder = Path(config.run.folder) / config.run.name
         self._before_update: int | None = None  # the current iteration, until it has changed the weights
-        self._reward, self._resume, self._overwrite = reward, resume, overwrite
+        self._reward, self._opening = reward, Opening(**opening)
         self._opened = ExitStack()
 
     def __enter__(self) -> "Tuning":
         with ExitStack() as opened:
             self.world = opened.enter_context(join(pick_device(self.config.run.device)))
-            self._find_parts(opened)
+            settings = dumps(self.config)
+            confirm_settings(self.world, "smart.grpo", settings, self._opening)
+            with self.world.together():
+                sources = self._find_parts()
+            run = Run(
+                self.folder,
+                settings,
+                program="smart.grpo",
+                world=self.world,
+                opening=self._opening,
+                keep=self.config.track.keep_checkpoints,
+                sources=sources,
+                complete=completed,
+            )
+            self.run = opened.enter_context(run)
+            self._find_rewards()
             self._build_models()
             self._open_files(opened)
             self._start_log()
@@ -153,8 +167,8 @@ class Tuning:
 
     # --- Building -----------------------------------------------------------------------------------------------------
 
-    def _find_parts(self, opened: ExitStack) -> None:
-        """Find the run's parts, load the policy, and open the run's folder."""
+    def _find_parts(self) -> dict[str, str]:
+        """Find the run's parts and load the policy; returns what identifies them."""
         config, world = self.config, self.world
         self.parts = preflight(config, world, self._reward)
         check_sizes(config, world)
@@ -162,18 +176,11 @@ class Tuning:
         longest = context_length(self.policy) - LONGEST
         if (wanted := config.sampling.max_new_tokens) > longest:
             raise UserError(f"sampling.max_new_tokens = {wanted}: expected at most {longest} for this base")
-        run = Run(
-            self.folder,
-            dumps(config),
-            program="smart.grpo",
-            world=world,
-            resume=self._resume,
-            overwrite=self._overwrite,
-            keep=config.track.keep_checkpoints,
-            complete=completed,
-        )
-        self.run = opened.enter_context(run)
-        parts = self.parts
+        return objective.identify(config, **self.parts._asdict())
+
+    def _find_rewards(self) -> None:
+        """Make one reward of all, with their targets, and find the judge."""
+        config, world, parts = self.config, self.world, self.parts
         self.reward = parts.rewards[0].reward
         if self._reward is None:
             found = objective.find_targets(config, parts.rewards, parts.soundfonts, self.folder, world)
@@ -441,7 +448,7 @@ class Tuning:
         if measured and self.guard.collapse:
             run.log(f"iteration {step}: diversity has collapsed: {self.guard.collapse}")
         if self.world.lead and track.trace_every and step % track.trace_every == 0:
-            timeline(self.watch.write(self.folder / "traces" / f"{step:08d}.json"))
+            run.draw(timeline, self.watch.write(self.folder / "traces" / f"{step:08d}.json"))
         run.bar.update()
         run.bar.set_postfix(reward=f"{metrics['reward/mean']:.3f}", kl=f"{stats['kl']:.4f}")
         stopping = run.stopping()
@@ -480,13 +487,17 @@ class Tuning:
 
     def _save_checkpoint(self, step: int, metrics: dict[str, float]) -> None:
         ahead = None if self._drawn_ahead is None else self.batches.gather(self._drawn_ahead.rollout)
+        self.run.confirm_weights(self.policy, step)
         if self.world.lead:
             self.run.save(step, partial(self._write_checkpoint, ahead), best=self.guard.best)
-            curves(self.folder, ("reward/mean",), "reward", step="iteration")
+            self._draw_curve()
             self.run.log(
                 f"iteration {step}: reward {metrics['reward/mean']:.3f}, KL {metrics['policy/kl']:.4f}, "
                 f"{metrics['seconds/iteration']:.1f} s"
             )
+
+    def _draw_curve(self) -> None:
+        self.run.draw(curves, self.folder, ("reward/mean",), "reward", step="iteration")
 
     def _write_checkpoint(self, ahead: Rollout | None, target: Path) -> None:
         save_base(self.policy, self.tokenizer, target)
@@ -503,7 +514,8 @@ class Tuning:
         run = self.run
         if self.guard.stop:
             self.world.wait()  # until the lead has written the best checkpoint
-            why, best = self.guard.stop, self._best_checkpoint()
+            why, best = self.guard.stop, run.agree_on(self._best_checkpoint)
+            assert best is not None
             self._load_weights(best)
             run.log(f"stopped early: {why}; tuned/ is iteration {int(best.name)}, the best by the held-out score")
         rewards = self._compare_rewards()
@@ -512,9 +524,9 @@ class Tuning:
             replace_files(
                 self.folder / "tuned", partial(save_base, self.policy, self.tokenizer), last="model.safetensors"
             )
-            # the last save may have been killed before it drew them
-            curves(self.folder, ("reward/mean",), "reward", step="iteration")
-            run.log(summarise(self.folder, rewards))
+            text = summarise(self.folder, rewards)
+            self._draw_curve()  # the last save may have been killed before it drew it
+            run.log(text)
         for name in objective.stand_ins(self.reward):
             run.log(f"{name} is an approximation, not the aesthetic model: see docs/rewards.md")
 
@@ -530,6 +542,8 @@ class Tuning:
                 checkpoint.verify(folder)
                 return folder
             except UserError as error:
+                if error.exit_code == 1:  # too many open files, say: it may be intact
+                    raise
                 if folder.exists():  # not all are kept
                     self.run.log(f"Warning: {error.message}; using the next best")
                 guard.history = [one for one in guard.history if one.step != best]

@@ -16,11 +16,148 @@ import torch
 from runs import arguments, metrics, run
 from safetensors.torch import load_file
 
-from smart.distributed import World
+from smart import UserError
+from smart.distributed import World, join
 
 pytestmark = pytest.mark.slow  # whole programs
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE = 2 is set in the environment, but not RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE = 'two' in the environment: expected a whole number from 1"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, "RANK = 2 .* less than WORLD_SIZE"),
+        ({"WORLD_SIZE": "1"}, ""),
+        ({"WORLD_SIZE": ""}, ""),
+        ({"RANK": "3"}, ""),
+    ],
+)
+def test_an_environment_of_several_processes_is_whole(
+    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if not message:
+        with join(torch.device("cpu")) as world:
+            assert world == World(torch.device("cpu"))
+        return
+    with pytest.raises(UserError, match=message), join(torch.device("cpu")):
+        pass
+
+
+ALONE = """
+from datetime import timedelta
+import torch
+from smart import distributed
+distributed.TIMEOUT = timedelta(seconds=3)
+try:
+    with distributed.join(torch.device("cpu")):
+        pass
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_who_waits_for_a_process_that_never_comes_gives_up() -> None:
+    codes, output = finish(start_two("-c", ALONE, ranks="0"))
+    assert codes == [0] and "Failure process 0 of 2 did not find all others at 127.0.0.1:" in output, output
+    assert "within 0.05 minutes" in output
+
+
+AGREES = """
+import sys
+import torch
+from smart import Failure, UserError
+from smart.distributed import join
+
+class Wrong(UserError):
+    pass
+
+with join(torch.device("cpu")) as world:
+    world.confirm({"seed": 1}, "then")
+    try:
+        world.confirm({"seed": 1, "rate": 0.1 * (1 + world.rank)}, "use one")
+    except Exception as error:
+        print("confirm", world.rank, type(error).__name__, error.exit_code, error, flush=True)
+    with world.together():
+        pass
+    try:
+        with world.together():
+            if world.rank == 1:
+                raise Failure("the disk is full")
+    except Exception as error:
+        print("together", world.rank, type(error).__name__, error.exit_code, error, flush=True)
+"""
+
+
+def test_all_confirm_the_same_and_end_together() -> None:
+    codes, output = finish(start_two("-c", AGREES))
+    assert codes == [0, 0], output
+    host = socket.gethostname()
+    difference = f"process 1 ({host}) has another rate than process 0 ({host}): 0.2 instead of 0.1; use one"
+    assert f"confirm 0 UserError 2 {difference}" in output and f"confirm 1 _Told 2 {difference}" in output
+    assert f"together 1 Failure 1 process 1 ({host}): the disk is full" in output
+    assert "together 0 _Told 1 the disk is full" in output
+
+
+def test_a_process_with_another_configuration_is_named(base: Path, tmp_path: Path) -> None:
+    words = ("-m", "smart.grpo", *arguments(base, tmp_path), "--set", "grpo.learning_rate=0.001")
+    codes, output = finish(start_two(*words, more={"1": ["--set", "grpo.learning_rate=0.002"]}))
+    assert codes == [2, 2] and output.count("Error: ") == 1, output
+    assert "has another grpo.learning_rate than process 0" in output and "0.002 instead of 0.001" in output
+    assert not (tmp_path / "r").exists()
+
+
+DIVERGES = """
+import sys
+import torch
+from smart import tuning
+from smart.__main__ import main
+
+record = tuning.Tuning.record
+
+def diverge(run, step, *rest):
+    if run.world.rank == 1 and step == 3:
+        with torch.no_grad():
+            next(iter(run.policy.parameters())).add_(1e-6)
+    record(run, step, *rest)
+
+tuning.Tuning.record = diverge
+main(["grpo", *sys.argv[1:]])
+"""
+
+BLIND = """
+import sys
+from smart.__main__ import main
+from smart.run import checkpoint
+from smart import UserError, distributed
+
+verify = checkpoint.verify
+
+def blind(folder):
+    if __import__("os").environ["RANK"] == "1":
+        raise UserError(f"checkpoint {folder}: stale")
+    verify(folder)
+
+checkpoint.verify = blind
+main(["grpo", *sys.argv[1:]])
+"""
+
+
+def test_weights_that_differ_and_a_checkpoint_that_one_does_not_see_end_the_run(base: Path, tmp_path: Path) -> None:
+    words = arguments(base, tmp_path)
+    codes, output = finish(start_two("-c", DIVERGES, *words))
+    assert codes == [1, 1] and output.count("Error: ") == 1 and "Traceback" not in output, output
+    assert "has another SHA-256 of the weights after step 4 than process 0" in output
+    assert sorted(path.name for path in (tmp_path / "r" / "checkpoints").glob("0*")) == ["00000002"]
+    codes, output = finish(start_two("-c", BLIND, *words, "--resume"))
+    assert codes == [2, 2] and output.count("Error: ") == 1, output
+    assert f"Error: process 1 ({socket.gethostname()}): checkpoint {tmp_path}/r/checkpoints/00000002: stale" in output
 
 
 def test_shares_are_neighbours_and_complete() -> None:
@@ -75,8 +212,13 @@ with join(torch.device("cpu")) as world:
 """
 
 
-def start_two(*words: str, **options: Any) -> list[subprocess.Popen[str]]:
-    """Two processes with the environment that torchrun gives its own, by rank; without torchrun, which takes long."""
+def start_two(
+    *words: str, ranks: str = "01", more: dict[str, list[str]] | None = None, **options: Any
+) -> list[subprocess.Popen[str]]:
+    """Two processes with the environment that torchrun gives its own, by rank; without torchrun, which takes long.
+
+    ``ranks`` are those that are started; ``more``: words that only the process of that rank gets.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -84,9 +226,11 @@ def start_two(*words: str, **options: Any) -> list[subprocess.Popen[str]]:
     options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return [
         programs.start(
-            [sys.executable, *words], env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank}, **options
+            [sys.executable, *words, *(more or {}).get(rank, [])],
+            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank},
+            **options,
         )
-        for rank in "01"
+        for rank in ranks
     ]
 
 

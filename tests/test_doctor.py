@@ -5,15 +5,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 import smart.doctor
 import smart.doctor.machine
+from smart.config import dumps, load
 from smart.model import SHIPPED
 
 READY = ["--set", "render.workers=1"]
@@ -96,16 +97,39 @@ def test_a_base_that_is_damaged_and_a_run_that_exists(tmp_path: Path) -> None:
     shutil.copytree(SHIPPED / "piano-small", base)
     weights = (base / "model.safetensors").read_bytes()
     (base / "model.safetensors").write_bytes(weights[: len(weights) // 2])
-    (tmp_path / "runs" / "mine").mkdir(parents=True)
-    overrides: list[Any] = [f"model.base={base}", f"run.folder={tmp_path / 'runs'}", "run.name=mine"]
-    code, rows = ask(*(word for text in overrides for word in ("--set", text)), *READY)
+    overrides = [f"model.base={base}", f"run.folder={tmp_path / 'runs'}", "run.name=mine"]
+    words = [*(word for text in overrides for word in ("--set", text)), *READY]
+    begin(tmp_path / "runs" / "mine", words)
+    code, rows = ask(*words)
     assert code == 1 and rows["base"][0] == "MISSING" and "cannot be read" in rows["base"][1]
     assert rows["run"][0] == "note" and "--resume" in rows["run"][1]
+    code, rows = ask(*words, "--set", "grpo.beta=0.3")  # --resume would be refused
+    assert rows["run"][0] == "MISSING" and "grpo.beta was 0.04 and is 0.3" in rows["run"][1]
+    assert "run.name=mine-2" in rows["run"][2]
+    (tmp_path / "runs" / "mine" / "config.toml").rename(tmp_path / "runs" / "mine" / "other")
+    code, rows = ask(*words)
+    assert rows["run"][0] == "MISSING" and "nothing to resume" in rows["run"][1]
+
+
+def begin(folder: Path, words: Sequence[str]) -> None:
+    """What a run leaves that was killed before its first checkpoint."""
+    folder.mkdir(parents=True)
+    settings = [word for word in words if word != "--set"]
+    (folder / "config.toml").write_text(dumps(load("quickstart.toml", settings)))
+
+
+def test_a_file_system_that_lacks_something_is_noted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.symlink", refuse)
+    code, rows = ask("--set", f"run.folder={tmp_path}", *READY)
+    assert code == 0 and rows["disk"][0] == "note" and "its file system has no symbolic links" in rows["disk"][1]
 
 
 def test_a_ready_run_that_exists_is_continued(tmp_path: Path) -> None:
-    (tmp_path / "mine").mkdir()
     overrides = ["--set", f"run.folder={tmp_path}", "--set", "run.name=mine", *READY]
+    begin(tmp_path / "mine", overrides)
     done = CliRunner().invoke(smart.doctor.main, overrides)
     command = [sys.executable, "-m", "smart.grpo", "--config", "quickstart.toml", *overrides, "--resume"]
     assert done.exit_code == 0 and done.output.endswith(f"ready: {shlex.join(command)}\n"), done.output

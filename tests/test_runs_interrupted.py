@@ -51,16 +51,20 @@ def test_killed_again_and_again_then_resumed_is_the_same_run(
     instants = random.Random(7)
     shared_memory = shared()
     changes = {"grpo.rollouts_ahead": ahead}
-    args = ("--config", "quickstart.toml", *arguments(base, tmp_path, **changes), "--resume")
+    settings = ("--config", "quickstart.toml", *arguments(base, tmp_path, **changes))
+
+    def words() -> tuple[str, ...]:
+        return (*settings, *(["--resume"] if (tmp_path / "r" / "config.toml").exists() else []))
+
     for attempt in range(12):
         # the first one is killed while it imports, or soon after; later ones are given time to get further
-        process = start("grpo", *args, fresh=attempt == 0)
+        process = start("grpo", *words(), fresh=attempt == 0)
         time.sleep(instants.uniform(1, 6) if attempt == 0 else instants.uniform(0.1, 1 + attempt / 4))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         if process.returncode == 0:
             break
-    status, output = run("grpo", *args, fresh=ahead == 1)
+    status, output = run("grpo", *words(), fresh=ahead == 1)
     assert status == 0, output
     assert_same_run(tmp_path / "r", either[ahead])
     assert shared() <= shared_memory
@@ -95,7 +99,7 @@ def test_killed_right_after_the_last_checkpoint_the_rest_is_made_up_for(
     (tmp_path / "r" / "checkpoints" / "best").unlink()
     curve = tmp_path / "r" / "reward_mean.png"
     curve.write_bytes(b"older")
-    for leftover in (curve.with_name(".reward_mean.png.tmp"), curve.with_name(".summary.json.tmp")):
+    for leftover in (curve.with_name(f".{name}.{'a' * 16}.tmp") for name in ("reward_mean.png", "summary.json")):
         leftover.write_bytes(b"half")
     status, output = run("grpo", "--config", "quickstart.toml", *arguments(base, tmp_path), "--resume")
     assert status == 0, output

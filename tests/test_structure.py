@@ -12,7 +12,21 @@ import pytest
 import smart
 
 PACKAGE = Path(smart.__file__).parent
-GROUND = {"config", "tokens", "model", "hub", "files", "distributed", "published", "workers", "cores", "gpu", "web"}
+GROUND = {
+    "config",
+    "tokens",
+    "model",
+    "hub",
+    "files",
+    "distributed",
+    "published",
+    "workers",
+    "cores",
+    "gpu",
+    "process",
+    "style",
+    "web",
+}
 ROOMS = {
     "logprobs",
     "prompts",

@@ -26,9 +26,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
+
+import click
 
 from smart import UserError, __version__
 from smart.corpus.midi import Limits, Piece, Reading
@@ -63,6 +66,7 @@ CREATE TABLE IF NOT EXISTS files (
     hash BLOB, place INTEGER, length INTEGER, notes INTEGER, bars INTEGER, seconds REAL, stretch REAL, placed TEXT,
     remarks TEXT
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS stamps (path BLOB PRIMARY KEY, stamp TEXT) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_hash ON files (hash, path) WHERE hash IS NOT NULL;
 """
 FIRST = "(SELECT MIN(first.path) FROM files AS first WHERE first.hash = files.hash)"
@@ -124,6 +128,19 @@ class State:
         self.table.execute("DROP TABLE present")
         self.commit()
 
+    def read_again(self, find: Callable[[bytes], bytes]) -> list[bytes]:
+        """Forget what was read from files that have changed since; returns their keys. ``find`` gives a key's path."""
+        read = "SELECT path, stamp FROM stamps WHERE path IN (SELECT path FROM files WHERE reason IS NOT NULL)"
+        changed = [key for key, stamp in self.table.execute(read) if stamp != _stamp(find(key))]
+        for key in changed:
+            self.table.execute("DELETE FROM files WHERE path = ?", (key,))
+            self.table.execute("INSERT INTO files (path) VALUES (?)", (key,))
+        return changed
+
+    def stamp(self, key: bytes, path: bytes) -> None:
+        """Note the state of a file that is about to be read."""
+        self.table.execute("INSERT OR REPLACE INTO stamps VALUES (?, ?)", (key, _stamp(path)))
+
     def record(self, key: bytes, answer: Piece | tuple[str, str]) -> None:
         row: tuple[Any, ...]
         if isinstance(answer, Piece):
@@ -164,6 +181,15 @@ class State:
 
     def reasons(self) -> dict[str, int]:
         return dict(self.table.execute("SELECT reason, COUNT(*) FROM files GROUP BY reason ORDER BY reason"))
+
+
+def _stamp(path: bytes) -> str:
+    """What differs if a file has been written, replaced or moved since; a copy cannot keep it."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ""
+    return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
 
 
 def _hold(work: Path, held: contextlib.ExitStack) -> None:
@@ -307,8 +333,15 @@ def build(
                 f"--midi {', '.join(map(str, folders))}: no .mid or .midi file found that --include and --list allow"
             )
         summary = Summary()
+        places = {os.fsencode(root.name): os.fsencode(root) for root in roots}
+        if changed := state.read_again(partial(_path, places)):
+            click.echo(
+                f"{len(changed)} files have changed since this build read them, and are read again: "
+                f"{_shown(changed[0])}{' ...' if len(changed) > 1 else ''}",
+                err=True,
+            )
         with ReaderPool(tokenizer_file, limits, min(workers, max(state.count("reason IS NULL"), 1)), reading) as pool:
-            summary.read = _read_all(state, {os.fsencode(root.name): os.fsencode(root) for root in roots}, pool)
+            summary.read = _read_all(state, places, pool)
         _write(state, out, settings, summary)
         (out / ".work").rename(out / ".work.tmp")  # in one step, so that a kill leaves no half-deleted state
     shutil.rmtree(out / ".work.tmp", ignore_errors=True)
@@ -350,13 +383,19 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise UserError(f"--out {out}: holds a finished corpus; choose another folder, or replace it with --overwrite")
 
 
+def _path(roots: dict[bytes, bytes], key: bytes) -> bytes:
+    name, _, rest = key.partition(b"/")
+    return roots[name] + b"/" + rest
+
+
 def _read_all(state: State, roots: dict[bytes, bytes], pool: ReaderPool) -> int:
     """Read every unread file; returns how many there were."""
 
     def tasks() -> Iterator[tuple[bytes, bytes]]:
         for key in state.unread():
-            name, _, rest = key.partition(b"/")
-            yield key, roots[name] + b"/" + rest
+            path = _path(roots, key)
+            state.stamp(key, path)
+            yield key, path
 
     total, left = state.count("1"), state.count("reason IS NULL")
     rejects = state.count("reason IS NOT NULL AND reason != ?", KEPT)

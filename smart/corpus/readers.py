@@ -5,6 +5,7 @@ replaced, and costs only the file that it was reading. This is no sandbox: code 
 rights of the user.
 """
 
+import errno
 import math
 import os
 import resource
@@ -51,6 +52,8 @@ def prepare(tokenizer_file: str, limits: dict[str, Any], reading: dict[str, Any]
     reader = PieceReader(load_tokenizer(tokenizer_file), Limits(**limits), Reading(**reading))
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     bound = in_use + (reader.limits.megabytes << 20)
+    _, most = resource.getrlimit(resource.RLIMIT_AS)  # which only the superuser may raise
+    bound = bound if most == resource.RLIM_INFINITY else min(bound, most)
     resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
     return partial(_answer, reader)
 
@@ -67,6 +70,8 @@ def _answer(reader: "PieceReader", path: bytes) -> Answer:
     except MemoryError:
         os._exit(CRASHED_BY_MEMORY)  # its heap may be fragmented: let a fresh process decide
     except OSError as error:
+        if error.errno in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):  # not the file's fault
+            os._exit(CRASHED_BY_MEMORY)
         reason, detail = "cannot be read", str(error.strerror)
     except Exception as error:  # a parser's or tokenizer's bug on this file: a reject with its text, never silence
         reason, detail = "cannot be tokenised", f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from smart import UserError
 from smart.corpus.shards import SPLITS, Corpus
 from smart.files import write_atomically
+from smart.style import own_style
 from smart.tokens import vocabulary
 
 
@@ -97,6 +98,7 @@ def check_picture(path: Path) -> None:
         raise UserError(f"--plot {path}: the folder {path.parent} does not exist; create it first")
 
 
+@own_style
 def plot(corpus: Corpus, stats: Statistics, path: Path) -> None:
     """Draw the distributions that ``describe`` prints into a picture, in the format of its name."""
     from matplotlib.figure import Figure

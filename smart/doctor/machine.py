@@ -19,10 +19,10 @@ from typing import NamedTuple
 import numpy as np
 
 from smart import UserError, __version__, gpu, hub
-from smart.config import Config, TrainedReward, load
-from smart.files import placeholders
+from smart.config import Config, TrainedReward, completed, dumps, load
+from smart.files import is_empty, lacks, placeholders
 from smart.render import checked_soundfont, find_soundfont, package_of
-from smart.run import check_packages
+from smart.run import check_packages, check_resumable
 
 READY, MISSING, NOTE = "ready", "MISSING", "note"
 FEWEST_BYTES = 2 << 30  # of memory: the quickstart's processes together take up to 1.9 GiB
@@ -144,9 +144,11 @@ def _disk(config: Config, base: Path | None) -> Finding:
     clip = config.render.seconds * config.render.sample_rate * 4  # stereo, 16 bits
     need = int(3 * weights * (kept + 1) + weights + clips * clip)  # AdamW keeps two moments of every weight
     found = f"{free / 2**30:.1f} GiB free at {there}; the run writes about {need / 2**30:.2f} GiB"
+    lacking = lacks(there)
+    found += "".join(f"; its file system {lack}" for lack in lacking)
     if free < need:
         return Finding(MISSING, found, "--set track.keep_checkpoints=2, or --set run.folder=FOLDER on a larger disk")
-    return Finding(READY, found)
+    return Finding(NOTE if lacking else READY, found)
 
 
 def _soundfont(config: Config) -> Finding:
@@ -254,12 +256,15 @@ def _prompts(config: Config) -> Finding:
 
 
 def _run(config: Config) -> Finding:
-    folder = Path(config.run.folder) / config.run.name
-    if folder.exists():
-        return Finding(
-            NOTE, f"{folder} exists; --resume continues it", f"--set run.name={shlex.quote(config.run.name)}-2"
-        )
-    return Finding(READY, f"{folder} will be created")
+    folder = Path(config.run.folder).expanduser() / config.run.name
+    other = f"--set {shlex.quote(f'run.name={config.run.name}-2')}"
+    if not folder.exists() or (folder.is_dir() and is_empty(folder)):
+        return Finding(READY, f"{folder} will be created")
+    try:
+        check_resumable(folder, dumps(config), complete=completed)
+    except UserError as error:  # the command below would be refused
+        return Finding(MISSING, error.message, other)
+    return Finding(NOTE, f"{folder} exists; --resume continues it", other)
 
 
 def examine(path: str, overrides: tuple[str, ...], study: Path | None = None) -> dict[str, Finding]:

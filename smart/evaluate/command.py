@@ -9,7 +9,7 @@ from smart import FilePath, Group
 from smart.corpus import SPLITS
 from smart.prompts import KINDS
 from smart.render import RenderError
-from smart.run import backend_option, in_one_line
+from smart.run import accept_option, backend_option, in_one_line
 
 BLOCK = 64  # most pieces per prompt: as many as are sampled together (``smart.rollout.BLOCK``)
 
@@ -112,6 +112,7 @@ def clip_options(most_seconds: float) -> Callable[[Callable[..., None]], Callabl
     "--workers", default=0, show_default=True, type=click.IntRange(0, 1024), help="Render processes (0: one per core)."
 )
 @reward_options
+@accept_option
 def sample_command(**given: Any) -> None:
     """Sample a piece from each MODEL for the same prompts and seeds, rate the pieces, and write one table.
 
@@ -288,6 +289,7 @@ def hacks_command(**given: Any) -> None:
     "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]),
     help="Where models and rewards run; auto: on CUDA if available.",
 )  # fmt: skip
+@accept_option
 def frontier_command(**given: Any) -> None:
     """Plot reward, a judge's score and diversity against KL to the base, over the checkpoints of each tuning RUN.
 

@@ -71,7 +71,7 @@ from smart.reward import Reward, load_reward
 from smart.reward.mixture import as_one, load_parts
 from smart.reward.real import read_targets
 from smart.rollout import System, find_system
-from smart.run import CONFIG, changes, checkpoint, claim_folder, hold_folder, progress
+from smart.run import CONFIG, changes, checkpoint, claim_folder, digests, files_in, hold_folder, progress
 
 __all__ = [
     "BEST_OF_N", "RULE", "Drawn", "Fit", "Point", "Setting", "average", "base_logprobs", "baseline", "best_of_n",
@@ -192,6 +192,7 @@ def report(
     seed: int,
     device: str,
     backend: str | None = None,
+    accept_changes: bool = False,
 ) -> None:
     """Write the report to ``out``. Arguments as in the command's help; raises ``UserError`` for mistakes in them."""
     configs = find_settings(runs)
@@ -240,7 +241,10 @@ def report(
     network, tokenizer = load_base(base.model, device=where)
     setting = Setting(config, rates, other_rates, prompts, seed, device, plausible)
     models = [base, *itertools.chain(*systems)]
-    claim_folder(
+    files = digests(
+        files_in({"rewards": [one.options for one in config.all_rewards], "judge": config.guard.judge.options})
+    )
+    accepted = claim_folder(
         out,
         {
             "models": {model.name: sha256(model.model / "model.safetensors") for model in models},
@@ -254,9 +258,11 @@ def report(
             "best_of": best_of,
             "judge": setting.judge,
             **({"rewards": to_dict(config)["rewards"], "targets": targets} if config.rewards or targets else {}),
+            **({"reward_files": files} if files else {}),
             "seed": seed,
             "version": __version__,
         },
+        accept=accept_changes,
     )
     many = max(best_of, samples)
     rows = resample(prompts, seed)
@@ -282,7 +288,7 @@ def report(
     series[BEST_OF_N] = baseline(drawn, tokenizer, rows, samples, setting.scales)
     table += [columns(point, None, False) for point in series[BEST_OF_N]]
     fits = fit_all(series, rows)
-    write(out, table, fits, chosen, setting)
+    write(out, table, fits, chosen, setting, accepted)
     for title, one in chosen.items():
         what = f"keep iteration {one['keep']}" if one["keep"] else "keep the base: every checkpoint has collapsed"
         click.echo(f"{title}: {what}; {len(one['collapsed'])} of {len(series[title]) - 1} checkpoints have collapsed")
@@ -299,6 +305,7 @@ def write(
     fits: dict[tuple[str, str], Fit],
     chosen: dict[str, Any],
     setting: Setting,
+    accepted: list[Any],
 ) -> None:
     """Write the figure, its data as CSV and Parquet, and last ``summary.json``."""
     data = pa.Table.from_pylist(table)
@@ -315,6 +322,7 @@ def write(
     plots.frontier(table, labels, laws, out / "frontier")
     summary = {
         "runs": chosen,
+        **({"accepted": accepted} if accepted else {}),
         "rule": RULE,
         "judge": setting.judge,
         "reward": setting.reward.provenance,

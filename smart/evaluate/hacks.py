@@ -57,8 +57,10 @@ from smart.render import (
     score_notes,
     short_name,
 )
+from smart.reward import read_options
 from smart.rollout import compose, find_system
-from smart.run import check_packages, progress
+from smart.run import check_packages, digests, files_in, progress
+from smart.style import own_style
 
 Ratings = dict[str, npt.NDArray[np.float64]]  # column -> (pieces,)
 
@@ -263,6 +265,7 @@ def run_probes(
     announce(rewards)
     settings = {
         "rewards": {reward.name: reward.provenance for reward in rewards},
+        **({"reward_files": kept} if (kept := digests(files_in(read_options(options)))) else {}),
         "pieces": {str(path): sha256(path) for path in files} or [model, count],
         "soundfonts": [sha256(path) for path in soundfonts],
         "seed": seed,
@@ -381,6 +384,7 @@ def _shown(rows: Sequence[Row]) -> str:
     )
 
 
+@own_style
 def _draw(stem: Path, rows: Sequence[Row], names: Sequence[str]) -> None:
     """Draw the paired differences with their intervals, one panel per rating."""
     from matplotlib.figure import Figure

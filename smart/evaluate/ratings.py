@@ -22,7 +22,7 @@ from smart.intervals import RATING, Scale, differences
 from smart.model import pick_device
 from smart.render import Renderer, RenderError
 from smart.reward import Reward, load_reward, read_options, resample
-from smart.run import progress
+from smart.run import progress, text_changes
 
 if TYPE_CHECKING:
     from symusic.core import ScoreTick
@@ -142,8 +142,11 @@ class Kept:
             if folder.exists() and (not folder.is_dir() or (not is_empty(folder) and not settings_file.is_file())):
                 raise UserError(f"--out {folder} holds something else; choose a new folder")
             if settings_file.is_file():
-                if settings_file.read_text(encoding="utf-8", errors="replace") != text:
-                    raise UserError(f"--out {folder}: holds ratings made with other settings; give a new folder")
+                if (before := settings_file.read_text(encoding="utf-8", errors="replace")) != text:
+                    raise UserError(
+                        f"--out {folder}: holds ratings made with other settings ({text_changes(before, text)}); "
+                        "give a new folder"
+                    )
             else:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(settings_file, text.encode())

@@ -28,9 +28,9 @@ from smart.features import SCALARS, is_empty, midi_features
 from smart.files import parse_json, sha256
 from smart.model import pick_device
 from smart.render import checked_soundfont, write_midi, write_wav
-from smart.reward import Reward
+from smart.reward import Reward, read_options
 from smart.rollout import BLOCK, SILENT, Piece, System, compose, find_systems
-from smart.run import changes, claim_folder, hold_folder, progress
+from smart.run import changes, claim_folder, digests, files_in, hold_folder, progress
 from smart.tokens import FILE_NAME
 
 METADATA = b"smart"
@@ -151,6 +151,7 @@ def sample(
     backend: str,
     workers: int,
     device: str,
+    accept_changes: bool = False,
 ) -> None:
     """Write the table ``out``. Arguments as in the command's help; raises ``UserError`` for mistakes in them."""
 
@@ -204,6 +205,8 @@ def sample(
         "audio": audio is not None,
         "version": __version__,
     }
+    if files := digests(files_in(read_options(options))):
+        settings["reward_files"] = files
     parts = out.with_name(f"{out.name}.parts")
     if out.exists():
         changed = changes(read_settings(out)["settings"], settings)
@@ -220,7 +223,7 @@ def sample(
         return
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.parent} does not exist; create it first")
-    claim_folder(parts, settings)
+    accepted = claim_folder(parts, settings, accept=accept_changes)
     with hold_folder(parts):
         batch = drawing["batch"]
         blocks = [parts / f"{block:06d}.parquet" for block in range(-(-count // batch))]
@@ -253,6 +256,8 @@ def sample(
                     rows, done = [], done + 1
         tokenizers = {system.name: (system.model / FILE_NAME).read_text(encoding="utf-8") for system in systems}
         provenance = {"settings": settings, "given": list(models), "tokenizers": tokenizers}
+        if accepted:
+            provenance["accepted"] = accepted
         table = finish(blocks, out, names, provenance)
         shutil.rmtree(parts, ignore_errors=True)
     click.echo(describe(table, names, axes))

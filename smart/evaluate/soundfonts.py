@@ -45,7 +45,9 @@ from smart.intervals import FEWEST
 from smart.model import pick_device
 from smart.published import AXES, TABLE_2
 from smart.render import checked_soundfont, open_renderer, short_name
-from smart.run import check_packages
+from smart.reward import read_options
+from smart.run import check_packages, digests, files_in
+from smart.style import own_style
 from smart.tokens import decode
 
 Ratings = npt.NDArray[np.float64]
@@ -173,6 +175,7 @@ def compare_soundfonts(
     settings = {
         "soundfonts": {font.name: sha256(font.file) for font in fonts},
         "rewards": {reward.name: reward.provenance for reward in rewards},
+        **({"reward_files": kept} if (kept := digests(files_in(read_options(options)))) else {}),
         "pieces": {str(path): sha256(path) for path in midi} or [str(corpus), split, count, seed],
         "seconds": seconds,
         "sample_rate": sample_rate,
@@ -265,6 +268,7 @@ def _agreement_shown(rows: Sequence[Row]) -> str:
     )
 
 
+@own_style
 def _draw(stem: Path, fonts: Sequence[Font], names: Sequence[str], means: list[Row], agreed: list[Row]) -> None:
     """Draw each rating's mean by soundfont (top) and its matrix of Spearman correlations (bottom)."""
     from matplotlib.figure import Figure

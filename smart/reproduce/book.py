@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -145,12 +146,13 @@ def run(step: Step, out: Path, log: Path, lock: int, stop: StopRequest, say: str
 
     A request to stop is passed on as SIGINT, on which every program saves its work.
     """
+    (out / step.name).mkdir(exist_ok=True)
+    again = again and not is_empty(out / step.name)  # otherwise it was stopped before it had anything to continue
     words = [word.replace(OUT, str(out)) for word in (*step.words, *(step.resume if again else ()))]
     log.parent.mkdir(exist_ok=True)
-    (out / step.name).mkdir(exist_ok=True)
     shown = sys.stderr.isatty()
     with open(log, "ab") as file:
-        file.write(f"$ python -m {' '.join(words)}\n".encode())
+        file.write(f"$ {shlex.join([sys.executable, '-m', *words])}\n".encode())
         file.flush()
         child = subprocess.Popen(
             [sys.executable, "-c", START, str(os.getpid()), *words],

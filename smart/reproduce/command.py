@@ -12,6 +12,8 @@ same command continues: it skips finished steps and resumes an unfinished one wh
 """
 
 import dataclasses
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -98,5 +100,5 @@ def _list(steps: Sequence[Step], out: Path) -> None:
         state = "to do"
         if book is not None:
             state = "done" if book.is_done(step) else "begun" if book.was_begun(step) else state
-        words = " ".join(word.replace(OUT, str(out)) for word in step.words)
-        click.echo(f"[{place:2}/{len(steps)}] {step.name}: {step.title} ({state})\n        python -m {words}")
+        words = shlex.join([sys.executable, "-m", *(word.replace(OUT, str(out)) for word in step.words)])
+        click.echo(f"[{place:2}/{len(steps)}] {step.name}: {step.title} ({state})\n        {words}")

@@ -3,36 +3,49 @@
 ``smart.run.checkpoint`` is used as a module: ``checkpoint.save``, ``checkpoint.latest``.
 """
 
-from smart.run.command import backend_option, in_one_line, progress, run_command
+from smart.run.command import accept_option, backend_option, in_one_line, progress, run_command
 from smart.run.folder import (
     CONFIG,
     NEEDED,
     SETTINGS,
+    Opening,
     changes,
     check_packages,
+    check_resumable,
     claim_folder,
+    confirm_settings,
     hold_folder,
     open_run_folder,
+    text_changes,
 )
 from smart.run.run import Run
+from smart.run.sources import ACCEPT, digests, files_changed, files_in
 from smart.run.stop import StopRequest
 from smart.run.stopwatch import Span, Stopwatch
 from smart.run.tracker import METRICS, Tracker, read_metrics, summarise
 
 __all__ = [
+    "ACCEPT",
     "CONFIG",
     "METRICS",
     "NEEDED",
     "SETTINGS",
+    "Opening",
     "Run",
     "Span",
     "StopRequest",
     "Stopwatch",
     "Tracker",
+    "accept_option",
     "backend_option",
     "changes",
     "check_packages",
+    "check_resumable",
     "claim_folder",
+    "confirm_settings",
+    "digests",
+    "files_changed",
+    "files_in",
     "hold_folder",
     "in_one_line",
     "open_run_folder",
@@ -40,4 +53,5 @@ __all__ = [
     "read_metrics",
     "run_command",
     "summarise",
+    "text_changes",
 ]

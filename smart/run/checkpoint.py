@@ -7,6 +7,7 @@ previous checkpoint as it was. Only safetensors and JSON are read back.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import click
 from safetensors import SafetensorError
 
 from smart import UserError
-from smart.files import parse_json, sha256, sync, temporary_name
+from smart.files import link, parse_json, sha256, sync, temporary_name
 
 if TYPE_CHECKING:
     import torch
@@ -32,9 +33,9 @@ def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int = 0,
     """Save what ``write(folder)`` writes as checkpoint ``step``, then delete all but the ``keep`` newest (0: keep all).
 
     Checkpoints after ``step`` are damaged, or the run would have continued from them: they are not counted, and stay.
-    The checkpoint of step ``best`` is never deleted, and the link ``<root>/best`` points to it (None: no link). Returns
-    the checkpoint's folder. Raises ``OSError`` or ``SafetensorError`` if it cannot be written (disk full, read-only,
-    quota); existing checkpoints stay as they are.
+    The checkpoint of step ``best`` is never deleted, and the link ``<root>/best`` points to it (None: no link; a file
+    system without links has none either). Returns the checkpoint's folder. Raises ``OSError`` or ``SafetensorError`` if
+    it cannot be written (disk full, read-only, quota); existing checkpoints stay as they are.
     """
     root.mkdir(parents=True, exist_ok=True)
     _sweep(root)
@@ -63,10 +64,7 @@ def tidy(root: Path, step: int, *, keep: int = 0, best: int | None = None) -> No
     """Update the link and delete old checkpoints, as in ``save``; also called in case a process was killed before."""
     _sweep(root)
     if best is not None and os.path.realpath(root / BEST) != os.path.realpath(root / f"{best:08d}"):
-        link = root / f".{BEST}.link"
-        link.symlink_to(f"{best:08d}")
-        os.replace(link, root / BEST)
-        sync(root)
+        link(root / BEST, f"{best:08d}")
     if keep:
         for old in [old for old in steps(root) if old <= step][:-keep]:
             if old != best:
@@ -123,6 +121,8 @@ def latest(root: Path) -> Path | None:
         try:
             verify(folder)
         except UserError as error:
+            if error.exit_code == 1:  # too many open files, say: it may be intact
+                raise
             damaged.append(error.message)
             click.echo(f"Warning: {error.message}; trying the one before it", err=True)
             continue
@@ -170,6 +170,17 @@ def read_state(
                     state[key] = value.to(parameter.device) if key != "step" or fused else value
     except (KeyError, RuntimeError) as error:
         raise UserError(f"checkpoint {folder}: {STATE} does not fit this run ({error})") from None
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """The SHA-256 of a model's parameters, by name."""
+    import torch
+
+    found = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        found.update(f"{name}\0{parameter.dtype}\0{tuple(parameter.shape)}\0".encode())
+        found.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def read_tensors(path: Path) -> Mapping[str, torch.Tensor]:

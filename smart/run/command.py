@@ -1,10 +1,12 @@
 """The command line of a program that makes a run, and errors that end it in one line."""
 
 import gc
+import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,16 +14,19 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from smart import UserError
+from smart.process import exhausted
+from smart.run.folder import run_of
+from smart.run.sources import ACCEPT
 
 LATE = ("miditok", "transformers.models.phi3.modeling_phi3")  # large, and needed by every run
 
 
 def run_command(program: str, load: Callable[..., Any], *, default: str, help: str) -> click.Command:
-    """The command line of a program that makes a run: ``--config``, ``--set``, ``--resume``, ``--overwrite``.
+    """The command line of a program that makes a run: ``--config``, ``--set``, ``--resume``, ``--overwrite``, ...
 
     It reads the configuration with ``load(path, overrides)``, and only then imports the module ``program`` and calls
-    its ``train(config, resume=, overwrite=)``. An early end is explained in one line (``in_one_line``), and everything
-    saved so far is kept.
+    its ``train(config, resume=, overwrite=, accept_changes=)``. An early end is explained in one line
+    (``in_one_line``), and everything saved so far is kept.
     """
 
     @click.command(help=help)
@@ -32,21 +37,42 @@ def run_command(program: str, load: Callable[..., Any], *, default: str, help: s
         "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one setting (repeatable)."
     )
     @click.option(
-        "--resume", is_flag=True, help="Continue the run from its last checkpoint, or start it if it has none."
+        "--resume",
+        is_flag=True,
+        help="Continue a run from its last checkpoint, or from its beginning if it has none yet. "
+        "With --config RUN/config.toml the run is the one in that folder.",
     )
     @click.option("--overwrite", is_flag=True, help="Replace a run of the same name.")
-    def main(path: str, overrides: tuple[str, ...], resume: bool, overwrite: bool) -> None:
+    @click.option(
+        ACCEPT,
+        "accept",
+        is_flag=True,
+        help="With --resume: continue although the files of the base, the soundfont, the corpus or a reward have "
+        "changed since the run began. The run records that.",
+    )
+    def main(path: str, overrides: tuple[str, ...], resume: bool, overwrite: bool, accept: bool) -> None:
         if resume and overwrite:
             raise click.UsageError("--resume and --overwrite contradict each other")
+        if accept and not resume:
+            raise click.UsageError(f"{ACCEPT} is for a run that is continued: add --resume")
         with in_one_line("the run", "everything saved so far is kept: continue with --resume"):
-            config = load(path, overrides)
+            config = load(path, (*(_place(path) if resume else ()), *overrides))
             train = import_module(program).train
             for name in LATE:
                 import_module(name)
             gc.freeze()  # later collections skip what imports made, so that they find an iteration's garbage soon
-            train(config, resume=resume, overwrite=overwrite)
+            train(config, resume=resume, overwrite=overwrite, **({"accept_changes": True} if accept else {}))
 
     return main
+
+
+def _place(path: str) -> tuple[str, ...]:
+    """Overrides for a run whose configuration is given: it is where its configuration lies, even if it was moved."""
+    found = run_of(Path(path).expanduser())
+    if found is None:
+        return ()
+    folder, name = (json.dumps(str(part), ensure_ascii=False) for part in found)  # TOML writes strings the same way
+    return f"run.folder={folder}", f"run.name={name}"
 
 
 def backend_option(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,6 +82,18 @@ def backend_option(function: Callable[..., Any]) -> Callable[..., Any]:
         help="Renderer: worker processes (pool), or sums of notes that were rendered in advance (bank); clips that the "
         "bank cannot play go to the pool.",
     )  # fmt: skip
+    return option(function)
+
+
+def accept_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The option of a program that takes up unfinished work, for ``claim_folder``."""
+    option = click.option(
+        ACCEPT,
+        "accept_changes",
+        is_flag=True,
+        help="Continue unfinished work although files that it was begun with (models, the soundfont, files of rewards) "
+        "have changed. That is recorded with the result.",
+    )
     return option(function)
 
 
@@ -77,6 +115,9 @@ def in_one_line(writing: str, then: str, *expected: type[Exception]) -> Iterator
     except expected as error:
         raise click.ClickException(f"{error}; {then}") from None
     except (OSError, SafetensorError) as error:  # the latter is how that library reports a full disk
+        limit = exhausted(error)
+        if limit and "disk" not in limit:
+            raise click.ClickException(f"{limit}; {then}") from error
         raise click.ClickException(f"{writing} could not be written ({error}); {then}") from error
     except (MemoryError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]

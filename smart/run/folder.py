@@ -1,16 +1,23 @@
 """A run's folder: created, continued or replaced, and held by one process; nothing is lost silently."""
 
+from __future__ import annotations
+
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from smart import UserError
+from smart import UserError, __version__
 from smart.files import hold, is_empty, parse_json, parse_toml, write_atomically
+from smart.run.sources import ACCEPT, SOURCES, files_changed
+
+if TYPE_CHECKING:
+    from smart.distributed import World
 
 CONFIG = "config.toml"
 SETTINGS = "settings.json"
@@ -24,6 +31,17 @@ def check_packages(also: Iterable[str] = ()) -> None:
         raise UserError(f"a run needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
+class Opening(NamedTuple):
+    """How a run is opened: ``resume`` continues one, ``overwrite`` replaces one.
+
+    ``accept_changes``: with ``resume``, the files that the run was made of may have changed since it began.
+    """
+
+    resume: bool = False
+    overwrite: bool = False
+    accept_changes: bool = False
+
+
 @contextmanager
 def open_run_folder(
     folder: Path, config: str, *, resume: bool, overwrite: bool, complete: Callable[[Path], str] | None = None
@@ -35,8 +53,7 @@ def open_run_folder(
     """
     if "\0" in str(folder):
         raise UserError(f"run {str(folder)!r}: a folder cannot have that name; choose another run.name")
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise UserError(f"run {folder} is not a folder; choose another run.name")
+    _check_kind(folder, resume)
     with ExitStack() as held:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -49,6 +66,22 @@ def open_run_folder(
         except OSError as error:
             raise UserError(f"run {folder} cannot be written ({error.strerror})") from None
         yield
+
+
+def check_resumable(folder: Path, config: str, *, complete: Callable[[Path], str] | None = None) -> None:
+    """Raise ``UserError`` if ``folder`` holds no run, or one with another configuration; arguments as above."""
+    _check_kind(folder, True)
+    _refuse_changes(folder, config, complete)
+
+
+def _check_kind(folder: Path, resume: bool) -> None:
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"run {folder} is not a folder; choose another run.name")
+    if resume and not (folder / CONFIG).is_file():
+        raise UserError(
+            f"run {folder}: nothing to resume, since it has no {CONFIG}; leave out --resume to begin it, or give the "
+            f"configuration of a run, --config RUN/{CONFIG}"
+        )
 
 
 def _make_or_check(
@@ -74,27 +107,59 @@ def _make_or_check(
         write_atomically(folder / CONFIG, config.encode())
 
 
-def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
+def confirm_settings(world: World, program: str, config: str, opening: Opening) -> None:
+    """Raise ``UserError`` in every process if one was started with another program, configuration or flag."""
+    settings = {key: value for key, value in flat(parse_toml(config)).items() if key not in MAY_DIFFER}
+    world.confirm(
+        {"program": f"{program} {__version__}", **settings, **opening._asdict()},
+        "start all processes with the same command",
+    )
+
+
+def run_of(config: Path) -> tuple[Path, str] | None:
+    """The folder and name of the run whose configuration is this file; None if the file lies in no run."""
+    folder = Path(os.path.abspath(config)).parent
+    if config.name != CONFIG or not any((folder / name).exists() for name in ("checkpoints", SOURCES, "metrics.jsonl")):
+        return None
+    return folder.parent, folder.name
+
+
+def claim_folder(folder: Path, settings: Mapping[str, Any], *, accept: bool | None = None) -> list[Any]:
     """Create ``folder`` for the output of ``settings``, or continue one with the same; they are kept in it as JSON.
 
-    Raises ``UserError`` if it holds something else, was begun with other settings, or cannot be written.
+    ``accept``: continue also if digests of files among the settings have changed, and record that (None: the program
+    has no such option). Returns all changes that were accepted so far. Raises ``UserError`` if the folder holds
+    something else, was begun with other settings, or cannot be written.
     """
-    text, kept = json.dumps(settings, indent=1) + "\n", folder / SETTINGS
+    kept = folder / SETTINGS
+    accepted: list[Any] = []
     try:
         if folder.exists() and (not folder.is_dir() or (not is_empty(folder) and not kept.is_file())):
             raise UserError(f"--out {folder} holds something else; choose a new folder")
         if kept.is_file():
-            before = kept.read_text(encoding="utf-8", errors="replace")
-            if before != text:
+            try:
+                before = dict(parse_json(kept.read_text(encoding="utf-8", errors="replace")))
+                accepted = list(before.pop("accepted", ()))
+                changed = changes(before, json.loads(json.dumps(settings)))
+            except (ValueError, TypeError):
+                before, changed = {}, ["they cannot be read"]
+            only_files = bool(before) and files_changed(before, settings)
+            if changed and not (only_files and accept):
+                also = f", or continue with {ACCEPT}" if only_files and accept is not None else ""
                 raise UserError(
-                    f"--out {folder} holds pieces made with other settings ({_changes_in(before, text)}); "
-                    "choose a new folder"
+                    f"--out {folder} holds pieces made with other settings ({'; '.join(changed)}); "
+                    f"choose a new folder{also}"
                 )
+            if not changed:
+                return accepted
+            accepted.append(changed)
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(kept, text.encode())
+        text = json.dumps({**settings, **({"accepted": accepted} if accepted else {})}, indent=1) + "\n"
+        write_atomically(kept, text.encode())
     except OSError as error:
         raise UserError(f"--out {folder} cannot be written ({error.strerror})") from None
+    return accepted
 
 
 @contextmanager
@@ -110,11 +175,11 @@ def hold_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def _changes_in(before: str, now: str) -> str:
+def text_changes(before: str, now: str) -> str:
     """How two JSON texts of settings differ."""
     try:
         return "; ".join(changes(parse_json(before), parse_json(now)))
-    except ValueError:
+    except (ValueError, AttributeError):
         return "they cannot be read"
 
 
@@ -128,6 +193,7 @@ MAY_CHANGE = (
     "track.trace_every",
     "track.also",
 )  # these do not change the result
+MAY_DIFFER = tuple(key for key in MAY_CHANGE if key != "run.name")  # between processes
 
 
 def _refuse_changes(folder: Path, config: str, complete: Callable[[Path], str] | None) -> None:

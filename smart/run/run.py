@@ -5,27 +5,32 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from smart import Failure, brief
+from smart.files import sha256
 from smart.run import checkpoint
 from smart.run.command import progress
-from smart.run.folder import CONFIG, open_run_folder
+from smart.run.folder import CONFIG, Opening, open_run_folder
+from smart.run.sources import check_sources
 from smart.run.stop import StopRequest
 from smart.run.tracker import NullTracker, Tracker
 
 if TYPE_CHECKING:
     from smart.distributed import World
 
+FIRST = "Stopping: the current iteration is finished and saved first. Once more stops at once, without saving."
+
 
 class Run:
     """Holds a run's folder; use it as a context manager, then ``open`` its files.
 
     ``config`` is the text of its configuration, ``program`` the module that continues it, ``keep`` the number of
-    checkpoints that are kept (0: all), ``complete`` that of ``open_run_folder``. Only the lead process writes; the
-    others wait until the folder exists.
+    checkpoints that are kept (0: all), ``sources`` what the run is made of (``check_sources``), ``complete`` that of
+    ``open_run_folder``. Only the lead process writes; the others wait until the folder exists.
     """
 
     def __init__(
@@ -35,9 +40,9 @@ class Run:
         *,
         program: str,
         world: World,
-        resume: bool,
-        overwrite: bool,
+        opening: Opening,
         keep: int,
+        sources: Mapping[str, str],
         complete: Callable[[Path], str] | None = None,
     ) -> None:
         self.folder = folder
@@ -45,29 +50,61 @@ class Run:
         self.last: Path | None = None  # the checkpoint to continue from
         self.files: Tracker
         self.bar: Any
-        self._config, self._resume, self._overwrite = config, resume, overwrite
+        self._config, self._opening = config, opening
         self._program, self._world, self._keep, self._complete = program, world, keep, complete
-        self._stop = StopRequest()
+        self._sources, self._notes = sources, list[str]()
+        self._stop = StopRequest(FIRST if world.lead else "")
         self._opened = ExitStack()
 
     def __enter__(self) -> Run:
         with ExitStack() as opened:
             opened.enter_context(self._stop)  # first, since all that follows takes time
-            if self._world.lead:
-                opened.enter_context(
-                    open_run_folder(
-                        self.folder,
-                        self._config,
-                        resume=self._resume,
-                        overwrite=self._overwrite,
-                        complete=self._complete,
+            with self._world.together():
+                if self._world.lead:
+                    resume, overwrite, _ = self._opening
+                    opened.enter_context(
+                        open_run_folder(
+                            self.folder, self._config, resume=resume, overwrite=overwrite, complete=self._complete
+                        )
                     )
-                )
-            self._world.wait()  # until the folder exists
-            if self._resume:
-                self.last = checkpoint.latest(self.checkpoints)
+            self._world.confirm(self._sources, "give every process the same files")
+            if self._opening.resume:
+                self.last = self.agree_on(lambda: checkpoint.latest(self.checkpoints))
+            with self._world.together():
+                if self._world.lead:
+                    step = int(self.last.name) if self.last else 0
+                    accept = self._opening.accept_changes
+                    self._notes = check_sources(self.folder, self._sources, accept=accept, step=step)
             self._opened = opened.pop_all()
         return self
+
+    def agree_on(self, choose: Callable[[], Path | None]) -> Path | None:
+        """The checkpoint that ``choose`` finds in the lead process; all others confirm that they see the same one."""
+        chosen = None
+        with self._world.together():
+            if self._world.lead:
+                chosen = choose()
+        name = self._world.gather(chosen and chosen.name)[0]
+        if name is None:
+            return None
+        folder = self.checkpoints / name
+        with self._world.together():
+            if not self._world.lead:
+                checkpoint.verify(folder)
+        if self._world.size > 1:
+            self._world.confirm(
+                {f"checkpoint {name}": sha256(folder / checkpoint.MANIFEST)}, "give every process the same run folder"
+            )
+        return folder
+
+    def confirm_weights(self, model: Any, step: int) -> None:
+        """Raise ``Failure`` in every process if their weights differ after ``step``: nothing of them may be saved."""
+        if self._world.size > 1:
+            self._world.confirm(
+                {f"SHA-256 of the weights after step {step}": checkpoint.weights_digest(model)},
+                "no checkpoint of this step is written; continue from the last one with --resume",
+                error=Failure,
+            )
 
     def __exit__(self, *error: Any) -> None:
         self._opened.__exit__(*error)
@@ -80,6 +117,8 @@ class Run:
         lead = self._world.lead
         files = Tracker(self.folder, start=done, also=also) if lead else NullTracker()
         self.files = self._opened.enter_context(files)
+        for note in self._notes:
+            self.log(note)
         self.bar = self._opened.enter_context(progress(total=total, initial=done, unit=unit, show=lead))
 
     def steps(self, done: int, total: int, *, unless: Callable[[], object]) -> Iterator[int]:
@@ -103,6 +142,13 @@ class Run:
         python = shlex.quote(sys.executable)
         self.log(f"Stopped. Continue with: {python} -m {self._program} --config {config} --resume")
         raise SystemExit(128 + (self._stop.requested or signal.SIGTERM))
+
+    def draw(self, figure: Callable[..., object], *args: Any, **options: Any) -> None:
+        """Draw a figure of the run. A figure that cannot be drawn is only reported, since it never ends a run."""
+        try:
+            figure(*args, **options)
+        except Exception as error:  # matplotlib raises anything, for example for a font that is missing
+            self.log(f"Warning: a figure could not be drawn ({brief(error)})")
 
     def save(self, step: int, write: Callable[[Path], None], *, best: int | None = None) -> None:
         """Save what ``write(folder)`` writes as checkpoint ``step``, after flushing all metrics to the disk."""

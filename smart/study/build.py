@@ -15,7 +15,9 @@ import io
 import json
 import os
 import secrets
+import shlex
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
@@ -27,9 +29,9 @@ import numpy as np
 import numpy.typing as npt
 
 from smart import UserError, __version__
-from smart.files import hold, sha256, split_name, sync, write_atomically
+from smart.files import hold, parse_json, sha256, split_name, sync, write_atomically
 from smart.render import checked_soundfont, with_pad_bytes, write_wav
-from smart.run import progress
+from smart.run import ACCEPT, changes, digests, files_changed, progress
 from smart.study import loudness
 from smart.study.folder import AUDIO, CHECK, CONSENT, FORMAT, KEY, KEY_COLUMNS, Design, write_csv, write_design
 from smart.study.power import Population, Power, simulate_power
@@ -108,7 +110,8 @@ def fit(audio: npt.NDArray[np.float32], samples: int) -> npt.NDArray[np.float32]
 class Work:
     """The hidden folder of an unfinished build: its settings, and one file for each finished clip."""
 
-    def __init__(self, out: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, out: Path, settings: dict[str, Any], *, accept: bool = False) -> None:
+        self.accepted: list[Any] = []  # changes of files since the build was begun
         self.folder = out.with_name(f".{out.name}.work")
         self.clips = self.folder / "clips"
         try:
@@ -120,14 +123,32 @@ class Work:
         except OSError as error:
             raise UserError(f"--out {out}: cannot be written ({error.strerror})") from None
         path = self.folder / "settings.json"
-        text = json.dumps(settings, sort_keys=True)
-        if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
+        try:
+            self._compare(path, settings, accept)
+        except UserError as error:
             self.close()
+            raise UserError(f"--out {out}: {self.folder} holds an unfinished build {error.message}") from None
+        kept = {**settings, "accepted": self.accepted}
+        write_atomically(path, json.dumps(kept, sort_keys=True).encode())
+
+    def _compare(self, path: Path, settings: dict[str, Any], accept: bool) -> None:
+        if not path.exists():
+            return
+        try:
+            before = dict(parse_json(path.read_text(encoding="utf-8", errors="replace")))
+            self.accepted = list(before.pop("accepted", ()))
+            changed = changes(before, json.loads(json.dumps(settings)))
+        except (ValueError, TypeError, AttributeError):
+            raise UserError("whose settings cannot be read; delete it") from None
+        if not changed:
+            return
+        only_files = files_changed(before, settings)
+        if not (only_files and accept):
+            also = f", or continue with {ACCEPT}" if only_files else ""
             raise UserError(
-                f"--out {out}: {self.folder} holds an unfinished build with other settings; "
-                "give the same options to continue it, or delete it"
+                f"with other settings ({'; '.join(changed)}); give the same options to continue it, or delete it{also}"
             )
-        write_atomically(path, text.encode())
+        self.accepted.append(changed)
 
     def path(self, system: int, prompt: int) -> Path:
         return self.clips / f"{system}-{prompt}.npz"
@@ -313,6 +334,20 @@ def fill(work: Work, systems: Sequence["Recordings | System"], design: Design, o
         work.put(Clip(models[piece.system], piece.prompt, piece.seed, piece.audio))
 
 
+def _files(systems: Sequence["Recordings | System"], options: Mapping[str, Any]) -> dict[str, Path]:
+    """What a study is made of: models or recordings, and if there are models, the soundfont and the corpus."""
+    found: dict[str, Path] = {}
+    for system in systems:
+        if isinstance(system, Recordings):
+            found |= {f"{system.name}/{file.name}": file for file in system.files}
+            continue
+        found[f"model {system.name}"] = system.model / "model.safetensors"
+        found["soundfont"] = Path(options["soundfont"])
+        if options["corpus"]:
+            found["corpus"] = Path(options["corpus"]) / "manifest.json"
+    return found
+
+
 def build(
     out: Path,
     systems: Sequence["Recordings | System"],
@@ -321,15 +356,18 @@ def build(
     target: float,
     studies: int,
     options: dict[str, Any],
+    accept: bool = False,
 ) -> list[str]:
     """Make the study's folder ``out``; returns notes for the user.
 
     ``target``: LUFS; ``studies``: how many to simulate for the power; ``options`` go to ``smart.rollout.compose``.
+    ``accept``: continue an unfinished build although files that it was begun with have changed.
     """
     sources = {each.name: str(origin(each).resolve()) for each in systems}
     settings = {"target": target, "sources": sources} | {name: getattr(design, name) for name in SETTINGS}
     settings |= {name: value for name, value in options.items() if name != "workers"}  # they change no result
-    work = Work(out, settings)
+    settings["files"] = digests(_files(systems, options))
+    work = Work(out, settings, accept=accept)
     try:
         fill(work, systems, design, options)
         wanted = design.prompts + design.practice
@@ -350,6 +388,7 @@ def build(
         ) from error
     finally:
         work.close()
+    notes += [f"accepted ({ACCEPT}): {'; '.join(changed)}" for changed in work.accepted]
     return notes + [
         f"{each.power:.0%} of {each.studies} simulated studies with {design.listeners} listeners find an effect of "
         f"{each.effect:g} (95% interval {each.power_low:.0%} to {each.power_high:.0%})"
@@ -384,7 +423,11 @@ def build_study(
         format=FORMAT, study=secrets.token_hex(8), question=QUESTION, low=LOW, high=HIGH, systems=names,
         **{name: given[name] for name in (*SETTINGS, "lufs", "listeners", "completion_code")},
     )  # fmt: skip
-    for line in build(out, systems, design, target=given["lufs"], studies=given["power"], options=options):
+    for line in build(
+        out, systems, design, target=given["lufs"], studies=given["power"], options=options,
+        accept=given.get("accept_changes", False),
+    ):  # fmt: skip
         click.echo(line)
     click.echo(f"{out}: {design.prompts} prompts x {len(names)} systems, {design.rated} trials for each participant")
-    click.echo(f"complete {out / CONSENT} and {out / 'preregistration.md'}, then: smart study serve {out}")
+    serve = shlex.join([sys.executable, "-m", "smart.study", "serve", str(out)])
+    click.echo(f"complete {out / CONSENT} and {out / 'preregistration.md'}, then: {serve}")

@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from smart import FilePath, Group
-from smart.run import backend_option
+from smart.run import accept_option, backend_option
 from smart.study.loudness import TARGET
 from smart.study.ratings import HIGH, LOW
 
@@ -92,6 +92,7 @@ def main() -> None:
 @click.option(
     "--workers", default=0, show_default=True, type=click.IntRange(0, 1024), help="Render processes (0: one per core)."
 )
+@accept_option
 def build_command(**given: Any) -> None:
     """Build a study. A SYSTEM is a run's folder, a model's folder or shipped name, or a folder of WAV files."""
     from smart.study.build import build_study

@@ -450,3 +450,20 @@ def test_what_was_read_otherwise_is_counted(tmp_path: Path) -> None:
         "midi/hanging.mid": "notes without an end: 1",
         "midi/seven.mid": "bars read in other time signatures: 7/4 as 4/4 + 3/4",
     }
+
+
+def test_a_file_that_changed_while_a_build_waited_is_read_again(tmp_path: Path) -> None:
+    """Also one of the same size and time, as a copy of another file has them."""
+    file, other, key = tmp_path / "a.mid", tmp_path / "other", b"m/a.mid"
+    file.write_bytes(b"one")
+    other.write_bytes(b"two")
+    os.utime(other, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns))
+    state = State(tmp_path / ".work")
+    state.list_files(iter([key]))
+    state.stamp(key, os.fsencode(file))
+    state.record(key, ("cannot be read", "x"))
+    state.commit()
+    assert state.read_again(lambda _: os.fsencode(file)) == [] and list(state.unread()) == []
+    os.replace(other, file)
+    assert state.read_again(lambda _: os.fsencode(file)) == [key] and list(state.unread()) == [key]
+    state.close()

@@ -1,8 +1,10 @@
 """smart.run.checkpoint: what was saved comes back, whatever happened to the newest copy."""
 
+import errno
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -15,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from smart import UserError
-from smart.files import replace_files, sha256, write_atomically
+from smart.files import hold, lacks, replace_files, sha256, write_atomically
 from smart.run import StopRequest, checkpoint
 
 
@@ -269,6 +271,50 @@ def test_write_atomically_replaces(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_no_link_is_followed_and_no_file_of_others_swept(tmp_path: Path) -> None:
+    """Temporary names cannot be guessed; links and files that only look like temporary ones stay as they are."""
+    (tmp_path / "victim").write_text("precious")
+    for name in (".file.tmp", f".file.{'0' * 16}.tmp"):
+        (tmp_path / name).symlink_to("victim")
+    (tmp_path / ".theirs.tmp").write_text("theirs")
+    taken = iter(("0" * 16, "1" * 16))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("smart.files.secrets.token_hex", lambda _: next(taken))
+        with pytest.raises(FileExistsError):
+            write_atomically(tmp_path / "file", b"new")
+        write_atomically(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_bytes() == b"new" and (tmp_path / "victim").read_text() == "precious"
+    assert (tmp_path / ".theirs.tmp").read_text() == "theirs"
+    write_atomically(tmp_path / ("x" * 255), b"the longest name")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_that_lacks_something_is_only_reported(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No fsync of folders, no symbolic links, no locks: a warning each, once, and everything else is saved."""
+    fsync = os.fsync
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, "refused")
+
+    def of_files(descriptor: int) -> None:
+        fsync(descriptor) if stat.S_ISREG(os.fstat(descriptor).st_mode) else refuse()
+
+    monkeypatch.setattr("smart.files._warned", set())
+    assert lacks(tmp_path) == []
+    monkeypatch.setattr(os, "fsync", of_files)
+    monkeypatch.setattr(os, "symlink", refuse)
+    monkeypatch.setattr("smart.files.fcntl.flock", refuse)
+    assert len(lacks(tmp_path)) == 3 and os.listdir(tmp_path) == []
+    for step in (1, 2):
+        with hold(tmp_path):
+            checkpoint.save(tmp_path / "root", step, lambda folder: (folder / "a").write_text("kept"), best=1)
+    assert checkpoint.latest(tmp_path / "root") == tmp_path / "root" / "00000002"
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 3 and all(line.startswith("Warning: the file system of ") for line in warnings)
+
+
 def test_several_may_replace_one_file(tmp_path: Path) -> None:
     """Two processes of two threads each, without end: whoever reads finds the whole of what one of them wrote."""
     code = """
@@ -283,7 +329,7 @@ threading.excepthook = lambda failure: __import__("os")._exit(9)
 [thread.start() for thread in threads]
 """
     path = tmp_path / "note"
-    (tmp_path / ".note.tmp").write_text("z" * 100_000)  # of a process that was killed
+    (tmp_path / ".note.0123456789abcdef.tmp").write_text("z" * 100_000)  # of a process that was killed
     writers = [subprocess.Popen([sys.executable, "-c", code, str(path), letters]) for letters in ("ab", "cd")]
     while any(writer.poll() is None for writer in writers):
         text = path.read_text() if path.exists() else ""

@@ -77,11 +77,13 @@ def test_a_run_that_was_half_deleted_is_not_continued(tmp_path: Path, monkeypatc
 
 
 def test_a_kill_at_the_first_write_leaves_nothing_in_the_way(tmp_path: Path) -> None:
-    for number, (resume, overwrite) in enumerate(((False, False), (True, False), (False, True))):
-        folder = tmp_path / str(number)
+    for overwrite in (False, True):
+        folder = tmp_path / str(overwrite)
         folder.mkdir()
-        (folder / ".config.toml.tmp").write_text("[ru")
-        with open_run_folder(folder, CONFIG, resume=resume, overwrite=overwrite):
+        (folder / ".config.toml.0123456789abcdef.tmp").write_text("[ru")
+        with pytest.raises(UserError, match=r"nothing to resume, since it has no config\.toml"):
+            open_run_folder(folder, CONFIG, resume=True, overwrite=False).__enter__()
+        with open_run_folder(folder, CONFIG, resume=False, overwrite=overwrite):
             assert [path.name for path in folder.iterdir()] == ["config.toml"]
 
 
