@@ -265,7 +265,7 @@ def run_probes(
     announce(rewards)
     settings = {
         "rewards": {reward.name: reward.provenance for reward in rewards},
-        **({"reward_files": kept} if (kept := digests(files_in(read_options(options)))) else {}),
+        **({"reward_files": reward_files} if (reward_files := digests(files_in(read_options(options)))) else {}),
         "pieces": {str(path): sha256(path) for path in files} or [model, count],
         "soundfonts": [sha256(path) for path in soundfonts],
         "seed": seed,

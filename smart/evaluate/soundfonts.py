@@ -175,7 +175,7 @@ def compare_soundfonts(
     settings = {
         "soundfonts": {font.name: sha256(font.file) for font in fonts},
         "rewards": {reward.name: reward.provenance for reward in rewards},
-        **({"reward_files": kept} if (kept := digests(files_in(read_options(options)))) else {}),
+        **({"reward_files": reward_files} if (reward_files := digests(files_in(read_options(options)))) else {}),
         "pieces": {str(path): sha256(path) for path in midi} or [str(corpus), split, count, seed],
         "seconds": seconds,
         "sample_rate": sample_rate,
