@@ -108,7 +108,9 @@ class World:
         if told is None:
             return
         if problem is not None and self.rank == first:
-            raise type(problem)(f"{self._name()}: {problem.message}") if first else problem
+            named = type(problem)(f"{self._name()}: {problem.message}" if first else problem.message)
+            named.exit_code = problem.exit_code  # type: ignore[misc]  # click reads it from the instance
+            raise named
         raise _Told(*told) from None
 
     def confirm(self, what: Mapping[str, object], then: str, *, error: type[click.ClickException] = UserError) -> None:
