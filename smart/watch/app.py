@@ -26,6 +26,7 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
+PAGE = "x-watch"  # header of the page's own requests, and of the answer that gives the reason for sending nothing
 HERE = ("127.0.0.1", "localhost")  # names of this machine, by which a browser may ask
 RAW_HEADERS = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
 TYPES = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
@@ -124,7 +125,10 @@ def failed(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         return Response(error.detail, error.status_code)
     if isinstance(error, Missing | FileNotFoundError | NotADirectoryError):
-        return Response(str(error) if isinstance(error, Missing) else "This is no longer there.", 404)
+        text = str(error) if isinstance(error, Missing) else "This is no longer there."
+        if PAGE in request.headers:  # browsers log an answer of 404 as an error, but a run may be deleted at any time
+            return Response(status_code=204, headers={PAGE: text})
+        return Response(text, 404)
     text = error.message if isinstance(error, UserError | Failure) else brief(error)
     return Response(text, 503)
 

@@ -87,6 +87,13 @@ def test_what_is_no_part_of_a_run_is_refused(server: Server, path: str) -> None:
     assert head.startswith("HTTP/1.1 404 ") and "secret" not in body and body.count("\n") == 0
 
 
+def test_the_page_is_told_without_an_error(server: Server) -> None:
+    """Browsers log every 404 as an error, and a run that the page shows may be deleted at any time."""
+    for path in ("/runs/none/metrics", "/runs/one/sets/samples/00000099", "/runs/one/completions/7"):
+        reply = get(server, path, headers={"x-watch": "page"})
+        assert reply.status_code == 204 and "or no longer" in reply.headers["x-watch"]
+
+
 def test_a_link_in_a_run_that_leads_out_is_refused(run: Path) -> None:
     secret = run.parent.parent / "secret.mid"
     secret.write_bytes((run / "final" / "00-tuned.mid").read_bytes())

@@ -17,7 +17,8 @@
 
   class Refused extends Error {}
   async function ask(path) {
-    const answer = await fetch(path, { cache: "no-store" });
+    const answer = await fetch(path, { cache: "no-store", headers: { "x-watch": "page" } });
+    if (answer.status === 204) throw new Refused(answer.headers.get("x-watch")); // not there, or no longer
     if (!answer.ok) throw new Refused(await answer.text());
     return answer;
   }
