@@ -81,7 +81,7 @@ def command(name: str) -> click.Command:
 
     schema, default = RUNS[name]
     load = partial(config.load, schema=getattr(config, schema))
-    return run_command(f"smart.{name}", load, default=default, help=PROGRAMS[name])
+    return run_command(f"smart.{name}", load, default=default, help=PROGRAMS[name], rewards=name == "grpo")
 
 
 def start(name: str) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from smart import FilePath
+from smart import FilePath, Renamed
 from smart.prompts import KINDS
 from smart.render import RenderError
 from smart.run import backend_option, in_one_line
@@ -29,8 +29,9 @@ from smart.run import backend_option, in_one_line
 @click.option("--overwrite", is_flag=True, help="Replace the file --out if it exists.")
 @click.option("--title", default="Before and after tuning", show_default=True, help="Title of the page.")
 @click.option(
-    "--prompts", "count", default=15, show_default=True, type=click.IntRange(min=1), help="Pairs per section."
-)
+    "-n", "--count", cls=Renamed, old=["--prompts"], default=15, show_default=True, type=click.IntRange(min=1),
+    help="Number of pairs in each section.",
+)  # fmt: skip
 @click.option(
     "--kind", default="run", show_default=True, type=click.Choice(["run", *KINDS]),
     help="Kind of prompts; run: the kind that SECOND was tuned on, or procedural if it is a base.",

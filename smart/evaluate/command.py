@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from smart import FilePath, Group
+from smart import FilePath, Group, Renamed
 from smart.corpus import SPLITS
 from smart.prompts import KINDS
 from smart.render import RenderError
@@ -68,17 +68,19 @@ def clip_options(most_seconds: float) -> Callable[[Callable[..., None]], Callabl
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--out", type=FilePath(), required=True, help="Parquet file for the table.")
 @click.option(
-    "--prompts", default="procedural", show_default=True, type=click.Choice(KINDS),
+    "--kind", "prompts", cls=Renamed, old=["--prompts"], default="procedural", show_default=True,
+    type=click.Choice(KINDS),
     help="What pieces start from: a random time signature and tempo (procedural), these and a first note, nothing "
     "(bos), or a time signature and tempo from a corpus (dataset).",
 )  # fmt: skip
-@click.option("--corpus", type=FilePath(), help="Folder written by `smart corpus build`, for --prompts dataset.")
+@click.option("--corpus", type=FilePath(), help="Folder written by `smart corpus build`, for --kind dataset.")
 @click.option(
     "--split", default="test", show_default=True, type=click.Choice(SPLITS), help="Split of the corpus to use."
 )
 @click.option(
-    "-n", "--n", "count", default=1000, show_default=True, type=click.IntRange(min=1), help="Number of prompts."
-)
+    "-n", "--count", cls=Renamed, old=["--n"], default=1000, show_default=True, type=click.IntRange(min=1),
+    help="Number of prompts, for each of which every model writes a piece.",
+)  # fmt: skip
 @click.option(
     "--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Seed of prompts and sampling."
 )
@@ -208,8 +210,9 @@ def rerate_command(**given: Any) -> None:
     "--split", default="train", show_default=True, type=click.Choice(SPLITS), help="Split of the corpus to use."
 )
 @click.option(
-    "--n", "count", default=10, show_default=True, type=click.IntRange(min=1), help="Pieces to take from the corpus."
-)
+    "-n", "--count", cls=Renamed, old=["--n"], default=10, show_default=True, type=click.IntRange(min=1),
+    help="Number of pieces to take from the corpus.",
+)  # fmt: skip
 @click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1),
     help="Seed of the choice of pieces from the corpus.",
@@ -236,7 +239,12 @@ def soundfonts_command(**given: Any) -> None:
     "--model", default="piano-small", show_default=True, help="Model to sample pieces from if no MIDI FILES are given."
 )
 @click.option(
-    "-n", "--count", default=24, show_default=True, type=click.IntRange(min=2), help="Pieces to sample from --model."
+    "-n",
+    "--count",
+    default=24,
+    show_default=True,
+    type=click.IntRange(min=2),
+    help="Number of pieces to sample from --model.",
 )
 @click.option(
     "--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1),
@@ -260,7 +268,7 @@ def hacks_command(**given: Any) -> None:
 @click.argument("runs", nargs=-1, required=True, type=FilePath(), metavar="RUN...")
 @click.option("--out", type=FilePath(), required=True, help="Folder for the report: new, or one to continue.")
 @click.option(
-    "-n", "--n", "prompts", default=128, show_default=True, type=click.IntRange(min=2),
+    "-n", "--count", "prompts", cls=Renamed, old=["--n"], default=128, show_default=True, type=click.IntRange(min=2),
     help="Number of held-out prompts.",
 )  # fmt: skip
 @click.option(

@@ -1,9 +1,10 @@
 """The command line of a program that makes a run, and errors that end it in one line."""
 
 import gc
+import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import Any
 
@@ -12,16 +13,30 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from smart import UserError
+from smart.reward.file import name_file
 
 LATE = ("miditok", "transformers.models.phi3.modeling_phi3")  # large, and needed by every run
 
 
-def run_command(program: str, load: Callable[..., Any], *, default: str, help: str) -> click.Command:
+REPLACED = (  # by --reward
+    "rewards=[]",
+    "reward.weights={}",
+    "reward.options={}",
+    'reward.name=""',
+    "reward.weight=1.0",
+    'reward.target="none"',
+    'reward.real=""',
+)
+
+
+def run_command(
+    program: str, load: Callable[..., Any], *, default: str, help: str, rewards: bool = False
+) -> click.Command:
     """The command line of a program that makes a run: ``--config``, ``--set``, ``--resume``, ``--overwrite``.
 
     It reads the configuration with ``load(path, overrides)``, and only then imports the module ``program`` and calls
     its ``train(config, resume=, overwrite=)``. An early end is explained in one line (``in_one_line``), and everything
-    saved so far is kept.
+    saved so far is kept. ``rewards``: it also has ``--reward``.
     """
 
     @click.command(help=help)
@@ -35,18 +50,37 @@ def run_command(program: str, load: Callable[..., Any], *, default: str, help: s
         "--resume", is_flag=True, help="Continue the run from its last checkpoint, or start it if it has none."
     )
     @click.option("--overwrite", is_flag=True, help="Replace a run of the same name.")
-    def main(path: str, overrides: tuple[str, ...], resume: bool, overwrite: bool) -> None:
+    def main(path: str, overrides: tuple[str, ...], resume: bool, overwrite: bool, reward: str | None = None) -> None:
         if resume and overwrite:
             raise click.UsageError("--resume and --overwrite contradict each other")
         with in_one_line("the run", "everything saved so far is kept: continue with --resume"):
             config = load(path, overrides)
+            if reward:
+                config = _with_reward(config, reward, lambda more: load(path, (*more, *overrides)))
             train = import_module(program).train
             for name in LATE:
                 import_module(name)
             gc.freeze()  # later collections skip what imports made, so that they find an iteration's garbage soon
             train(config, resume=resume, overwrite=overwrite)
 
+    if rewards:
+        click.option(
+            "--reward",
+            metavar="FILE.py:CLASS",
+            help="Optimise a reward of your own, a subclass of smart.reward.Reward in a Python file, instead of the "
+            "configuration's. The run records its name; give the option again with --resume.",
+        )(main)
     return main
+
+
+def _with_reward(config: Any, given: str, load: Callable[[tuple[str, ...]], Any]) -> Any:
+    """The configuration with the reward FILE.py:CLASS alone, unless it names that reward already, as a resumed run."""
+    kind = name_file(given)
+    if not any(one.kind == kind for one in config.all_rewards):
+        config = load((*REPLACED, f"reward.kind={json.dumps(kind, ensure_ascii=False)}"))
+    if not any(one.kind == kind for one in config.all_rewards):
+        raise UserError(f"--reward {given!r}: --set chooses another reward; give only one of them")
+    return config
 
 
 def backend_option(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,6 +93,8 @@ def backend_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return option(function)
 
 
+SECONDS = 30.0  # between two lines of progress where there is no terminal
+LINE = "{desc}{n_fmt}/{total_fmt} {unit}s, {elapsed} passed, {remaining} left{postfix}"
 # how torch (on CUDA and on a CPU), Python's threads, C++ and CUDA's libraries say it
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "can't start new thread", "bad_alloc", "ALLOC_FAILED")
 
@@ -88,5 +124,21 @@ def in_one_line(writing: str, then: str, *expected: type[Exception]) -> Iterator
 
 
 def progress(rows: Iterable[Any] | None = None, *, show: bool = True, **options: Any) -> Any:
-    """A tqdm bar on stderr; silent if stderr is not a terminal, or if not ``show``."""
-    return tqdm(rows, disable=not (show and sys.stderr.isatty()), dynamic_ncols=True, **options)
+    """A tqdm bar on stderr, or a line every ``SECONDS`` if stderr is no terminal; silent if not ``show``."""
+    if not show or sys.stderr.isatty():
+        return tqdm(rows, disable=not show, dynamic_ncols=True, **options)
+    timing: dict[str, Any] = {"mininterval": SECONDS, "delay": SECONDS, "miniters": 1}
+    return tqdm(rows, file=_Lines(), bar_format=LINE, **timing, **options)
+
+
+class _Lines:
+    """A file for tqdm that writes each state of the bar to stderr as a line, for logs."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip("\r\n "):
+            with suppress(OSError, ValueError):  # closed
+                sys.stderr.write(f"{line}\n")
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            sys.stderr.flush()

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 class Run:
     """Holds a run's folder; use it as a context manager, then ``open`` its files.
 
-    ``config`` is the text of its configuration, ``program`` the module that continues it, ``keep`` the number of
-    checkpoints that are kept (0: all), ``complete`` that of ``open_run_folder``. Only the lead process writes; the
-    others wait until the folder exists.
+    ``config`` is the text of its configuration, ``program`` the module that continues it, with its options, ``keep``
+    the number of checkpoints that are kept (0: all), ``complete`` that of ``open_run_folder``. Only the lead process
+    writes; the others wait until the folder exists.
     """
 
     def __init__(
@@ -81,6 +81,11 @@ class Run:
         files = Tracker(self.folder, start=done, also=also) if lead else NullTracker()
         self.files = self._opened.enter_context(files)
         self.bar = self._opened.enter_context(progress(total=total, initial=done, unit=unit, show=lead))
+
+    def next_bar(self, total: int, unit: str, description: str) -> None:
+        """Close the progress bar and show another one, for what follows the steps."""
+        self.bar.close()
+        self.bar = self._opened.enter_context(progress(total=total, unit=unit, desc=description, show=self._world.lead))
 
     def steps(self, done: int, total: int, *, unless: Callable[[], object]) -> Iterator[int]:
         """The steps after ``done``, up to ``total``; they end early as soon as ``unless()`` is true."""

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from smart import FilePath, Group
+from smart import FilePath, Group, Renamed
 from smart.run import backend_option
 from smart.study.loudness import TARGET
 from smart.study.ratings import HIGH, LOW
@@ -21,7 +21,10 @@ def main() -> None:
 )
 @click.argument("more", nargs=-1, metavar="")
 @click.option("--out", required=True, type=FilePath(), help="Folder for the study; must not exist yet.")
-@click.option("--prompts", default=15, show_default=True, type=click.IntRange(min=1), help="Rated excerpts per system.")
+@click.option(
+    "-n", "--count", "prompts", cls=Renamed, old=["--prompts"], default=15, show_default=True,
+    type=click.IntRange(min=1), help="Number of rated excerpts per system.",
+)  # fmt: skip
 @click.option(
     "--practice",
     default=2,
@@ -117,7 +120,7 @@ def serve_command(**given: Any) -> None:
 
 @main.command("invite", short_help="Create links for participants.")
 @click.argument("folder", type=FilePath())
-@click.option("-n", "count", default=1, show_default=True, type=click.IntRange(1, 10000), help="Number of links.")
+@click.option("-n", "--count", default=1, show_default=True, type=click.IntRange(1, 10000), help="Number of links.")
 @click.option(
     "--address", default="http://127.0.0.1:8000", show_default=True, help="Server address to use in the links."
 )
@@ -211,7 +214,11 @@ def analyse_command(**given: Any) -> None:
     "--listeners", default=14, type=click.IntRange(3), help="Planned number of listeners; others are shown too."
 )
 @click.option(
-    "--prompts",
+    "-n",
+    "--count",
+    "prompts",
+    cls=Renamed,
+    old=["--prompts"],
     default=15,
     type=click.IntRange(2),
     help="Number of prompts; each listener rates two excerpts per prompt.",
