@@ -74,8 +74,9 @@ def load_reward(
     """Build a reward by name.
 
     Args:
-        kind: ``audiobox``, ``ce_proxy``, ``naturalness``, ``naturalness_mel``, ``reference``, ``symbolic``, a name that an
-            installed package registers, or a class in a file that the command line names (``smart.reward.file``).
+        kind: ``audiobox``, ``ce_proxy``, ``naturalness``, ``naturalness_mel``, ``reference``, ``symbolic``, a name
+            that an installed package registers, or a class in a file that the command line names
+            (``smart.reward.file``).
         weights: axis -> weight of ``Reward.combine``; None: the reward's first axis, or all of ``symbolic``.
         device: the device on which the reward computes.
         options: passed to the reward, for example ``model=`` and ``dtype=`` of ``audiobox``.

@@ -127,6 +127,9 @@ def progress(rows: Iterable[Any] | None = None, *, show: bool = True, **options:
     """A tqdm bar on stderr, or a line every ``SECONDS`` if stderr is no terminal; silent if not ``show``."""
     if not show or sys.stderr.isatty():
         return tqdm(rows, disable=not show, dynamic_ncols=True, **options)
+    options = {"unit": "item"} | options
+    if "desc" in options:
+        options["desc"] += ": "
     timing: dict[str, Any] = {"mininterval": SECONDS, "delay": SECONDS, "miniters": 1}
     return tqdm(rows, file=_Lines(), bar_format=LINE, **timing, **options)
 

