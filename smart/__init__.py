@@ -13,7 +13,7 @@ N = prompts x G; P, T: tokens of a prompt, of a completion; S: samples of a clip
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,19 @@ def missing(what: str, error: ModuleNotFoundError) -> UserError:
         raise error
     how = f"pip install {'--no-deps ' if package in APART else ''}{package}"
     return UserError(f"{what} needs the package {package}, which is missing: {how}")
+
+
+class Renamed(click.Option):
+    """An option whose ``old`` names still work, but are not shown."""
+
+    def __init__(self, names: Sequence[str], *, old: Sequence[str], **more: Any) -> None:
+        super().__init__(names, **more)
+        self._old = old
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        shown, self.opts = self.opts, [*self.opts, *self._old]
+        super().add_to_parser(parser, ctx)
+        self.opts = shown
 
 
 class Group(click.Group):

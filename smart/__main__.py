@@ -22,6 +22,7 @@ PROGRAMS = {
     "corpus": "Turn a folder of MIDI files into a tokenised corpus.",
     "demo": "Make a web page that plays pairs of pieces from two models.",
     "study": "Build and serve a listening study, export and analyse its ratings.",
+    "config": "Print a configuration with what differs from the defaults, or a page of all keys.",
     "doctor": "Check whether this machine can run a configuration.",
     "reproduce": "Run every experiment of the paper and compare the results on one page.",
     "push": "Put a run's model, or a base, on the Hugging Face hub.",
@@ -46,6 +47,7 @@ MODULES = {
     "corpus": "smart.corpus.command",
     "demo": "smart.demo.command",
     "study": "smart.study.command",
+    "config": "smart.config.command",
     "doctor": "smart.doctor.command",
     "reproduce": "smart.reproduce.command",
     "push": "smart.push",
@@ -87,7 +89,7 @@ def command(name: str) -> click.Command:
 
     schema, default = RUNS[name]
     load = partial(config.load, schema=getattr(config, schema))
-    return run_command(f"smart.{name}", load, default=default, help=PROGRAMS[name])
+    return run_command(f"smart.{name}", load, default=default, help=PROGRAMS[name], rewards=name == "grpo")
 
 
 def start(name: str) -> None:

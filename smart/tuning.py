@@ -6,6 +6,8 @@ Axes: N sequences of a batch, of which this process has n; P prompt length, T co
 """
 
 import math
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
@@ -29,6 +31,7 @@ from smart.plots import curves, timeline
 from smart.prompts import LONGEST, Pieces, draw
 from smart.render import Renderer, checked_soundfont, open_renderer
 from smart.reward import Mixture, Reward
+from smart.reward.file import named_files
 from smart.reward.mixture import Part, as_one
 from smart.rollout import Agreement, Batch, Batches, Clips, Drawn, Scorer, completion_metrics, device_names
 from smart.run import Opening, Run, Stopwatch, check_packages, checkpoint, confirm_settings, summarise
@@ -142,7 +145,7 @@ class Tuning:
             run = Run(
                 self.folder,
                 settings,
-                program="smart.grpo",
+                program=shlex.join(["smart.grpo", *named_files()]),
                 world=self.world,
                 opening=self._opening,
                 keep=self.config.track.keep_checkpoints,
@@ -527,8 +530,15 @@ class Tuning:
             text = summarise(self.folder, rewards)
             self._draw_curve()  # the last save may have been killed before it drew it
             run.log(text)
+            run.log(f"page of pairs: {self._demo_command()}")
         for name in objective.stand_ins(self.reward):
             run.log(f"{name} is an approximation, not the aesthetic model: see docs/rewards.md")
+
+    def _demo_command(self) -> str:
+        """The command that makes the page on which base and tuned model are heard."""
+        page = self.folder / "listen.html"
+        words = ["--runs", f"base={self.folder}@base", f"tuned={self.folder}", "--out", str(page)]
+        return shlex.join([sys.executable, "-m", "smart.demo", *words])
 
     def _best_checkpoint(self) -> Path:
         """The best checkpoint that is intact; a warning names each better one that is damaged.
@@ -555,7 +565,7 @@ class Tuning:
     def _compare_rewards(self) -> dict[str, Any]:
         """Sample base and tuned model on the same new prompts with the same seed; returns the rewards of each, (n,)."""
         track, device = self.config.track, self.world.device
-        self.run.bar.set_description("base against tuned")
+        self.run.next_bar(2 * len(self.samplers), "step", "base against tuned")
         seed = self.config.run.seed + 2**31
         prompts = self._draw_prompts(track.final_prompts, torch.Generator().manual_seed(seed), self.parts.pieces)
         kept = range(min(track.final_listen, len(prompts)))
@@ -569,9 +579,11 @@ class Tuning:
                 generator=torch.Generator(device).manual_seed(seed),
                 fonts=objective.fonts_of(self.config, 0, len(prompts)),
             )
+            self.run.bar.update()  # written
             if self.run.stopping():  # again, since rating takes long
                 self.run.leave()
             batch = self.batches.rate(drawn, keep=kept)
+            self.run.bar.update()  # rated
             rewards[name] = batch.rated.rewards[batch.rated.rewards.isfinite()].numpy()
             self._write_pieces("final", batch, kept, f"-{name}")
         return rewards

@@ -66,6 +66,11 @@ def furnish(folder: Path) -> None:
 
     for name in ("benchmarks", "configs", "docs", "tests"):
         (folder / name).symlink_to(ROOT / name)
+    reward = re.search(
+        r'```python\n("""A reward for bright.*?)```', (ROOT / "docs/rewards.md").read_text("utf-8"), re.S
+    )
+    assert reward is not None
+    (folder / "brightness.py").write_text(reward[1], encoding="utf-8")
     (folder / "my-midi").mkdir()
     for piece in range(40):
         draw = random.Random(piece)

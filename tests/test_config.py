@@ -1,17 +1,22 @@
 """smart.config: every shipped file loads, every mistake is named."""
 
+import dataclasses
 import json
+import re
 import string
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from smart import UserError
+from smart.__main__ import main
 from smart.config import SHIPPED, Config, PretrainConfig, dumps, find, load, shipped, to_dict
 
+ROOT = Path(__file__).parent.parent
 BASES = {"base.toml", "base-small.toml"}
 
 
@@ -140,7 +145,6 @@ def test_not_toml(tmp_path: Path) -> None:
     st.floats(allow_nan=False, allow_infinity=False),
 )
 def test_dumps_round_trips_any_text(options: dict[str, str], number: float) -> None:
-    import dataclasses
     import tomllib
 
     config = Config()
@@ -254,3 +258,74 @@ def test_a_mistake_in_several_rewards_is_named(tmp_path: Path, override: str, me
         return
     with pytest.raises(UserError, match=message):
         load(file, [override])
+
+
+# --- smart config -----------------------------------------------------------------------------------------------------
+
+
+def print_config(*words: object) -> str:
+    result = CliRunner().invoke(main, ["config", *map(str, words)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("name", shipped())
+def test_what_is_printed_is_the_same_configuration(name: str, changed: bool, tmp_path: Path) -> None:
+    schema = PretrainConfig if name in BASES else Config
+    (tmp_path / "again.toml").write_text(print_config(name, *(["--changed"] if changed else [])), encoding="utf-8")
+    assert load(tmp_path / "again.toml", schema=schema) == load(name, schema=schema)
+
+
+def test_what_differs_from_the_defaults_is_marked(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(SEVERAL)
+    whole = print_config(tmp_path, "--set", "grpo.beta=0.1", "--set", "reward.options.a=1")
+    assert "beta = 0.1  # default: 0.04\n" in whole and "\nclip = 0.2\n" in whole
+    assert (
+        print_config(tmp_path, "--changed", "--set", "grpo.beta=0.1")
+        == """[reward]
+kind = "none"  # default: "ce_proxy"
+
+[[rewards]]
+target = "real"  # default: "none"
+
+[[rewards]]
+kind = "symbolic"  # default: "ce_proxy"
+name = "rules"  # default: ""
+weight = 0.5  # default: 1.0
+target = 8.0  # default: "none"
+
+[rewards.options]
+dissonance = "low"  # not set by default
+note_density = 6.0  # not set by default
+
+[grpo]
+beta = 0.1  # default: 0.04
+"""
+    )
+    result = CliRunner().invoke(main, ["config", "quickstart.toml", "--set", "grpo.betaa=1"])
+    assert result.exit_code == 2 and "did you mean grpo.beta?" in result.output
+
+
+def keys(schema: Any, prefix: str = "") -> list[str]:
+    """Every key, dotted; tables in lists have those of another section."""
+    found = []
+    for name, kind in get_type_hints(schema).items():
+        if dataclasses.is_dataclass(kind):
+            found += keys(kind, f"{prefix}{name}.")
+        else:
+            found.append(f"{prefix}{name}")
+    return found
+
+
+def test_the_page_is_made_from_the_fields() -> None:
+    """docs/configuration.md is up to date, and every key is on it and has a meaning."""
+    page = print_config("--markdown")
+    for key in {*keys(Config), *keys(PretrainConfig)} - {"rewards"}:
+        assert f"`{key}`" in page, key
+    lines = [line.split(" | ") for line in page.splitlines() if re.match(r"\| `\w+\.", line)]
+    assert len(lines) > 70 and all(len(line) == 6 and len(line[4].split()) > 1 for line in lines)
+    docs = ROOT / "docs" / "configuration.md"
+    if docs.is_file():  # not part of an installed package
+        again = "python -m smart.config --markdown > docs/configuration.md"
+        assert docs.read_text(encoding="utf-8") == page, f"the page is out of date: {again}"

@@ -50,6 +50,7 @@ PROGRAMS = {
     "generate",
     "push",
     "card",
+    "config.command",
     "corpus.command",
     "demo",
     "doctor",
@@ -110,7 +111,7 @@ def test_arrows_point_down(name: str) -> None:
         assert "config" not in used, "only programs read the configuration"
 
 
-DOORS = {"render", "listen", "corpus", "run", "rollout", "sampler"}
+DOORS = {"config", "render", "listen", "corpus", "run", "rollout", "sampler"}
 # used as modules: events.read_file; checkpoint.save; bank.NoteBank, which imports torch
 MODULES = {"corpus.events", "run.checkpoint", "render.bank"}
 
@@ -166,7 +167,7 @@ def test_every_program_is_a_subcommand_and_is_imported_only_when_asked_for() -> 
     from smart.__main__ import PROGRAMS as SUBCOMMANDS
     from smart.__main__ import main
 
-    assert set(SUBCOMMANDS) == {"corpus" if name == "corpus.command" else name.rpartition(".")[2] for name in PROGRAMS}
+    assert set(SUBCOMMANDS) == {name.removesuffix(".command").rpartition(".")[2] for name in PROGRAMS}
     for name in SUBCOMMANDS:
         result = CliRunner().invoke(main, [name, "--help"])
         assert result.exit_code == 0 and "Usage:" in result.output, result.output

@@ -400,7 +400,7 @@ def _read_all(state: State, roots: dict[bytes, bytes], pool: ReaderPool) -> int:
     total, left = state.count("1"), state.count("reason IS NULL")
     rejects = state.count("reason IS NOT NULL AND reason != ?", KEPT)
     saved = time.monotonic()
-    with progress(total=total, initial=total - left, unit=" files", desc="corpus") as bar:
+    with progress(total=total, initial=total - left, unit="file", desc="corpus") as bar:
         for key, answer in pool.answers(tasks()):
             state.record(key, answer)
             rejects += not isinstance(answer, Piece)

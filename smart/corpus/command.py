@@ -46,14 +46,14 @@ FOLDER = FilePath()
     default=usable_cores(),
     show_default="one per core",
     type=click.IntRange(min=1),
-    help="Processes that read files.",
+    help="Number of processes that read files.",
 )
 @click.option(
     "--instruments",
     default="piano",
     type=click.Choice(["piano", "all"]),
     show_default=True,
-    help="Which tracks to keep.",
+    help="Tracks to keep: those of a piano, merged into one, or all.",
 )
 @click.option("--tokenizer", help="A tokenizer.json, a folder with one, or a hub id; replaces --instruments.")
 @click.option("--include", multiple=True, help="Glob of FOLDER-NAME/PATH; only matching files are read; repeatable.")

@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from smart import FilePath
+from smart import FilePath, Renamed
 from smart.prompts import KINDS
 from smart.render import RenderError
 from smart.run import backend_option, in_one_line
@@ -25,12 +25,13 @@ from smart.run import backend_option, in_one_line
     metavar="TITLE FIRST SECOND",
     help="Two models to compare in a section with this title; repeatable, instead of --runs.",
 )
-@click.option("--out", type=FilePath(), required=True, help="HTML file to write.")
+@click.option("--out", type=FilePath(), required=True, help="HTML file to write the page into.")
 @click.option("--overwrite", is_flag=True, help="Replace the file --out if it exists.")
-@click.option("--title", default="Before and after tuning", show_default=True, help="Title of the page.")
+@click.option("--title", default="Before and after tuning", show_default=True, help="Title that the page shows on top.")
 @click.option(
-    "--prompts", "count", default=15, show_default=True, type=click.IntRange(min=1), help="Pairs per section."
-)
+    "-n", "--count", cls=Renamed, old=["--prompts"], default=15, show_default=True, type=click.IntRange(min=1),
+    help="Number of pairs in each section.",
+)  # fmt: skip
 @click.option(
     "--kind", default="run", show_default=True, type=click.Choice(["run", *KINDS]),
     help="Kind of prompts; run: the kind that SECOND was tuned on, or procedural if it is a base.",
@@ -44,14 +45,22 @@ from smart.run import backend_option, in_one_line
     "--steps", "wanted", default="", metavar="all|N,N,...", help="Add a slider over these checkpoints of SECOND."
 )
 @click.option(
-    "--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Seed of prompts and sampling."
+    "--seed",
+    default=1,
+    show_default=True,
+    type=click.IntRange(0, 2**31 - 1),
+    help="Seed of the prompts and of the sampling.",
 )
 @click.option(
-    "--tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Maximum new tokens per piece."
+    "--tokens",
+    default=256,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Longest piece, in tokens after its prompt.",
 )
 @click.option(
     "--temperature", default=1.0, show_default=True, type=click.FloatRange(0, 100, min_open=True),
-    help="Sampling temperature.",
+    help="Divides the logits when sampling; below 1 the models write more predictably.",
 )  # fmt: skip
 @click.option(
     "--top-k", default=0, show_default=True, type=click.IntRange(min=0),
@@ -61,9 +70,15 @@ from smart.run import backend_option, in_one_line
     "--top-p", default=1.0, show_default=True, type=click.FloatRange(0, 1, min_open=True),
     help="Sample only from the most likely tokens that together have this probability (1: from all).",
 )  # fmt: skip
-@click.option("--reward", "rated_by", default="ce_proxy", show_default=True, help="Reward that rates the pieces.")
 @click.option(
-    "--reward-option", "options", multiple=True, metavar="KEY=VALUE", help="Setting of the reward; repeatable."
+    "--reward", "rated_by", default="ce_proxy", show_default=True, help="Kind of reward whose ratings the page shows."
+)
+@click.option(
+    "--reward-option",
+    "options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Option that is passed to the reward (repeatable).",
 )
 @click.option("--soundfont", default="timgm", show_default=True, help="Soundfont: short name or path.")
 @click.option(
@@ -76,7 +91,11 @@ from smart.run import backend_option, in_one_line
 )  # fmt: skip
 @backend_option
 @click.option(
-    "--workers", default=0, show_default=True, type=click.IntRange(min=0), help="Render processes (0: one per core)."
+    "--workers",
+    default=0,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Number of processes that render audio (0: one per usable core).",
 )
 @click.option(
     "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]),

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from smart import FilePath, Group
+from smart import FilePath, Group, Renamed
 from smart.corpus import SPLITS
 from smart.prompts import KINDS
 from smart.render import RenderError
@@ -32,7 +32,7 @@ def reward_options(function: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option(
             "--reward", "kinds", multiple=True, default=("ce_proxy",), show_default=True, metavar="KIND",
-            help="Reward to use; repeatable.",
+            help="Kind of reward that rates the pieces (repeatable).",
         ),
     ):  # fmt: skip
         function = option(function)
@@ -46,7 +46,7 @@ def clip_options(most_seconds: float) -> Callable[[Callable[..., None]], Callabl
         for option in (
             click.option(
                 "--workers", default=0, show_default=True, type=click.IntRange(min=0),
-                help="Render processes (0: one per core).",
+                help="Number of processes that render audio (0: one per usable core).",
             ),
             backend_option,
             click.option(
@@ -66,21 +66,31 @@ def clip_options(most_seconds: float) -> Callable[[Callable[..., None]], Callabl
 
 @main.command("sample", short_help="Sample several models on the same prompts, rate the pieces, and write one table.")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
-@click.option("--out", type=FilePath(), required=True, help="Parquet file for the table.")
+@click.option("--out", type=FilePath(), required=True, help="Parquet file to write the table into.")
 @click.option(
-    "--prompts", default="procedural", show_default=True, type=click.Choice(KINDS),
+    "--kind", "prompts", cls=Renamed, old=["--prompts"], default="procedural", show_default=True,
+    type=click.Choice(KINDS),
     help="What pieces start from: a random time signature and tempo (procedural), these and a first note, nothing "
     "(bos), or a time signature and tempo from a corpus (dataset).",
 )  # fmt: skip
-@click.option("--corpus", type=FilePath(), help="Folder written by `smart corpus build`, for --prompts dataset.")
+@click.option("--corpus", type=FilePath(), help="Folder written by `smart corpus build`, for --kind dataset.")
 @click.option(
-    "--split", default="test", show_default=True, type=click.Choice(SPLITS), help="Split of the corpus to use."
+    "--split",
+    default="test",
+    show_default=True,
+    type=click.Choice(SPLITS),
+    help="Split of the corpus from which prompts or pieces are taken.",
 )
 @click.option(
-    "-n", "--n", "count", default=1000, show_default=True, type=click.IntRange(min=1), help="Number of prompts."
-)
+    "-n", "--count", cls=Renamed, old=["--n"], default=1000, show_default=True, type=click.IntRange(min=1),
+    help="Number of prompts, for each of which every model writes a piece.",
+)  # fmt: skip
 @click.option(
-    "--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Seed of prompts and sampling."
+    "--seed",
+    default=1,
+    show_default=True,
+    type=click.IntRange(0, 2**31 - 1),
+    help="Seed of the prompts and of the sampling.",
 )
 @click.option("--soundfont", default="timgm", show_default=True, help="Soundfont: short name or path.")
 @click.option(
@@ -92,11 +102,15 @@ def clip_options(most_seconds: float) -> Callable[[Callable[..., None]], Callabl
     help="Seconds to render and rate, from the beginning of each piece.",
 )  # fmt: skip
 @click.option(
-    "--tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Maximum new tokens per piece."
+    "--tokens",
+    default=256,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Longest piece, in tokens after its prompt.",
 )
 @click.option(
     "--temperature", default=1.0, show_default=True, type=click.FloatRange(0, 100, min_open=True),
-    help="Sampling temperature.",
+    help="Divides the logits when sampling; below 1 the models write more predictably.",
 )  # fmt: skip
 @click.option(
     "--top-k", default=0, show_default=True, type=click.IntRange(min=0),
@@ -109,7 +123,11 @@ def clip_options(most_seconds: float) -> Callable[[Callable[..., None]], Callabl
 @click.option("--audio", type=FilePath(), help="Folder to save every piece in, as MIDI and WAV.")
 @backend_option
 @click.option(
-    "--workers", default=0, show_default=True, type=click.IntRange(0, 1024), help="Render processes (0: one per core)."
+    "--workers",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, 1024),
+    help="Number of processes that render audio (0: one per usable core).",
 )
 @reward_options
 @accept_option
@@ -130,7 +148,13 @@ def sample_command(**given: Any) -> None:
 @click.option("--run", "runs", multiple=True, type=FilePath(), help="Tuning run whose reward to plot; repeatable.")
 @click.option("--corpus", type=FilePath(), help="Check how much the pieces copy from this corpus's train split.")
 @click.option("--out", required=True, type=FilePath(), help="Folder for the page, figures and numbers.")
-@click.option("--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Seed of the bootstrap.")
+@click.option(
+    "--seed",
+    default=1,
+    show_default=True,
+    type=click.IntRange(0, 2**31 - 1),
+    help="Seed of the bootstrap that gives the intervals.",
+)
 def report_command(**given: Any) -> None:
     """Write a page of figures and statistics from TABLEs of `smart evaluate sample`, and from runs."""
     from smart.evaluate.report import report
@@ -152,7 +176,11 @@ def report_command(**given: Any) -> None:
 )  # fmt: skip
 @backend_option
 @click.option(
-    "--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Seed of the white noise."
+    "--seed",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, 2**31 - 1),
+    help="Seed of the ten seconds of white noise that are rated.",
 )
 @click.option("--out", type=FilePath(dir_okay=False), help="Also write the ratings to this CSV file.")
 @click.option("--overwrite", is_flag=True, help="Replace the file --out if it exists.")
@@ -179,7 +207,11 @@ def rate_command(**given: Any) -> None:
     help="Completions of each iteration to rate, the first ones (0: all).",
 )  # fmt: skip
 @click.option(
-    "--workers", default=0, show_default=True, type=click.IntRange(min=0), help="Render processes (0: one per core)."
+    "--workers",
+    default=0,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Number of processes that render audio (0: one per usable core).",
 )
 @click.option(
     "--backend", type=click.Choice(["pool", "bank"]),
@@ -206,11 +238,16 @@ def rerate_command(**given: Any) -> None:
 )  # fmt: skip
 @click.option("--corpus", type=FilePath(), help="Corpus to take pieces from, instead of MIDI files.")
 @click.option(
-    "--split", default="train", show_default=True, type=click.Choice(SPLITS), help="Split of the corpus to use."
+    "--split",
+    default="train",
+    show_default=True,
+    type=click.Choice(SPLITS),
+    help="Split of the corpus from which prompts or pieces are taken.",
 )
 @click.option(
-    "--n", "count", default=10, show_default=True, type=click.IntRange(min=1), help="Pieces to take from the corpus."
-)
+    "-n", "--count", cls=Renamed, old=["--n"], default=10, show_default=True, type=click.IntRange(min=1),
+    help="Number of pieces to take from the corpus.",
+)  # fmt: skip
 @click.option(
     "--seed", default=0, show_default=True, type=click.IntRange(0, 2**31 - 1),
     help="Seed of the choice of pieces from the corpus.",
@@ -237,7 +274,12 @@ def soundfonts_command(**given: Any) -> None:
     "--model", default="piano-small", show_default=True, help="Model to sample pieces from if no MIDI FILES are given."
 )
 @click.option(
-    "-n", "--count", default=24, show_default=True, type=click.IntRange(min=2), help="Pieces to sample from --model."
+    "-n",
+    "--count",
+    default=24,
+    show_default=True,
+    type=click.IntRange(min=2),
+    help="Number of pieces to sample from --model.",
 )
 @click.option(
     "--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1),
@@ -261,11 +303,15 @@ def hacks_command(**given: Any) -> None:
 @click.argument("runs", nargs=-1, required=True, type=FilePath(), metavar="RUN...")
 @click.option("--out", type=FilePath(), required=True, help="Folder for the report: new, or one to continue.")
 @click.option(
-    "-n", "--n", "prompts", default=128, show_default=True, type=click.IntRange(min=2),
-    help="Number of held-out prompts.",
+    "-n", "--count", "prompts", cls=Renamed, old=["--n"], default=128, show_default=True, type=click.IntRange(min=2),
+    help="Number of held-out prompts for which pieces are sampled.",
 )  # fmt: skip
 @click.option(
-    "--samples", default=2, show_default=True, type=click.IntRange(1, BLOCK), help="Pieces per prompt and checkpoint."
+    "--samples",
+    default=2,
+    show_default=True,
+    type=click.IntRange(1, BLOCK),
+    help="Number of pieces per prompt and checkpoint.",
 )
 @click.option(
     "--checkpoints", default=10, show_default=True, type=click.IntRange(min=1),

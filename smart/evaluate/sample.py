@@ -159,7 +159,7 @@ def sample(
         if prompts != "dataset":
             return None
         if corpus is None:
-            raise UserError("--prompts dataset needs --corpus, a folder written by `smart corpus build`")
+            raise UserError("--kind dataset needs --corpus, a folder written by `smart corpus build`")
         return sha256(Corpus(corpus).folder / MANIFEST)
 
     where = pick_device(device)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from smart import UserError
 from smart.files import parse_json
+from smart.reward import file
 
 if TYPE_CHECKING:
     import torch
@@ -73,8 +74,9 @@ def load_reward(
     """Build a reward by name.
 
     Args:
-        kind: ``audiobox``, ``ce_proxy``, ``naturalness``, ``naturalness_mel``, ``reference``, ``symbolic``, or a name
-            that an installed package registers.
+        kind: ``audiobox``, ``ce_proxy``, ``naturalness``, ``naturalness_mel``, ``reference``, ``symbolic``, a name
+            that an installed package registers, or a class in a file that the command line names
+            (``smart.reward.file``).
         weights: axis -> weight of ``Reward.combine``; None: the reward's first axis, or all of ``symbolic``.
         device: the device on which the reward computes.
         options: passed to the reward, for example ``model=`` and ``dtype=`` of ``audiobox``.
@@ -95,6 +97,8 @@ def load_reward(
             "this is a bug in the package that registers it"
         )
     reward.name = kind
+    if file.is_named(kind):
+        reward.provenance = "; ".join(filter(None, (reward.provenance, file.provenance(kind))))
     reward.set_weights(weights)
     return reward
 
@@ -144,6 +148,8 @@ def available_rewards() -> dict[str, str]:
 
 def _find_factory(kind: str) -> Callable[..., Reward]:
     """The callable that builds a kind; built-in names come first and cannot be replaced."""
+    if file.is_named(kind):
+        return file.load_class(kind)
     third_party = [e for e in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP) if e.name == kind]
     packages = ", ".join(sorted(_package(e) for e in third_party))
     if kind in BUILT_IN:
@@ -153,6 +159,8 @@ def _find_factory(kind: str) -> Callable[..., Reward]:
                 stacklevel=3,
             )
         return BUILT_IN[kind].load()
+    if not third_party and ".py:" in kind:
+        raise UserError(f'reward "{kind}" is a class in a file: name that file with smart grpo --reward PATH/{kind}')
     if not third_party:
         known = ", ".join(f"{name} ({package})" for name, package in available_rewards().items())
         raise UserError(

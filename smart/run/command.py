@@ -4,7 +4,7 @@ import gc
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,32 @@ from tqdm import tqdm
 
 from smart import UserError
 from smart.process import exhausted
+from smart.reward.file import name_file
 from smart.run.folder import run_of
 from smart.run.sources import ACCEPT
 
 LATE = ("miditok", "transformers.models.phi3.modeling_phi3")  # large, and needed by every run
 
 
-def run_command(program: str, load: Callable[..., Any], *, default: str, help: str) -> click.Command:
+REPLACED = (  # by --reward
+    "rewards=[]",
+    "reward.weights={}",
+    "reward.options={}",
+    'reward.name=""',
+    "reward.weight=1.0",
+    'reward.target="none"',
+    'reward.real=""',
+)
+
+
+def run_command(
+    program: str, load: Callable[..., Any], *, default: str, help: str, rewards: bool = False
+) -> click.Command:
     """The command line of a program that makes a run: ``--config``, ``--set``, ``--resume``, ``--overwrite``, ...
 
     It reads the configuration with ``load(path, overrides)``, and only then imports the module ``program`` and calls
     its ``train(config, resume=, overwrite=, accept_changes=)``. An early end is explained in one line
-    (``in_one_line``), and everything saved so far is kept.
+    (``in_one_line``), and everything saved so far is kept. ``rewards``: it also has ``--reward``.
     """
 
     @click.command(help=help)
@@ -50,19 +64,36 @@ def run_command(program: str, load: Callable[..., Any], *, default: str, help: s
         help="With --resume: continue although the files of the base, the soundfont, the corpus or a reward have "
         "changed since the run began. The run records that.",
     )
-    def main(path: str, overrides: tuple[str, ...], resume: bool, overwrite: bool, accept: bool) -> None:
+    def main(
+        path: str,
+        overrides: tuple[str, ...],
+        resume: bool,
+        overwrite: bool,
+        accept: bool,
+        reward: str | None = None,
+    ) -> None:
         if resume and overwrite:
             raise click.UsageError("--resume and --overwrite contradict each other")
         if accept and not resume:
             raise click.UsageError(f"{ACCEPT} is for a run that is continued: add --resume")
         with in_one_line("the run", "everything saved so far is kept: continue with --resume"):
-            config = load(path, (*(_place(path) if resume else ()), *overrides))
+            place = _place(path) if resume else ()
+            config = load(path, (*place, *overrides))
+            if reward:
+                config = _with_reward(config, reward, lambda more: load(path, (*place, *more, *overrides)))
             train = import_module(program).train
             for name in LATE:
                 import_module(name)
             gc.freeze()  # later collections skip what imports made, so that they find an iteration's garbage soon
             train(config, resume=resume, overwrite=overwrite, **({"accept_changes": True} if accept else {}))
 
+    if rewards:
+        click.option(
+            "--reward",
+            metavar="FILE.py:CLASS",
+            help="Optimise a reward of your own, a subclass of smart.reward.Reward in a Python file, instead of the "
+            "configuration's. The run records its name; give the option again with --resume.",
+        )(main)
     return main
 
 
@@ -73,6 +104,16 @@ def _place(path: str) -> tuple[str, ...]:
         return ()
     folder, name = (json.dumps(str(part), ensure_ascii=False) for part in found)  # TOML writes strings the same way
     return f"run.folder={folder}", f"run.name={name}"
+
+
+def _with_reward(config: Any, given: str, load: Callable[[tuple[str, ...]], Any]) -> Any:
+    """The configuration with the reward FILE.py:CLASS alone, unless it names that reward already, as a resumed run."""
+    kind = name_file(given)
+    if not any(one.kind == kind for one in config.all_rewards):
+        config = load((*REPLACED, f"reward.kind={json.dumps(kind, ensure_ascii=False)}"))
+    if not any(one.kind == kind for one in config.all_rewards):
+        raise UserError(f"--reward {given!r}: --set chooses another reward; give only one of them")
+    return config
 
 
 def backend_option(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -97,6 +138,8 @@ def accept_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return option(function)
 
 
+SECONDS = 30.0  # between two lines of progress where there is no terminal
+LINE = "{desc}{n_fmt}/{total_fmt} {unit}s, {elapsed} passed, {remaining} left{postfix}"
 # how torch (on CUDA and on a CPU), Python's threads, C++ and CUDA's libraries say it
 OUT_OF_MEMORY = ("out of memory", "allocate memory", "can't start new thread", "bad_alloc", "ALLOC_FAILED")
 
@@ -129,5 +172,24 @@ def in_one_line(writing: str, then: str, *expected: type[Exception]) -> Iterator
 
 
 def progress(rows: Iterable[Any] | None = None, *, show: bool = True, **options: Any) -> Any:
-    """A tqdm bar on stderr; silent if stderr is not a terminal, or if not ``show``."""
-    return tqdm(rows, disable=not (show and sys.stderr.isatty()), dynamic_ncols=True, **options)
+    """A tqdm bar on stderr, or a line every ``SECONDS`` if stderr is no terminal; silent if not ``show``."""
+    if not show or sys.stderr.isatty():
+        return tqdm(rows, disable=not show, dynamic_ncols=True, **options)
+    options = {"unit": "item"} | options
+    if "desc" in options:
+        options["desc"] += ": "
+    timing: dict[str, Any] = {"mininterval": SECONDS, "delay": SECONDS, "miniters": 1}
+    return tqdm(rows, file=_Lines(), bar_format=LINE, **timing, **options)
+
+
+class _Lines:
+    """A file for tqdm that writes each state of the bar to stderr as a line, for logs."""
+
+    def write(self, text: str) -> None:
+        if line := text.strip("\r\n "):
+            with suppress(OSError, ValueError):  # closed
+                sys.stderr.write(f"{line}\n")
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            sys.stderr.flush()

@@ -28,9 +28,9 @@ FIRST = "Stopping: the current iteration is finished and saved first. Once more 
 class Run:
     """Holds a run's folder; use it as a context manager, then ``open`` its files.
 
-    ``config`` is the text of its configuration, ``program`` the module that continues it, ``keep`` the number of
-    checkpoints that are kept (0: all), ``sources`` what the run is made of (``check_sources``), ``complete`` that of
-    ``open_run_folder``. Only the lead process writes; the others wait until the folder exists.
+    ``config`` is the text of its configuration, ``program`` the module that continues it, with its options, ``keep``
+    the number of checkpoints that are kept (0: all), ``sources`` what the run is made of (``check_sources``),
+    ``complete`` that of ``open_run_folder``. Only the lead process writes; the others wait until the folder exists.
     """
 
     def __init__(
@@ -120,6 +120,11 @@ class Run:
         for note in self._notes:
             self.log(note)
         self.bar = self._opened.enter_context(progress(total=total, initial=done, unit=unit, show=lead))
+
+    def next_bar(self, total: int, unit: str, description: str) -> None:
+        """Close the progress bar and show another one, for what follows the steps."""
+        self.bar.close()
+        self.bar = self._opened.enter_context(progress(total=total, unit=unit, desc=description, show=self._world.lead))
 
     def steps(self, done: int, total: int, *, unless: Callable[[], object]) -> Iterator[int]:
         """The steps after ``done``, up to ``total``; they end early as soon as ``unless()`` is true."""

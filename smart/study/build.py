@@ -311,7 +311,7 @@ def fill(work: Work, systems: Sequence["Recordings | System"], design: Design, o
             if len(system.files) < wanted:
                 raise UserError(
                     f"--runs {system.name}: has {len(system.files)} WAV files, but {wanted} are needed "
-                    f"(--prompts {design.prompts} --practice {design.practice})"
+                    f"(--count {design.prompts} --practice {design.practice})"
                 )
             for prompt in range(wanted):
                 if not work.has(number, prompt):

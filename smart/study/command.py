@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from smart import FilePath, Group
+from smart import FilePath, Group, Renamed
 from smart.run import accept_option, backend_option
 from smart.study.loudness import TARGET
 from smart.study.ratings import HIGH, LOW
@@ -17,17 +17,24 @@ def main() -> None:
 
 @main.command("build", short_help="Build a study: loudness-matched excerpts of several systems, under anonymous names.")
 @click.option(
-    "--runs", multiple=True, required=True, metavar="SYSTEM ...", help="Systems to compare; NAME=PATH names one."
+    "--runs",
+    multiple=True,
+    required=True,
+    metavar="SYSTEM ...",
+    help="Systems to compare, one after another; NAME=PATH names one.",
 )
 @click.argument("more", nargs=-1, metavar="")
 @click.option("--out", required=True, type=FilePath(), help="Folder for the study; must not exist yet.")
-@click.option("--prompts", default=15, show_default=True, type=click.IntRange(min=1), help="Rated excerpts per system.")
+@click.option(
+    "-n", "--count", "prompts", cls=Renamed, old=["--prompts"], default=15, show_default=True,
+    type=click.IntRange(min=1), help="Number of rated excerpts per system.",
+)  # fmt: skip
 @click.option(
     "--practice",
     default=2,
     show_default=True,
     type=click.IntRange(min=0),
-    help="Practice items per participant, not exported.",
+    help="Number of practice items per participant, which are not exported.",
 )
 @click.option(
     "--repeats",
@@ -54,9 +61,15 @@ def main() -> None:
     help="Sample rate of the excerpts in Hz.",
 )
 @click.option(
-    "--lufs", default=TARGET, show_default=True, type=click.FloatRange(max=-5), help="Target loudness in LUFS."
+    "--lufs",
+    default=TARGET,
+    show_default=True,
+    type=click.FloatRange(max=-5),
+    help="Loudness to which all excerpts are brought, in LUFS.",
 )
-@click.option("--seed", default=1, show_default=True, type=click.IntRange(min=0), help="Seed of prompts and music.")
+@click.option(
+    "--seed", default=1, show_default=True, type=click.IntRange(min=0), help="Seed of the prompts and of the sampling."
+)
 @click.option(
     "--listeners",
     default=20,
@@ -79,18 +92,26 @@ def main() -> None:
 )
 @click.option("--soundfont", default="timgm", show_default=True, help="Soundfont: a short name or a path.")
 @click.option(
-    "--tokens", default=256, show_default=True, type=click.IntRange(min=1), help="Maximum new tokens per piece."
+    "--tokens",
+    default=256,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Longest piece, in tokens after its prompt.",
 )
 @click.option(
     "--temperature",
     default=1.0,
     show_default=True,
     type=click.FloatRange(0, 100, min_open=True),
-    help="Sampling temperature.",
+    help="Divides the logits when sampling; below 1 the models write more predictably.",
 )
 @backend_option
 @click.option(
-    "--workers", default=0, show_default=True, type=click.IntRange(0, 1024), help="Render processes (0: one per core)."
+    "--workers",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, 1024),
+    help="Number of processes that render audio (0: one per usable core).",
 )
 @accept_option
 def build_command(**given: Any) -> None:
@@ -103,7 +124,13 @@ def build_command(**given: Any) -> None:
 @main.command("serve", short_help="Serve a study's pages and store the ratings.")
 @click.argument("folder", type=FilePath())
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on (0.0.0.0: all interfaces).")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="Port (0: any free one).")
+@click.option(
+    "--port",
+    default=8000,
+    show_default=True,
+    type=click.IntRange(0, 65535),
+    help="Port to listen on (0: any free one).",
+)
 @click.option(
     "--database", metavar="URL", envvar="SMART_STUDY_DATABASE", help="Database URL (default: an SQLite file in FOLDER)."
 )
@@ -118,7 +145,14 @@ def serve_command(**given: Any) -> None:
 
 @main.command("invite", short_help="Create links for participants.")
 @click.argument("folder", type=FilePath())
-@click.option("-n", "count", default=1, show_default=True, type=click.IntRange(1, 10000), help="Number of links.")
+@click.option(
+    "-n",
+    "--count",
+    default=1,
+    show_default=True,
+    type=click.IntRange(1, 10000),
+    help="Number of links, one per participant.",
+)
 @click.option(
     "--address", default="http://127.0.0.1:8000", show_default=True, help="Server address to use in the links."
 )
@@ -137,8 +171,8 @@ def invite_command(**given: Any) -> None:
 @click.option(
     "--database", metavar="URL", envvar="SMART_STUDY_DATABASE", help="Database URL (default: an SQLite file in FOLDER)."
 )
-@click.option("--out", required=True, type=FilePath(), help="CSV file to write.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing file.")
+@click.option("--out", required=True, type=FilePath(), help="CSV file to write the ratings into.")
+@click.option("--overwrite", is_flag=True, help="Replace the file --out if it exists.")
 def export_command(**given: Any) -> None:
     """Write the ratings of the study in FOLDER to a CSV file, one row per rating."""
     from smart.study.export import export
@@ -186,7 +220,9 @@ def export_command(**given: Any) -> None:
     type=click.FloatRange(0, min_open=True),
     help="Length of an excerpt in seconds, if there is no --study.",
 )
-@click.option("--silent", multiple=True, metavar="EXCERPT", help="Name of a silent excerpt (repeatable).")
+@click.option(
+    "--silent", multiple=True, metavar="EXCERPT", help="Name of an excerpt that is silent, in the table (repeatable)."
+)
 @click.option(
     "--bootstrap",
     "replicates",
@@ -194,8 +230,8 @@ def export_command(**given: Any) -> None:
     type=click.IntRange(0),
     help="Refits for the intervals of the variances (0: no intervals).",
 )
-@click.option("--seed", default=1, type=click.IntRange(0), help="Seed of the bootstrap.")
-@click.option("--overwrite", is_flag=True, help="Replace an earlier report.")
+@click.option("--seed", default=1, type=click.IntRange(0), help="Seed of the bootstrap that gives the intervals.")
+@click.option("--overwrite", is_flag=True, help="Replace the report of an earlier analysis in --out.")
 def analyse_command(**given: Any) -> None:
     """Analyse RATINGS, a CSV file from "smart study export"."""
     from smart.study.analyse import report
@@ -212,12 +248,16 @@ def analyse_command(**given: Any) -> None:
     "--listeners", default=14, type=click.IntRange(3), help="Planned number of listeners; others are shown too."
 )
 @click.option(
-    "--prompts",
+    "-n",
+    "--count",
+    "prompts",
+    cls=Renamed,
+    old=["--prompts"],
     default=15,
     type=click.IntRange(2),
     help="Number of prompts; each listener rates two excerpts per prompt.",
 )
-@click.option("--effect", default=1.221, help="Difference between the systems' mean ratings.")
+@click.option("--effect", default=1.221, help="Difference between the systems' mean ratings, in points of the scale.")
 @click.option("--intercept", default=4.075, help="Mean rating of the reference (matters only with --rounded).")
 @click.option(
     "--intercept-variance", default=0.830, type=click.FloatRange(0), help="Variance of participants' mean ratings."
@@ -244,10 +284,15 @@ def analyse_command(**given: Any) -> None:
     help="Part of the residual variance that is due to excerpts.",
 )
 @click.option("--rounded", is_flag=True, help="Round and clip the ratings to 1, 2, ..., 10.")
-@click.option("--studies", default=200, type=click.IntRange(20), help="Simulated studies per size.")
-@click.option("--seed", default=1, type=click.IntRange(0), help="Seed of the simulation.")
+@click.option(
+    "--studies",
+    default=200,
+    type=click.IntRange(20),
+    help="Number of studies that are simulated for each number of listeners.",
+)
+@click.option("--seed", default=1, type=click.IntRange(0), help="Seed of the simulated ratings.")
 @click.option("--only", is_flag=True, help="Simulate only the planned number of listeners.")
-@click.option("--out", type=FilePath(), help="Folder for power.csv and the figure.")
+@click.option("--out", type=FilePath(), help="Folder to write power.csv and the figure into.")
 def power_command(**given: Any) -> None:
     """Simulate studies of different sizes, by default with the variances of the paper's Table 5."""
     from smart.study.power import compare_sizes
