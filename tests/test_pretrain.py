@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -145,7 +144,7 @@ def test_every_process_needs_a_row(name: str) -> None:
     run = Pretraining(replace(PretrainConfig(), data=Data(corpus="somewhere"), optimisation=settings))
     run.world = World(torch.device("cpu"), rank=0, size=2)
     with pytest.raises(UserError, match=rf"optimisation\.{name} = 1: expected at least one row for each of 2"):
-        run._find_parts(ExitStack())
+        run._find_parts()
 
 
 @pytest.mark.parametrize(

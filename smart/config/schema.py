@@ -128,9 +128,9 @@ class RewardConfig:
 
     kind: str = _key(
         "ce_proxy",
-        "`audiobox`, `ce_proxy`, `naturalness`, `naturalness_mel`, `reference`, `symbolic`, one of an installed "
-        "package, or, with `--reward`, `FILE.py:CLASS` ([rewards.md](rewards.md)); "
-        "`none`: `[[rewards]]` holds all rewards",
+        "`audiobox`, `ce_proxy`, `naturalness`, `naturalness_mel`, `reference`, `symbolic`, one of an "
+        "installed package, or, with `--reward`, `FILE.py:CLASS` ([rewards.md](rewards.md)); `none`: `[[rewards]]` "
+        "holds all rewards",
         paper="3.3",
     )
     weights: dict[str, float] = field(

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from smart.__main__ import main
 from smart.distributed import World
-from smart.run import Run, command, progress
+from smart.run import Opening, Run, command, progress
 
 OLD = {
     ("evaluate", "sample"): {"--n": "--count", "--prompts": "--kind"},
@@ -79,7 +79,7 @@ def test_a_line_names_the_work(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_what_follows_the_iterations_has_its_own_bar(tmp_path: Path) -> None:
     """While base and tuned model are compared, the bar is not full."""
-    run = Run(tmp_path, "", program="p", world=World(torch.device("cpu")), resume=False, overwrite=False, keep=0)
+    run = Run(tmp_path, "", program="p", world=World(torch.device("cpu")), opening=Opening(), keep=0, sources={})
     run.bar = first = progress(total=3, initial=3, unit="iteration")
     run.next_bar(4, "step", "base against tuned")
     assert (run.bar.n, run.bar.total) == (0, 4) and first is not run.bar
