@@ -35,6 +35,7 @@ SHORT = {
     },
 }  # fmt: skip
 SMALL = {
+    "smart.doctor": "--set run.name=another",  # the quickstart was run with other settings than the page's: SHORT
     "smart.generate": "--tokens 24",
     "smart.demo": "--prompts 2 --tokens 24 --seconds 2 --sample-rate 22050",
     "smart.evaluate rerate": "--samples 2 --workers 1",
