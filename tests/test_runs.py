@@ -23,7 +23,7 @@ from miditok import REMI, TokenizerConfig
 from runs import HELD_OUT, arguments, build_corpus, metrics, pretrain, run
 from safetensors.torch import load_file
 
-from smart.config import load, shipped
+from smart.config import SHIPPED, load, shipped
 from smart.grpo import train
 from smart.model import build_model, load_base, save_base
 from smart.prompts import draw
@@ -411,7 +411,7 @@ def test_paper_config_lists_all_that_is_missing_in_one_message(tmp_path: Path) -
 def test_shipped_config_runs_shortened(name: str, base: Path, tmp_path: Path, corpus: Path) -> None:
     """Each tuning config, with the embedded reward and soundfont where it asks for what must be downloaded."""
     config = tmp_path / "c.toml"
-    text = (Path(load.__code__.co_filename).parent / "configs" / name).read_text(encoding="utf-8")
+    text = (SHIPPED / name).read_text(encoding="utf-8")
     before, _, after = text.partition("[grpo]\n")
     config.write_text(before.partition("[reward.options]")[0] + "[grpo]\n" + after)
     short = {
