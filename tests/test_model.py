@@ -79,7 +79,7 @@ def test_shipped_bases_load_and_are_small() -> None:
     for folder in SHIPPED.iterdir():
         model, _ = load_base(folder.name)
         assert sum(weights.numel() for weights in model.parameters()) > 1e6
-        assert sum(path.stat().st_size for path in folder.iterdir()) <= 10e6
+        assert sum(path.stat().st_size for path in folder.iterdir()) <= 20e6
         assert "alidation loss" in (folder / "README.md").read_text(encoding="utf-8")
 
 

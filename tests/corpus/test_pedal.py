@@ -103,7 +103,7 @@ def test_notes_only_get_longer_and_twice_is_once(drawn: list[tuple[int, int, int
     events: list[Event] = [(2000, on(50)), (2010, off(50))]
     for start, kind, value, channel in drawn:
         if kind < 3:
-            pitch = 60 + value % 3
+            pitch = 60 + 10 * channel + value % 3
             events += [(start * 20, on(pitch, channel)), (start * 20 + 10 + value, off(pitch, channel))]
         else:
             events.append((start * 20 + kind, pedal(value, channel)))

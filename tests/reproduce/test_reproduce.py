@@ -99,7 +99,7 @@ def test_a_step_that_was_begun_goes_on(out: Path) -> None:
     assert (out / "slow" / "made.txt").read_text() == "whole"
     log = (out / "logs" / "slow.log").read_text().splitlines()
     commands = [line for line in log if line.startswith("$ ")]
-    assert [line.endswith("resumed = True") for line in commands] == [False, True]
+    assert ["resumed = True" in line for line in commands] == [False, True]
 
     with pytest.raises(click.ClickException):
         go(out, begun._replace(given="changed"))

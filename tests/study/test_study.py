@@ -191,7 +191,9 @@ def test_a_study_is_never_overwritten_and_goes_on_after_an_interruption(
     assert changed.exit_code == 2 and "other settings" in changed.output
     for path in (tmp_path / "a" / "00.wav", tmp_path / "b" / "01.wav"):
         path.write_bytes(b"is not read again")
-    done = CliRunner().invoke(main, ["build", *words])
+    refused = CliRunner().invoke(main, ["build", *words])
+    assert refused.exit_code == 2 and "files.a/00.wav" in refused.output and "files.b/01.wav" in refused.output
+    done = CliRunner().invoke(main, ["build", *words, "--accept-changes"])
     assert done.exit_code == 0, done.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "study"]
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}

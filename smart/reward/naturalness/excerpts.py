@@ -222,7 +222,7 @@ def prepare(
 def _is_whole(file: Path, many: int) -> bool:
     """Whether a file holds at least so many excerpts; it is the last one written of its kind."""
     try:
-        return len(np.load(file, mmap_mode="r")) >= many
+        return len(np.load(file, mmap_mode="r", allow_pickle=False)) >= many
     except (OSError, ValueError):
         return False
 
@@ -240,8 +240,8 @@ class Stored:
 
     def __init__(self, folder: Path, many: int) -> None:
         files = sorted(folder.glob("*.npy"))
-        self.spectra = [np.load(file, mmap_mode="r") for file in files]
-        self.harm = [np.load(file.with_suffix(".harm")) for file in files]
+        self.spectra = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
+        self.harm = [np.load(file.with_suffix(".harm"), allow_pickle=False) for file in files]
         self.places = [(f, row) for f, harm in enumerate(self.harm) for row in range(len(harm))][:many]
 
     def clip(self, group: int, place: int) -> torch.Tensor:

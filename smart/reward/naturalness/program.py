@@ -78,7 +78,9 @@ def train_ear(
     tester, kinds = Maker(pieces.held_out, fonts, seed + HELD_OUT_SEED, spectra), EVERY[1:]
     tests = prepare(tester, work / "test", held_out, lambda number: kinds, together=8, grand=True)
     _count(tests, held_out, "rendering tests")
-    chosen = [int(font) for file in sorted((work / "test").glob("*.font")) for font in np.load(file)][:held_out]
+    chosen = [
+        int(font) for file in sorted((work / "test").glob("*.font")) for font in np.load(file, allow_pickle=False)
+    ][:held_out]
     answers = _answers(networks, Stored(work / "test", held_out))
     names = [short_name(font) or font.name for font in fonts]
     scale, facts = calibrated(answers, chosen, names)

@@ -148,4 +148,4 @@ class Trainer:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": each, "param_groups": groups})
         self.step = int(about["step"])
-        return [list(map(float, entry)) for entry in about["curve"]]
+        return [[int(step), *map(float, figures)] for step, *figures in about["curve"]]
