@@ -314,11 +314,11 @@ def _too_many(notes: Notes, other: Notes, draw: np.random.Generator) -> Notes:
 
 KINDS: dict[str, Kind] = {
     "wrong notes": Kind(_wrong_notes, 0.6, 1.5),
-    "semitone errors": Kind(_semitones(None), 0.5, 2.0),
-    "one hand a semitone off": Kind(_hand(None), 0.5, 3.0),
+    "semitone errors": Kind(_semitones(None), 0.5, 3.0),
+    "one hand a semitone off": Kind(_hand(None), 0.5, 4.0),
     "shuffled pitches": Kind(_shuffled_pitches, 0.7, 1.0),
     "jittered onsets": Kind(_jitter, 0.4, 1.0),
-    "shuffled cells": Kind(_cells(None), 0.5, 3.0),
+    "shuffled cells": Kind(_cells(None), 0.5, 6.0),
     "one hand late": Kind(_hand_late, 0.4, 0.7),
     "random velocities": Kind(_random_velocities, 0.2, 0.4),
     "two pieces at once": Kind(_two_pieces, 0.5, 1.0),
@@ -328,9 +328,9 @@ KINDS: dict[str, Kind] = {
     "random notes anywhere": Kind(_random(False, False), 1.0, 0.7),
     "chromatic walk": Kind(_walk((1,)), 1.0, 1.0),
     "loop": Kind(_loop, 0.5, 1.2),
-    "repeated chord": Kind(_repeated_chord, 0.8, 1.5),
-    "collapsed": Kind(_collapsed, 0.8, 1.5),
-    "held chord": Kind(_held_chord, 1.0, 1.0),
+    "repeated chord": Kind(_repeated_chord, 0.8, 2.0),
+    "collapsed": Kind(_collapsed, 0.8, 2.0),
+    "held chord": Kind(_held_chord, 1.0, 1.5),
     "few notes": Kind(_few_notes, 0.7, 0.5),
     "clusters": Kind(_too_many, 0.8, 0.8),
 }

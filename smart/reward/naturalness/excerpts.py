@@ -27,6 +27,7 @@ REAL = "real"
 # General MIDI pianos: mostly the grand; others, so that timbre says nothing
 PROGRAMS = (0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 4, 5)
 TESTED = 8  # of this many pieces, one is held out
+ROOMS = 0.5  # share of the excerpts to train on that sound in a room, so that a recording's place says nothing
 
 
 class Pieces:
@@ -161,7 +162,7 @@ class Maker:
     ) -> tuple[list[torch.Tensor], int]:
         """Audio (S,) of excerpt ``number`` and each of its corruptions, and the number of their soundfont.
 
-        ``grand``: always as a grand piano. ``font``: through this soundfont, instead of one that is drawn.
+        ``grand``: always as a grand piano in no room. ``font``: through this soundfont, instead of one that is drawn.
         """
         draw = np.random.default_rng((self.seed, number))
         notes, other = self.excerpt(draw), self.excerpt(draw)
@@ -169,7 +170,10 @@ class Maker:
         font = drawn if font is None else font
         program = 0 if grand else int(draw.choice(PROGRAMS))
         played = [notes, *(corrupt(name, notes, other, draw) for name in corruptions)]
-        return [self.audio(clip, font, program) for clip in played], font
+        heard = [self.audio(clip, font, program) for clip in played]
+        if not grand and draw.random() < ROOMS:
+            heard = in_a_room(heard, draw)
+        return heard, font
 
     def group(self, number: int, corruptions: Sequence[str], grand: bool = False) -> tuple[torch.Tensor, int]:
         """The same as spectra (1 + K, channels, bands, frames)."""
@@ -258,6 +262,23 @@ class Stored:
             spectra.append(self.spectra[file][row][rows])
             harm.append(self.harm[file][row][rows])
         return torch.from_numpy(np.concatenate(spectra)), torch.from_numpy(np.concatenate(harm))
+
+
+def in_a_room(clips: Sequence[torch.Tensor], draw: np.random.Generator) -> list[torch.Tensor]:
+    """Clips (S,) in one and the same room, which echoes for 0.2 to 1.8 s (RT60), up to as loud as the piano itself."""
+    rt60, level, dull = draw.uniform(0.2, 1.8), draw.uniform(0.05, 1.0), draw.uniform(-1.0, 0.0)
+    samples = int(rt60 * SAMPLE_RATE)
+    noise = np.fft.rfft(draw.standard_normal(samples))
+    noise = np.fft.irfft(noise * np.linspace(1, len(noise), len(noise)) ** (dull / 2), samples)  # high tones fade first
+    echo = noise * np.exp(-6.9 * np.arange(samples) / samples)
+    echo *= level / np.sqrt((echo**2).sum())
+    echo[0] += 1.0
+    room = torch.from_numpy(echo).float()
+    found = []
+    for clip in clips:
+        size = 1 << (len(clip) + samples).bit_length()
+        found.append(torch.fft.irfft(torch.fft.rfft(clip, size) * torch.fft.rfft(room, size), size)[: len(clip)])
+    return found
 
 
 def not_music(spectra: str, many: int, seed: int) -> torch.Tensor:
