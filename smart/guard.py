@@ -34,8 +34,8 @@ from smart.rollout import Batch, Batches, Clips, Drawn, Fonts, Scorer
 from smart.sampler import Sampler
 from smart.tokens import decode
 
-# the second score where no other is named and every axis of the reward has a weight: a reward's kind, or plausibility
-DEFAULT_JUDGE = "plausibility"
+# the second score where no other is named and every axis of the reward has a weight: the first that is not optimised
+JUDGES = ("naturalness_mel", "naturalness")
 COMPLETIONS = 4  # per held-out prompt, so that pieces for one prompt can be compared
 PLAUSIBILITY = "plausibility"
 STATE = "guard.json"  # in a checkpoint
@@ -89,7 +89,10 @@ def variety(
 
 def default_judge(reward: Reward) -> str | None:
     """The kind of the reward that judges where none is named; None if the judge needs no other reward."""
-    return None if unweighted(reward) or DEFAULT_JUDGE == PLAUSIBILITY else DEFAULT_JUDGE
+    if unweighted(reward):
+        return None
+    optimised = {part.reward.name for part in single_parts(reward) if part.weight}
+    return next((kind for kind in JUDGES if kind not in optimised), None)
 
 
 def unweighted(reward: Reward) -> list[str]:
@@ -213,6 +216,7 @@ class HeldOut:
         return {
             "reward": rated.rewards.nanmean().item(),
             "judge": judged.nanmean().item(),
+            "judge_std": judged[judged.isfinite()].std().item(),
             "plausibility": plausibility(batch).mean().item(),
             "kl": (kl.sum() / length.sum()).item(),
             "kl_sequence": kl.mean().item(),

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from smart.config import Config, to_dict
@@ -135,6 +137,15 @@ def summed_rewards(config: Config, reward: Reward, batch: Batch, tokenizer: Any)
         return rewards
     pieces = [decode(tokenizer, row) for row in batch.rollout.tokens.cpu()]
     return distinct_rewards(rewards, alikeness(pieces, settings.group_size), weight=settings.diversity)
+
+
+def by_name(reward: Reward, batch: Batch) -> dict[str, npt.NDArray[np.float32]]:
+    """The finite values of a batch, (n,) each: "reward", which is optimised, and of several rewards each by its name."""
+    found = {"reward": batch.rated.rewards}
+    if isinstance(reward, Mixture):
+        values = reward.values(batch.rated.scores)
+        found |= {part.name: each for part, each in zip(reward.parts, values, strict=True)}
+    return {name: values[values.isfinite()].numpy() for name, values in found.items()}
 
 
 def each_reward(config: Config, reward: Reward, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -57,7 +57,7 @@ from smart.render import RenderError, checked_soundfont, open_renderer
 from smart.rollout import SILENT, completion_metrics
 from smart.run import Opening, Run, Tracker, check_packages, checkpoint, confirm_settings, digests
 from smart.sampler import Sampler
-from smart.tokens import Vocabulary, build_grammar, decode, vocabulary
+from smart.tokens import Grammar, Place, Vocabulary, build_grammar, decode, vocabulary
 
 
 class Crops:
@@ -120,14 +120,30 @@ def learning_rate(step: int, settings: Optimisation) -> float:
     return settings.final_learning_rate + swing * (settings.learning_rate - settings.final_learning_rate)
 
 
-def next_token_loss(model: Any, tokens: torch.Tensor, pad_id: int, *, reduction: str = "mean") -> torch.Tensor:
+def next_token_loss(
+    model: Any,
+    tokens: torch.Tensor,
+    pad_id: int,
+    *,
+    reduction: str = "mean",
+    grammar: Grammar | None = None,
+    weight: float = 0.0,
+) -> torch.Tensor:
     """Negative log-likelihood, in nats, of all tokens but the first of each row of ``tokens`` (N, L), without padding.
 
-    ``reduction``: the "mean" over these tokens, or their "sum".
+    ``reduction``: the "mean" over these tokens, or their "sum". With a ``grammar``, ``weight`` times the negative log
+    of the probability of all tokens that may come next is added for each.
     """
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1).float()
     targets = tokens[:, 1:].flatten()
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets, ignore_index=pad_id, reduction=reduction)
+    loss = F.cross_entropy(logits, targets, ignore_index=pad_id, reduction=reduction)
+    if grammar is None or not weight:
+        return loss
+    playable = grammar.playable(Place(*(part.flatten() for part in grammar.read_all(tokens[:, :-1]))))
+    playable = playable.scatter(1, targets[:, None], True)  # a row that begins within a bar may seem to break a rule
+    inside = logits.masked_fill(~playable, -math.inf).logsumexp(dim=1)
+    penalty = (logits.logsumexp(dim=1) - inside)[targets != pad_id]
+    return loss + weight * (penalty.sum() if reduction == "sum" else penalty.mean())
 
 
 def count_targets(tokens: torch.Tensor, pad_id: int) -> int:
@@ -189,7 +205,9 @@ def learn(run: "Pretraining", batch: torch.Tensor) -> tuple[float, float]:
     mine = batch[world.rank :: world.size].to(world.device)
     run.model.train()
     with run.autocast:
-        loss = next_token_loss(run.forward, mine, pad_id, reduction="sum") / count_targets(batch, pad_id)
+        loss = next_token_loss(
+            run.forward, mine, pad_id, reduction="sum", grammar=run.grammar, weight=settings.grammar_weight
+        ) / count_targets(batch, pad_id)
     run.model.zero_grad(set_to_none=True)
     (loss * world.size).backward()  # gradients of several processes are averaged
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), settings.max_grad_norm).item()
@@ -258,6 +276,7 @@ class Pretraining:
         soundfont = checked_soundfont(config.render.fonts[0])
         self.tokenizer = self.corpus.tokenizer
         self.facts = vocabulary(self.tokenizer)
+        self.grammar = build_grammar(self.tokenizer).to(self.world.device)
         model: Any = _start(config, self.tokenizer)
         self.model = model.to(self.world.device)
         longest = context_length(self.model)

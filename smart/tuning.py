@@ -563,7 +563,7 @@ class Tuning:
         return newest
 
     def _compare_rewards(self) -> dict[str, Any]:
-        """Sample base and tuned model on the same new prompts with the same seed; returns the rewards of each, (n,)."""
+        """Sample base and tuned model on the same new prompts with the same seed; returns the rewards of each."""
         track, device = self.config.track, self.world.device
         self.run.next_bar(2 * len(self.samplers), "step", "base against tuned")
         seed = self.config.run.seed + 2**31
@@ -584,6 +584,6 @@ class Tuning:
                 self.run.leave()
             batch = self.batches.rate(drawn, keep=kept)
             self.run.bar.update()  # rated
-            rewards[name] = batch.rated.rewards[batch.rated.rewards.isfinite()].numpy()
+            rewards[name] = objective.by_name(self.reward, batch)
             self._write_pieces("final", batch, kept, f"-{name}")
         return rewards

@@ -18,7 +18,8 @@ from smart.guard import COMPLETIONS, Guard, HeldOut, Judge, Measured, collapsed,
 from smart.logprobs import Reference
 from smart.prompts import draw
 from smart.render import RenderPool, find_soundfont
-from smart.reward import Reward, load_reward
+from smart.reward import Mixture, Reward, load_reward
+from smart.reward.mixture import Part
 from smart.rollout import Batch, Batches, Clips, Drawn, Scorer
 from smart.sampler import Rollout, Sampler
 from smart.tokens import vocabulary
@@ -180,15 +181,17 @@ def test_the_second_score_is_never_what_training_optimises(tokenizer: Any) -> No
     assert Judge(load_reward("ce_proxy")).name == plain.name
 
 
-def test_where_no_judge_is_named_one_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_no_judge_is_named_an_ear_that_is_not_optimised_judges() -> None:
     from smart.guard import default_judge
 
-    both, one = Loudness(), Loudness()
-    both.set_weights({"loud": 1.0, "long": 1.0})
-    assert default_judge(both) is default_judge(one) is None, "plausibility, and the other axis"
-    monkeypatch.setattr("smart.guard.DEFAULT_JUDGE", "some_ear")
-    assert default_judge(both) == "some_ear" and default_judge(one) is None
-    assert "plausibility" in Judge(one, plausible=True).name
+    assert default_judge(Loudness()) is None, "the other axis judges"
+    ear, other = load_reward("naturalness"), load_reward("naturalness_mel")
+    proxy = load_reward("ce_proxy")
+    assert default_judge(proxy) == default_judge(ear) == "naturalness_mel"
+    assert default_judge(other) == "naturalness"
+    assert default_judge(Mixture([Part("a", proxy), Part("b", other)])) == "naturalness"
+    assert default_judge(Mixture([Part("a", ear), Part("b", other)])) is None, "plausibility"
+    assert "plausibility" in Judge(Loudness(), plausible=True).name
 
 
 def test_a_judge_hears_through_its_own_soundfont(tokenizer: Any) -> None:

@@ -21,7 +21,7 @@ from smart.config import Data, Optimisation, PretrainConfig
 from smart.distributed import World
 from smart.model import build_model, load_base, save_base
 from smart.pretrain import Crops, Pretraining, _compiles, evaluate, learning_rate, missing_to_compile, next_token_loss
-from smart.tokens import build_tokenizer, vocabulary
+from smart.tokens import build_grammar, build_tokenizer, vocabulary
 
 
 def piece(length: int, first: int = 21) -> np.ndarray[Any, Any]:
@@ -135,6 +135,28 @@ def test_evaluation_does_not_depend_on_the_batch(tiny_model: Any) -> None:
     assert evaluate(tiny_model, tokens, 0, 2, alone) == pytest.approx(whole, rel=1e-5)
     with torch.no_grad():
         assert whole == pytest.approx(next_token_loss(tiny_model, tokens, 0).item(), rel=1e-5)
+
+
+def test_the_grammar_penalty_is_the_probability_of_what_cannot_be_played(tiny_model: Any, tokenizer: Any) -> None:
+    """Checked token by token, with the state of one row; a place in the middle of a bar does not count as an error."""
+    grammar, facts = build_grammar(tokenizer), vocabulary(tokenizer)
+    names = ["Bar_None", "TimeSig_4/4", "Position_12", "Tempo_121.29", "Program_0", "Pitch_60", "Velocity_63"]
+    piece = [facts.bos_id, *(tokenizer.vocab[name] for name in names if name in tokenizer.vocab)]
+    tokens = torch.tensor([[*piece, facts.pad_id, facts.pad_id], [tokenizer.vocab["Position_4"], *piece[1:], 1, 1]])
+    tokens[1, -2:] = facts.pad_id
+    with torch.no_grad():
+        probability = tiny_model(input_ids=tokens).logits[:, :-1].float().softmax(dim=2)
+        expected = []
+        for row, length in ((0, len(piece)), (1, len(piece))):
+            for place in range(length - 1):
+                allowed = grammar.playable(grammar.read(tokens[row : row + 1, : place + 1]))[0]
+                allowed[tokens[row, place + 1]] = True
+                expected.append(-probability[row, place, allowed].sum().log())
+        plain = next_token_loss(tiny_model, tokens, facts.pad_id)
+        penalised = next_token_loss(tiny_model, tokens, facts.pad_id, grammar=grammar, weight=3.0)
+        both = next_token_loss(tiny_model, tokens, facts.pad_id, grammar=grammar, weight=3.0, reduction="sum")
+    torch.testing.assert_close(penalised - plain, 3.0 * torch.stack(expected).mean(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(both, penalised * len(expected), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["batch", "evaluate_rows"])

@@ -240,8 +240,8 @@ class Guard:
         default_factory=lambda: RewardConfig(kind="auto"),
         metadata=_about(
             "The second score, which training does not optimise. Its `kind` can also be `auto`: the mean of the "
-            "reward's axes without weight, or, if there are none, another reward; or `plausibility`: how likely the "
-            "music is under the base model."
+            "reward's axes without weight, or, if there are none, an ear that is not optimised (`naturalness_mel`, or "
+            "else `naturalness`); or `plausibility`: how likely the music is under the base model."
         ),
     )
     soundfont: str = _key(
@@ -342,6 +342,9 @@ class Optimisation:
         "adamw", "`muon`: Muon for the layers' matrices, AdamW for the rest", "adamw", "muon", paper="code"
     )
     weight_decay: float = _key(0.01, "weight decay of the optimiser", paper="code", low=0.0)
+    grammar_weight: float = _key(
+        0.0, "weight of a penalty on the probability that the model gives to tokens that cannot be played", low=0.0
+    )
     max_grad_norm: float = _key(1.0, "the gradient is scaled down to this norm", above=0.0)
     precision: str = _choice(
         "auto", "number format of training; `auto`: bfloat16 autocast on CUDA only", "auto", "float32", "bfloat16",

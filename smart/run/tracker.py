@@ -159,11 +159,13 @@ class NullTracker(Tracker):
         pass
 
 
-def summarise(folder: Path, rewards: Mapping[str, npt.NDArray[np.float32]]) -> str:
+def summarise(folder: Path, ratings: Mapping[str, Mapping[str, npt.NDArray[np.float32]]]) -> str:
     """Write ``summary.json``: mean rewards of new base and tuned samples, and their difference; returns it as text.
 
-    ``rewards`` maps "base" and "tuned" to (n,) rewards each, without NaN. Raises ``Failure`` if n is below 2.
+    ``ratings`` maps "base" and "tuned" to the rewards of each, (n,) without NaN: "reward", which was optimised, and of
+    several rewards each by its name. Raises ``Failure`` if n is below 2.
     """
+    rewards = {name: each["reward"] for name, each in ratings.items()}
     if min(map(len, rewards.values())) < 2:
         rated = ", ".join(f"{len(values)} of the {name} model" for name, values in rewards.items())
         raise Failure(
@@ -173,8 +175,14 @@ def summarise(folder: Path, rewards: Mapping[str, npt.NDArray[np.float32]]) -> s
     mean = {name: float(values.mean()) for name, values in rewards.items()}
     error = {name: float(values.std(ddof=1)) / math.sqrt(len(values)) for name, values in rewards.items()}
     difference, its_error = mean["tuned"] - mean["base"], math.hypot(*error.values())
+    parts = {  # model -> reward -> mean; empty for a single reward
+        name: {part: float(values.mean()) for part, values in each.items() if part != "reward" and len(values)}
+        for name, each in ratings.items()
+    }
     summary: dict[str, Any] = {
-        name: {"n": len(rewards[name]), "reward": mean[name], "standard_error": error[name]} for name in rewards
+        name: {"n": len(rewards[name]), "reward": mean[name], "standard_error": error[name]}
+        | ({"rewards": parts[name]} if parts[name] else {})
+        for name in rewards
     }
     summary["difference"] = {"reward": difference, "standard_error": its_error}
     write_atomically(folder / "summary.json", json.dumps(summary, indent=1).encode())
@@ -186,6 +194,11 @@ def summarise(folder: Path, rewards: Mapping[str, npt.NDArray[np.float32]]) -> s
                 for name in rewards
             ),
             f"difference {difference:+7.3f} ± {its_error:.3f}{times}",
+            *(
+                f"{part}: {parts['base'][part]:.3f} -> {parts['tuned'][part]:.3f}"
+                for part in parts["base"]
+                if part in parts["tuned"]
+            ),
             f"listen:       {folder / 'final'}/00-base.wav, then 00-tuned.wav, 01-base.wav, ... (and .mid)",
             f"reward curve: {folder / 'reward_mean.png'}",
             f"tuned model:  {folder / 'tuned'}",

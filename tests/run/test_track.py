@@ -216,20 +216,34 @@ def test_wav_is_what_was_heard(tmp_path: Path) -> None:
     np.testing.assert_allclose(read.T, audio, atol=1 / 32000)
 
 
+def of(rewards: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """What was optimised, of the base and the tuned model."""
+    return {name: {"reward": values} for name, values in rewards.items()}
+
+
 def test_summary_by_hand(tmp_path: Path) -> None:
-    text = summarise(tmp_path, {"base": np.array([1, 2, 3], np.float32), "tuned": np.array([4, 5, 6, 7], np.float32)})
+    rewards = {"base": np.array([1, 2, 3], np.float32), "tuned": np.array([4, 5, 6, 7], np.float32)}
+    text = summarise(tmp_path, of(rewards))
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["base"] == pytest.approx({"n": 3, "reward": 2, "standard_error": 1 / math.sqrt(3)})
     error = math.sqrt(1 / 3 + 5 / 3 / 4)
     assert summary["difference"] == pytest.approx({"reward": 3.5, "standard_error": error})
     assert f"= {3.5 / error:.1f} standard errors" in text and str(tmp_path / "tuned") in text
-    assert "standard errors" not in summarise(tmp_path, {"base": np.ones(2), "tuned": np.ones(2)})
+    assert "standard errors" not in summarise(tmp_path, of({"base": np.ones(2), "tuned": np.ones(2)}))
+
+
+def test_a_summary_of_several_rewards_names_each(tmp_path: Path) -> None:
+    each = {"reward": np.arange(3.0), "ear": np.array([5.0, 6.0, 7.0]), "rules": np.array([])}
+    text = summarise(tmp_path, {"base": each, "tuned": each | {"ear": np.array([8.0, 9.0])}})
+    assert "ear: 6.000 -> 8.500" in text and "rules" not in text
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["base"]["rewards"] == {"ear": 6.0} and summary["tuned"]["rewards"] == {"ear": 8.5}
 
 
 def test_too_few_ratings_to_compare_end_in_one_line(tmp_path: Path) -> None:
     for base in ([], [1.0]):
         with pytest.raises(Failure, match=rf"{len(base)} of the base model, 3 of the tuned model; expected at least 2"):
-            summarise(tmp_path, {"base": np.array(base, np.float32), "tuned": np.ones(3, np.float32)})
+            summarise(tmp_path, of({"base": np.array(base, np.float32), "tuned": np.ones(3, np.float32)}))
     assert not list(tmp_path.iterdir())
 
 
