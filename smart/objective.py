@@ -140,7 +140,7 @@ def summed_rewards(config: Config, reward: Reward, batch: Batch, tokenizer: Any)
 
 
 def by_name(reward: Reward, batch: Batch) -> dict[str, npt.NDArray[np.float32]]:
-    """The finite values of a batch, (n,) each: "reward", which is optimised, and of several rewards each by its name."""
+    """The finite values of a batch, (n,) each: "reward", which is optimised, and each of several rewards by name."""
     found = {"reward": batch.rated.rewards}
     if isinstance(reward, Mixture):
         values = reward.values(batch.rated.scores)
