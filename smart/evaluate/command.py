@@ -146,7 +146,15 @@ def sample_command(**given: Any) -> None:
 @main.command("report", short_help="Draw the paper's figures from such tables, run tests, and write an HTML page.")
 @click.argument("tables", nargs=-1, type=FilePath(), metavar="TABLE...")
 @click.option("--run", "runs", multiple=True, type=FilePath(), help="Tuning run whose reward to plot; repeatable.")
-@click.option("--corpus", type=FilePath(), help="Check how much the pieces copy from this corpus's train split.")
+@click.option(
+    "--corpus",
+    type=FilePath(),
+@click.option(
+    "--corpus",
+    type=FilePath(),
+    help="Compare with this corpus: copies from its train split, distance of the features from all its pieces.",
+)
+)
 @click.option("--out", required=True, type=FilePath(), help="Folder for the page, figures and numbers.")
 @click.option(
     "--seed",

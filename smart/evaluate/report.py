@@ -19,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from smart import UserError, plots
 from smart.corpus import Corpus
 from smart.diversity import kernel, nearest, summary, vendi_score
+from smart.evaluate.distances import distances
 from smart.evaluate.figures import Picture, draw, run_picture
 from smart.evaluate.pieces import DIVERSITY, FEATURES, KINDS, RATINGS, Sample, read, scale_of
 from smart.evaluate.statistics import FEW, RESAMPLES, Paired, holm, jackknife, mean, paired
@@ -209,6 +210,16 @@ def section(sample: Sample, out: Path, *, seed: int = 1, corpus: Corpus | None =
             for measure, e in row.items()
         ],
     )
+    far = {} if corpus is None else distances(sample, corpus)
+    if far:
+        plots.write_csv(
+            out / f"{sample.name}-distances.csv",
+            [
+                {"system": system, "feature": name, "distance": value}
+                for system, row in far.items()
+                for name, value in row.items()
+            ],
+        )
     seen = paper_rows(comparisons, means)
     flat = [row | _flat("difference", row["difference"]) for row in seen]
     plots.write_csv(out / f"{sample.name}-paper.csv", flat)
@@ -233,6 +244,7 @@ def section(sample: Sample, out: Path, *, seed: int = 1, corpus: Corpus | None =
         "counts": counts,
         "comparisons": {other: [c for c in comparisons if c.after == other] for other in sample.systems[1:]},
         "diversity": varied,
+        "distances": far,
         "paper": seen,
         "pictures": draw(sample, out),
         "stand_ins": [name for name, reward in settings["rewards"].items() if reward["stand_in"]],

@@ -478,29 +478,30 @@ def test_what_cannot_be_sampled_is_one_line(arguments: list[str], text: str, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+def random_piece(seed: int) -> Score:
+    random_ = np.random.default_rng(seed)
+    score = Score(480)
+    score.tempos.append(Tempo(0, 100))
+    score.time_signatures.append(TimeSignature(0, 4, 4))
+    score.tracks.append(Track(program=0))
+    for beat in range(24):
+        score.tracks[0].notes.append(Note(480 * beat, 480, int(random_.integers(40, 90)), 80))
+    return score
+
+
 def test_what_was_copied_from_the_training_pieces_is_told_from_what_was_not(tmp_path: Path) -> None:
     from smart.corpus import Corpus
     from smart.corpus.build import build
     from smart.evaluate.report import closeness
 
-    def piece(seed: int) -> Score:
-        random_ = np.random.default_rng(seed)
-        score = Score(480)
-        score.tempos.append(Tempo(0, 100))
-        score.time_signatures.append(TimeSignature(0, 4, 4))
-        score.tracks.append(Track(program=0))
-        for beat in range(24):
-            score.tracks[0].notes.append(Note(480 * beat, 480, int(random_.integers(40, 90)), 80))
-        return score
-
     (tmp_path / "midi").mkdir()
     for number in range(40):
-        piece(number).dump_midi(tmp_path / "midi" / f"{number}.mid")
+        random_piece(number).dump_midi(tmp_path / "midi" / f"{number}.mid")
     build([tmp_path / "midi"], tmp_path / "corpus")
     corpus = Corpus(tmp_path / "corpus")
     training = corpus.split("train")
     copies = [decode(corpus.tokenizer, training[number]).shift_pitch(2) for number in (3, 5)]
-    scores = {"copies": copies, "own": [piece(100), piece(101)]}
+    scores = {"copies": copies, "own": [random_piece(100), random_piece(101)]}
     columns = {name: {"prompt": [0, 1]} for name in scores}
     sample = Sample(tmp_path / "t.parquet", {}, list(scores), [], {}, columns, scores)
     found = closeness(sample, corpus, tmp_path)
@@ -509,3 +510,32 @@ def test_what_was_copied_from_the_training_pieces_is_told_from_what_was_not(tmp_
     assert found["own"]["copied"].value == 0 and found["own"]["nearest"].value < 0.7
     table = rows_of(tmp_path / "t-nearest.csv")
     assert [row["training_piece"] for row in table[:2]] == ["3", "5"] and len(table) == 4
+
+
+def test_the_distance_from_real_pieces_is_that_of_the_distributions(tmp_path: Path) -> None:
+    """0 for the pieces themselves, 1 for pitches that never occur in them."""
+    from smart.corpus import Corpus
+    from smart.corpus.build import build
+    from smart.evaluate.distances import distances
+
+    (tmp_path / "midi").mkdir()
+    for number in range(40):
+        random_piece(number).dump_midi(tmp_path / "midi" / f"{number}.mid")
+    build([tmp_path / "midi"], tmp_path / "corpus")
+    corpus = Corpus(tmp_path / "corpus")
+    splits = [corpus.split(name) for name in ("train", "validation", "test")]
+    same = [decode(corpus.tokenizer, split[row][:68]) for split in splits for row in range(len(split))]
+    scores = {"same": same, "high": [score.shift_pitch(15) for score in same for _ in range(2)]}
+    columns = {
+        system: {name: [midi_features(score)[name] for score in pieces] for name in FEATURES}
+        | {"empty": [False] * len(pieces)}
+        for system, pieces in scores.items()
+    }
+    settings = {"settings": {"max_new_tokens": 64}}
+    found = distances(Sample(tmp_path / "t.parquet", settings, list(scores), [], {}, columns, scores), corpus)
+    assert set(found["same"].values()) == {0.0}
+    pitches = [np.concatenate([midi_features(score)["pitches"] for score in scores[name]]) for name in ("same", "high")]
+    grid = np.arange(128)
+    by_hand = max(abs((pitches[0] <= x).mean() - (pitches[1] <= x).mean()) for x in grid)
+    assert found["high"]["pitches"] == pytest.approx(by_hand) and found["high"]["scale_consistency"] == 0
+    assert found["high"]["mean"] == pytest.approx(by_hand / 8 + found["high"]["empty_beat_rate"] / 8, abs=1e-9)
