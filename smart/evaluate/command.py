@@ -149,11 +149,7 @@ def sample_command(**given: Any) -> None:
 @click.option(
     "--corpus",
     type=FilePath(),
-@click.option(
-    "--corpus",
-    type=FilePath(),
     help="Compare with this corpus: copies from its train split, distance of the features from all its pieces.",
-)
 )
 @click.option("--out", required=True, type=FilePath(), help="Folder for the page, figures and numbers.")
 @click.option(
