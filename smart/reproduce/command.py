@@ -25,7 +25,7 @@ from smart.files import write_atomically
 from smart.published import TABLE_2
 from smart.reproduce.book import OUT, STATE, Book, Step, _clock, hold_out, perform
 from smart.reproduce.page import write_page
-from smart.reproduce.steps import CONFIGS, SMOKE, find, plan, variants
+from smart.reproduce.steps import CONFIGS, SMOKE, each_alone, find, plan, variants
 from smart.run import in_one_line
 
 
@@ -54,6 +54,11 @@ from smart.run import in_one_line
 @click.option(
     "--smoke", is_flag=True, help="Run everything at a tiny size, offline and in minutes, with what the package ships."
 )
+@click.option(
+    "--each-reward",
+    is_flag=True,
+    help="Also tune with each of the configuration's rewards alone, with and without the KL term, and compare.",
+)
 @click.option("--list", "listing", is_flag=True, help="List the steps and everything that is missing, then exit.")
 def main(
     path: str | None,
@@ -62,6 +67,7 @@ def main(
     recordings: tuple[Path, ...],
     overrides: tuple[str, ...],
     smoke: bool,
+    each_reward: bool,
     listing: bool,
 ) -> None:
     """Run every experiment of the paper into one folder, with a page that compares the results."""
@@ -77,7 +83,8 @@ def main(
             raise
         found, problem = None, error.message
     where = None if smoke else corpus or Path("CORPUS")
-    steps = plan(config, where, fonts, recordings, found.checksums() if found else "")
+    checksums = found.checksums() if found else ""
+    steps = plan(config, where, fonts, recordings, checksums, each_reward=each_reward)
     if listing:
         _list(steps, out)
         click.echo("All requirements found." if found else problem)
@@ -86,7 +93,8 @@ def main(
     book = Book(out)
     with in_one_line("the reproduction", "run the same command again to continue"), hold_out(out) as lock:
         (out / CONFIGS).mkdir(exist_ok=True)
-        for name, one in variants(config, str(corpus) if corpus else str(out / "corpus")).items():
+        runs = variants(config, str(corpus) if corpus else str(out / "corpus"))
+        for name, one in (runs | (each_alone(config) if each_reward else {})).items():
             write_atomically(out / CONFIGS / f"{name}.toml", dumps(one).encode())
         perform(steps, out, book, lock)
         page = write_page(steps, out, book, config, found, smoke=smoke)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from smart import UserError, require
 from smart.config import Config, dumps
@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # it imports torch
     from smart.reward import Reward
 
 CONFIGS, PAGE = "configs", "index.html"
+JUDGES = ("naturalness", "naturalness_mel")  # rate the runs of each reward, whatever these were tuned with
 PACKAGES = (*NEEDED, "jinja2", "scipy")
 
 
@@ -79,22 +80,51 @@ def variants(config: Config, corpus: str) -> dict[str, Config]:
     }
 
 
+def each_alone(config: Config) -> dict[str, Config]:
+    """The configuration's rewards together, and each alone without a target; all of these with and without a KL term.
+
+    Raises ``UserError`` if there is only one.
+    """
+    if len(config.all_rewards) < 2:
+        raise UserError("--each-reward compares several rewards, but the configuration has one; see docs/rewards.md")
+    sets = {"together": config.all_rewards} | {
+        f"{one.name or one.kind}-alone": (dataclasses.replace(one, target="none", weight=1.0),)
+        for one in config.all_rewards
+    }
+    runs = {}
+    for name, rewards in sets.items():
+        first, *others = rewards
+        for ending, beta in (("", config.grpo.beta), ("-beta0", 0.0)):
+            runs[name + ending] = dataclasses.replace(
+                config,
+                run=dataclasses.replace(config.run, name=name + ending, folder="runs"),
+                reward=first,
+                rewards=tuple(others),
+                grpo=dataclasses.replace(config.grpo, beta=beta),
+            )
+    return runs
+
+
 def plan(
-    config: Config, corpus: Path | None, fonts: Sequence[str], recordings: Sequence[Path], outside: str
+    config: Config,
+    corpus: Path | None,
+    fonts: Sequence[str],
+    recordings: Sequence[Path],
+    outside: str,
+    *,
+    each_reward: bool = False,
 ) -> list[Step]:
-    """All steps, in order. Without ``corpus`` the base writes one first; ``outside`` identifies other input files."""
+    """All steps, in order. Without ``corpus`` the base writes one first; ``outside`` identifies other input files.
+
+    ``each_reward`` adds the runs of ``each_alone``, rated by all rewards and by the ear that trains none of them.
+    """
     many, n = config.track.final_prompts, str(config.track.final_prompts)
     own = () if corpus else ("corpus",)  # the step that dataset prompts wait for
     folder = str(corpus) if corpus else f"{OUT}/corpus"
     sound = ("--soundfont", config.render.fonts[0], "--sample-rate", str(config.render.sample_rate))
     device = ("--device", config.run.device)
-    rated_by = {one.kind: one for one in reversed(config.all_rewards)}  # each kind once
-    rates = []
-    for kind, one in reversed(rated_by.items()):
-        prefix = f"{kind}." if len(rated_by) > 1 else ""
-        rates += ["--reward", kind]
-        for key, value in one.options.items():
-            rates += ["--reward-option", f"{prefix}{key}={value if isinstance(value, str) else json.dumps(value)}"]
+    rated_by = {one.kind: one.options for one in config.all_rewards}  # each kind once
+    rates = _rated_by(rated_by)
     drawn = ["--seconds", f"{config.render.seconds:g}", "--tokens", str(config.sampling.max_new_tokens)]
     drawn += ["--temperature", str(config.sampling.temperature), "--top-k", str(config.sampling.top_k)]
     drawn += ["--top-p", str(config.sampling.top_p), "--backend", config.render.backend]
@@ -115,7 +145,7 @@ def plan(
             resume=("--resume",),
         )
 
-    def samples(name: str, kind: str, *runs: str) -> Step:
+    def samples(name: str, kind: str, *runs: str, rates: Sequence[str] = rates) -> Step:
         models = [f"base={config.model.base}", *(f"{run}={OUT}/{run}" for run in runs)]
         where = ("--prompts", kind, *(("--corpus", folder) if kind == "dataset" else ()))
         return Step(
@@ -174,6 +204,21 @@ def plan(
             after=aggressive,
         ),
     ]  # fmt: skip
+    if each_reward:
+        alone = each_alone(config)
+        judged = _rated_by(rated_by | {kind: rated_by.get(kind, {}) for kind in JUDGES})
+        steps += [
+            *(tunes(name, one) for name, one in alone.items()),
+            samples("samples-rewards", "procedural", *alone, rates=judged),
+            Step(
+                "report-rewards",
+                "each reward alone, and all together",
+                ("smart.evaluate", "report", f"{OUT}/samples-rewards/procedural.parquet", "--corpus", folder,
+                 "--out", f"{OUT}/report-rewards"),
+                ("*.png", "*-distances.csv", "*-diversity.csv", "index.html"),
+                after=("samples-rewards", *own),
+            ),
+        ]  # fmt: skip
     if not corpus:
         more = ("--playable", "--seconds", "1", "--out", f"{OUT}/midi")
         steps[:0] = [
@@ -188,6 +233,17 @@ def plan(
             ),
         ]
     return [step._replace(given=step.given + outside) for step in steps]
+
+
+def _rated_by(kinds: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The words that rate with these kinds of rewards and their options."""
+    words = []
+    for kind, options in kinds.items():
+        prefix = f"{kind}." if len(kinds) > 1 else ""
+        words += ["--reward", kind]
+        for key, value in options.items():
+            words += ["--reward-option", f"{prefix}{key}={value if isinstance(value, str) else json.dumps(value)}"]
+    return words
 
 
 def find(

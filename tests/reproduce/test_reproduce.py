@@ -21,7 +21,7 @@ from smart.files import hold, sha256
 from smart.reproduce.book import Book, Step, hold_out, perform
 from smart.reproduce.command import main
 from smart.reproduce.page import write_page
-from smart.reproduce.steps import SMOKE, Found, plan, variants
+from smart.reproduce.steps import SMOKE, Found, each_alone, plan, variants
 from smart.reward import load_reward
 
 
@@ -211,6 +211,27 @@ def test_the_runs_are_those_of_the_shipped_configurations() -> None:
         ours, shipped = to_dict(config), to_dict(load(f"{name}.toml"))
         ours["run"].pop("name"), shipped["run"].pop("name")
         assert ours == shipped, name
+
+
+def test_each_reward_is_also_tuned_with_alone_if_asked() -> None:
+    config = load("quickstart.toml", ("rewards=[{kind='naturalness',target=6.5,weight=0.3}]", "reward.target=7.5"))
+    runs = each_alone(config)
+    assert list(runs) == [
+        f"{name}{ending}" for name in ("together", "ce_proxy-alone", "naturalness-alone") for ending in ("", "-beta0")
+    ]
+    assert [one.kind for one in runs["together-beta0"].all_rewards] == ["ce_proxy", "naturalness"]
+    alone = runs["naturalness-alone-beta0"]
+    assert [(one.kind, one.target, one.weight) for one in alone.all_rewards] == [("naturalness", "none", 1.0)]
+    assert alone.grpo.beta == 0 and runs["naturalness-alone"].grpo.beta == config.grpo.beta
+    arguments: Any = (config, Path("corpus"), ["timgm"], [], "")
+    more = {step.name: step for step in plan(*arguments, each_reward=True)}
+    assert set(more) - {step.name for step in plan(*arguments)} == {*runs, "samples-rewards", "report-rewards"}
+    rated = more["samples-rewards"].words
+    assert [rated[place + 1] for place, word in enumerate(rated) if word == "--reward"] == [
+        "ce_proxy", "naturalness", "naturalness_mel",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="--each-reward compares several rewards"):
+        each_alone(load("paper.toml"))
 
 
 def test_what_is_missing_for_the_papers_run_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
