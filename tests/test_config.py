@@ -57,6 +57,18 @@ def test_the_papers_other_runs_differ_from_it_only_where_they_say() -> None:
         assert {key: value for key, value in other.items() if paper[key] != value and key != "run.name"} == keys
 
 
+def test_the_papers_run_with_two_rewards_differs_in_them_alone() -> None:
+    paper, other = to_dict(load("paper.toml")), to_dict(load("paper-two-rewards.toml"))
+    assert not paper.pop("rewards") and paper.pop("reward")["kind"] == "audiobox" == other["rewards"][0]["kind"]
+    assert [(one["kind"], one["target"]) for one in other.pop("rewards")] == [
+        ("audiobox", "real"),
+        ("naturalness", "real"),
+    ]
+    assert other.pop("reward")["kind"] == "none"
+    paper["run"].pop("name"), other["run"].pop("name")
+    assert other == paper
+
+
 def test_bare_name_is_found_when_no_such_file_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert find("quickstart.toml") == SHIPPED / "quickstart.toml"
