@@ -37,8 +37,9 @@ if (found := importlib.util.find_spec("smart")) is None or found.origin is None:
     root = str(Path(__file__).parent.parent)
     sys.path.insert(0, root)
     os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-import smart  # noqa: E402, F401 -- before anything imports torch: it bounds how long threads spin
 from hypothesis import settings  # noqa: E402 -- it reads the folder named above when it is imported
+
+import smart  # noqa: E402, F401 -- before anything imports torch: it bounds how long threads spin
 
 settings.register_profile("patient", settings(), deadline=None)  # no test may fail because others use the machine
 settings.load_profile("patient")
