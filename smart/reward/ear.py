@@ -165,6 +165,7 @@ class Ear(Reward):
 
     axes = (AXIS,)
     sample_rate = SAMPLE_RATE
+    together = 1  # clips are heard one at a time
     shipped = "naturalness"
 
     def __init__(self, *, model: str | os.PathLike[str] | None = None, device: str | torch.device = "cpu") -> None:

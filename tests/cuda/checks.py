@@ -7,6 +7,7 @@ import inspect
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from smart.run import Stopwatch
 from smart.sampler import Rollout, Sampler
-from smart.tokens import build_tokenizer
+from smart.tokens import build_grammar, build_tokenizer
 
 PAD, EOS = 0, 2
 
@@ -99,14 +100,14 @@ def check_graph_used_again(dtype: torch.dtype | None) -> None:
                 parameter.grad = torch.ones_like(parameter)
             optimizer.step()
 
-        def replace() -> None:
+        def other_parameters() -> None:
             for module in model.modules():
                 for name, parameter in list(module._parameters.items()):
                     if parameter is not None:
                         setattr(module, name, torch.nn.Parameter(parameter.detach() * 1.1))
 
         captures = 1
-        for change, new in ((lambda: None, 0), (step, 0), (lambda: model.load_state_dict(other), 0), (replace, 1)):
+        for change, new in ((lambda: None, 0), (step, 0), (lambda: model.load_state_dict(other), 0), (other_parameters, 1)):
             change()
             captures += new
             for lengths, limit in (([4, 4], 28), ([2, 6], 26)):
@@ -115,6 +116,32 @@ def check_graph_used_again(dtype: torch.dtype | None) -> None:
                 rollout = sampled(model, prompts, captured=True, sampler=sampler, **options)
                 assert_same_rollout(rollout, sampled(model, prompts, captured=False, **options), dtype)
             assert sum(entry[0] == "capture" for entry in device.log) == captures
+
+
+def check_other_options() -> None:
+    """One sampler, other options from batch to batch: none uses another's graph, or changes what was drawn before."""
+    grammar = build_grammar(build_tokenizer())
+    stricter = grammar.allowed.clone()
+    notes = (grammar.position < 0) & (torch.arange(len(stricter)) != grammar.bar_id)
+    stricter[:, notes & (torch.arange(len(stricter)) % 3 == 0)] = False
+    assert stricter.any(1)[grammar.allowed.any(1)].all()
+    with simulated():
+        model = tiny().to("cuda")
+        sampler = Sampler(model, pad_id=PAD, eos_id=EOS)
+        drawn: list[tuple[Rollout, Rollout]] = []
+        for lengths, filters in (
+            ([4, 4], {}),
+            ([4, 4], {"temperature": 0.7}),
+            ([4, 4], {"top_k": 5}),
+            ([1, 1], {"grammar": grammar}),
+            ([2, 3], {"grammar": grammar}),  # the same graph
+            ([2, 3], {"grammar": replace(grammar, allowed=stricter)}),
+        ):
+            prompts, options = some_prompts(lengths).to("cuda"), {"max_new_tokens": 24, "group_size": 2, **filters}
+            rollout = sampled(model, prompts, captured=True, sampler=sampler, **options)
+            drawn.append((rollout, sampled(model, prompts, captured=False, **options)))
+        for one, other in drawn:
+            assert_same_rollout(one, other)
 
 
 def check_watched_rows() -> None:

@@ -10,6 +10,7 @@ from checks import (
     assert_same_rollout,
     check_captured_step,
     check_graph_used_again,
+    check_other_options,
     check_steps_one_by_one,
     check_watched_rows,
     sampled,
@@ -63,6 +64,10 @@ def test_a_step_has_at_most_a_hundred_kernels() -> None:
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 def test_a_graph_is_used_again(dtype: torch.dtype | None) -> None:
     check_graph_used_again(dtype)
+
+
+def test_options_change_from_batch_to_batch() -> None:
+    check_other_options()
 
 
 def test_watch_sees_rows_as_they_were() -> None:
