@@ -107,7 +107,8 @@ def check_graph_used_again(dtype: torch.dtype | None) -> None:
                         setattr(module, name, torch.nn.Parameter(parameter.detach() * 1.1))
 
         captures = 1
-        for change, new in ((lambda: None, 0), (step, 0), (lambda: model.load_state_dict(other), 0), (other_parameters, 1)):
+        reload = lambda: model.load_state_dict(other)  # noqa: E731
+        for change, new in ((lambda: None, 0), (step, 0), (reload, 0), (other_parameters, 1)):
             change()
             captures += new
             for lengths, limit in (([4, 4], 28), ([2, 6], 26)):
@@ -144,6 +145,23 @@ def check_other_options() -> None:
             assert_same_rollout(one, other)
 
 
+def check_rows_that_end() -> None:
+    """A batch whose rows all end early is left early, and has nothing of the one before, whose rows did not end."""
+    with simulated() as device:
+        model, prompts = tiny().to("cuda"), some_prompts([4, 4]).to("cuda")
+        sampler = Sampler(model, pad_id=PAD, eos_id=EOS)
+        options: dict[str, Any] = {"max_new_tokens": 60, "group_size": 2, "top_k": EOS + 1}
+        widths = []
+        for _ in range(2):
+            with device.counted() as counts:
+                rollout = sampled(model, prompts, captured=True, sampler=sampler, **options)
+            assert_same_rollout(rollout, sampled(model, prompts, captured=False, **options))
+            widths.append(rollout.mask.shape[1])
+            with torch.no_grad():
+                model.lm_head.weight.zero_()  # of equal logits the lowest ids are kept: one token in three is EOS
+        assert widths[0] == 60 > 32 > widths[1] and counts["replay"] == 32, (widths, counts)
+
+
 def check_watched_rows() -> None:
     """``watch`` gets the rows as they were, which is only so where the copy was waited for."""
     with simulated() as device:
@@ -158,8 +176,9 @@ def check_watched_rows() -> None:
             eos_id=None,
             watch=lambda tokens, ended: seen.append((tokens.clone(), ended.clone())),
         )
+        blocking = [place for kind, place in device.places if "smart/sampler" in place and "copy to the host" in place]
         tokens = rollout.tokens.cpu()
-        assert len(seen) == 4 and device.counts["event"] == 4
+        assert len(seen) == 4 and device.counts["event"] == 4 and not blocking, blocking
         for rows, ended in seen:
             assert torch.equal(rows, tokens[:, : rows.shape[1]]) and not ended.any()
 
@@ -183,13 +202,13 @@ def mutated(owner: Any, name: str, old: str, new: str) -> Iterator[None]:
     function = inspect.unwrap(getattr(owner, name))
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(old) == 1, f"{name} has changed: {old!r} occurs {source.count(old)} times in it"
-    namespace = dict(function.__globals__)
+    made: dict[str, Any] = {}
     code = compile(
         source.replace(old, new), f"<{name}, mutated>", "exec", __future__.annotations.compiler_flag, dont_inherit=True
     )
-    exec(code, namespace)
+    exec(code, function.__globals__, made)  # its own globals, so that it sees what is patched there
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, namespace[name])
+        patch.setattr(owner, name, made[name])
         yield
 
 

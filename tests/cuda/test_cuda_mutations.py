@@ -10,6 +10,7 @@ from checks import (
     check_captured_step,
     check_graph_used_again,
     check_other_options,
+    check_rows_that_end,
     check_steps_one_by_one,
     check_watched_rows,
     mutated,
@@ -46,11 +47,16 @@ MUTATIONS: dict[str, tuple[Any, str, str, str, Callable[[], None]]] = {
     "rollouts that share a graph's memory": (
         sample.Sampler, "sample", "part.clone(memory_format=torch.contiguous_format)", "part", check_other_options,
     ),
+    "the mask of the last batch": (graph, "_fill", "slots.mask.zero_()", "pass", check_rows_that_end),
+    "rows that do not end": (graph, "_step", "slots.alive.copy_(alive)", "pass", check_rows_that_end),
     "a number read in the step": (graph, "_step", "slots.next.add_(1)", "slots.next.add_(1)[0].item()", captured_step),
     "a number brought into the step": (
         graph, "_step", "slots.next.add_(1)", "slots.next.add_(torch.tensor([1]).to('cuda'))", captured_step,
     ),
     "no wait for a copy": (graph.Graph, "run", "copied.synchronize()", "pass", check_watched_rows),
+    "a copy that the host waits for": (
+        graph.Graph, "run", "non_blocking=True", "non_blocking=False", check_watched_rows,
+    ),
     "no wait for the stream of the capture": (
         graph, "_capture", "torch.cuda.current_stream().wait_stream(stream)", "pass", captured_step,
     ),
