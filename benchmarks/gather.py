@@ -109,6 +109,8 @@ def main() -> None:
         rows = [(step, f"failed: {result['failed']}")] if "failed" in result else TABLES[step](result)
         for name, text in rows:
             print(f"{name:36} {text}")
+    if absent := [step for step in STEPS if step not in found]:
+        print(f"not measured: {', '.join(absent)}")
     machine = next((result["machine"] for result in found.values() if "machine" in result), "")
     (folder / "gpu.json").write_text(
         json.dumps({"machine": machine, "driver": driver(), "failed": failed, **found}) + "\n"

@@ -145,7 +145,7 @@ def test_everything_for_a_gpu(tmp_path: Path) -> None:
     assert found["failed"] == [] and found["machine"]
     assert {"sampler", "render", "learner", "iteration"} <= set(found)
     check_finite(found)
-    for name in ("ms per step", "left to workers", "times the limit", "GB at its peak"):
+    for name in ("ms per step", "left to workers", "times the limit", "GB at its peak", "not measured: doctor, reward"):
         assert name in done.stdout
     check_trace(out / "timeline.json", "generate", "learn")
 

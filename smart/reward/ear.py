@@ -17,7 +17,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from torch import nn
 
 from smart import UserError
 from smart.files import parse_json, write_atomically
+from smart.reward.precision import exact_float32
 from smart.reward.reward import Reward, check_clips, silence_beyond
 from smart.reward.spectra import KINDS, SAMPLE_RATE, WINDOW, hear
 
@@ -164,6 +165,7 @@ class Ear(Reward):
 
     axes = (AXIS,)
     sample_rate = SAMPLE_RATE
+    together = 1  # clips are heard one at a time
     shipped = "naturalness"
 
     def __init__(self, *, model: str | os.PathLike[str] | None = None, device: str | torch.device = "cpu") -> None:
@@ -193,6 +195,7 @@ class Ear(Reward):
         total = torch.zeros(len(audio)).index_add(0, clip, weight)
         return {AXIS: torch.zeros(len(audio)).index_add(0, clip, rated * weight) / total}
 
+    @exact_float32()
     @torch.inference_mode()
     def embed(self, audio: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
         """What the members' last layers but one hold about each clip: (N, D) float32 on the CPU.
@@ -205,16 +208,17 @@ class Ear(Reward):
         for row in sound.nonzero().squeeze(1).tolist():
             windows = list(self._windows(clips[row].to(self.device), int(lengths[row])))
             weight = torch.tensor([float(length) for _, length in windows])
-            with self._exactly():
+            with self._repeatable():
                 each = torch.stack(
                     [torch.cat([m.embed(spectra[None])[0] for m in self._members]) for spectra, _ in windows]
                 ).cpu()
             found[row] = (each * weight[:, None]).sum(dim=0) / weight.sum()
         return found
 
+    @exact_float32()
     def answers(self, spectra: torch.Tensor) -> torch.Tensor:
         """What the members answer to spectra (N, channels, bands, frames) uint8, one clip at a time: (N, M)."""
-        with torch.inference_mode(), self._exactly():
+        with torch.inference_mode(), self._repeatable():
             each = [torch.cat([m(row[None].to(self.device)) for m in self._members]) for row in spectra]
         return torch.stack(each).cpu()
 
@@ -236,8 +240,8 @@ class Ear(Reward):
         parts = clip[:length].split(WINDOW)
         return [(hear(part, self._layout.spectra), len(part)) for part in parts]
 
-    def _exactly(self) -> Any:
-        """On a GPU, convolutions in full float32 and always by the same algorithm."""
+    def _repeatable(self) -> AbstractContextManager[Any]:
+        """On a GPU, convolutions always by the same algorithm."""
         if self.device.type != "cuda":
             return nullcontext()
         return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)

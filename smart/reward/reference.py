@@ -24,6 +24,7 @@ import torch
 from smart import UserError, brief
 from smart.render import checked_soundfont
 from smart.reward import load_reward
+from smart.reward.precision import exact_float32
 from smart.reward.real import find_pieces, read_excerpts
 from smart.reward.resampling import resample
 from smart.reward.reward import Reward, check_device
@@ -74,6 +75,7 @@ class Clap:
         self.sample_rate = int(self._extract.sampling_rate)
         self.provenance = f"CLAP {model}"
 
+    @exact_float32()
     @torch.inference_mode()
     def embed(self, audio: torch.Tensor) -> torch.Tensor:
         # a clip longer than the model's window would be cropped at random: only its beginning is heard

@@ -17,6 +17,8 @@ from collections.abc import Callable
 
 import torch
 
+from smart.reward.precision import exact_float32
+
 __all__ = ["KINDS", "SAMPLE_RATE", "WINDOW", "hear"]
 
 SAMPLE_RATE = 16_000  # Hz
@@ -31,6 +33,7 @@ MEL_BANDS, MEL_HZ = 128, (40.0, 7600.0)
 KINDS = {"log": (4, SEMITONES, 200), "mel": (1, MEL_BANDS, 312)}
 
 
+@exact_float32()
 def hear(clip: torch.Tensor, kind: str) -> torch.Tensor:
     """The spectra of one clip.
 

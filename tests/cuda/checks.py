@@ -7,6 +7,7 @@ import inspect
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from smart.run import Stopwatch
 from smart.sampler import Rollout, Sampler
-from smart.tokens import build_tokenizer
+from smart.tokens import build_grammar, build_tokenizer
 
 PAD, EOS = 0, 2
 
@@ -99,14 +100,15 @@ def check_graph_used_again(dtype: torch.dtype | None) -> None:
                 parameter.grad = torch.ones_like(parameter)
             optimizer.step()
 
-        def replace() -> None:
+        def other_parameters() -> None:
             for module in model.modules():
                 for name, parameter in list(module._parameters.items()):
                     if parameter is not None:
                         setattr(module, name, torch.nn.Parameter(parameter.detach() * 1.1))
 
         captures = 1
-        for change, new in ((lambda: None, 0), (step, 0), (lambda: model.load_state_dict(other), 0), (replace, 1)):
+        reload = lambda: model.load_state_dict(other)  # noqa: E731
+        for change, new in ((lambda: None, 0), (step, 0), (reload, 0), (other_parameters, 1)):
             change()
             captures += new
             for lengths, limit in (([4, 4], 28), ([2, 6], 26)):
@@ -115,6 +117,49 @@ def check_graph_used_again(dtype: torch.dtype | None) -> None:
                 rollout = sampled(model, prompts, captured=True, sampler=sampler, **options)
                 assert_same_rollout(rollout, sampled(model, prompts, captured=False, **options), dtype)
             assert sum(entry[0] == "capture" for entry in device.log) == captures
+
+
+def check_other_options() -> None:
+    """One sampler, other options from batch to batch: none uses another's graph, or changes what was drawn before."""
+    grammar = build_grammar(build_tokenizer())
+    stricter = grammar.allowed.clone()
+    notes = (grammar.position < 0) & (torch.arange(len(stricter)) != grammar.bar_id)
+    stricter[:, notes & (torch.arange(len(stricter)) % 3 == 0)] = False
+    assert stricter.any(1)[grammar.allowed.any(1)].all()
+    with simulated():
+        model = tiny().to("cuda")
+        sampler = Sampler(model, pad_id=PAD, eos_id=EOS)
+        drawn: list[tuple[Rollout, Rollout]] = []
+        for lengths, filters in (
+            ([4, 4], {}),
+            ([4, 4], {"temperature": 0.7}),
+            ([4, 4], {"top_k": 5}),
+            ([1, 1], {"grammar": grammar}),
+            ([2, 3], {"grammar": grammar}),  # the same graph
+            ([2, 3], {"grammar": replace(grammar, allowed=stricter)}),
+        ):
+            prompts, options = some_prompts(lengths).to("cuda"), {"max_new_tokens": 24, "group_size": 2, **filters}
+            rollout = sampled(model, prompts, captured=True, sampler=sampler, **options)
+            drawn.append((rollout, sampled(model, prompts, captured=False, **options)))
+        for one, other in drawn:
+            assert_same_rollout(one, other)
+
+
+def check_rows_that_end() -> None:
+    """A batch whose rows all end early is left early, and has nothing of the one before, whose rows did not end."""
+    with simulated() as device:
+        model, prompts = tiny().to("cuda"), some_prompts([4, 4]).to("cuda")
+        sampler = Sampler(model, pad_id=PAD, eos_id=EOS)
+        options: dict[str, Any] = {"max_new_tokens": 60, "group_size": 2, "top_k": EOS + 1}
+        widths = []
+        for _ in range(2):
+            with device.counted() as counts:
+                rollout = sampled(model, prompts, captured=True, sampler=sampler, **options)
+            assert_same_rollout(rollout, sampled(model, prompts, captured=False, **options))
+            widths.append(rollout.mask.shape[1])
+            with torch.no_grad():
+                model.lm_head.weight.zero_()  # of equal logits the lowest ids are kept: one token in three is EOS
+        assert widths[0] == 60 > 32 > widths[1] and counts["replay"] == 32, (widths, counts)
 
 
 def check_watched_rows() -> None:
@@ -131,8 +176,9 @@ def check_watched_rows() -> None:
             eos_id=None,
             watch=lambda tokens, ended: seen.append((tokens.clone(), ended.clone())),
         )
+        blocking = [place for kind, place in device.places if "smart/sampler" in place and "copy to the host" in place]
         tokens = rollout.tokens.cpu()
-        assert len(seen) == 4 and device.counts["event"] == 4
+        assert len(seen) == 4 and device.counts["event"] == 4 and not blocking, blocking
         for rows, ended in seen:
             assert torch.equal(rows, tokens[:, : rows.shape[1]]) and not ended.any()
 
@@ -156,13 +202,13 @@ def mutated(owner: Any, name: str, old: str, new: str) -> Iterator[None]:
     function = inspect.unwrap(getattr(owner, name))
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(old) == 1, f"{name} has changed: {old!r} occurs {source.count(old)} times in it"
-    namespace = dict(function.__globals__)
+    made: dict[str, Any] = {}
     code = compile(
         source.replace(old, new), f"<{name}, mutated>", "exec", __future__.annotations.compiler_flag, dont_inherit=True
     )
-    exec(code, namespace)
+    exec(code, function.__globals__, made)  # its own globals, so that it sees what is patched there
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, namespace[name])
+        patch.setattr(owner, name, made[name])
         yield
 
 

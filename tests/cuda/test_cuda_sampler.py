@@ -10,6 +10,8 @@ from checks import (
     assert_same_rollout,
     check_captured_step,
     check_graph_used_again,
+    check_other_options,
+    check_rows_that_end,
     check_steps_one_by_one,
     check_watched_rows,
     sampled,
@@ -63,6 +65,14 @@ def test_a_step_has_at_most_a_hundred_kernels() -> None:
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
 def test_a_graph_is_used_again(dtype: torch.dtype | None) -> None:
     check_graph_used_again(dtype)
+
+
+def test_options_change_from_batch_to_batch() -> None:
+    check_other_options()
+
+
+def test_rows_that_end() -> None:
+    check_rows_that_end()
 
 
 def test_watch_sees_rows_as_they_were() -> None:

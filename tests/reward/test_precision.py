@@ -55,9 +55,10 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_products_and_convolutions_of_the_built_in_reward_are_exact(outside: None) -> None:
+@pytest.mark.parametrize("kind", ["ce_proxy", "naturalness", "naturalness_mel"])
+def test_products_and_convolutions_of_the_shipped_rewards_are_exact(outside: None, kind: str) -> None:
     clips = torch.rand(2, 16_000, generator=torch.Generator().manual_seed(1)) - 0.5
-    reward = load_reward("ce_proxy")
+    reward = load_reward(kind)
     with Products() as products:
         reward.score(resample(clips, 44_100, 16_000))
     names = {name for name, _ in products.seen}

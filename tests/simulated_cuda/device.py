@@ -30,6 +30,8 @@ NO_KERNEL = {
     "detach", "alias", "lift_fresh", "_unsafe_view", "_reshape_alias", "empty", "empty_like", "new_empty",
     "empty_strided", "new_empty_strided", "as_strided", "set_",
 }  # fmt: skip
+# operations that a GPU may round to TF32, and torch's name for the setting
+PRODUCTS = dict.fromkeys(("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot"), "matmul") | {"convolution": "conv"}
 GARBAGE = {torch.bool: True, torch.uint8: 255}
 
 
@@ -126,7 +128,7 @@ class Device:
     ``counts`` has the keys "launch" (kernels that the host launched, those of a capture included), "replay" (graphs),
     "launch by replay" (their kernels), "wait" (the host waited for everything), "event" (for a part of it), "upload",
     "upload from pageable memory", "download", "host in parallel" (large operations of the main thread on the CPU) and
-    "convolution in TF32".
+    "float32 in TF32" (matrix products and convolutions that a GPU would round).
     """
 
     def __init__(self) -> None:
@@ -308,9 +310,11 @@ class Device:
                 self.wait(f"{name} by a mask")
 
     def _note_rounding(self, name: str, args: Any) -> None:
-        rounds = torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32"  # type: ignore[attr-defined]
-        if name == "convolution" and args[0].dtype == torch.float32 and rounds:
-            self.note("convolution in TF32")
+        kind = PRODUCTS.get(name)
+        if kind is None or args[-1 if name in ("addmm", "baddbmm") else 0].dtype != torch.float32:
+            return
+        if torch._C._get_fp32_precision_getter("cuda", kind) == "tf32":  # type: ignore[attr-defined]
+            self.note("float32 in TF32", name)
 
 
 DEVICE = Device()
