@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from smart.files import parse_json, write_atomically
+from smart.render import score_notes
 from smart.run import read_metrics
 from smart.style import own_style
 
@@ -66,6 +67,32 @@ def timeline(trace: Path) -> Path:
     )  # fmt: skip
     path = trace.with_suffix(".png")
     figure.savefig(path, dpi=100)
+    return path
+
+
+@own_style
+def piano_rolls(pieces: Mapping[str, Any], path: Path, *, seconds: float = 10.0) -> Path:
+    """Draw the first ``seconds`` of scores (``symusic.Score``) side by side into a PNG, each under its name.
+
+    They share their axes; louder notes are darker.
+    """
+    from matplotlib.colors import to_rgb
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5 * len(pieces), 3), layout="constrained")
+    grid = figure.subplots(1, len(pieces), squeeze=False, sharex=True, sharey=True)[0]
+    notes = {name: score_notes(score) for name, score in pieces.items()}
+    heard = np.concatenate([each[each[:, 0] < seconds] for each in notes.values()])
+    lowest, highest = (heard[:, 2].min(), heard[:, 2].max()) if len(heard) else (60, 60)
+    octaves = range(int(lowest) // 12 * 12, int(highest) + 13, 12)
+    for number, (axes, (name, played)) in enumerate(zip(grid, notes.items(), strict=True)):
+        onset, duration, pitch, velocity = played[:, :4].T
+        shades = [(*to_rgb(COLOURS[number % len(COLOURS)]), 0.3 + 0.7 * loud / 127) for loud in velocity]
+        axes.barh(pitch, duration, left=onset, height=0.9, color=shades)
+        axes.set(title=name, xlabel="seconds", xlim=(0, seconds), ylim=(octaves[0] - 0.5, octaves[-1] + 0.5))
+        axes.set_yticks(octaves, [f"C{octave // 12 - 1}" for octave in octaves])
+        axes.grid(alpha=0.3)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=DPI))
     return path
 
 

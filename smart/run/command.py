@@ -172,9 +172,11 @@ def in_one_line(writing: str, then: str, *expected: type[Exception]) -> Iterator
 
 
 def progress(rows: Iterable[Any] | None = None, *, show: bool = True, **options: Any) -> Any:
-    """A tqdm bar on stderr, or a line every ``SECONDS`` if stderr is no terminal; silent if not ``show``."""
+    """A tqdm bar on stderr, or a line every ``SECONDS`` if it is no terminal or notebook; silent if not ``show``."""
     if not show or sys.stderr.isatty():
         return tqdm(rows, disable=not show, dynamic_ncols=True, **options)
+    if type(sys.stderr).__module__.startswith("ipykernel"):  # a notebook keeps each state of the bar in its file
+        return tqdm(rows, ncols=100, mininterval=1.0, **options)
     options = {"unit": "item"} | options
     if "desc" in options:
         options["desc"] += ": "
