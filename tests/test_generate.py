@@ -202,8 +202,20 @@ def test_a_continuation_leaves_the_song_as_it_was(midi: Path, tmp_path: Path) ->
     ]
     assert alone.tempos[0].time == 0 and alone.tempos[0].qpm == pytest.approx(60, abs=0.1)  # as at the end of the song
     assert (alone.time_signatures[0].numerator, alone.time_signatures[0].denominator) == (3, 4)
+    rest = float(table(tmp_path / "out")[0]["seconds"])
     seconds = soundfile.info(tmp_path / "out" / "0000-joined.wav").duration
-    assert seconds == pytest.approx(6 * 3 * 0.6 + 6 * 3 * 1.0 + float(table(tmp_path / "out")[0]["seconds"]), abs=0.02)
+    assert seconds == pytest.approx(4 * 3 * 1.0 + rest, abs=0.02)  # the last four bars, then what follows
+    words = ("--continue", midi, "--bars", 4, "--tokens", 90, "--whole-song")
+    assert generate("--out", tmp_path / "whole", "-n", 1, *words).exit_code == 0
+    for name in ("0000.mid", "0000.wav", "0000-joined.mid"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    seconds = soundfile.info(tmp_path / "whole" / "0000-joined.wav").duration
+    assert seconds == pytest.approx(6 * 3 * 0.6 + 6 * 3 * 1.0 + rest, abs=0.02)
+
+
+def test_only_a_continuation_has_a_whole_song(tmp_path: Path) -> None:
+    result = generate("--out", tmp_path / "out", "--whole-song")
+    assert result.exit_code == 2 and "--whole-song needs --continue FILE" in result.output
 
 
 def test_the_best_of_several_is_the_one_that_rates_best(tmp_path: Path) -> None:

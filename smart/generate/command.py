@@ -41,6 +41,12 @@ from smart.run import backend_option, in_one_line
     help="With --continue: how many bars at the end of the MIDI file to use as context. With --fill: the bars to write "
     "anew, such as 5-8, counted from 1.",
 )
+@click.option(
+    "--whole-song",
+    is_flag=True,
+    help="With --continue: NNNN-joined.wav begins with the song's first bar, not with the --bars last ones. "
+    "NNNN-joined.mid has the whole song in either case.",
+)
 @click.option("--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Seed of the sampling.")
 @click.option(
     "--temperature",
@@ -110,6 +116,8 @@ def main(context: click.Context, **given: Any) -> None:
     if {"song", "fill"} <= chosen:
         raise UserError("--continue and --fill cannot be combined; choose one")
     option = "--fill" if given["fill"] else "--continue" if given["song"] else ""
+    if given["whole_song"] and not given["song"]:
+        raise UserError("--whole-song needs --continue FILE, the song to continue")
     for name in ("tempo", "time_signature"):
         if option and name in chosen:
             what = "a continuation keeps" if given["song"] else "the new bars keep"

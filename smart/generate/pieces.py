@@ -35,11 +35,12 @@ JOIN = "join"  # the column for how well it joins
 
 
 class Music(NamedTuple):
-    """A piece: its file, what is heard of it, and its number of new notes."""
+    """A piece: its file, what is heard of it from quarter note ``begin`` on, and its number of new notes."""
 
     midi: bytes
     score: ScoreTick
     notes: int
+    begin: float = 0.0
 
 
 class Task(NamedTuple):
@@ -65,13 +66,21 @@ def choose(clips: Sequence[Any], scorer: Scorer | None) -> tuple[int, Any, dict[
     return best, rated.audio[best], {axis: values[best].item() for axis, values in rated.scores.items()}
 
 
-def heard(midi: bytes, notes: int) -> Music:
+def heard(midi: bytes, notes: int, begin: float = 0.0) -> Music:
     """A file that was written, as it is read again."""
-    return Music(midi, played(read_score(midi, Limits(max_notes=1 << 30))), notes)
+    return Music(midi, played(read_score(midi, Limits(max_notes=1 << 30))), notes, begin)
 
 
 def plan(
-    tokenizer: Any, song: Song | None, context: int, *, fill: Fill | None, bars: int, tempo: float, time_signature: str
+    tokenizer: Any,
+    song: Song | None,
+    context: int,
+    *,
+    fill: Fill | None,
+    bars: int,
+    whole_song: bool,
+    tempo: float,
+    time_signature: str,
 ) -> Task:
     """What to write, before anything is written."""
     facts = vocabulary(tokenizer)
@@ -94,7 +103,8 @@ def plan(
     read = last_bars(song.tokens, facts, bars=bars, longest=context - len(going_on.line))
     if read.count(facts.bar_id) < min(bars, song.tokens.count(facts.bar_id)):
         click.echo(f"only the song's last {read.count(facts.bar_id)} bars fit into the model's context", err=True)
-    return Task(read + going_on.line, alone, lambda new: heard(going_on.joined(new), 0))
+    begin = 0.0 if whole_song else song.last_bars(bars)
+    return Task(read + going_on.line, alone, lambda new: heard(going_on.joined(new), 0, begin))
 
 
 def generate(
@@ -108,6 +118,7 @@ def generate(
     song: Path | None,
     fill: Path | None,
     bars: int | str,
+    whole_song: bool,
     seed: int,
     temperature: float,
     top_k: int,
@@ -131,6 +142,8 @@ def generate(
     }
     if fill is None:
         del settings["fill"]  # the settings of other pieces stay as they were
+    if song is None:
+        del settings["whole_song"]
     import torch
 
     from smart.rollout import Scorer, find_system
@@ -170,6 +183,7 @@ def generate(
         writer.context,
         fill=None if fill is None or source is None else fill_song(source, *bar_range(str(bars)), tokenizer, window),
         bars=0 if fill is not None else int(bars),
+        whole_song=whole_song,
         tempo=tempo,
         time_signature=time_signature,
     )
@@ -240,7 +254,7 @@ def generate(
 
 
 def _notes(music: Music) -> Any:
-    return score_notes(music.score, max_beats=math.inf)
+    return score_notes(music.score, max_beats=math.inf, from_beat=music.begin)
 
 
 def best_join(fill: Fill, network: Any, versions: Sequence[Sequence[int]]) -> tuple[int, dict[str, float]]:

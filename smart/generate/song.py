@@ -49,6 +49,10 @@ class Song(NamedTuple):
         """The first bar line after all notes of all tracks, in ticks."""
         return int(self.token_lines[-1])
 
+    def last_bars(self, bars: int) -> float:
+        """The quarter note with which the last ``bars`` bars begin."""
+        return float(self.token_lines[max(len(self.token_lines) - 1 - bars, 0)]) / self.midi.division
+
 
 def read_song(path: Path, option: str, tokenizer: Any, tokenizer_file: Path) -> Song:
     """Read a MIDI file, first in a separate process, so that a file that crashes or hangs the parser does no harm.

@@ -46,10 +46,11 @@ def check_notes(notes: npt.ArrayLike) -> Notes:
     return array
 
 
-def score_notes(score: Any, *, max_beats: float = MAX_BEATS) -> Notes:
+def score_notes(score: Any, *, max_beats: float = MAX_BEATS, from_beat: float = 0.0) -> Notes:
     """The notes of a ``symusic.Score`` of any time unit as an (n, 6) array, in seconds by its tempo map.
 
     The score is cut at ``max_beats`` quarter notes: notes that start there or later are dropped, longer ones end there.
+    The quarter note ``from_beat`` becomes second 0: notes that end by then are dropped, those that sound begin there.
     Until the first tempo it is 120 beats per minute; of two tempos at one time the later in the list counts. Rows are
     sorted by onset, drum, program, pitch, velocity and duration, whatever the order of the tracks.
 
@@ -68,13 +69,16 @@ def score_notes(score: Any, *, max_beats: float = MAX_BEATS) -> Notes:
         at = np.maximum(np.searchsorted(beats, beat, side="right") - 1, 0)
         return np.asarray(seconds[at] + (beat - beats[at]) * pace[at])
 
-    stop = max_beats if unit != "second" else float(to_seconds(max_beats))
+    first, stop = (beat if unit != "second" else float(to_seconds(beat)) for beat in (from_beat, max_beats))
     rows = []
     for track in score.tracks:
         notes = track.notes.numpy()
         start = notes["time"].astype(np.float64) / scale
         end = np.minimum(start + notes["duration"].astype(np.float64) / scale, stop)
         keep = start < stop
+        if from_beat:
+            keep &= (start >= first) | (end > first)
+            start, end = np.maximum(start, first), np.maximum(end, first)
         if unit != "second":
             start, end = to_seconds(start), to_seconds(end)
         same = np.ones_like(start)
@@ -88,6 +92,8 @@ def score_notes(score: Any, *, max_beats: float = MAX_BEATS) -> Notes:
         )
         rows.append(np.stack([np.asarray(column, np.float64) for column in columns], axis=1)[keep])
     notes = np.concatenate(rows) if rows else np.empty((0, 6))
+    if from_beat:
+        notes[:, 0] -= float(to_seconds(first)) if unit != "second" else first
     onset, duration, pitch, velocity, program, drum = notes.T
     return check_notes(notes[np.lexsort((duration, velocity, pitch, program, drum, onset))])
 

@@ -48,6 +48,19 @@ def test_a_score_is_cut_at_a_hundred_beats() -> None:
     assert len(score_notes(score, max_beats=1000)) == 3
 
 
+def test_a_score_from_one_of_its_beats_on() -> None:
+    """What ended before is gone, what sounds begins there, and the tempos stay where they are."""
+    score = symusic.Score(480)
+    score.tempos.extend([symusic.Tempo(0, 120), symusic.Tempo(960, 60)])
+    score.tracks.append(symusic.Track())
+    for time, duration in ((0, 480), (0, 960), (480, 960), (1440, 480)):
+        score.tracks[0].notes.append(symusic.Note(time, duration, 60 + len(score.tracks[0].notes), 64))
+    for unit in ("tick", "quarter", "second"):
+        got = score_notes(score.to(unit), from_beat=2)
+        np.testing.assert_allclose(got[:, :3], [[0, 1, 62], [1, 1, 63]], atol=1e-6)
+        np.testing.assert_allclose(score_notes(score.to(unit), from_beat=1)[:, 0], [0, 0, 1.5], atol=1e-6)
+
+
 def test_tracks_keep_their_program_and_drums_and_not_their_order() -> None:
     score = make_score([(0, 480, 60, 100)])
     for program, drum in ((24, False), (8, True)):
