@@ -159,6 +159,12 @@ def sample_command(**given: Any) -> None:
     type=click.IntRange(0, 2**31 - 1),
     help="Seed of the bootstrap that gives the intervals.",
 )
+@click.option(
+    "--listen", default=2, show_default=True, type=click.IntRange(min=0), help="Number of prompts whose pieces to play."
+)
+@click.option(
+    "--soundfont", default="timgm", show_default=True, help="Soundfont to play them with: short name or path."
+)
 def report_command(**given: Any) -> None:
     """Write a page of figures and statistics from TABLEs of `smart evaluate sample`, and from runs."""
     from smart.evaluate.report import report

@@ -21,6 +21,7 @@ from smart.corpus import Corpus
 from smart.diversity import kernel, nearest, summary, vendi_score
 from smart.evaluate.distances import distances
 from smart.evaluate.figures import Picture, draw, run_picture
+from smart.evaluate.heard import play
 from smart.evaluate.pieces import DIVERSITY, FEATURES, KINDS, RATINGS, Sample, read, scale_of
 from smart.evaluate.statistics import FEW, RESAMPLES, Paired, holm, jackknife, mean, paired
 from smart.files import write_atomically
@@ -159,6 +160,25 @@ def interval(estimate: Estimate) -> str:
     return f"{value} [{low}, {high}]"
 
 
+def in_a_cell(estimate: Estimate) -> str:
+    """``interval`` for a table: on a narrow screen it breaks before the bracket only."""
+    return interval(estimate).replace(", ", ",\u00a0")
+
+
+def in_a_sentence(c: Comparison, before: Estimate, after: Estimate) -> str:
+    """The main result in words: which system is rated higher, and by how much."""
+    found = c.found.difference
+    means = f"{number(after.value)} against {number(before.value)} on average"
+    pairs = f"{found.n} {'pair' if found.n == 1 else 'pairs'}"
+    if not math.isfinite(found.low):
+        return f"{c.after} is rated {means} ({pairs}), too little to tell a difference from {c.before}."
+    low, high = (number(part, max(map(abs, found[:3]))) for part in (found.low, found.high))
+    if found.low <= 0 <= found.high:
+        return f"{c.after} and {c.before} are rated alike: {means}, a difference between {low} and {high} ({pairs})."
+    what = "higher" if found.value > 0 else "lower"
+    return f"{c.after} is rated {what} than {c.before}: {means}, a difference between {low} and {high} ({pairs})."
+
+
 def p_value(value: float) -> str:
     return "–" if not math.isfinite(value) else "< 0.0001" if value < 1e-4 else f"{value:.4f}"
 
@@ -167,7 +187,9 @@ def _flat(prefix: str, estimate: Estimate) -> dict[str, float]:
     return {prefix: estimate.value, f"{prefix}_low": estimate.low, f"{prefix}_high": estimate.high}
 
 
-def section(sample: Sample, out: Path, *, seed: int = 1, corpus: Corpus | None = None) -> dict[str, Any]:
+def section(
+    sample: Sample, out: Path, *, seed: int = 1, corpus: Corpus | None = None, soundfont: str = "", listen: int = 0
+) -> dict[str, Any]:
     """Everything that the page shows about a table; writes its figures and CSV files into ``out``."""
     names = [*sample.axes, *FEATURES]
     means = {
@@ -233,7 +255,10 @@ def section(sample: Sample, out: Path, *, seed: int = 1, corpus: Corpus | None =
         for system, columns in sample.columns.items()
     ]
     settings = sample.settings
+    pairs, how_heard = play(sample, out, soundfont=soundfont, count=listen) if listen else ([], "")
     return {
+        "pairs": pairs,
+        "how_heard": how_heard,
         "name": sample.name,
         "title": KINDS[settings["prompts"]],
         "settings": settings,
@@ -258,6 +283,8 @@ def report(
     corpus: Path | None,
     out: Path,
     seed: int,
+    soundfont: str,
+    listen: int,
 ) -> None:
     """Write the page into ``out``. Arguments as in the command's help; raises ``UserError`` for mistakes in them."""
     if not tables and not runs:
@@ -273,7 +300,8 @@ def report(
     try:
         out.mkdir(parents=True, exist_ok=True)
         picture = run_picture(runs, out) if runs else None
-        page = render([section(read(path), out, seed=seed, corpus=opened) for path in tables], picture)
+        more: dict[str, Any] = {"seed": seed, "corpus": opened, "soundfont": soundfont, "listen": listen}
+        page = render([section(read(path), out, **more) for path in tables], picture)
         write_atomically(out / "index.html", page.encode())
     except OSError as error:
         raise UserError(f"--out {out} cannot be written ({error})") from None
@@ -289,7 +317,8 @@ def render(sections: Sequence[Mapping[str, Any]], runs: Picture | None) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "interval": interval, "p": p_value, "title_of": title_of}
+    environment.filters |= {"number": number, "interval": in_a_cell, "p": p_value, "title_of": title_of}
+    environment.globals["in_a_sentence"] = in_a_sentence
     return environment.get_template("report.html").render(
         sections=sections, runs=runs, diversity=DIVERSITY, resamples=RESAMPLES, few=FEW, fewest=FEWEST
     )

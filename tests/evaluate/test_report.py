@@ -23,9 +23,9 @@ from symusic import Note, Score, Tempo, TimeSignature, Track
 from smart import UserError, plots
 from smart.diversity import vendi_score
 from smart.evaluate import main
-from smart.evaluate.report import Sample, compare, diversity, interval, read, verdict
+from smart.evaluate.report import Comparison, Sample, compare, diversity, in_a_sentence, interval, read, verdict
 from smart.evaluate.sample import METADATA, finish, read_settings, row, schema
-from smart.evaluate.statistics import Estimate, holm, jackknife, mean, paired
+from smart.evaluate.statistics import Estimate, Paired, holm, jackknife, mean, paired
 from smart.features import FEATURES, midi_features
 from smart.model import save_base
 from smart.rollout import Piece
@@ -305,10 +305,30 @@ def test_the_report_of_tables_and_a_run(make: Make, tmp_path: Path) -> None:
     # nothing is fetched, everything has a name
     assert not re.search(r"(src|href)=\"(?!data:|#)", page) and "url(" not in page and "<script" not in page
     images, captions = re.findall(r"<img [^>]*>", page), page.count("<caption>")
-    assert len(images) == 4 and all(re.search(r'alt="[^"]{40,}"', image) for image in images)
+    assert len(images) == 6 and all(re.search(r'alt="[^"]{40,}"', image) for image in images)
     assert captions == page.count("<table") and "<th>" not in page
     assert "a&lt;b" in page and "a<b" not in page and "by &lt;hand&gt;" in page and "is an approximation" in page
+    players = re.findall(r'<audio [^>]*aria-label="([^"]*)" src="data:audio/flac;base64,([^"]{100,})"', page)
+    assert [label.partition(",")[0] for label, _ in players] == ["a&lt;b", "tuned"] * 2
+    assert len({sound for _, sound in players}) > 1 and "while another soundfont was rated" in page
+    first = re.sub(r"\s+", " ", page.split("<h1>")[1].split("</p>")[0])
+    assert re.search(
+        r"tuned is rated (higher|lower) than a&lt;b: [\d.]+ against [\d.]+ on average, a difference", first
+    )
     assert all(f"figure {number})" in page for number in (2, 3, 4, 6)) and "prefers-color-scheme: dark" in page
+
+
+def test_the_main_result_is_a_sentence() -> None:
+    def said(low: float, value: float, high: float) -> str:
+        found = Paired(*(Estimate(value, low, high, 9) for _ in range(3)), math.nan, math.nan)
+        c = Comparison("base", "tuned", "CE", found, math.nan, math.nan)
+        return in_a_sentence(c, Estimate(6.0, 5.0, 7.0, 9), Estimate(6.0 + value, 5.0, 7.0, 9))
+
+    higher = said(0.2, 0.5, 0.8)
+    assert higher.startswith("tuned is rated higher than base: 6.500 against 6.000 on average, ")
+    assert higher.endswith("a difference between 0.200 and 0.800 (9 pairs).")
+    assert "rated lower than" in said(-0.8, -0.5, -0.2) and "are rated alike" in said(-0.1, 0.1, 0.3)
+    assert "too little to tell" in said(math.nan, 0.5, math.nan)
 
 
 def test_a_figure_has_the_same_bytes_every_time(tmp_path: Path) -> None:

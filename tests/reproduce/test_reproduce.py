@@ -375,4 +375,11 @@ def test_the_page_sets_the_paper_beside_ours_and_judges_only_what_can_be_compare
         assert ("1 of 2 agree" in page) == is_published and ("as in the paper" in page) == is_published
     found = found._replace(reward=load_reward("ce_proxy"))
     page = write_page([], finished, Book(finished), config, found, smoke=True).read_text()
+    links = re.findall(r'<li><a href="#([^"]+)">', page)
+    assert len(links) == page.count("<h2") and all(f'id="{link}"' in page for link in links)
+    fonts = finished / "table-2" / "soundfonts.csv"
+    head, *lines = fonts.read_text().splitlines()
+    fonts.write_text("\n".join([head, *(line for line in lines if "yamaha" in line)]) + "\n")
+    one = write_page([], finished, Book(finished), config, found, smoke=True).read_text()
+    assert page.count("<img") == one.count("<img") + 1, "no figure of a single soundfont"
     assert "This is the smoke test" in page and "as in the paper" not in page
