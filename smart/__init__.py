@@ -31,7 +31,7 @@ except ModuleNotFoundError:  # installed without its dependencies
     print("Error: the packages that smart needs are missing (click is one); see docs/install.md", file=sys.stderr)
     sys.exit(2)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 class UserError(click.ClickException, ValueError):

@@ -84,12 +84,13 @@ def piano_rolls(pieces: Mapping[str, Any], path: Path, *, seconds: float = 10.0)
     notes = {name: score_notes(score) for name, score in pieces.items()}
     heard = np.concatenate([each[each[:, 0] < seconds] for each in notes.values()])
     lowest, highest = (heard[:, 2].min(), heard[:, 2].max()) if len(heard) else (60, 60)
+    end = min(seconds, (heard[:, 0] + heard[:, 1]).max(initial=1.0))
     octaves = range(int(lowest) // 12 * 12, int(highest) + 13, 12)
     for number, (axes, (name, played)) in enumerate(zip(grid, notes.items(), strict=True)):
         onset, duration, pitch, velocity = played[:, :4].T
         shades = [(*to_rgb(COLOURS[number % len(COLOURS)]), 0.3 + 0.7 * loud / 127) for loud in velocity]
         axes.barh(pitch, duration, left=onset, height=0.9, color=shades)
-        axes.set(title=name, xlabel="seconds", xlim=(0, seconds), ylim=(octaves[0] - 0.5, octaves[-1] + 0.5))
+        axes.set(title=name, xlabel="seconds", xlim=(0, end), ylim=(octaves[0] - 0.5, octaves[-1] + 0.5))
         axes.set_yticks(octaves, [f"C{octave // 12 - 1}" for octave in octaves])
         axes.grid(alpha=0.3)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=DPI))
