@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from safetensors import safe_open
 
 from smart import UserError, cores, gpu, hub
-from smart.files import parse_json
-from smart.tokens import Vocabulary, load_tokenizer, save_tokenizer, vocabulary
+from smart.files import copy_mode, parse_json
+from smart.tokens import FILE_NAME, Vocabulary, load_tokenizer, save_tokenizer, vocabulary
 
 if TYPE_CHECKING:  # imported where they are used: finding a base takes seconds less without them
     import torch
@@ -123,7 +123,7 @@ def load_base(
     Raises ``UserError`` if the base cannot be found or read, is not a Phi-3 model, or does not fit its tokenizer.
     """
     import torch
-    from transformers import Phi3Config, Phi3ForCausalLM
+    from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM
 
     folder = find_base(str(path_or_hub_id))
     tokenizer = load_tokenizer(folder)
@@ -133,6 +133,7 @@ def load_base(
             loaded: Any = Phi3ForCausalLM.from_pretrained(
                 folder,
                 config=Phi3Config.from_dict(config),
+                generation_config=GenerationConfig(),  # else it reads another file, or config.json once more
                 local_files_only=True,
                 use_safetensors=True,
                 attn_implementation="sdpa",
@@ -300,3 +301,4 @@ def save_base(model: Phi3ForCausalLM, tokenizer: Any, folder: Path) -> None:
         model.save_pretrained(folder, safe_serialization=True)
     (folder / "generation_config.json").unlink(missing_ok=True)  # sampling uses our settings only
     save_tokenizer(tokenizer, folder)
+    copy_mode(folder / "model.safetensors", folder / FILE_NAME)

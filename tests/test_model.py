@@ -1,6 +1,7 @@
 """smart.model: bases in the hub's format, and the errors of damaged ones."""
 
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,23 @@ def test_saved_in_the_hubs_form_and_loaded_again(base: Path, tiny_model: Any) ->
     for name, weights in tiny_model.state_dict().items():
         assert torch.equal(model.state_dict()[name], weights), name
     assert load_base(base, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_the_umask_decides_who_may_read_a_base(tiny_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        save_base(tiny_model, tokenizer, tmp_path / "base")
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "base").iterdir()} == {"0o640"}
+
+
+def test_a_byte_order_mark_before_a_base_s_texts_changes_nothing(base: Path, tiny_model: Any) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        (base / name).write_bytes(b"\xef\xbb\xbf" + (base / name).read_bytes())
+    model, tokenizer = load_base(base)
+    assert len(tokenizer.vocab) == 413
+    assert all(torch.equal(model.state_dict()[name], weights) for name, weights in tiny_model.state_dict().items())
 
 
 def test_a_folder_as_transformers_and_miditok_publish_it(tokenizer: Any, tmp_path: Path) -> None:
