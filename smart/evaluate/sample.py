@@ -30,7 +30,7 @@ from smart.model import pick_device
 from smart.render import checked_soundfont, write_midi, write_wav
 from smart.reward import Reward, read_options
 from smart.rollout import BLOCK, SILENT, Piece, System, compose, find_systems
-from smart.run import changes, claim_folder, digests, files_in, hold_folder, progress
+from smart.run import changes, claim_folder, digests, files_in, hold_folder, model_digests, progress
 from smart.tokens import FILE_NAME
 
 METADATA = b"smart"
@@ -189,10 +189,7 @@ def sample(
     }
     settings = {
         "systems": names,
-        "models": {
-            system.name: {"step": system.step, "sha256": sha256(system.model / "model.safetensors")}
-            for system in systems
-        },
+        "models": {system.name: {"step": system.step, **model_digests(system.model)} for system in systems},
         **drawing,
         "corpus_sha256": found[3],
         "soundfont_sha256": sha256(found[1]),

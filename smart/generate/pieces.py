@@ -21,7 +21,7 @@ from smart.generate.writer import ROWS, WINDOW, Writer, last_bars, opening, unpl
 from smart.model import context_length, load_base, pick_device
 from smart.render import RenderError, checked_soundfont, open_renderer, score_notes, write_wav
 from smart.reward import load_reward, read_options
-from smart.run import check_packages, progress
+from smart.run import check_packages, digests, files_in, model_digests, progress
 from smart.tokens import Grammar, build_grammar, decode, vocabulary
 
 if TYPE_CHECKING:  # imported where they are used: the command line answers at once
@@ -173,8 +173,11 @@ def generate(
         tempo=tempo,
         time_signature=time_signature,
     )
-    for name, path in (("model", folder / "model.safetensors"), ("soundfont", soundfont_file), ("song", file)):
+    settings |= {f"model_{name}": digest for name, digest in model_digests(folder).items()}
+    for name, path in (("soundfont", soundfont_file), ("song", file)):
         settings[f"{name}_sha256"] = None if path is None else sha256(path)
+    if rates is not None:
+        settings |= {"reward": rates.provenance, "reward_files": digests(files_in(read_options(options)))}
     columns = [*COLUMNS, *([JOIN] if task.fill else rates.axes if rates else ())]
 
     def draw(batch: int, rows: int, mask: Grammar | None) -> list[list[int]]:

@@ -19,7 +19,7 @@ from smart.run.folder import (
     text_changes,
 )
 from smart.run.run import Run
-from smart.run.sources import ACCEPT, digests, files_changed, files_in
+from smart.run.sources import ACCEPT, digests, files_changed, files_in, model_digests
 from smart.run.stop import StopRequest
 from smart.run.stopwatch import Span, Stopwatch
 from smart.run.tracker import METRICS, Tracker, read_metrics, summarise
@@ -48,6 +48,7 @@ __all__ = [
     "files_in",
     "hold_folder",
     "in_one_line",
+    "model_digests",
     "open_run_folder",
     "progress",
     "read_metrics",

@@ -341,7 +341,9 @@ def _files(systems: Sequence["Recordings | System"], options: Mapping[str, Any])
         if isinstance(system, Recordings):
             found |= {f"{system.name}/{file.name}": file for file in system.files}
             continue
-        found[f"model {system.name}"] = system.model / "model.safetensors"
+        from smart.model import FILES
+
+        found |= {f"model {system.name}/{name}": system.model / name for name in FILES}
         found["soundfont"] = Path(options["soundfont"])
         if options["corpus"]:
             found["corpus"] = Path(options["corpus"]) / "manifest.json"
