@@ -263,7 +263,13 @@ def lacks(folder: Path) -> list[str]:
                 attempt(tried)
             except OSError:
                 found.append(LACKS[lack])
-        (tried / "case").touch()
-        if (tried / "CASE").exists():
-            found.append(LACKS["case"])
+    if ignores_case(folder):
+        found.append(LACKS["case"])
     return found
+
+
+def ignores_case(folder: Path) -> bool:
+    """Whether two names that differ only in upper and lower case are one in a folder. Raises ``OSError``."""
+    with tempfile.TemporaryDirectory(prefix=".smart-", dir=folder) as name:
+        (Path(name) / "case").touch()
+        return (Path(name) / "CASE").exists()

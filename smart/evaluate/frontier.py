@@ -75,6 +75,7 @@ from smart.rollout import System, find_system
 from smart.run import (
     CONFIG,
     changes,
+    check_names,
     checkpoint,
     claim_folder,
     digests,
@@ -278,6 +279,7 @@ def report(
         },
         accept=accept_changes,
     )
+    check_names((model.name for model in models), out, "the models")
     many = max(best_of, samples)
     rows = resample(prompts, seed)
     with hold_folder(out), progress(total=prompts * (many + samples * (len(models) - 1)), unit="piece") as bar:

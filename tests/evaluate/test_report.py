@@ -25,7 +25,8 @@ from smart import UserError, plots
 from smart.diversity import vendi_score
 from smart.evaluate import main
 from smart.evaluate import sample as sampling
-from smart.evaluate.report import Sample, compare, diversity, interval, read, verdict
+from smart.evaluate.pieces import FEATURES as MEASURES
+from smart.evaluate.report import Sample, compare, diversity, interval, paper_rows, read, verdict
 from smart.evaluate.sample import METADATA, finish, read_settings, row, schema
 from smart.evaluate.statistics import Estimate, holm, jackknife, mean, paired
 from smart.features import FEATURES, midi_features
@@ -281,6 +282,21 @@ def test_a_verdict_goes_by_the_interval() -> None:
 
 
 # --- The page -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("papers", ["", "models", "reward", "both"])
+def test_only_what_was_made_with_the_papers_base_and_reward_gets_a_verdict(make: Make, papers: str) -> None:
+    sample = read(make("t", two_systems(24)))
+    settings = sample.settings
+    for model in settings["models"].values():
+        model["is_the_papers"] = papers in ("models", "both")
+    settings["rewards"]["ce_proxy"]["is_published"] = papers in ("reward", "both")
+    means = {m: {s: mean(sample.measures[s][m]) for s in sample.systems} for m in (*sample.axes, *MEASURES)}
+    rows = paper_rows(compare(sample), means, settings)
+    verdicts = {row["measure"]: row["verdict"] for row in rows}
+    ratings, features = verdicts["ce_proxy.CE"], {verdicts[each.title] for each in MEASURES.values()}
+    assert (ratings == "as in the paper") == (papers == "both")
+    assert (features == {""}) == (papers in ("", "reward"))
 
 
 @pytest.mark.slow
