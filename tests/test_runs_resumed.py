@@ -78,7 +78,7 @@ def test_names_that_a_file_system_takes_for_one_are_named(tmp_path: Path, monkey
     check_names(["Base", "base"], tmp_path, "the models")  # here they are two
     monkeypatch.setattr("smart.run.folder.ignores_case", lambda _: True)
     check_names(["base", "tuned"], tmp_path, "the models")
-    with pytest.raises(UserError, match="the models 'Base' and 'base' would share files .*; rename one"):
+    with pytest.raises(UserError, match=r"the models 'Base' and 'base' would share files .*; rename one"):
         check_names(["Base", "tuned", "base"], tmp_path, "the models")
 
 
