@@ -1,6 +1,7 @@
 """smart.model: bases in the hub's format, and the errors of damaged ones."""
 
 import json
+import math
 import os
 import pickle
 from pathlib import Path
@@ -182,6 +183,15 @@ def test_device() -> None:
         ({"rope_parameters": {"rope_type": "longrope"}}, r"rotary embeddings are 'longrope', expected plain ones"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, r"embeddings are 'linear'"),
         ({"rope_parameters": "yarn"}, r"embeddings are 'yarn'"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": math.nan}}, r"rope_theta is nan, expected a posit"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 0}},
+            r"rope_theta is 0, expected a positive",
+        ),
+        ({"rms_norm_eps": "x"}, r"rms_norm_eps is 'x', expected a number from 0 to 1"),
+        ({"attention_dropout": 2.0}, r"attention_dropout is 2\.0, expected a number from"),
+        ({"hidden_act": "nosuch"}, r"config\.json declares what cannot be built \(.*nosuch"),
+        ({"dtype": "int8"}, r"config\.json declares what cannot be built \(.*int8"),
     ],
 )
 def test_a_base_that_cannot_run_is_refused_before_it_is_built(

@@ -16,7 +16,7 @@ from smart.corpus import Limits, played, read_score
 from smart.files import sha256, write_atomically
 from smart.generate.fill import Fill, bar_range, fill_song
 from smart.generate.song import Continuation, Song, continue_song, read_song
-from smart.generate.table import COLUMNS, TABLE, open_pieces, read_table
+from smart.generate.table import COLUMNS, Lines, open_pieces, read_table
 from smart.generate.writer import ROWS, WINDOW, Writer, last_bars, opening, unplayable_tokens
 from smart.model import context_length, load_base, pick_device
 from smart.render import RenderError, checked_soundfont, open_renderer, score_notes, write_wav
@@ -190,10 +190,10 @@ def generate(
         open_pieces(out, settings, columns) as done,
         open_renderer(backend, soundfont_file, sample_rate=sample_rate, seconds=seconds, device=where) as pool,
         progress(total=count, initial=done, unit="piece") as bar,
-        open(out / TABLE, "a", encoding="utf-8", newline="") as table_file,
+        Lines(out) as lines,
     ):
         scorer = None if rates is None else Scorer(tokenizer, pool, rates, sample_rate=sample_rate)
-        table = csv.writer(table_file, lineterminator="\n")
+        table = csv.writer(lines, lineterminator="\n")
         if not done:
             table.writerow(columns)
         together = max(ROWS // best_of, 1)
@@ -237,7 +237,6 @@ def generate(
                         *(f"{value:.4f}" for value in ratings.values()),
                     ]
                 )
-                table_file.flush()
                 bar.update()
     report(out, columns, kind, best_of, rates, task.fill)
 

@@ -253,6 +253,18 @@ def test_models_get_the_same_prompts_and_seeds_and_go_on_where_they_were(
         assert made[0]["a", prompt, seed] == digest
 
 
+@pytest.mark.parametrize("name", ["", "clips", "study"])
+def test_a_planted_link_is_not_followed(name: str, wavs: list[str], tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    link = tmp_path / ".study.work" / name
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(tmp_path / "precious")
+    words = ["build", "--runs", *wavs, "--out", str(tmp_path / "study"), "--prompts", "3", "--practice", "0"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 2 and "is a link, which no build made; remove it" in done.output, done.output
+    assert not list((tmp_path / "precious").iterdir())
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
