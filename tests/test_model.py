@@ -130,6 +130,8 @@ def test_mistakes(base: Path, tmp_path: Path, tokenizer: Any) -> None:
         ({"num_hidden_layers": 10**12}, r"num_hidden_layers is 1000000000000, expected a number"),
         ({"hidden_size": 10**7}, r"hidden_size is 10000000, expected a number"),
         ({"num_attention_heads": 0}, r"num_attention_heads is 0, expected a number"),
+        ({"hidden_act": "nosuch"}, r"config\.json declares what cannot be built \(.*nosuch"),
+        ({"dtype": "int8"}, r"config\.json declares what cannot be built \(.*int8"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"its weights are quantised"),
     ):
         (base / "config.json").write_text(json.dumps(config | change))
@@ -190,8 +192,6 @@ def test_device() -> None:
         ),
         ({"rms_norm_eps": "x"}, r"rms_norm_eps is 'x', expected a number from 0 to 1"),
         ({"attention_dropout": 2.0}, r"attention_dropout is 2\.0, expected a number from"),
-        ({"hidden_act": "nosuch"}, r"config\.json declares what cannot be built \(.*nosuch"),
-        ({"dtype": "int8"}, r"config\.json declares what cannot be built \(.*int8"),
     ],
 )
 def test_a_base_that_cannot_run_is_refused_before_it_is_built(
