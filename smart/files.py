@@ -19,6 +19,7 @@ from typing import IO, Any
 
 import click
 
+BYTE_ORDER_MARK = "\ufeff"
 # what a file system answers that lacks an operation; some answer EPERM, for links
 UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
@@ -106,6 +107,12 @@ def replace_files(folder: Path, write: Callable[[Path], object], *, last: str) -
     sync(folder.parent)
 
 
+def copy_mode(path: Path, like: Path) -> None:
+    """Let those use ``path`` who may use ``like``: safetensors makes its files private, whatever the umask says."""
+    with suppress(OSError):  # some file systems have one mode for all files
+        shutil.copymode(like, path)
+
+
 def is_leftover(path: Path) -> bool:
     """Whether a file is a temporary one of ``write_atomically`` whose process was killed."""
     return path.name.startswith(".") and path.name.endswith(".tmp") and path.is_file()
@@ -150,9 +157,12 @@ def split_name(text: str) -> tuple[str, str]:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """``json.loads`` for untrusted text: ``ValueError`` for anything wrong with it, including its depth."""
+    """``json.loads`` for untrusted text: ``ValueError`` for anything wrong with it, including its depth.
+
+    A byte order mark in front counts for nothing, also in ``parse_toml``: some editors write it into any text.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text.removeprefix(BYTE_ORDER_MARK) if isinstance(text, str) else text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -160,7 +170,7 @@ def parse_json(text: str | bytes) -> Any:
 def parse_toml(text: str) -> dict[str, Any]:
     """``tomllib.loads`` for untrusted text: ``ValueError`` for anything wrong with it, including its depth."""
     try:
-        return tomllib.loads(text)
+        return tomllib.loads(text.removeprefix(BYTE_ORDER_MARK))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -253,7 +263,13 @@ def lacks(folder: Path) -> list[str]:
                 attempt(tried)
             except OSError:
                 found.append(LACKS[lack])
-        (tried / "case").touch()
-        if (tried / "CASE").exists():
-            found.append(LACKS["case"])
+    if ignores_case(folder):
+        found.append(LACKS["case"])
     return found
+
+
+def ignores_case(folder: Path) -> bool:
+    """Whether two names that differ only in upper and lower case are one in a folder. Raises ``OSError``."""
+    with tempfile.TemporaryDirectory(prefix=".smart-", dir=folder) as name:
+        (Path(name) / "case").touch()
+        return (Path(name) / "CASE").exists()

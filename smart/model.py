@@ -6,17 +6,18 @@ from safetensors only, so loading a base never runs code that came with it.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from smart import UserError, cores, gpu, hub
-from smart.files import parse_json
-from smart.tokens import Vocabulary, load_tokenizer, save_tokenizer, vocabulary
+from smart import UserError, brief, cores, gpu, hub
+from smart.files import copy_mode, parse_json
+from smart.tokens import FILE_NAME, Vocabulary, load_tokenizer, save_tokenizer, vocabulary
 
 if TYPE_CHECKING:  # imported where they are used: finding a base takes seconds less without them
     import torch
@@ -123,7 +124,7 @@ def load_base(
     Raises ``UserError`` if the base cannot be found or read, is not a Phi-3 model, or does not fit its tokenizer.
     """
     import torch
-    from transformers import Phi3Config, Phi3ForCausalLM
+    from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM
 
     folder = find_base(str(path_or_hub_id))
     tokenizer = load_tokenizer(folder)
@@ -133,14 +134,17 @@ def load_base(
             loaded: Any = Phi3ForCausalLM.from_pretrained(
                 folder,
                 config=Phi3Config.from_dict(config),
+                generation_config=GenerationConfig(),  # else it reads another file, or config.json once more
                 local_files_only=True,
                 use_safetensors=True,
                 attn_implementation="sdpa",
                 output_loading_info=True,
             )
         model, info = loaded
-    except Exception as error:  # SafetensorError, OSError, RuntimeError, ...: the file is damaged
+    except (OSError, SafetensorError, MemoryError) as error:
         raise _unreadable(folder, error) from None
+    except Exception as error:  # the weights were looked at before: transformers objects to another value
+        raise UserError(f"base {folder}: config.json declares what cannot be built ({brief(error)})") from None
     for what in ("missing", "unexpected"):  # transformers would continue with random weights
         if names := sorted(info[f"{what}_keys"]):
             raise UserError(f"base {folder}: model.safetensors has {what} weights for its config.json: {names[0]}, ...")
@@ -170,6 +174,7 @@ def check_base(folder: Path, facts: Vocabulary) -> dict[str, Any]:
         rope = scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else scaling
         if rope != "default":
             raise UserError(f"base {folder}: its rotary embeddings are {rope!r}, expected plain ones ('default')")
+    _check_numbers(folder, config)
     size = _size(folder, config)
     if size.vocabulary != facts.size:
         raise UserError(
@@ -182,6 +187,29 @@ def check_base(folder: Path, facts: Vocabulary) -> dict[str, Any]:
     for key in ("num_labels", "id2label", "label2id"):  # for classifiers; a table would be built of them
         config.pop(key, None)
     return config | {"pad_token_id": facts.pad_id, "bos_token_id": facts.bos_id, "eos_token_id": facts.eos_id}
+
+
+# between which numbers these lie, without the ends
+NUMBERS = {
+    "rope_theta": (0, math.inf),
+    "rms_norm_eps": (0, 1),
+    "attention_dropout": (-1e-9, 1),
+    "resid_pdrop": (-1e-9, 1),
+    "embd_pdrop": (-1e-9, 1),
+    "initializer_range": (0, math.inf),
+    "partial_rotary_factor": (0, 1 + 1e-9),
+}
+
+
+def _check_numbers(folder: Path, config: dict[str, Any]) -> None:
+    """Raise ``UserError`` for a value with which a model would compute nothing but NaN, or fail while it learns."""
+    rope = [table for key in ("rope_parameters", "rope_scaling") if isinstance(table := config.get(key), dict)]
+    for table in (config, *rope):
+        for key, (low, high) in NUMBERS.items():
+            value = table.get(key)
+            if value is not None and not (type(value) in (int, float) and low < value < high):
+                expected = "a positive number" if high == math.inf else f"a number from {low:.0f} to {high:.0f}"
+                raise UserError(f"base {folder}: config.json: {key} is {value!r:.60}, expected {expected}")
 
 
 class _Size(NamedTuple):
@@ -300,3 +328,4 @@ def save_base(model: Phi3ForCausalLM, tokenizer: Any, folder: Path) -> None:
         model.save_pretrained(folder, safe_serialization=True)
     (folder / "generation_config.json").unlink(missing_ok=True)  # sampling uses our settings only
     save_tokenizer(tokenizer, folder)
+    copy_mode(folder / "model.safetensors", folder / FILE_NAME)

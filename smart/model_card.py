@@ -70,7 +70,7 @@ def _base_card(system: System, hub_id: str) -> Card:
     own = system.model / "README.md"
     if own.is_file():
         figures: dict[str, Path | bytes] = {path.name: path for path in sorted(system.model.glob("*.png"))}
-        return Card(system.model, own.read_text(encoding="utf-8"), figures)
+        return Card(system.model, own.read_text(encoding="utf-8-sig"), figures)
     lines = [*_head(hub_id or system.name), "A base model for symbolic music.", ""]
     return Card(system.model, _joined([*lines, *_table(_architecture(system.model)), *_use(hub_id)]), {})
 

@@ -2,6 +2,7 @@
 
 AXES = ("CE", "CU", "PC", "PQ")  # Audiobox Aesthetics: enjoyment and usefulness of the content, complexity and quality
 BASE = "lucacasini/metamidipianophi3_4L"  # section 3.1, on the Hugging Face hub
+REWARD = "facebook/audiobox-aesthetics"  # section 3.3, on the hub
 
 AXES = ("CE", "CU", "PC", "PQ")  # content enjoyment and usefulness, production complexity and quality
 TABLE_1: dict[str, tuple[float, float, float, float]] = {

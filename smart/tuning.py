@@ -31,7 +31,6 @@ from smart.plots import curves, timeline
 from smart.prompts import LONGEST, Pieces, draw
 from smart.render import Renderer, checked_soundfont, open_renderer
 from smart.reward import Mixture, Reward
-from smart.reward.file import named_files
 from smart.reward.mixture import Part, as_one
 from smart.rollout import Agreement, Batch, Batches, Clips, Drawn, Scorer, completion_metrics, device_names
 from smart.run import Opening, Run, Stopwatch, check_packages, checkpoint, confirm_settings, summarise
@@ -145,7 +144,7 @@ class Tuning:
             run = Run(
                 self.folder,
                 settings,
-                program=shlex.join(["smart.grpo", *named_files()]),
+                program="smart.grpo",
                 world=self.world,
                 opening=self._opening,
                 keep=self.config.track.keep_checkpoints,

@@ -266,7 +266,16 @@ def test_a_killed_command_goes_on(tmp_path: Path) -> None:
         assert (out / "pieces.csv").read_bytes() == (tmp_path / "whole" / "pieces.csv").read_bytes()
 
 
-@pytest.mark.parametrize("line", [b"1,\xff.wav\n", b"1,0001.wav,5,1.0,8,0,0,7,7\n", b"\n", b"1,0001.wav,5,1.0,x,0,0\n"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"1,\xff.wav\n",
+        b"1,0001.wav,5,1.0,8,0,0,7,7\n",
+        b"\n",
+        b"1,0001.wav,5,1.0,x,0,0\n",
+        b"1,0001.wav,99,1.00,8,0,0\n",
+    ],
+)
 def test_a_damaged_table_is_named_and_made_up_for(tmp_path: Path, line: bytes) -> None:
     arguments = ["--out", tmp_path / "out", "-n", 3, "--tokens", 8, "--seconds", 1]
     assert generate(*arguments).exit_code == 0

@@ -224,4 +224,6 @@ def test_the_command_fills_bars(file: Path, tmp_path: Path) -> None:
     assert float(row["join"]) < 0 and row["unplayable"] == "0" and int(row["candidate"]) < 3
     before, after = read_file(file.read_bytes()), read_file((out / "0000.mid").read_bytes())
     assert outside(after, BAR, 3 * BAR)[: len(before.tracks)] == outside(before, BAR, 3 * BAR)
-    assert sorted(path.name for path in out.iterdir()) == ["0000.mid", "0000.wav", "pieces.csv", "settings.json"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        ".pieces.sha256", "0000.mid", "0000.wav", "pieces.csv", "settings.json",
+    ]  # fmt: skip

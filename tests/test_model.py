@@ -1,6 +1,8 @@
 """smart.model: bases in the hub's format, and the errors of damaged ones."""
 
 import json
+import math
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,23 @@ def test_saved_in_the_hubs_form_and_loaded_again(base: Path, tiny_model: Any) ->
     for name, weights in tiny_model.state_dict().items():
         assert torch.equal(model.state_dict()[name], weights), name
     assert load_base(base, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_the_umask_decides_who_may_read_a_base(tiny_model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        save_base(tiny_model, tokenizer, tmp_path / "base")
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "base").iterdir()} == {"0o640"}
+
+
+def test_a_byte_order_mark_before_a_base_s_texts_changes_nothing(base: Path, tiny_model: Any) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        (base / name).write_bytes(b"\xef\xbb\xbf" + (base / name).read_bytes())
+    model, tokenizer = load_base(base)
+    assert len(tokenizer.vocab) == 413
+    assert all(torch.equal(model.state_dict()[name], weights) for name, weights in tiny_model.state_dict().items())
 
 
 def test_a_folder_as_transformers_and_miditok_publish_it(tokenizer: Any, tmp_path: Path) -> None:
@@ -111,6 +130,8 @@ def test_mistakes(base: Path, tmp_path: Path, tokenizer: Any) -> None:
         ({"num_hidden_layers": 10**12}, r"num_hidden_layers is 1000000000000, expected a number"),
         ({"hidden_size": 10**7}, r"hidden_size is 10000000, expected a number"),
         ({"num_attention_heads": 0}, r"num_attention_heads is 0, expected a number"),
+        ({"hidden_act": "nosuch"}, r"config\.json declares what cannot be built \(.*nosuch"),
+        ({"dtype": "int8"}, r"config\.json declares what cannot be built \(.*int8"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"its weights are quantised"),
     ):
         (base / "config.json").write_text(json.dumps(config | change))
@@ -164,6 +185,13 @@ def test_device() -> None:
         ({"rope_parameters": {"rope_type": "longrope"}}, r"rotary embeddings are 'longrope', expected plain ones"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, r"embeddings are 'linear'"),
         ({"rope_parameters": "yarn"}, r"embeddings are 'yarn'"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": math.nan}}, r"rope_theta is nan, expected a posit"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 0}},
+            r"rope_theta is 0, expected a positive",
+        ),
+        ({"rms_norm_eps": "x"}, r"rms_norm_eps is 'x', expected a number from 0 to 1"),
+        ({"attention_dropout": 2.0}, r"attention_dropout is 2\.0, expected a number from"),
     ],
 )
 def test_a_base_that_cannot_run_is_refused_before_it_is_built(

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from smart import UserError
 from smart.config import load
-from smart.files import split_name
+from smart.files import parse_json, parse_toml, split_name
 from smart.model import find_base, save_base
 from smart.render import read_audio
 from smart.rollout import find_system
@@ -72,6 +72,10 @@ def test_a_configuration_may_have_a_byte_order_mark_and_a_home_directory(
     config = load("~/mine.toml", ["model.base=~/base", "prompts.corpus=~/corpus"])
     assert config.run.folder == f"{tmp_path}/runs" and config.render.soundfont == f"{tmp_path}/my.sf2"
     assert config.model.base == f"{tmp_path}/base" and config.prompts.corpus == f"{tmp_path}/corpus"
+
+
+def test_a_byte_order_mark_in_front_of_any_text_counts_for_nothing() -> None:
+    assert parse_json('\ufeff{"a": 1}') == parse_json(b'\xef\xbb\xbf{"a": 1}') == parse_toml("\ufeffa = 1") == {"a": 1}
 
 
 def test_an_option_may_begin_with_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from runs import arguments, assert_same_run, run
 
 from smart import UserError
 from smart.reward.ce_proxy import SHIPPED
-from smart.run import claim_folder
+from smart.run import check_names, claim_folder
 from smart.run.sources import SOURCES, check_sources, digest, files_in
 
 A, B = "a" * 64, "b" * 64
@@ -74,6 +74,14 @@ def test_a_claimed_folder_accepts_changed_files_and_nothing_else(tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_names_that_a_file_system_takes_for_one_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_names(["Base", "base"], tmp_path, "the models")  # here they are two
+    monkeypatch.setattr("smart.run.folder.ignores_case", lambda _: True)
+    check_names(["base", "tuned"], tmp_path, "the models")
+    with pytest.raises(UserError, match=r"the models 'Base' and 'base' would share files .*; rename one"):
+        check_names(["Base", "tuned", "base"], tmp_path, "the models")
+
+
 def test_with_nothing_to_resume_nothing_begins(base: Path, tmp_path: Path) -> None:
     for program, words in (("grpo", arguments(base, tmp_path)), ("pretrain", ["--set", f"run.folder={tmp_path}"])):
         status, output = run(program, *words, "--resume")

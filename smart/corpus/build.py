@@ -57,14 +57,15 @@ def split_of(digest: bytes) -> str:
 
 
 KEPT, DUPLICATE = "kept", "duplicate"  # reasons that the build itself gives
-STATE = "state-2.sqlite"  # its number changes with the table's columns: an unfinished build of other ones starts again
+STATE = "state-3.sqlite"  # its number changes with the table's columns: an unfinished build of other ones starts again
+SPOOL = "spool.bin"
 DAMAGED = "its unfinished build is damaged"
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT);
 CREATE TABLE IF NOT EXISTS files (
     path BLOB PRIMARY KEY, reason TEXT, detail,
     hash BLOB, place INTEGER, length INTEGER, notes INTEGER, bars INTEGER, seconds REAL, stretch REAL, placed TEXT,
-    remarks TEXT
+    remarks TEXT, checksum BLOB
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS stamps (path BLOB PRIMARY KEY, stamp TEXT) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS by_hash ON files (hash, path) WHERE hash IS NOT NULL;
@@ -72,10 +73,19 @@ CREATE INDEX IF NOT EXISTS by_hash ON files (hash, path) WHERE hash IS NOT NULL;
 FIRST = "(SELECT MIN(first.path) FROM files AS first WHERE first.hash = files.hash)"
 
 
+COLUMNS = "path, reason, detail, hash, place, length, notes, bars, seconds, stretch, placed, remarks"
+
+
+def _checksum(path: bytes, rejected: Any, row: Sequence[Any], tokens: bytes) -> bytes:
+    """Of what was read from a file: why it was rejected, or ``row`` and the tokens of a piece."""
+    row = [float(value) if isinstance(value, int) else value for value in row]  # as SQLite may give it back
+    return hashlib.blake2b(repr((path, rejected, row)).encode() + tokens, digest_size=16).digest()
+
+
 class State:
     """A row for each file, and a spool of tokens; whenever the build is killed, both are as of the last ``commit``.
 
-    ``reason`` is null for files that have not been read, and ``kept`` for pieces.
+    ``reason`` is null for files that have not been read, and ``kept`` for pieces. What was read has a checksum.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -86,6 +96,7 @@ class State:
             _hold(folder, opened)
             damaged = f"--out {folder.parent}: {DAMAGED}; start again with --overwrite"
             self.table = sqlite3.connect(folder / STATE, isolation_level=None)
+            self.table.text_factory = lambda text: text.decode(errors="replace")  # it may be damaged
             opened.callback(self.table.close)
             try:
                 self.table.executescript(SCHEMA)
@@ -95,8 +106,8 @@ class State:
                 raise
             except (sqlite3.DatabaseError, ValueError):
                 raise UserError(damaged) from None
-            self.spool = opened.enter_context(open(folder / "spool.bin", "ab"))
-            if self.spool.seek(0, os.SEEK_END) < self.end:
+            self.spool = opened.enter_context(open(folder / SPOOL, "a+b", opener=_open_no_link))
+            if not 0 <= self.end <= self.spool.seek(0, os.SEEK_END):
                 raise UserError(damaged)
             self.spool.truncate(self.end)
             self._open = opened.pop_all()
@@ -143,15 +154,35 @@ class State:
 
     def record(self, key: bytes, answer: Piece | tuple[str, str]) -> None:
         row: tuple[Any, ...]
+        tokens = b""
         if isinstance(answer, Piece):
-            self.spool.write(answer.tokens)
-            place = answer.digest, self.end, len(answer.tokens)
+            tokens = answer.tokens
+            self.spool.write(tokens)
+            place = answer.digest, self.end, len(tokens)
             numbers = answer.notes, answer.bars, answer.seconds, answer.stretch
-            row = (KEPT, "", *place, *numbers, answer.placed, answer.remarks)
-            self.end += len(answer.tokens)
+            reason, detail, row = KEPT, "", (*place, *numbers, answer.placed, answer.remarks)
+            self.end += len(tokens)
         else:
-            row = (*answer, *[None] * 9)
-        self.table.execute("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (key, *row))
+            (reason, detail), row = answer, (None,) * 9
+        values = (key, reason, detail, *row, _checksum(key, None if row[0] else (reason, detail), row, tokens))
+        self.table.execute(f"INSERT OR REPLACE INTO files VALUES ({', '.join('?' * len(values))})", values)
+
+    def damaged(self) -> list[bytes]:
+        """Forget what was read and is not as it was written; returns the keys of these files."""
+        found = []
+        for path, reason, detail, *row, kept in self.table.execute(
+            f"SELECT {COLUMNS}, checksum FROM files WHERE reason IS NOT NULL"
+        ):
+            tokens = b""
+            if row[0]:  # a piece; reason and detail, which say whether it is a duplicate, are found again
+                with contextlib.suppress(OSError, TypeError, ValueError, OverflowError, MemoryError):
+                    self.spool.seek(row[1])
+                    tokens = self.spool.read(min(row[2], self.end))
+            if kept != _checksum(path, None if row[0] else (reason, detail), row, tokens):
+                found.append(path)
+        for key in found:
+            self.table.execute("INSERT OR REPLACE INTO files (path) VALUES (?)", (key,))
+        return found
 
     def unread(self) -> Iterator[bytes]:
         """Keys of files that have not been read, in order; a page at a time, because rows change meanwhile."""
@@ -190,6 +221,10 @@ def _stamp(path: bytes) -> str:
     except OSError:
         return ""
     return f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_ino}"
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def _hold(work: Path, held: contextlib.ExitStack) -> None:
@@ -307,6 +342,9 @@ def build(
         raise UserError(f"--tokenizer: {len(tokenizer.vocab)} tokens, expected at most 65,536")
     _check_out(out, overwrite)
     started = time.monotonic()
+    for path in (out / ".work", out / ".work" / STATE, out / ".work" / SPOOL, out / "tokenizer"):
+        if path.is_symlink():  # a build writes into these, and would into what a link points to
+            raise UserError(f"--out {out}: {path.relative_to(out)} is a link, which no build made; remove it")
     state = State(out / ".work")
     with contextlib.closing(state):
         save_tokenizer(tokenizer, out / ".work")
@@ -327,6 +365,12 @@ def build(
                 f"--out {out}: begun with other settings; finish it with those, or start again with --overwrite"
             )
         state.put("settings", json.dumps(settings))
+        if damaged := state.damaged():
+            click.echo(
+                f"Warning: the unfinished build in {out} is damaged; {len(damaged)} files are read again: "
+                f"{_shown(damaged[0])}{' ...' if len(damaged) > 1 else ''}",
+                err=True,
+            )
         state.list_files(find_files(roots, include, listed))
         if not state.count("1"):
             raise UserError(
@@ -453,7 +497,7 @@ def _write_pieces(state: State, writers: dict[str, ShardWriter], file: IO[bytes]
     columns = ("path", "hash", "split", "shard", "index", "tokens", "notes", "bars", "seconds")
     table = _table(file, *columns, "stretch", "placed", "remarks")
     wanted = "path, hash, place, length, notes, bars, seconds, stretch, placed, remarks"
-    with open(state.folder / "spool.bin", "rb") as spool:
+    with open(state.folder / SPOOL, "rb") as spool:
         for path, digest, place, length, notes, bars, *rest in state.rows(wanted, "reason = ?", KEPT):
             seconds, stretch, placed, remarks = rest
             spool.seek(place)

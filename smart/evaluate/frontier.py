@@ -35,6 +35,7 @@ import pyarrow.parquet as pq
 
 from smart import UserError, __version__, plots, require
 from smart.config import Config, load, to_dict
+from smart.corpus import MANIFEST
 from smart.evaluate.laws import (
     Fit,
     Floats,
@@ -71,7 +72,18 @@ from smart.reward import Reward, load_reward
 from smart.reward.mixture import as_one, load_parts
 from smart.reward.real import read_targets
 from smart.rollout import System, find_system
-from smart.run import CONFIG, changes, checkpoint, claim_folder, digests, files_in, hold_folder, progress
+from smart.run import (
+    CONFIG,
+    changes,
+    check_names,
+    checkpoint,
+    claim_folder,
+    digests,
+    files_in,
+    hold_folder,
+    model_digests,
+    progress,
+)
 
 __all__ = [
     "BEST_OF_N", "RULE", "Drawn", "Fit", "Point", "Setting", "average", "base_logprobs", "baseline", "best_of_n",
@@ -243,11 +255,13 @@ def report(
     models = [base, *itertools.chain(*systems)]
     files = digests(
         files_in({"rewards": [one.options for one in config.all_rewards], "judge": config.guard.judge.options})
+        | ({"corpus": Path(config.prompts.corpus) / MANIFEST} if config.prompts.kind == "dataset" else {})
     )
+    sources = [one.provenance for one in (rates, other_rates) if one is not None]
     accepted = claim_folder(
         out,
         {
-            "models": {model.name: sha256(model.model / "model.safetensors") for model in models},
+            "models": {model.name: model_digests(model.model) for model in models},
             **{name: to_dict(config)[name] for name in ("prompts", "sampling", "reward")},
             "soundfont_sha256": sha256(find_soundfont(config.render.fonts[0])),
             "seconds": config.render.seconds,
@@ -257,6 +271,7 @@ def report(
             "samples": samples,
             "best_of": best_of,
             "judge": setting.judge,
+            "provenance": sources,
             **({"rewards": to_dict(config)["rewards"], "targets": targets} if config.rewards or targets else {}),
             **({"reward_files": files} if files else {}),
             "seed": seed,
@@ -264,6 +279,7 @@ def report(
         },
         accept=accept_changes,
     )
+    check_names((model.name for model in models), out, "the models")
     many = max(best_of, samples)
     rows = resample(prompts, seed)
     with hold_folder(out), progress(total=prompts * (many + samples * (len(models) - 1)), unit="piece") as bar:

@@ -59,7 +59,7 @@ from smart.render import (
 )
 from smart.reward import read_options
 from smart.rollout import compose, find_system
-from smart.run import check_packages, digests, files_in, progress
+from smart.run import check_packages, digests, files_in, model_digests, progress
 from smart.style import own_style
 
 Ratings = dict[str, npt.NDArray[np.float64]]  # column -> (pieces,)
@@ -266,7 +266,8 @@ def run_probes(
     settings = {
         "rewards": {reward.name: reward.provenance for reward in rewards},
         **({"reward_files": reward_files} if (reward_files := digests(files_in(read_options(options)))) else {}),
-        "pieces": {str(path): sha256(path) for path in files} or [model, count],
+        "pieces": {str(path): sha256(path) for path in files}
+        or [model, count, model_digests(find_system(model).model)],
         "soundfonts": [sha256(path) for path in soundfonts],
         "seed": seed,
         "seconds": seconds,

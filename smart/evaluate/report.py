@@ -26,7 +26,7 @@ from smart.evaluate.pieces import DIVERSITY, FEATURES, KINDS, RATINGS, Sample, r
 from smart.evaluate.statistics import FEW, RESAMPLES, Paired, holm, jackknife, mean, paired
 from smart.files import write_atomically
 from smart.intervals import FEWEST, Estimate, Scale
-from smart.run import progress
+from smart.run import check_names, progress
 from smart.tokens import decode
 
 # --- Numbers ------------------------------------------------------------------------------------------------------
@@ -112,12 +112,25 @@ def verdict(sign: int, difference: Estimate) -> str:
     return "as in the paper" if (difference.value > 0) == (sign > 0) else "the other way"
 
 
+def is_judged(settings: Mapping[str, Any], comparison: Comparison) -> bool:
+    """Whether both models and, for a rating, the reward are those of the paper; only then can a verdict be given."""
+    models, rewards = settings["models"], settings["rewards"]
+    ours = all(models[system].get("is_the_papers") is True for system in (comparison.before, comparison.after))
+    measure = comparison.measure
+    return ours and (measure in FEATURES or rewards[measure.rpartition(".")[0]].get("is_published") is True)
+
+
 def title_of(measure: str) -> str:
     return FEATURES[measure].title if measure in FEATURES else measure
 
 
-def paper_rows(comparisons: Sequence[Comparison], means: Mapping[str, Mapping[str, Estimate]]) -> list[dict[str, Any]]:
-    """The paper's findings next to those here, one row per comparison that the paper makes."""
+def paper_rows(
+    comparisons: Sequence[Comparison], means: Mapping[str, Mapping[str, Estimate]], settings: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """The paper's findings next to those here, one row per comparison that the paper makes.
+
+    ``settings`` are the table's. The verdict is empty where ``is_judged`` is false.
+    """
     rows = []
     for c in comparisons:
         axis = c.measure.rpartition(".")[2]
@@ -132,7 +145,7 @@ def paper_rows(comparisons: Sequence[Comparison], means: Mapping[str, Mapping[st
                     "before_mean": means[c.measure][c.before].value,
                     "after_mean": means[c.measure][c.after].value,
                     "difference": c.found.difference,
-                    "verdict": verdict(sign, c.found.difference),
+                    "verdict": verdict(sign, c.found.difference) if is_judged(settings, c) else "",
                 }
             )
     return rows
@@ -242,7 +255,8 @@ def section(
                 for name, value in row.items()
             ],
         )
-    seen = paper_rows(comparisons, means)
+    settings = sample.settings
+    seen = paper_rows(comparisons, means, settings)
     flat = [row | _flat("difference", row["difference"]) for row in seen]
     plots.write_csv(out / f"{sample.name}-paper.csv", flat)
     counts = [
@@ -254,7 +268,6 @@ def section(
         }
         for system, columns in sample.columns.items()
     ]
-    settings = sample.settings
     pairs, how_heard = play(sample, out, soundfont=soundfont, count=listen) if listen else ([], "")
     return {
         "pairs": pairs,
@@ -299,6 +312,7 @@ def report(
     opened = Corpus(corpus) if corpus else None
     try:
         out.mkdir(parents=True, exist_ok=True)
+        check_names(stems, out, "the tables")
         picture = run_picture(runs, out) if runs else None
         more: dict[str, Any] = {"seed": seed, "corpus": opened, "soundfont": soundfont, "listen": listen}
         page = render([section(read(path), out, **more) for path in tables], picture)

@@ -6,6 +6,7 @@ interval, the run's own reward of the same completions, and how the two correlat
 the same command continues it.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,11 +37,11 @@ from smart.evaluate.ratings import (
 from smart.files import sha256, write_atomically
 from smart.model import pick_device
 from smart.render import Audio, Renderer, checked_soundfont, open_renderer
-from smart.reward import Reward
+from smart.reward import Reward, read_options
 from smart.reward.mixture import group_correlation
 from smart.reward.reference import Nearness, embed_clips, frechet_distance
 from smart.rollout import Scorer, find_system
-from smart.run import CONFIG, hold_folder, progress
+from smart.run import CONFIG, digests, files_in, hold_folder, model_digests, progress
 from smart.tokens import decode, load_tokenizer
 
 FRECHET = "frechet"  # with the reward ``reference``: distance of an iteration's pieces to the folder's
@@ -169,6 +170,9 @@ def rerate(
         "sample_rate": render.sample_rate,
         "backend": backend,
         "samples": many,
+        **({"reward_files": reward_files} if (reward_files := digests(files_in(read_options(options)))) else {}),
+        "base": model_digests(base.model),
+        "completions": {one.step: _digest(one.tokens[:many]) for one in stored},
         "device": where.type,
     }
     kept = Kept(out, settings, [str(number) for number in range(many)])
@@ -203,6 +207,10 @@ def rerate(
         if reward.is_stand_in:
             click.echo(f"{reward.name} is an approximation, not the aesthetic model: see docs/rewards.md")
     click.echo(f"ratings in {out}: rerate.csv, ratings.csv, summary.json")
+
+
+def _digest(rows: Sequence[Sequence[int]]) -> str:
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def _plain(value: Any) -> Any:

@@ -29,8 +29,8 @@ from smart.files import parse_json, sha256
 from smart.model import pick_device
 from smart.render import checked_soundfont, write_midi, write_wav
 from smart.reward import Reward, read_options
-from smart.rollout import BLOCK, SILENT, Piece, System, compose, find_systems
-from smart.run import changes, claim_folder, digests, files_in, hold_folder, progress
+from smart.rollout import BLOCK, SILENT, Piece, System, compose, find_systems, is_the_papers
+from smart.run import changes, check_names, claim_folder, digests, files_in, hold_folder, model_digests, progress
 from smart.tokens import FILE_NAME
 
 METADATA = b"smart"
@@ -190,14 +190,19 @@ def sample(
     settings = {
         "systems": names,
         "models": {
-            system.name: {"step": system.step, "sha256": sha256(system.model / "model.safetensors")}
+            system.name: {"step": system.step, "is_the_papers": is_the_papers(system), **model_digests(system.model)}
             for system in systems
         },
         **drawing,
         "corpus_sha256": found[3],
         "soundfont_sha256": sha256(found[1]),
         "rewards": {
-            reward.name: {"axes": list(reward.axes), "provenance": reward.provenance, "stand_in": reward.is_stand_in}
+            reward.name: {
+                "axes": list(reward.axes),
+                "provenance": reward.provenance,
+                "stand_in": reward.is_stand_in,
+                "is_published": bool(getattr(reward, "is_published", False)),
+            }
             for reward in rewards
         },
         "reward_options": list(options),
@@ -223,6 +228,8 @@ def sample(
         return
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.parent} does not exist; create it first")
+    if parts.is_symlink():  # its name can be guessed
+        raise UserError(f"--out {out}: {parts} is a link, which this command did not make; remove it")
     accepted = claim_folder(parts, settings, accept=accept_changes)
     with hold_folder(parts):
         batch = drawing["batch"]
@@ -230,6 +237,7 @@ def sample(
         done = next((number for number, path in enumerate(blocks) if not is_whole(path)), len(blocks))
         if audio is not None:
             audio.mkdir(parents=True, exist_ok=True)
+            check_names(names, audio, "the models")
         first = min(done * batch, count)
         pieces = compose(
             systems,

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from smart import UserError, plots, require
-from smart.corpus import Corpus
+from smart.corpus import MANIFEST, Corpus
 from smart.evaluate import statistics
 from smart.evaluate.ratings import (
     DIFFERENCE,
@@ -176,7 +176,8 @@ def compare_soundfonts(
         "soundfonts": {font.name: sha256(font.file) for font in fonts},
         "rewards": {reward.name: reward.provenance for reward in rewards},
         **({"reward_files": reward_files} if (reward_files := digests(files_in(read_options(options)))) else {}),
-        "pieces": {str(path): sha256(path) for path in midi} or [str(corpus), split, count, seed],
+        "pieces": {str(path): sha256(path) for path in midi}
+        or [str(corpus), split, count, seed, sha256(Path(str(corpus)) / MANIFEST)],
         "seconds": seconds,
         "sample_rate": sample_rate,
         "backend": backend,

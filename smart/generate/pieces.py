@@ -16,12 +16,12 @@ from smart.corpus import Limits, played, read_score
 from smart.files import sha256, write_atomically
 from smart.generate.fill import Fill, bar_range, fill_song
 from smart.generate.song import Continuation, Song, continue_song, read_song
-from smart.generate.table import COLUMNS, TABLE, open_pieces, read_table
+from smart.generate.table import COLUMNS, Lines, open_pieces, read_table
 from smart.generate.writer import ROWS, WINDOW, Writer, last_bars, opening, unplayable_tokens
 from smart.model import context_length, load_base, pick_device
 from smart.render import RenderError, checked_soundfont, open_renderer, score_notes, write_wav
 from smart.reward import load_reward, read_options
-from smart.run import check_packages, progress
+from smart.run import check_packages, digests, files_in, model_digests, progress
 from smart.tokens import Grammar, build_grammar, decode, vocabulary
 
 if TYPE_CHECKING:  # imported where they are used: the command line answers at once
@@ -187,8 +187,11 @@ def generate(
         tempo=tempo,
         time_signature=time_signature,
     )
-    for name, path in (("model", folder / "model.safetensors"), ("soundfont", soundfont_file), ("song", file)):
+    settings |= {f"model_{name}": digest for name, digest in model_digests(folder).items()}
+    for name, path in (("soundfont", soundfont_file), ("song", file)):
         settings[f"{name}_sha256"] = None if path is None else sha256(path)
+    if rates is not None:
+        settings |= {"reward": rates.provenance, "reward_files": digests(files_in(read_options(options)))}
     columns = [*COLUMNS, *([JOIN] if task.fill else rates.axes if rates else ())]
 
     def draw(batch: int, rows: int, mask: Grammar | None) -> list[list[int]]:
@@ -201,10 +204,10 @@ def generate(
         open_pieces(out, settings, columns) as done,
         open_renderer(backend, soundfont_file, sample_rate=sample_rate, seconds=seconds, device=where) as pool,
         progress(total=count, initial=done, unit="piece") as bar,
-        open(out / TABLE, "a", encoding="utf-8", newline="") as table_file,
+        Lines(out) as lines,
     ):
         scorer = None if rates is None else Scorer(tokenizer, pool, rates, sample_rate=sample_rate)
-        table = csv.writer(table_file, lineterminator="\n")
+        table = csv.writer(lines, lineterminator="\n")
         if not done:
             table.writerow(columns)
         together = max(ROWS // best_of, 1)
@@ -248,7 +251,6 @@ def generate(
                         *(f"{value:.4f}" for value in ratings.values()),
                     ]
                 )
-                table_file.flush()
                 bar.update()
     report(out, columns, kind, best_of, rates, task.fill)
 

@@ -23,12 +23,13 @@ import torch
 
 from smart import UserError, brief, hub
 from smart.files import parse_json
+from smart.published import REWARD
 from smart.reward import Reward
 from smart.reward.precision import exact_float32
 
 __all__ = ["Audiobox", "check"]
 
-HUB_ID = "facebook/audiobox-aesthetics"
+HUB_ID = REWARD
 CHECKPOINT_URL = "https://dl.fbaipublicfiles.com/audiobox-aesthetics/checkpoint.pt"
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # as PyTorchModelHubMixin saves them
 

@@ -4,7 +4,7 @@ from smart.rollout.agreement import Agreement, device_names
 from smart.rollout.batch import Batch, Batches, Drawn
 from smart.rollout.compare import BLOCK, Piece, compose, seed_of
 from smart.rollout.scorer import SILENT, Clips, Fonts, Rated, Scorer, completion_metrics
-from smart.rollout.systems import System, find_system, find_systems
+from smart.rollout.systems import System, find_system, find_systems, is_the_papers
 
 __all__ = [
     "BLOCK",
@@ -24,5 +24,6 @@ __all__ = [
     "device_names",
     "find_system",
     "find_systems",
+    "is_the_papers",
     "seed_of",
 ]

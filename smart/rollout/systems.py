@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import click
 
-from smart import UserError
+from smart import UserError, hub
 from smart.files import parse_toml, split_name
-from smart.model import find_base
+from smart.model import FILES, find_base
+from smart.published import BASE, REWARD
 from smart.run import CONFIG, checkpoint
 
 
@@ -51,6 +52,20 @@ def find_systems(texts: Sequence[str]) -> list[System]:
         if names.count(name) > 1:
             raise UserError(f"two models are called {name!r}; give one another name, as in {name}-2=PATH")
     return systems
+
+
+def is_the_papers(system: System) -> bool:
+    """Whether a model is the paper's base, or was tuned from it with the reward that the paper used."""
+    if system.run is None or system.step == 0:
+        base = hub.find_cached(BASE, FILES)
+        return base is not None and base[0].parent == system.model
+    try:
+        config = parse_toml((system.run / CONFIG).read_text(encoding="utf-8"))
+        reward = config["reward"]
+        plain = reward["kind"] == "audiobox" and reward["options"].get("model", REWARD) == REWARD
+        return bool(plain and not config.get("rewards") and config["model"]["base"] == BASE)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def _is_run(folder: Path) -> bool:

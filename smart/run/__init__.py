@@ -10,6 +10,7 @@ from smart.run.folder import (
     SETTINGS,
     Opening,
     changes,
+    check_names,
     check_packages,
     check_resumable,
     claim_folder,
@@ -19,7 +20,7 @@ from smart.run.folder import (
     text_changes,
 )
 from smart.run.run import Run
-from smart.run.sources import ACCEPT, digests, files_changed, files_in
+from smart.run.sources import ACCEPT, digests, files_changed, files_in, model_digests
 from smart.run.stop import StopRequest
 from smart.run.stopwatch import Span, Stopwatch
 from smart.run.tracker import METRICS, Tracker, read_metrics, summarise
@@ -39,6 +40,7 @@ __all__ = [
     "accept_option",
     "backend_option",
     "changes",
+    "check_names",
     "check_packages",
     "check_resumable",
     "claim_folder",
@@ -48,6 +50,7 @@ __all__ = [
     "files_in",
     "hold_folder",
     "in_one_line",
+    "model_digests",
     "open_run_folder",
     "progress",
     "read_metrics",

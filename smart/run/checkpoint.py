@@ -19,7 +19,7 @@ import click
 from safetensors import SafetensorError
 
 from smart import UserError
-from smart.files import link, parse_json, sha256, sync, temporary_name
+from smart.files import copy_mode, link, parse_json, sha256, sync, temporary_name
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +47,8 @@ def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int = 0,
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         sums = {str(path.relative_to(temporary)): sha256(path) for path in files}
         (temporary / MANIFEST).write_text(json.dumps({"step": step, "sha256": sums}, indent=1), encoding="utf-8")
+        for path in files:
+            copy_mode(path, temporary / MANIFEST)
         for path in [*files, temporary / MANIFEST, temporary]:
             sync(path)
         if final.exists():  # from before the run was resumed from an older checkpoint

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,8 +16,8 @@ from tqdm import tqdm
 
 from smart import UserError
 from smart.process import exhausted
-from smart.reward.file import name_file
-from smart.run.folder import run_of
+from smart.reward.file import name_file, named_files
+from smart.run.folder import CONFIG, run_of
 from smart.run.sources import ACCEPT
 
 LATE = ("miditok", "transformers.models.phi3.modeling_phi3")  # large, and needed by every run
@@ -76,11 +77,20 @@ def run_command(
             raise click.UsageError("--resume and --overwrite contradict each other")
         if accept and not resume:
             raise click.UsageError(f"{ACCEPT} is for a run that is continued: add --resume")
-        with in_one_line("the run", "everything saved so far is kept: continue with --resume"):
+        begun: list[Path] = []  # the folder of the run, as soon as it is known
+
+        def then() -> str:
+            saved = [folder for folder in begun if (folder / CONFIG).is_file()]
+            if not saved:
+                return "nothing was begun: repeat the command"
+            return f"everything saved so far is kept; continue with: {continue_command(program, *saved)}"
+
+        with in_one_line("the run", then):
             place = _place(path) if resume else ()
             config = load(path, (*place, *overrides))
             if reward:
                 config = _with_reward(config, reward, lambda more: load(path, (*place, *more, *overrides)))
+            begun.append(Path(config.run.folder) / config.run.name)
             train = import_module(program).train
             for name in LATE:
                 import_module(name)
@@ -95,6 +105,12 @@ def run_command(
             "configuration's. The run records its name; give the option again with --resume.",
         )(main)
     return main
+
+
+def continue_command(program: str, folder: Path) -> str:
+    """The command that continues the run in ``folder``, to be pasted into a shell; ``program`` is a module."""
+    config = ("--config", str(folder / CONFIG), "--resume")
+    return shlex.join([sys.executable, "-m", program, *named_files(), *config])
 
 
 def _place(path: str) -> tuple[str, ...]:
@@ -145,30 +161,34 @@ OUT_OF_MEMORY = ("out of memory", "allocate memory", "can't start new thread", "
 
 
 @contextmanager
-def in_one_line(writing: str, then: str, *expected: type[Exception]) -> Iterator[None]:
+def in_one_line(writing: str, then: str | Callable[[], str], *expected: type[Exception]) -> Iterator[None]:
     """End a program with one line and exit code 1 for failures that are neither bugs nor mistakes of the user.
 
     These are Ctrl-C, a disk that is full or read-only (``writing`` names what could not be written), too little memory,
-    and errors of the kinds ``expected``; ``then`` says what to do.
+    and errors of the kinds ``expected``; ``then`` says what to do, or is called to say it.
     """
+
+    def what_to_do() -> str:
+        return then() if callable(then) else then
+
     try:
         yield
     except KeyboardInterrupt:
-        raise click.ClickException(f"interrupted; {then}") from None
+        raise click.ClickException(f"interrupted; {what_to_do()}") from None
     except expected as error:
-        raise click.ClickException(f"{error}; {then}") from None
+        raise click.ClickException(f"{error}; {what_to_do()}") from None
     except (OSError, SafetensorError) as error:  # the latter is how that library reports a full disk
         limit = exhausted(error)
         if limit and "disk" not in limit:
-            raise click.ClickException(f"{limit}; {then}") from error
-        raise click.ClickException(f"{writing} could not be written ({error}); {then}") from error
+            raise click.ClickException(f"{limit}; {what_to_do()}") from error
+        raise click.ClickException(f"{writing} could not be written ({error}); {what_to_do()}") from error
     except (MemoryError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if reason.startswith("Could not determine home directory"):  # pathlib's words
             raise UserError("a path begins with ~, and the home directory that it stands for is unknown") from error
         if not isinstance(error, MemoryError) and not any(words in reason for words in OUT_OF_MEMORY):
             raise
-        raise click.ClickException(f"not enough memory ({reason}); {then}") from error
+        raise click.ClickException(f"not enough memory ({reason}); {what_to_do()}") from error
 
 
 def progress(rows: Iterable[Any] | None = None, *, show: bool = True, **options: Any) -> Any:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from smart import UserError, __version__
-from smart.files import hold, is_empty, parse_json, parse_toml, write_atomically
+from smart.files import hold, ignores_case, is_empty, parse_json, parse_toml, write_atomically
 from smart.run.sources import ACCEPT, SOURCES, files_changed
 
 if TYPE_CHECKING:
@@ -160,6 +160,18 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], *, accept: bool | No
     except OSError as error:
         raise UserError(f"--out {folder} cannot be written ({error.strerror})") from None
     return accepted
+
+
+def check_names(names: Iterable[str], folder: Path, what: str) -> None:
+    """Raise ``UserError`` if two names would be one file in ``folder``, since its file system ignores their case."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(name.casefold(), name)
+        if other != name and ignores_case(folder):
+            raise UserError(
+                f"{what} {other!r} and {name!r} would share files in {folder}, whose file system ignores upper and "
+                "lower case; rename one"
+            )
 
 
 @contextmanager

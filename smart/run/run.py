@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from smart import Failure, brief
 from smart.files import sha256
 from smart.run import checkpoint
-from smart.run.command import progress
-from smart.run.folder import CONFIG, Opening, open_run_folder
+from smart.run.command import continue_command, progress
+from smart.run.folder import Opening, open_run_folder
 from smart.run.sources import check_sources
 from smart.run.stop import StopRequest
 from smart.run.tracker import NullTracker, Tracker
@@ -28,7 +26,7 @@ FIRST = "Stopping: the current iteration is finished and saved first. Once more 
 class Run:
     """Holds a run's folder; use it as a context manager, then ``open`` its files.
 
-    ``config`` is the text of its configuration, ``program`` the module that continues it, with its options, ``keep``
+    ``config`` is the text of its configuration, ``program`` the module that continues it, ``keep``
     the number of checkpoints that are kept (0: all), ``sources`` what the run is made of (``check_sources``),
     ``complete`` that of ``open_run_folder``. Only the lead process writes; the others wait until the folder exists.
     """
@@ -143,9 +141,7 @@ class Run:
 
     def leave(self) -> NoReturn:
         """Exit as the signal asked, and log the command that continues from the last checkpoint."""
-        config = shlex.quote(str(self.folder / CONFIG))
-        python = shlex.quote(sys.executable)
-        self.log(f"Stopped. Continue with: {python} -m {self._program} --config {config} --resume")
+        self.log(f"Stopped. Continue with: {continue_command(self._program, self.folder)}")
         raise SystemExit(128 + (self._stop.requested or signal.SIGTERM))
 
     def draw(self, figure: Callable[..., object], *args: Any, **options: Any) -> None:

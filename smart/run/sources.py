@@ -39,6 +39,12 @@ def digests(paths: Mapping[str, Path]) -> dict[str, str]:
     return found
 
 
+def model_digests(folder: Path) -> dict[str, str]:
+    """The digests of a model's files, by a name for each; all of them change what it writes."""
+    files = {"sha256": "model.safetensors", "config_sha256": "config.json", "tokenizer_sha256": "tokenizer.json"}
+    return digests({name: folder / file for name, file in files.items()})
+
+
 def files_in(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Path]:
     """The files and folders that the texts in nested settings name, by dotted key."""
     return {f"{prefix}{key}": path for key, path in _paths(settings, "")}

@@ -114,6 +114,9 @@ class Work:
         self.accepted: list[Any] = []  # changes of files since the build was begun
         self.folder = out.with_name(f".{out.name}.work")
         self.clips = self.folder / "clips"
+        for path in (self.folder, self.clips, self.folder / "study"):
+            if path.is_symlink():  # it would be written into what the link points to
+                raise UserError(f"--out {out}: {path} is a link, which no build made; remove it")
         try:
             self.clips.mkdir(parents=True, exist_ok=True)
             self._held = contextlib.ExitStack()
@@ -341,7 +344,9 @@ def _files(systems: Sequence["Recordings | System"], options: Mapping[str, Any])
         if isinstance(system, Recordings):
             found |= {f"{system.name}/{file.name}": file for file in system.files}
             continue
-        found[f"model {system.name}"] = system.model / "model.safetensors"
+        from smart.model import FILES
+
+        found |= {f"model {system.name}/{name}": system.model / name for name in FILES}
         found["soundfont"] = Path(options["soundfont"])
         if options["corpus"]:
             found["corpus"] = Path(options["corpus"]) / "manifest.json"

@@ -76,7 +76,7 @@ class Study:
         self.excerpts: dict[str, Excerpt] = {}
         self.placeholders: list[str] = []  # of the draft of the consent text that are still to be filled in
         try:
-            with open(folder / KEY, encoding="utf-8", newline="") as file:
+            with open(folder / KEY, encoding="utf-8-sig", newline="") as file:
                 for row in csv.DictReader(file, restval=""):
                     name = row["excerpt"]
                     if not name.isalnum():  # which also keeps it inside the folder

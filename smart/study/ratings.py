@@ -157,7 +157,7 @@ def _keys(rating: Rating, row: dict[str | None, Any], columns: Sequence[str]) ->
 def read_study(folder: Path) -> tuple[frozenset[str], float]:
     """Names of a study's silent excerpts, and the length of an excerpt in seconds."""
     try:
-        with (folder / "key.csv").open(encoding="utf-8", newline="") as file:
+        with (folder / "key.csv").open(encoding="utf-8-sig", newline="") as file:
             silent = frozenset(row["excerpt"] for row in csv.DictReader(file) if int(row["silent"] or 0))
         seconds = float(parse_json((folder / "study.json").read_text(encoding="utf-8"))["seconds"])
         if not 0 < seconds < math.inf:

@@ -1,9 +1,12 @@
 """A whole build: real MIDI files, good and malformed, real worker processes, real kills; its statistics."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -32,6 +35,7 @@ from corpora import (
 
 from smart import UserError
 from smart.corpus import Corpus, shards
+from smart.corpus import build as building
 from smart.corpus.build import State, build, find_files, split_of
 from smart.corpus.stats import measure
 from smart.tokens import decode, encode, vocabulary
@@ -339,13 +343,13 @@ def test_two_builds_do_not_share_a_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="another build is writing this folder"):
         build([tmp_path / "midi"], tmp_path / "out", overwrite=True)
     assert sorted(path.name for path in (tmp_path / "out").rglob("*.*")) == [
-        ".work", "spool.bin", "state-2.sqlite", "train-00000.bin.tmp"
+        ".work", "spool.bin", "state-3.sqlite", "train-00000.bin.tmp"
     ]  # fmt: skip
     state.close()
     assert build([tmp_path / "midi"], tmp_path / "out", overwrite=True).counts == {"kept": 3}
 
 
-@pytest.mark.parametrize("name", ["state-2.sqlite", "spool.bin"])
+@pytest.mark.parametrize("name", ["state-3.sqlite", "spool.bin"])
 def test_damaged_state_says_so(tmp_path: Path, name: str) -> None:
     write_songs(tmp_path / "midi", range(3))
     state = State(tmp_path / "out" / ".work")
@@ -358,6 +362,49 @@ def test_damaged_state_says_so(tmp_path: Path, name: str) -> None:
         build([tmp_path / "midi"], tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", [".work", ".work/spool.bin", ".work/state-3.sqlite", "tokenizer"])
+def test_a_planted_link_is_not_followed(tmp_path: Path, name: str) -> None:
+    write_songs(tmp_path / "midi", range(3))
+    target = tmp_path / "precious"
+    target.mkdir() if name in (".work", "tokenizer") else target.write_bytes(b"mine")
+    link = tmp_path / "out" / name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(target)
+    with pytest.raises(UserError, match=rf"--out .*: {re.escape(name)} is a link, which no build made; remove it"):
+        build([tmp_path / "midi"], tmp_path / "out")
+    assert list(target.iterdir()) == [] if target.is_dir() else target.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("damage", ["tokens", "notes", "reject", "path", "text", "far away"])
+def test_a_flipped_bit_in_an_unfinished_build_is_found(
+    tmp_path: Path, small: Path, damage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = small.parent / "midi", tmp_path / "out"
+    with monkeypatch.context() as stopped:
+        stopped.setattr(building, "_write", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build([folder], out)
+    changes = {
+        "notes": "UPDATE files SET notes = notes + 1 WHERE path = (SELECT MAX(path) FROM files WHERE hash IS NOT NULL)",
+        "far away": "UPDATE files SET place = -1, length = 1 << 60 WHERE hash IS NOT NULL",
+        "reject": "UPDATE files SET detail = detail || 'x' WHERE hash IS NULL",
+        "path": "UPDATE files SET path = CAST('x' || path AS BLOB) WHERE hash IS NOT NULL",
+        "text": "UPDATE files SET placed = CAST(X'ff' AS TEXT) WHERE hash IS NOT NULL",
+    }
+    if damage == "tokens":
+        spool = bytearray((out / ".work" / "spool.bin").read_bytes())
+        spool[len(spool) // 2] ^= 4
+        (out / ".work" / "spool.bin").write_bytes(spool)
+    else:
+        with contextlib.closing(sqlite3.connect(out / ".work" / "state-3.sqlite")) as table:
+            assert table.execute(changes[damage]).rowcount
+            table.commit()
+    assert build([folder], out).read
+    assert damage == "path" or "is damaged" in capsys.readouterr().err
+    files = sorted(path.relative_to(small) for path in small.rglob("*") if path.is_file())
+    assert [path for path in files if (out / path).read_bytes() != (small / path).read_bytes()] == []
+
+
 def test_damage_within_the_state_is_one_line(tmp_path: Path) -> None:
     """All but its first page, which says what it is."""
     write_songs(tmp_path / "midi", range(3))
@@ -366,7 +413,7 @@ def test_damage_within_the_state_is_one_line(tmp_path: Path) -> None:
     state = State(tmp_path / "out" / ".work")
     state.list_files(find_files([tmp_path / "midi"]))
     state.close()
-    path = tmp_path / "out" / ".work" / "state-2.sqlite"
+    path = tmp_path / "out" / ".work" / "state-3.sqlite"
     data = path.read_bytes()
     assert len(data) > 10 * 4096
     path.write_bytes(data[:4096] + b"x" * (len(data) - 4096))

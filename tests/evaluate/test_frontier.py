@@ -36,7 +36,7 @@ from smart.evaluate.points import not_negative
 from smart.files import hold
 from smart.grpo import token_logprobs
 from smart.intervals import Estimate
-from smart.model import load_base, save_base
+from smart.model import SHIPPED, load_base, save_base
 from smart.run.checkpoint import save
 
 pytestmark = pytest.mark.slow  # whole programs
@@ -181,7 +181,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "sharp"
     settings = ("sampling.max_new_tokens=40", "render.seconds=2.0", "render.workers=1", "grpo.beta=0.5")
     folder.mkdir()
-    (folder / "config.toml").write_text(dumps(load("quickstart.toml", settings)))
+    base = shutil.copytree(SHIPPED / "piano-small", folder.parent / "base")
+    (folder / "config.toml").write_text(dumps(load("quickstart.toml", (*settings, f"model.base={base}"))))
     for step, factor in SHARPER.items():
         model, tokenizer = load_base("piano-small")
         with torch.no_grad():
@@ -269,6 +270,21 @@ def test_a_report_that_was_cut_short_goes_on(run: Path, made: Path, monkeypatch:
     assert {path.name: path.read_bytes() for path in made.iterdir() if path.suffix in (".csv", ".json")} == before
     with pytest.raises(UserError, match="n was 6 and is 5"):
         report(runs=[run], out=made, device="cpu", **OPTIONS | {"prompts": 5})
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])
+def test_a_base_that_was_exchanged_is_named_and_accepted(run: Path, made: Path, tmp_path: Path, file: str) -> None:
+    out, base = shutil.copytree(made, tmp_path / "out"), run.parent / "base" / file
+    before = base.read_bytes()
+    base.write_bytes(before + b"\n")
+    try:
+        with pytest.raises(UserError, match=rf"sharp@base\.{file[:-5]}_sha256 was .* continue with --accept-changes"):
+            report(runs=[run], out=out, device="cpu", **OPTIONS)
+        report(runs=[run], out=out, device="cpu", accept_changes=True, **OPTIONS)
+    finally:
+        base.write_bytes(before)
+    ((accepted,),) = json.loads((out / "summary.json").read_text())["accepted"]
+    assert accepted.startswith(f"models.sharp@base.{file[:-5]}_sha256 was")
 
 
 def test_what_cannot_be_compared_is_named(run: Path, tmp_path: Path) -> None:

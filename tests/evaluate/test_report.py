@@ -17,17 +17,30 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 from conftest import make_tiny_model
+from safetensors.torch import load_file, save_file
 from scipy import stats
 from symusic import Note, Score, Tempo, TimeSignature, Track
 
 from smart import UserError, plots
 from smart.diversity import vendi_score
 from smart.evaluate import main
-from smart.evaluate.report import Comparison, Sample, compare, diversity, in_a_sentence, interval, read, verdict
+from smart.evaluate import sample as sampling
+from smart.evaluate.pieces import FEATURES as MEASURES
+from smart.evaluate.report import (
+    Comparison,
+    Sample,
+    compare,
+    diversity,
+    in_a_sentence,
+    interval,
+    paper_rows,
+    read,
+    verdict,
+)
 from smart.evaluate.sample import METADATA, finish, read_settings, row, schema
 from smart.evaluate.statistics import Estimate, Paired, holm, jackknife, mean, paired
 from smart.features import FEATURES, midi_features
-from smart.model import save_base
+from smart.model import SHIPPED, save_base
 from smart.rollout import Piece
 from smart.tokens import build_tokenizer, decode, encode, save_tokenizer
 
@@ -281,6 +294,21 @@ def test_a_verdict_goes_by_the_interval() -> None:
 # --- The page -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("papers", ["", "models", "reward", "both"])
+def test_only_what_was_made_with_the_papers_base_and_reward_gets_a_verdict(make: Make, papers: str) -> None:
+    sample = read(make("t", two_systems(24)))
+    settings = sample.settings
+    for model in settings["models"].values():
+        model["is_the_papers"] = papers in ("models", "both")
+    settings["rewards"]["ce_proxy"]["is_published"] = papers in ("reward", "both")
+    means = {m: {s: mean(sample.measures[s][m]) for s in sample.systems} for m in (*sample.axes, *MEASURES)}
+    rows = paper_rows(compare(sample), means, settings)
+    verdicts = {row["measure"]: row["verdict"] for row in rows}
+    ratings, features = verdicts["ce_proxy.CE"], {verdicts[each.title] for each in MEASURES.values()}
+    assert (ratings == "as in the paper") == (papers == "both")
+    assert (features == {""}) == (papers in ("", "reward"))
+
+
 @pytest.mark.slow
 def test_the_report_of_tables_and_a_run(make: Make, tmp_path: Path) -> None:
     (tmp_path / "first").mkdir()
@@ -459,6 +487,33 @@ def test_a_killed_command_goes_on_to_the_same_bytes_and_a_report(tmp_path: Path)
     result = run("report", out, "--out", tmp_path / "report")
     assert result.exit_code == 0, result.output
     assert len(rows_of(tmp_path / "report" / "out-comparisons.csv")) == 9
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_model_that_was_exchanged_is_named_and_accepted(
+    tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, out = shutil.copytree(SHIPPED / "piano-small", tmp_path / "base"), tmp_path / "t.parquet"
+    arguments = ["sample", base, "-n", 2, "--tokens", 16, "--seconds", 1, "--workers", 1, "--device", "cpu"]
+    arguments += ["--out", out]
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(sampling, "finish", lambda *_: 1 / 0)
+        assert isinstance(run(*arguments).exception, ZeroDivisionError)
+    changed = base / file
+    if file == "model.safetensors":
+        weights = load_file(changed)
+        save_file({name: value * 1.01 for name, value in weights.items()}, changed, metadata={"format": "pt"})
+    else:
+        changed.write_bytes(changed.read_bytes() + b"\n")
+    key = {"config.json": "config_sha256", "model.safetensors": "sha256", "tokenizer.json": "tokenizer_sha256"}[file]
+    refused = run(*arguments)
+    assert refused.exit_code == 2 and f"models.base.{key} was" in refused.output, refused.output
+    assert "continue with --accept-changes" in refused.output and not out.exists()
+    accepted = run(*arguments, "--accept-changes")
+    assert accepted.exit_code == 0, accepted.output
+    ((change,),) = read_settings(out)["accepted"]
+    assert change.startswith(f"models.base.{key} was")
+    assert run(*arguments).exit_code == 0, "the table says what it was made with"
 
 
 def test_audio_is_saved_next_to_the_table(tmp_path: Path) -> None:

@@ -182,6 +182,13 @@ def train(folder: Path, out: Path, *more: str) -> Result:
     return CliRunner().invoke(main, [*words, *SMALL, *more])
 
 
+def flip(file: Path) -> None:
+    """Flip a bit near the end of a file."""
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+
+
 def contents(file: Path) -> tuple[dict[str, str], dict[str, bytes]]:
     """Metadata and tensors; safetensors writes its metadata in no fixed order."""
     with safe_open(file, "pt") as opened:
@@ -221,8 +228,18 @@ def test_training_from_a_folder_to_a_reward_and_again_after_it_was_interrupted(
     monkeypatch.setattr(training.Trainer, "run", run)
     last = sorted((tmp_path / "part.work" / "train").glob("*.npy"))[-1]
     last.unlink()  # as if it had stopped while rendering, too
-    assert train(folder, part).exit_code == 0
+    harm = last.with_name("000000.harm")
+    flip(harm if last.name == "000000.npy" else last.with_name("000000.npy"))
+    again = train(folder, part)
+    assert again.exit_code == 0, again.output
     assert contents(part) == contents(whole)
+    file = part.with_suffix(".work") / "member-0.safetensors"
+    flip(file)
+    assert "its checksum is not the recorded one" in train(folder, part, "--overwrite").output
+    flip(file)
+    flip(part.with_suffix(".work") / "test" / "000000.npy")
+    again = train(folder, part, "--overwrite")
+    assert "is damaged; its excerpts are rendered again" in again.output and contents(part) == contents(whole)
 
     other = train(folder, part, "--overwrite", "--seed", "2")
     assert other.exit_code == 2 and "holds excerpts of other pieces, soundfonts or settings" in other.output

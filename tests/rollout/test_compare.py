@@ -14,11 +14,12 @@ import torch
 from conftest import make_tiny_model
 
 from smart import UserError
+from smart.config import dumps, load
 from smart.grpo import token_logprobs
 from smart.model import build_model, find_base, load_base, save_base
 from smart.render import RenderError, RenderPool, score_notes
 from smart.reward import load_reward, resample
-from smart.rollout import Piece, System, compare, compose, find_system, find_systems, seed_of
+from smart.rollout import Piece, System, compare, compose, find_system, find_systems, is_the_papers, seed_of
 from smart.run.checkpoint import save
 from smart.tokens import build_tokenizer, decode
 
@@ -226,6 +227,19 @@ def test_dataset_prompts_come_from_the_split(systems: list[System], tmp_path: Pa
     for piece in compose(systems[1:], count=3, **options):
         signature, tempo = piece.score.time_signatures[0], piece.score.tempos[0]
         assert (signature.numerator, signature.denominator) == (3, 4) and tempo.qpm == pytest.approx(100, abs=0.1)
+
+
+def test_the_papers_models_are_known_by_base_and_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tmp_path / "cache"
+    monkeypatch.setattr("smart.hub.find_cached", lambda *_: [base / "config.json"])
+    assert is_the_papers(System("p", base, None, None)) and is_the_papers(System("r@base", base, tmp_path, 0))
+    assert not is_the_papers(System("p", tmp_path, None, None)), "another base"
+    for changed, expected in {
+        "": True, "model.base=piano-small": False, "reward.kind=ce_proxy": False, "reward.options.model=mine": False,
+    }.items():  # fmt: skip
+        config = load("paper.toml", [changed] if changed else [])
+        (tmp_path / "config.toml").write_text(dumps(config))
+        assert is_the_papers(System("r", tmp_path / "tuned", tmp_path, 200)) == expected, changed
 
 
 def test_a_run_is_a_system(tmp_path: Path) -> None:

@@ -33,6 +33,15 @@ def test_newest_is_found_and_old_ones_go(tmp_path: Path) -> None:
     assert checkpoint.latest(tmp_path) == tmp_path / "00000030"
 
 
+def test_the_umask_decides_who_may_read_a_checkpoint(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        saved = checkpoint.save(tmp_path, 1, lambda folder: save_file({"a": torch.zeros(1)}, folder / "weights"))
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in saved.iterdir()} == {"0o640"}
+
+
 def test_the_best_one_stays_and_has_a_link(tmp_path: Path) -> None:
     for step, best in ((1, 1), (2, 2), (3, 2), (4, 2), (5, 5), (6, 5)):
         checkpoint.save(tmp_path, step, write_text(str(step)), keep=1, best=best)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -141,10 +142,13 @@ def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tmp_path: Path) -> 
         assert [point.value for point in points] == pytest.approx([step / 3 for step in range(1, 7)])
 
 
-def program(train: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> click.Command:
-    """A program whose module has this ``train``."""
+def program(
+    train: Callable[..., None], monkeypatch: pytest.MonkeyPatch, folder: Path = Path("nowhere")
+) -> click.Command:
+    """A program whose module has this ``train``, with runs in ``folder``."""
     monkeypatch.setitem(sys.modules, "program_of_a_test", SimpleNamespace(train=train))
-    return run_command("program_of_a_test", lambda *_: None, default="quickstart.toml", help="")
+    config = SimpleNamespace(run=SimpleNamespace(folder=str(folder), name="it's mine"))
+    return run_command("program_of_a_test", lambda *_: config, default="quickstart.toml", help="")
 
 
 @pytest.mark.parametrize(
@@ -160,14 +164,22 @@ def program(train: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> clic
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )
-def test_memory_and_disk_that_do_not_suffice_are_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_and_disk_that_do_not_suffice_are_one_line(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def train(*_: object, **options: object) -> None:
         raise error
 
-    done = CliRunner().invoke(program(train, monkeypatch), [])
+    (tmp_path / "it's mine").mkdir()
+    (tmp_path / "it's mine" / "config.toml").touch()
+    done = CliRunner().invoke(program(train, monkeypatch, tmp_path), [])
     assert done.exit_code == 1 and done.output.count("\n") == 1
     assert ("not enough memory" in done.output) != ("the run could not be written" in done.output)
-    assert done.output.endswith("; everything saved so far is kept: continue with --resume\n")
+    _, found, command = done.output.partition("; everything saved so far is kept; continue with: ")
+    words = [sys.executable, "-m", "program_of_a_test", "--config", f"{tmp_path}/it's mine/config.toml", "--resume"]
+    assert found and shlex.split(command) == words, "it can be pasted into a shell"
+    begun = CliRunner().invoke(program(train, monkeypatch), [])
+    assert begun.output.endswith("; nothing was begun: repeat the command\n")
 
 
 def test_a_bug_is_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:

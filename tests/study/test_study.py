@@ -5,6 +5,7 @@ import contextlib
 import csv
 import hashlib
 import json
+import shutil
 import signal
 import socket
 import sqlite3
@@ -36,7 +37,7 @@ from smart.study.app import Buckets, Limits, make_app
 from smart.study.export import COLUMNS, ratings_csv
 from smart.study.folder import Excerpt, Study
 from smart.study.order import order, with_checks
-from smart.study.ratings import read_ratings
+from smart.study.ratings import read_ratings, read_study
 from smart.study.store import Store
 
 PROMPTS, SYSTEMS = 3, ("zebra", "yak")
@@ -252,6 +253,18 @@ def test_models_get_the_same_prompts_and_seeds_and_go_on_where_they_were(
         assert made[0]["a", prompt, seed] == digest
 
 
+@pytest.mark.parametrize("name", ["", "clips", "study"])
+def test_a_planted_link_is_not_followed(name: str, wavs: list[str], tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    link = tmp_path / ".study.work" / name
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(tmp_path / "precious")
+    words = ["build", "--runs", *wavs, "--out", str(tmp_path / "study"), "--prompts", "3", "--practice", "0"]
+    done = CliRunner().invoke(main, words)
+    assert done.exit_code == 2 and "is a link, which no build made; remove it" in done.output, done.output
+    assert not list((tmp_path / "precious").iterdir())
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -295,6 +308,16 @@ def renumber(path: Path) -> None:
     for row in rows[1:]:
         row[place] = str(int(row[place]) + 1) if row[place] else ""
     path.write_text("".join(",".join(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def test_a_byte_order_mark_before_a_key_counts_for_nothing(study: Path, tmp_path: Path) -> None:
+    """Spreadsheets write one."""
+    copy = tmp_path / "study"
+    shutil.copytree(study, copy)
+    for name in ("key.csv", "study.json", "consent.txt"):
+        (copy / name).write_bytes(b"\xef\xbb\xbf" + (study / name).read_bytes())
+    assert Study(copy).excerpts == Study(study).excerpts
+    assert read_study(copy) == read_study(study)
 
 
 def test_what_is_not_a_study_is_named(study: Path, tmp_path: Path) -> None:

@@ -5,16 +5,19 @@ stopped, and files are read only when they are drawn.
 """
 
 import hashlib
+import json
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
+import click
 import numpy as np
 import torch
 
 from smart import UserError
 from smart.corpus import Limits, Reject, played, read_bytes, read_score
+from smart.files import parse_json, sha256, write_atomically
 from smart.render import Notes, RenderError, load_soundfont, render_notes, score_notes
 from smart.reward.naturalness.corruptions import ALL, KINDS, SECONDS, corrupt
 from smart.reward.spectra import SAMPLE_RATE, hear
@@ -201,7 +204,7 @@ def prepare(
 
     Of every ``together`` excerpts, NUMBER.npy holds the spectra (E, 1 + K, channels, bands, frames) uint8, NUMBER.harm
     their harm (E, 1 + K) float32, 0 for the real excerpt, and NUMBER.font their soundfonts (E,). What a folder has
-    already is kept.
+    already is kept, if it has the checksums that NUMBER.sha256 holds.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for first in range(0, many, together):
@@ -218,25 +221,35 @@ def prepare(
             harm.append([0.0, *(ALL[name].harm for name in names)])
             fonts.append(font)
             yield number
-        _store(file.with_suffix(".font"), np.array(fonts))
-        _store(file.with_suffix(".harm"), np.array(harm, np.float32))
-        _store(file, np.stack(groups))
+        arrays = {".font": np.array(fonts), ".harm": np.array(harm, np.float32), ".npy": np.stack(groups)}
+        sums = {suffix: _store(file.with_suffix(suffix), array) for suffix, array in arrays.items()}
+        write_atomically(file.with_suffix(SUMS), json.dumps(sums).encode())
+
+
+SUMS = ".sha256"  # of the other files of the same name, as JSON; written last
 
 
 def _is_whole(file: Path, many: int) -> bool:
-    """Whether a file holds at least so many excerpts; it is the last one written of its kind."""
-    try:
-        return len(np.load(file, mmap_mode="r", allow_pickle=False)) >= many
-    except (OSError, ValueError):
+    """Whether a file holds at least so many excerpts, and all that belongs to it is as it was written."""
+    kept = file.with_suffix(SUMS)
+    if not kept.exists():
         return False
+    try:
+        sums = parse_json(kept.read_bytes())
+        whole = all(sums[suffix] == sha256(file.with_suffix(suffix)) for suffix in (".font", ".harm", ".npy"))
+        if whole and len(np.load(file, mmap_mode="r", allow_pickle=False)) >= many:
+            return True
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        click.echo(f"Warning: {file} or what belongs to it is damaged; its excerpts are rendered again", err=True)
+    return False
 
 
-def _store(file: Path, array: np.ndarray) -> None:
-    """A whole file, or none."""
-    part = file.with_name(file.name + ".part")
-    with part.open("wb") as out:
-        np.save(out, array)
-    os.replace(part, file)
+def _store(file: Path, array: np.ndarray) -> str:
+    """Write a whole file, or none; returns its SHA-256."""
+    write_atomically(file, partial(np.save, arr=array, allow_pickle=False))
+    return sha256(file)
 
 
 class Stored:

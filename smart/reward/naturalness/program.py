@@ -12,7 +12,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
@@ -24,7 +24,7 @@ from smart.reward.ear import AXIS, LAYOUTS, Ear, Network, Scale, channels_last, 
 from smart.reward.naturalness.corruptions import HELD_OUT, KINDS
 from smart.reward.naturalness.excerpts import REAL, Maker, Pieces, Stored, prepare
 from smart.reward.naturalness.measure import EVERY, report, table
-from smart.reward.naturalness.training import Recipe, Trainer
+from smart.reward.naturalness.training import Recipe, Trainer, digest_of
 from smart.reward.spectra import hear
 
 EVERY_STEPS = 25  # between two saved states of a network in training
@@ -65,6 +65,8 @@ def train_ear(
         steps=steps, excerpts=batch, kept=min(2, corruptions), learning_rate=learning_rate,
         warmup=min(50, steps // 8), bfloat16=precision == "bfloat16",
     )  # fmt: skip
+    if work.is_symlink() and not kept:  # its name can be guessed
+        raise UserError(f"{work} is a link; remove it, or choose another --work")
     _claim(work, about)
     click.echo(f"{len(pieces.train)} pieces to train on, {len(pieces.held_out)} held out; work in {work}")
     maker = Maker(pieces.train, fonts, seed, spectra)
@@ -212,7 +214,12 @@ def _train_member(work: Path, number: int, trainer: Trainer) -> tuple[Network, l
     curve: list[list[float]] = []
     if file.is_file():
         try:
-            curve = trainer.restore(load_file(file))
+            with safe_open(file, "pt") as opened:
+                kept = (opened.metadata() or {}).get("sha256")
+            state = load_file(file)
+            if kept != digest_of(state):
+                raise ValueError("its checksum is not the recorded one")
+            curve = trainer.restore(state)
         except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"{file} cannot be continued ({brief(error)}); remove it to train that network again"
@@ -227,5 +234,6 @@ def _train_member(work: Path, number: int, trainer: Trainer) -> tuple[Network, l
             curve.append([trainer.step, *(round(value, 4) for value in means)])
             bar.set_postfix_str(f"loss {means[0]:.3f}, {means[1]:.1%} in order")
             recent.clear()
-            write_atomically(file, save(trainer.state(curve)))
+            state = trainer.state(curve)
+            write_atomically(file, save(state, metadata={"sha256": digest_of(state)}))
     return trainer.network, curve

@@ -1,5 +1,6 @@
 """Train the members of an ear: higher for real excerpts than for corruptions, pair by pair."""
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,15 @@ class Recipe:
     weight_decay: float = 0.02
     warmup: int = 50
     bfloat16: bool = True
+
+
+def digest_of(state: Mapping[str, torch.Tensor]) -> str:
+    """The SHA-256 of a member's state, by name."""
+    found = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        found.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
+        found.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def pair_loss(answers: torch.Tensor, harm: torch.Tensor, groups: int) -> torch.Tensor:
