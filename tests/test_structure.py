@@ -24,6 +24,7 @@ GROUND = {
     "cores",
     "gpu",
     "process",
+    "system",
     "style",
     "web",
 }

@@ -23,6 +23,7 @@ from smart.config import Config, TrainedReward, completed, dumps, load
 from smart.files import is_empty, lacks, placeholders
 from smart.render import checked_soundfont, find_soundfont, package_of
 from smart.run import check_packages, check_resumable
+from smart.system import available_memory
 
 READY, MISSING, NOTE = "ready", "MISSING", "note"
 FEWEST_BYTES = 2 << 30  # of memory: the quickstart's processes together take up to 1.9 GiB
@@ -115,8 +116,7 @@ def _memory() -> Finding:
 
 def _available_memory() -> int:
     """Bytes of memory that this process may still use: the machine's, or its control group's if fewer."""
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
+    free = available_memory()
     try:
         group = Path("/sys/fs/cgroup")
         limit = (group / "memory.max").read_text(encoding="ascii").strip()
