@@ -123,7 +123,8 @@ class NoteBank:
     ) -> None:
         self.limit = most_samples(sample_rate, seconds)
         self.sample_rate = int(sample_rate)
-        self.device = torch.device(device)
+        # where neither float64 nor memory for asynchronous copies exists (mps), clips are mixed on the CPU
+        self.device = torch.device(device if torch.device(device).type == "cuda" else "cpu")
         self.max_bytes = int(max_bytes)
         self.soundfont = find_soundfont(soundfont).absolute()
         self.soundfont_state = file_state(self.soundfont)
