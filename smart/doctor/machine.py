@@ -39,18 +39,19 @@ class Finding(NamedTuple):
 
 def _python() -> Finding:
     found = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
-    if not (3, 11) <= sys.version_info[:2] <= (3, 13) or platform.system() != "Linux":
-        return Finding(
-            NOTE, f"{found}; only Linux with Python 3.11 to 3.13 is tested", "PYTHON=python3.11 sh install.sh"
-        )
+    if not (3, 11) <= sys.version_info[:2] <= (3, 14):
+        return Finding(NOTE, f"{found}; expected Python 3.11 to 3.14", "PYTHON=python3.12 sh install.sh")
+    if platform.system() != "Linux":
+        return Finding(NOTE, f"{found}, which has not been tried; smart is tested on Linux")
     return Finding(READY, found)
 
 
-def _packages() -> Finding:
+def _packages(config: Config | None) -> Finding:
     try:
-        check_packages()
+        check_packages(config.track.also if config else ())
     except UserError as error:
-        return Finding(MISSING, error.message, "sh install.sh")
+        found, _, remedy = error.message.rpartition(": ")
+        return Finding(MISSING, found, remedy)
     try:
         transformers = version("transformers")
     except PackageNotFoundError:  # it may be on the path without having been installed
@@ -277,7 +278,7 @@ def examine(path: str, overrides: tuple[str, ...], study: Path | None = None) ->
         findings = {"configuration": Finding(MISSING, error.message, "correct that setting")}
     findings |= {
         "python": _python(),
-        "packages": _packages(),
+        "packages": _packages(config),
         "torch": _torch(config),
         "cores": _cores(config),
         "memory": _memory(),
