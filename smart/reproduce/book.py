@@ -109,6 +109,11 @@ class Book:
         self._write()
         return float(total)
 
+    def forget(self, name: str) -> None:
+        """Have a step run again."""
+        if self.rows.pop(name, None) is not None:
+            self._write()
+
     def finish(self, step: Step) -> None:
         """Record that a step is done."""
         self.rows[step.name]["outputs"] = self.made(step)
