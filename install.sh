@@ -11,8 +11,8 @@ cd "$(dirname "$0")"
 python=${PYTHON:-python3}
 venv=${VENV:-.venv}
 
-"$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || {
-    echo "install.sh: $python is not Python 3.11, 3.12 or 3.13; name one: PYTHON=python3.12 sh install.sh" >&2
+"$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' || {
+    echo "install.sh: $python is not Python 3.11 to 3.14; name one: PYTHON=python3.12 sh install.sh" >&2
     exit 2
 }
 if [ ! -x "$venv/bin/pip" ]; then
@@ -22,6 +22,14 @@ if [ ! -x "$venv/bin/pip" ]; then
     }
 fi
 pip="$venv/bin/pip --disable-pip-version-check"
+# first, because it can fail: wheels exist for Python 3.11 and 3.12 on x86-64 Linux and on Apple silicon; otherwise pip
+# compiles it
+$pip install --no-deps -c requirements.lock tinysoundfont || {
+    echo "install.sh: tinysoundfont has no wheel for this Python and could not be compiled: it needs a C++ compiler and" \
+        "Python's headers (Debian, Ubuntu: apt install g++ python3-dev; macOS: xcode-select --install)," \
+        "or use Python 3.11 or 3.12" >&2
+    exit 2
+}
 # an installed torch of this version is kept, so you can install the smaller CPU build first
 $pip install -c requirements.lock torch==2.13.0
 $pip install --no-deps -r requirements.lock -e .

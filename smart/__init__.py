@@ -28,7 +28,9 @@ bound_spin()
 try:
     import click
 except ModuleNotFoundError:  # installed without its dependencies
-    print("Error: the packages that smart needs are missing (click is one); see docs/install.md", file=sys.stderr)
+    from smart.packages import lacking
+
+    print(f"Error: smart was installed without packages that it needs: {lacking()}", file=sys.stderr)
     sys.exit(2)
 
 __version__ = "0.2.0"

@@ -70,7 +70,10 @@ class Programs(Group):
         return list(PROGRAMS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        return command(cmd_name) if cmd_name in PROGRAMS else None
+        try:
+            return command(cmd_name) if cmd_name in PROGRAMS else None
+        except ModuleNotFoundError as error:
+            raise missing(cmd_name, error) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Programs"):

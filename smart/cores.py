@@ -15,6 +15,8 @@ import math
 import os
 from pathlib import Path
 
+from smart.system import usable_cpus
+
 SPINS = 1_000  # rounds of waiting before a thread sleeps, 25 to 75 microseconds; OpenMP's own are 300,000
 GROUPS = Path("/sys/fs/cgroup")
 
@@ -27,8 +29,7 @@ def bound_spin() -> None:
 
 def usable_cores(groups: Path | None = None) -> int:
     """How many cores this process may use: those of its affinity mask, or its control group's share if that is less."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(min(cores, math.ceil(_allowed(groups or GROUPS))), 1)
+    return max(min(usable_cpus(), math.ceil(_allowed(groups or GROUPS))), 1)
 
 
 def _allowed(groups: Path) -> float:

@@ -11,7 +11,10 @@ import os
 import re
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
 
 # the oldest driver for PyTorch builds of each major version of CUDA
 DRIVERS = {11: 450, 12: 525, 13: 580}
@@ -32,6 +35,13 @@ class Places(NamedTuple):
 
 
 PLACES = Places()
+
+
+def exact(device: torch.device) -> torch.dtype:
+    """The most exact type of floating-point numbers on a device: float64, which Apple's GPUs (mps) lack."""
+    import torch
+
+    return torch.float64 if device.type in ("cpu", "cuda") else torch.float32
 
 
 class Problem(NamedTuple):

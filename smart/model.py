@@ -30,13 +30,18 @@ FEWEST_POSITIONS = 16  # of a base: a prompt and a few tokens after it
 
 
 def pick_device(name: str) -> torch.device:
-    """The device to compute on, for which torch is set up: "auto" is CUDA if there is a GPU.
+    """The device to compute on, for which torch is set up: "auto" is CUDA if there is a GPU, else the CPU.
 
-    Raises ``UserError`` if CUDA is requested but not available, and, for "auto" as well, if the machine has an NVIDIA
-    card that cannot be used (``smart.gpu``).
+    Raises ``UserError`` if CUDA or an Apple GPU ("mps", experimental) is requested but not available, and, for "auto"
+    as well, if the machine has an NVIDIA card that cannot be used (``smart.gpu``).
     """
     import torch
 
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("device 'mps': PyTorch sees no Apple GPU; use run.device = 'cpu', or --device cpu")
+        cores.limit_threads("mps")
+        return torch.device("mps")
     if name != "cpu" and (problem := gpu.problem() or (gpu.cpu_build() if name == "cuda" else None)):
         raise UserError(
             f"device {name!r}: {problem.found}; {problem.remedy}, or use the CPU (run.device = 'cpu', or --device cpu)"

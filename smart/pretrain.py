@@ -348,8 +348,8 @@ class Pretraining:
         """
         settings, done = self.config.optimisation, self.progress
         done.step, done.loss, done.steps = step, done.loss + loss, done.steps + 1
+        self.run.bar.set_postfix(loss=f"{loss * self.world.size:.3f}", best=f"{done.best:.3f}", refresh=False)
         self.run.bar.update()
-        self.run.bar.set_postfix(loss=f"{loss * self.world.size:.3f}", best=f"{done.best:.3f}")
         stopping = self.run.stopping()
         evaluated = step % settings.evaluate_every == 0 or step == settings.steps
         if evaluated or stopping:

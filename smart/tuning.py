@@ -451,8 +451,8 @@ class Tuning:
             run.log(f"iteration {step}: diversity has collapsed: {self.guard.collapse}")
         if self.world.lead and track.trace_every and step % track.trace_every == 0:
             run.draw(timeline, self.watch.write(self.folder / "traces" / f"{step:08d}.json"))
+        run.bar.set_postfix(reward=f"{metrics['reward/mean']:.3f}", kl=f"{stats['kl']:.4f}", refresh=False)
         run.bar.update()
-        run.bar.set_postfix(reward=f"{metrics['reward/mean']:.3f}", kl=f"{stats['kl']:.4f}")
         stopping = run.stopping()
         last, best = self.config.grpo.iterations, self.guard.best
         if step % track.checkpoint_every == 0 or step in (last, best) or self.guard.stop or stopping:

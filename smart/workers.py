@@ -2,7 +2,7 @@
 
 ``Worker`` is the caller's side, ``serve`` the process's. A worker is a fresh Python interpreter: neither the caller's
 main program nor its threads come along. It dies with the *thread* that started it, however that ends (on Linux;
-elsewhere when it next reads from its connection), and Ctrl-C does not reach it.
+elsewhere with the process, within a second), and Ctrl-C does not reach it.
 
 A message is a frame: a header, a few fields as JSON, and raw bytes. Nothing that a worker sends is unpickled, and its
 answers have a maximum length, because it may have read a hostile file in native code. Requests and answers are
@@ -34,12 +34,10 @@ _LONGEST_FIELDS = 1 << 16
 # A worker asks to die with its parent before it imports anything large, so that none is left behind that hangs in its
 # imports. It gets its parent's sys.path, so that it finds this package in the same place.
 _BOOT = """
-import ctypes, os, signal, sys
-if sys.platform.startswith("linux"):
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-if os.getppid() != {parent}:  # the parent died before we could ask
-    os._exit(1)
+import os, signal, sys
 sys.path[:] = sys.argv[2:]
+from smart.system import die_with_parent
+die_with_parent({parent})
 """
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 

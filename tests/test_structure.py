@@ -23,7 +23,9 @@ GROUND = {
     "workers",
     "cores",
     "gpu",
+    "packages",
     "process",
+    "system",
     "style",
     "web",
 }
@@ -234,6 +236,14 @@ def test_without_any_dependency_one_line_says_so(arguments: list[str]) -> None:
     assert done.stderr.count("\n") == 1 and "docs/install.md" in done.stderr
 
 
+def test_a_wheel_without_its_dependencies_names_the_command_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from smart import packages
+
+    wanted = ["torch>=2.6", "mido", "absent>=1", "more-absent[all]>=2", 'scipy; extra == "evaluate"']
+    monkeypatch.setattr(packages, "requires", lambda name: wanted)
+    assert packages.lacking() == f"{sys.executable} -m pip install 'absent>=1' 'more-absent[all]>=2'"
+
+
 @pytest.mark.parametrize("name", ["grpo", "generate", "evaluate"])
 def test_without_the_renderer_every_program_names_the_command_that_installs_it(name: str) -> None:
     code = f"""
@@ -243,9 +253,13 @@ sys.argv = ["python -m smart.{name}", *{["rate", "a.wav"] if name == "evaluate" 
 from smart.__main__ import start
 start({name!r})
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    assert done.stderr.endswith("which is missing: pip install --no-deps tinysoundfont\n")
+    group = code.replace(f'smart.{name}"', f'smart", {name!r}').replace(f"start({name!r})", "main()")
+    group = group.replace("import start", "import main")
+    for each in (code, group):
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", each], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (2, ""), done.stderr
+        assert done.stderr.endswith("which is missing: pip install --no-deps tinysoundfont\n")
+        assert "None" not in done.stderr
 
 
 def test_nothing_that_is_hard_to_install_is_required() -> None:

@@ -14,7 +14,11 @@ from smart.files import parse_toml
 @click.command()
 @click.argument("file", default="quickstart.toml")
 @click.option(
-    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one setting (repeatable)."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="Set one key of the configuration to another value (repeatable).",
 )
 @click.option("--changed", is_flag=True, help="Print only the keys that differ from their defaults.")
 @click.option("--markdown", is_flag=True, help="Print docs/configuration.md, which explains every key, instead.")

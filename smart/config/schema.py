@@ -37,7 +37,10 @@ class Run:
     name: str = _key("run", "name of the run's folder", file_name=True)
     folder: str = _path("runs", "folder in which runs are written")
     seed: int = _key(1, "seed of prompts, sampling and all other random numbers", paper="code", low=0, high=2**31 - 1)
-    device: str = _choice("auto", "`auto`: CUDA if there is a GPU, else the CPU", "auto", "cpu", "cuda")
+    device: str = _choice(
+        "auto", "`auto`: CUDA if there is a GPU, else the CPU; `mps`: an Apple GPU (experimental)",
+        "auto", "cpu", "cuda", "mps",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

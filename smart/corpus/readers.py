@@ -8,7 +8,6 @@ rights of the user.
 import errno
 import math
 import os
-import resource
 import signal
 import time
 from collections import deque
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from smart import Failure
 from smart.corpus.midi import Limits, Piece, Reading, Reject, read_bytes
+from smart.system import limit_memory
 from smart.workers import STARTS, Answer, GarbledAnswer, NoAnswer, Worker, WorkerFailure, answering
 
 if TYPE_CHECKING:
@@ -50,11 +50,7 @@ def prepare(tokenizer_file: str, limits: dict[str, Any], reading: dict[str, Any]
     from smart.tokens import load_tokenizer
 
     reader = PieceReader(load_tokenizer(tokenizer_file), Limits(**limits), Reading(**reading))
-    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    bound = in_use + (reader.limits.megabytes << 20)
-    _, most = resource.getrlimit(resource.RLIMIT_AS)  # which only the superuser may raise
-    bound = bound if most == resource.RLIM_INFINITY else min(bound, most)
-    resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
+    limit_memory(reader.limits.megabytes << 20)
     return partial(_answer, reader)
 
 

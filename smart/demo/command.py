@@ -80,7 +80,9 @@ from smart.run import backend_option, in_one_line
     metavar="KEY=VALUE",
     help="Option that is passed to the reward (repeatable).",
 )
-@click.option("--soundfont", default="timgm", show_default=True, help="Soundfont: short name or path.")
+@click.option(
+    "--soundfont", default="timgm", show_default=True, help="Soundfont that plays the pieces: a short name or a path."
+)
 @click.option(
     "--sample-rate", default=44100, show_default=True, type=click.IntRange(8000, 48000),
     help="Sample rate of the audio in Hz.",
@@ -98,8 +100,8 @@ from smart.run import backend_option, in_one_line
     help="Number of processes that render audio (0: one per usable core).",
 )
 @click.option(
-    "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]),
-    help="Where models and the reward run; auto: on CUDA if available.",
+    "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+    help="Where models and rewards run; auto: on CUDA if available; mps: on an Apple GPU (experimental).",
 )  # fmt: skip
 def main(**options: Any) -> None:
     """Make a page that compares two models pair by pair: audio, piano rolls, ratings, blind listening."""

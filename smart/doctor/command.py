@@ -18,7 +18,11 @@ from smart.doctor.machine import MISSING, NOTE, examine
     "[default: quickstart.toml; with --gpu: paper.toml]",
 )
 @click.option(
-    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one setting (repeatable)."
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="Set one key of the configuration to another value (repeatable).",
 )
 @click.option(
     "--gpu",

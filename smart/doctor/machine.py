@@ -23,6 +23,7 @@ from smart.config import Config, TrainedReward, completed, dumps, load
 from smart.files import is_empty, lacks, placeholders
 from smart.render import checked_soundfont, find_soundfont, package_of
 from smart.run import check_packages, check_resumable
+from smart.system import available_memory
 
 READY, MISSING, NOTE = "ready", "MISSING", "note"
 FEWEST_BYTES = 2 << 30  # of memory: the quickstart's processes together take up to 1.9 GiB
@@ -38,18 +39,19 @@ class Finding(NamedTuple):
 
 def _python() -> Finding:
     found = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
-    if not (3, 11) <= sys.version_info[:2] <= (3, 13) or platform.system() != "Linux":
-        return Finding(
-            NOTE, f"{found}; only Linux with Python 3.11 to 3.13 is tested", "PYTHON=python3.11 sh install.sh"
-        )
+    if not (3, 11) <= sys.version_info[:2] <= (3, 14):
+        return Finding(NOTE, f"{found}; expected Python 3.11 to 3.14", "PYTHON=python3.12 sh install.sh")
+    if platform.system() != "Linux":
+        return Finding(NOTE, f"{found}, which has not been tried; smart is tested on Linux")
     return Finding(READY, found)
 
 
-def _packages() -> Finding:
+def _packages(config: Config | None) -> Finding:
     try:
-        check_packages()
+        check_packages(config.track.also if config else ())
     except UserError as error:
-        return Finding(MISSING, error.message, "sh install.sh")
+        found, _, remedy = error.message.rpartition(": ")
+        return Finding(MISSING, found, remedy)
     try:
         transformers = version("transformers")
     except PackageNotFoundError:  # it may be on the path without having been installed
@@ -115,8 +117,7 @@ def _memory() -> Finding:
 
 def _available_memory() -> int:
     """Bytes of memory that this process may still use: the machine's, or its control group's if fewer."""
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
+    free = available_memory()
     try:
         group = Path("/sys/fs/cgroup")
         limit = (group / "memory.max").read_text(encoding="ascii").strip()
@@ -277,7 +278,7 @@ def examine(path: str, overrides: tuple[str, ...], study: Path | None = None) ->
         findings = {"configuration": Finding(MISSING, error.message, "correct that setting")}
     findings |= {
         "python": _python(),
-        "packages": _packages(),
+        "packages": _packages(config),
         "torch": _torch(config),
         "cores": _cores(config),
         "memory": _memory(),

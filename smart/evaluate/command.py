@@ -23,8 +23,8 @@ def reward_options(function: Callable[..., None]) -> Callable[..., None]:
     """The options --reward, --reward-option and --device, for ``load_rewards``."""
     for option in (
         click.option(
-            "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]),
-            help="Where models and rewards run; auto: on CUDA if available.",
+            "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+            help="Where models and rewards run; auto: on CUDA if available; mps: on an Apple GPU (experimental).",
         ),
         click.option(
             "--reward-option", "options", multiple=True, metavar="[KIND.]KEY=VALUE",
@@ -92,7 +92,9 @@ def clip_options(most_seconds: float) -> Callable[[Callable[..., None]], Callabl
     type=click.IntRange(0, 2**31 - 1),
     help="Seed of the prompts and of the sampling.",
 )
-@click.option("--soundfont", default="timgm", show_default=True, help="Soundfont: short name or path.")
+@click.option(
+    "--soundfont", default="timgm", show_default=True, help="Soundfont that plays the pieces: a short name or a path."
+)
 @click.option(
     "--sample-rate", default=44100, show_default=True, type=click.IntRange(8000, 192_000),
     help="Sample rate of the audio in Hz.",
@@ -175,7 +177,9 @@ def report_command(**given: Any) -> None:
 @main.command("rate", short_help="Rate audio and MIDI files, and compare silence and noise with the paper.")
 @click.argument("files", nargs=-1, type=FilePath())
 @reward_options
-@click.option("--soundfont", default="timgm", show_default=True, help="Soundfont for MIDI files: short name or path.")
+@click.option(
+    "--soundfont", default="timgm", show_default=True, help="Soundfont that plays MIDI files: a short name or a path."
+)
 @click.option(
     "--sample-rate", default=44100, show_default=True, type=click.IntRange(8000, 192_000),
     help="Sample rate in Hz at which MIDI files are rendered.",
@@ -342,8 +346,8 @@ def hacks_command(**given: Any) -> None:
     help="Seed of the prompts, the sampling and the bootstrap.",
 )  # fmt: skip
 @click.option(
-    "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]),
-    help="Where models and rewards run; auto: on CUDA if available.",
+    "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+    help="Where models and rewards run; auto: on CUDA if available; mps: on an Apple GPU (experimental).",
 )  # fmt: skip
 @accept_option
 def frontier_command(**given: Any) -> None:

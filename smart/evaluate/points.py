@@ -20,6 +20,7 @@ from smart.evaluate import sealed
 from smart.evaluate.laws import Floats, Rows, best_of_n, best_of_n_kl, mean, ratio_of
 from smart.evaluate.sample import is_whole
 from smart.evaluate.statistics import jackknife
+from smart.gpu import exact
 from smart.guard import Judge, variety
 from smart.intervals import RATING, Estimate, Scale
 from smart.render import find_soundfont
@@ -82,7 +83,7 @@ def base_logprobs(model: Any, pieces: Sequence[Piece], pad_id: int, temperature:
         logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].float() / temperature
         logp = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
     within = (begin <= place) & (place < end)
-    return logp.masked_fill(~within, 0).double().sum(1).tolist()
+    return logp.masked_fill(~within, 0).to(exact(device)).sum(1).tolist()
 
 
 def draw(system: System, samples: int, setting: Setting, folder: Path, base: Any, bar: Any) -> Drawn:

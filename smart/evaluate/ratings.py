@@ -90,7 +90,7 @@ def rate(
         padded = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True)
         scores = reward.score(padded, torch.tensor([len(wave) for wave in waves]))
         for axis, values in scores.items():
-            rated[f"{reward.name}.{axis}"][heard] = values.double().cpu().numpy()
+            rated[f"{reward.name}.{axis}"][heard] = values.cpu().double().numpy()
         if len(reward.axes) > 1:
             rated[f"{reward.name}.{MEAN}"] = np.mean([rated[f"{reward.name}.{axis}"] for axis in reward.axes], axis=0)
     return rated

@@ -26,13 +26,20 @@ from smart.run import backend_option, in_one_line
     required=True,
     help="Folder for the pieces; an unfinished one is continued.",
 )
-@click.option("-n", "--count", default=4, show_default=True, type=click.IntRange(min=1), help="Number of pieces.")
+@click.option(
+    "-n",
+    "--count",
+    default=4,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Number of pieces or continuations to write.",
+)
 @click.option(
     "--tokens", default=512, show_default=True, type=click.IntRange(min=1), help="Maximum new tokens per piece."
 )
 @click.option("--tempo", default=120.0, show_default=True, help="Tempo of new pieces in quarter notes per minute.")
 @click.option("--time-signature", default="4/4", show_default=True, help="First time signature of new pieces.")
-@click.option("--continue", "song", type=FilePath(), help="MIDI file to continue.")
+@click.option("--continue", "song", type=FilePath(), help="MIDI file to continue after its last note.")
 @click.option("--fill", type=FilePath(), help="MIDI file of which the --bars are written anew.")
 @click.option(
     "--bars",
@@ -47,13 +54,19 @@ from smart.run import backend_option, in_one_line
     help="With --continue: NNNN-joined.wav begins with the song's first bar, not with the --bars last ones. "
     "NNNN-joined.mid has the whole song in either case.",
 )
-@click.option("--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1), help="Seed of the sampling.")
+@click.option(
+    "--seed",
+    default=1,
+    show_default=True,
+    type=click.IntRange(0, 2**31 - 1),
+    help="Seed of the sampling: the same one gives the same pieces.",
+)
 @click.option(
     "--temperature",
     default=1.0,
     show_default=True,
     type=click.FloatRange(0, 100, min_open=True),
-    help="Sampling temperature.",
+    help="Temperature of the sampling: below 1 it prefers likely tokens, above 1 it draws unlikely ones more often.",
 )
 @click.option(
     "--top-k",
@@ -83,7 +96,9 @@ from smart.run import backend_option, in_one_line
 @click.option(
     "--reward-option", "options", multiple=True, metavar="KEY=VALUE", help="Setting of the reward (repeatable)."
 )
-@click.option("--soundfont", default="timgm", show_default=True, help="Soundfont (short name or path).")
+@click.option(
+    "--soundfont", default="timgm", show_default=True, help="Soundfont that plays the pieces: a short name or a path."
+)
 @click.option(
     "--sample-rate",
     default=44100,
@@ -103,8 +118,8 @@ from smart.run import backend_option, in_one_line
     "--device",
     default="auto",
     show_default=True,
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    help="Where the models run (auto: on the GPU if there is one).",
+    type=click.Choice(["auto", "cpu", "cuda", "mps"]),
+    help="Where models and rewards run; auto: on CUDA if available; mps: on an Apple GPU (experimental).",
 )
 @click.pass_context
 def main(context: click.Context, **given: Any) -> None:

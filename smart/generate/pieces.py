@@ -154,7 +154,8 @@ def generate(
     def reward() -> Reward | None:
         if best_of == 1 or fill is not None:
             return None
-        where = "cpu" if device == "cpu" or not torch.cuda.is_available() else "cuda"
+        where = "cuda" if torch.cuda.is_available() else "cpu"
+        where = device if device in ("cpu", "mps") else where
         return load_reward(kind, device=where, **read_options(options))
 
     def song_file() -> None:

@@ -57,6 +57,7 @@ from smart.render.notes import DRUM, OFF, ON, PITCH, PROGRAM, VELOCITY, Notes, c
 from smart.render.regions import Region, Values, read_regions, write_variant
 from smart.render.soundfonts import check_soundfont, check_unchanged, file_state, find_soundfont
 from smart.render.synth import DRUM_BANK, MAX_VOICES, Audio, RenderError, fresh_synth
+from smart.system import path_of
 
 LEAST_SNR = 55.0  # dB; the least agreement between a clip's stored sounds and the synthesiser's
 _CHECKED = 0.3  # seconds after which the note that is compared ends
@@ -122,7 +123,8 @@ class NoteBank:
     ) -> None:
         self.limit = most_samples(sample_rate, seconds)
         self.sample_rate = int(sample_rate)
-        self.device = torch.device(device)
+        # where neither float64 nor memory for asynchronous copies exists (mps), clips are mixed on the CPU
+        self.device = torch.device(device if torch.device(device).type == "cuda" else "cpu")
         self.max_bytes = int(max_bytes)
         self.soundfont = find_soundfont(soundfont).absolute()
         self.soundfont_state = file_state(self.soundfont)
@@ -380,8 +382,7 @@ class NoteBank:
     def _load_variant(self, programs: Sequence[_Frozen]) -> Any:
         """The synthesiser with a copy of the soundfont that has ``programs`` as its presets."""
         with tempfile.TemporaryFile() as file:  # it has no name, so a process that is killed leaves nothing behind
-            path = f"/proc/self/fd/{file.fileno()}"
-            if os.path.exists(path):
+            if path := path_of(file.fileno()):
                 write_variant(self.soundfont, file, [[dict(values) for values in programs]])
                 return tsf.SoundFont(path)
         with tempfile.NamedTemporaryFile(suffix=self.soundfont.suffix) as file:

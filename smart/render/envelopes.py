@@ -256,7 +256,7 @@ def pieces_of(voices: torch.Tensor, at: torch.Tensor, grid: Grid) -> Pieces:
         here = place(since)
         speed = (place(to) - here) / (to - since).clamp(min=1) if to is not end else zero
         start_place = here - speed * (since - off)
-        for row in range(int(last.amax()) + 1):
+        for row in range(int(last.amax()) + 1 if len(last) else 0):
             low = torch.where(speed == 0, -FOREVER, since + (row - here) / speed)  # when it passes this row
             high = torch.where(speed == 0, FOREVER, since + (row + 1 - here) / speed)  # and the next
             low, high = torch.where(speed < 0, high, low), torch.where(speed < 0, low, high)

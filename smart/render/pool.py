@@ -4,11 +4,9 @@ A worker imports neither torch nor symusic, so it starts fast and stays small: a
 synthesiser keeps as 32-bit floats (twice the size of an sf2 file, 12 to 15 times that of an sf3).
 """
 
-import contextlib
 import os
 import queue
 import signal
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -24,6 +22,7 @@ from smart.cores import share
 from smart.render.notes import NOTE_COLUMNS, Notes, most_samples, to_notes
 from smart.render.soundfonts import check_soundfont, check_unchanged, file_state, find_soundfont
 from smart.render.synth import Audio, RenderError, render_notes
+from smart.system import anonymous_file
 from smart.workers import STARTS, Answer, Died, GarbledAnswer, Refused, Worker, WorkerFailure
 
 GIVE_UP = 16  # clips that may fail in a row, each of them twice, before a pool stops trying
@@ -77,15 +76,6 @@ def prepare(soundfont: str, sample_rate: int, seconds: float, audio_fd: int) -> 
     return render
 
 
-def _anonymous_file() -> int:
-    """A file without a name, in memory where the system can do that; closed with its last descriptor."""
-    if hasattr(os, "memfd_create"):
-        with contextlib.suppress(OSError):  # some containers refuse it
-            return os.memfd_create("smart-render")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
-
-
 # The caller -------------------------------------------------------------------------------------------------
 
 
@@ -102,7 +92,7 @@ class _ClipWorker(Worker):
 
     def __init__(self, soundfont: Path, sample_rate: int, seconds: float) -> None:
         self.limit = most_samples(sample_rate, seconds)
-        self.audio_fd = _anonymous_file()
+        self.audio_fd = anonymous_file()
         settings = {"soundfont": str(soundfont), "sample_rate": sample_rate, "seconds": seconds}
         try:
             super().__init__(PROGRAM, settings | {"audio_fd": self.audio_fd}, files=(self.audio_fd,))
@@ -123,10 +113,11 @@ class _ClipWorker(Worker):
         audio = np.empty((2, samples), np.float32)
         left, done = audio.reshape(-1).view(np.uint8).data, 0
         while done < len(left):
-            many = os.preadv(self.audio_fd, [left[done:]], done)
-            if not many:
+            part = os.pread(self.audio_fd, len(left) - done, done)
+            if not part:
                 raise GarbledAnswer(f"{done} bytes of audio, {len(left)} announced")
-            done += many
+            left[done : done + len(part)] = part
+            done += len(part)
         return audio
 
 

@@ -109,6 +109,11 @@ class Book:
         self._write()
         return float(total)
 
+    def forget(self, name: str) -> None:
+        """Have a step run again."""
+        if self.rows.pop(name, None) is not None:
+            self._write()
+
     def finish(self, step: Step) -> None:
         """Record that a step is done."""
         self.rows[step.name]["outputs"] = self.made(step)
@@ -132,10 +137,9 @@ def hold_out(out: Path) -> Iterator[int]:
 
 # runs before a step's program: the process ends as soon as its parent (its first argument) does
 START = """
-import ctypes, os, runpy, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-if os.getppid() != int(sys.argv[1]):
-    sys.exit("the process that started this one has ended")
+import runpy, sys
+from smart.system import die_with_parent
+die_with_parent(int(sys.argv[1]))
 del sys.argv[:2]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """

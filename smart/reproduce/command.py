@@ -25,7 +25,7 @@ from smart.files import write_atomically
 from smart.published import TABLE_2
 from smart.reproduce.book import OUT, STATE, Book, Step, _clock, hold_out, perform
 from smart.reproduce.page import write_page
-from smart.reproduce.steps import CONFIGS, SMOKE, each_alone, find, plan, variants
+from smart.reproduce.steps import CONFIGS, SMOKE, drop_checkpoints, each_alone, find, plan, retune, variants
 from smart.run import in_one_line
 
 
@@ -49,7 +49,7 @@ from smart.run import in_one_line
     "overrides",
     multiple=True,
     metavar="SECTION.KEY=VALUE",
-    help="Override one setting in all runs (repeatable).",
+    help="Set one key of the configuration of all runs to another value (repeatable).",
 )
 @click.option(
     "--smoke", is_flag=True, help="Run everything at a tiny size, offline and in minutes, with what the package ships."
@@ -96,8 +96,12 @@ def main(
         runs = variants(config, str(corpus) if corpus else str(out / "corpus"))
         for name, one in (runs | (each_alone(config) if each_reward else {})).items():
             write_atomically(out / CONFIGS / f"{name}.toml", dumps(one).encode())
+        if smoke:
+            retune(steps, book)
         perform(steps, out, book, lock)
         page = write_page(steps, out, book, config, found, smoke=smoke)
+        if smoke:
+            drop_checkpoints(out)
     total = sum(book.rows[step.name]["seconds"] for step in steps)
     click.echo(f"all {len(steps)} steps are done, in {_clock(total)}; see {page}")
 

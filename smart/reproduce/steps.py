@@ -16,7 +16,7 @@ from smart.corpus import MANIFEST, Corpus
 from smart.files import sha256
 from smart.model import find_base
 from smart.render import checked_soundfont
-from smart.reproduce.book import OUT, Step
+from smart.reproduce.book import OUT, Book, Step
 from smart.run import NEEDED
 
 if TYPE_CHECKING:  # it imports torch
@@ -50,7 +50,7 @@ SMOKE = (
     "grpo.group_size=4",
     "sampling.max_new_tokens=96",
     "render.seconds=4.0",
-    "track.checkpoint_every=2",
+    "track.checkpoint_every=4",
     "track.keep_checkpoints=0",
     "track.samples_every=4",
     "track.held_out_every=4",
@@ -62,6 +62,7 @@ SMOKE_PIECES = 96  # written by the base as a corpus: enough that none of its sp
 PIECES = 10  # from the corpus, for table 2
 PROBED = 24  # pieces that the probes are made from
 LONGER = 5  # section 5.2: 1000 iterations instead of 200
+AGGRESSIVE = ("tuned", "tuned-long", "tuned-long-beta0")  # the runs of section 5.2
 
 
 def variants(config: Config, corpus: str) -> dict[str, Config]:
@@ -158,7 +159,6 @@ def plan(
         )  # fmt: skip
 
     tuning = [tunes(name, one) for name, one in variants(config, folder).items()]
-    aggressive = ("tuned", "tuned-long", "tuned-long-beta0")
     steps = [
         Step("base", "the base writes eight pieces", writes(8, "--out", f"{OUT}/base"), ("pieces.csv", "*.wav")),
         *tuning,
@@ -178,7 +178,7 @@ def plan(
             ("soundfonts.csv", "soundfonts.png"),
             after=own,
         ),
-        samples("samples", "procedural", *aggressive),
+        samples("samples", "procedural", *AGGRESSIVE),
         samples("samples-dataset", "dataset", "tuned-dataset"),
         Step(
             "report",
@@ -198,10 +198,10 @@ def plan(
         Step(
             "frontier",
             "reward, a second score and diversity against KL",
-            ("smart.evaluate", "frontier", *(f"{OUT}/{run}" for run in aggressive), "--out", f"{OUT}/frontier",
+            ("smart.evaluate", "frontier", *(f"{OUT}/{run}" for run in AGGRESSIVE), "--out", f"{OUT}/frontier",
              "-n", str(max(many // 4, 8)), "--best-of", str(min(max(many // 8, 4), 16)), *device),
             ("frontier.png", "frontier.csv", "summary.json"),
-            after=aggressive,
+            after=AGGRESSIVE,
         ),
     ]  # fmt: skip
     if each_reward:
@@ -244,6 +244,21 @@ def _rated_by(kinds: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for key, value in options.items():
             words += ["--reward-option", f"{prefix}{key}={value if isinstance(value, str) else json.dumps(value)}"]
     return words
+
+
+def drop_checkpoints(out: Path) -> None:
+    """Delete the checkpoints of finished runs, most of what the smoke test writes; its page needs only their names."""
+    for file in out.glob("*/checkpoints/*/*.safetensors"):
+        file.unlink()
+
+
+def retune(steps: Sequence[Step], book: Book) -> None:
+    """Have the runs of the step ``frontier`` run again if it has to be repeated and their checkpoints were dropped."""
+    if not all(book.is_done(step) for step in steps if step.name == "frontier"):
+        for name in AGGRESSIVE:
+            folders = [path.parent for path in (book.out / name / "checkpoints").glob("*/manifest.json")]
+            if not all((folder / "model.safetensors").is_file() for folder in folders):
+                book.forget(name)
 
 
 def find(

@@ -124,7 +124,7 @@ class CEProxy(Reward):
     def rate(self, audio: torch.Tensor, lengths: torch.Tensor) -> dict[str, torch.Tensor]:
         """CE of clips (N, S) float32 of the given lengths (N,), each at least 1: {"CE": (N,) float32}."""
         found = torch.stack([describe(clip[:length]) for clip, length in zip(audio, lengths.tolist(), strict=True)])
-        return {AXIS: predict(found.double().cpu(), self.coefficients).float()}
+        return {AXIS: predict(found.cpu().double(), self.coefficients).float()}
 
 
 def predict(descriptors: torch.Tensor, coefficients: Coefficients) -> torch.Tensor:
@@ -217,10 +217,10 @@ def _banks(device: torch.device) -> _Banks:
     chroma = triangles.reshape(len(hz), -1, 12).sum(dim=1)  # the first pitch is C2, so column 0 is C
     bounds = [int(torch.searchsorted(hz, edge)) for edge in torch.tensor(OCTAVES_HZ, dtype=torch.float64)]
     return _Banks(
-        audible=(hz >= LOWEST_HZ).to(device, torch.float32),
-        mel=_mel_bank(hz).to(device, torch.float32),
-        chroma=chroma.to(device, torch.float32),
-        bass=(hz < BASS_HZ).to(device, torch.float32),
+        audible=(hz >= LOWEST_HZ).float().to(device),
+        mel=_mel_bank(hz).float().to(device),
+        chroma=chroma.float().to(device),
+        bass=(hz < BASS_HZ).float().to(device),
         octaves=tuple(slice(a, b) for a, b in itertools.pairwise(bounds)),
     )
 

@@ -139,7 +139,7 @@ class Scale:
 
     def rating(self, answers: torch.Tensor) -> torch.Tensor:
         """Ratings (N,) float32 of the members' answers (N, M)."""
-        standard = (answers.double().cpu() - torch.tensor(self.mean)) / torch.tensor(self.deviation)
+        standard = (answers.cpu().double() - torch.tensor(self.mean)) / torch.tensor(self.deviation)
         inside = torch.sigmoid(self.factor * standard.amin(dim=1) + self.offset)
         return (LOWEST + (HIGHEST - LOWEST) * inside).float()
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from smart import UserError, require
+from smart.gpu import exact
 from smart.reward import load_reward
 from smart.reward.reward import Reward
 
@@ -147,7 +148,7 @@ def group_correlation(a: torch.Tensor, b: torch.Tensor, group_size: int) -> floa
     count = known.sum(dim=1, keepdim=True).clamp(min=1)
 
     def centred(values: torch.Tensor) -> torch.Tensor:
-        groups = values.double().view(-1, group_size).where(known, 0)
+        groups = values.to(exact(values.device)).view(-1, group_size).where(known, 0)
         return (groups - groups.sum(dim=1, keepdim=True) / count).where(known, 0)
 
     x, y = centred(a), centred(b)

@@ -74,4 +74,4 @@ def _resampling_kernel(
     phase = torch.arange(t, dtype=torch.float64) / t  # time of each output
     u = ((tap[None, :] - phase[:, None]) * band).clamp(-LOWPASS_WIDTH, LOWPASS_WIDTH)  # the window is 0 at the ends
     kernel = band / f * torch.sinc(u) * torch.cos(math.pi * u / (2 * LOWPASS_WIDTH)) ** 2
-    return kernel[:, None].to(device=device, dtype=dtype), f, width
+    return kernel[:, None].to(dtype).to(device), f, width

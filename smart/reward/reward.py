@@ -164,12 +164,14 @@ def check_device(device: str | torch.device) -> torch.device:
     try:
         checked = torch.device(device)
     except RuntimeError:
-        raise UserError(f'there is no device "{device}"; write cpu, cuda or cuda:0') from None
+        raise UserError(f'there is no device "{device}"; write cpu, cuda, cuda:0 or mps') from None
     if checked.type == "cuda" and (not torch.cuda.is_available() or (checked.index or 0) >= torch.cuda.device_count()):
         raise UserError(
             f'device "{device}" is not available ({torch.cuda.device_count()} CUDA devices are visible); '
             "choose cpu or another one"
         )
+    if checked.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f'device "{device}" is not available: PyTorch sees no Apple GPU; choose cpu')
     return checked
 
 

@@ -119,4 +119,4 @@ def _triangles(
     hz = torch.arange(window // 2 + 1, dtype=torch.float64)[:, None] * SAMPLE_RATE / window
     rising, falling = (hz - left) / (centre - left), (right - hz) / (right - centre)
     bank = torch.minimum(rising, falling).clamp(min=0)
-    return bank[: int(bank.any(dim=1).nonzero().max()) + 1].to(device, torch.float32)
+    return bank[: int(bank.any(dim=1).nonzero().max()) + 1].float().to(device)

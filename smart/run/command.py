@@ -49,7 +49,11 @@ def run_command(
         "--config", "path", default=default, show_default=True, help="Config file (TOML), or the name of a shipped one."
     )
     @click.option(
-        "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override one setting (repeatable)."
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="SECTION.KEY=VALUE",
+        help="Set one key of the configuration to another value (repeatable).",
     )
     @click.option(
         "--resume",

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from smart.gpu import exact
 from smart.tokens import Grammar, Place
 
 
@@ -40,12 +41,13 @@ def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, t
 def draw(logits: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Draw one token per row: logits (N, V) float32, uniform (N,) float64 in [0, 1) -> ids (N,), logprobs (N,).
 
-    The token is the first one at which the cumulative distribution exceeds the uniform number. The sum is in float64,
-    and a token of probability 0 is never drawn. There is no synchronisation with the device.
+    The token is the first one at which the cumulative distribution exceeds the uniform number. The sum is in float64
+    (float32 on a device that lacks it, where ``uniform`` is, too), and a token of probability 0 is never drawn. There
+    is no synchronisation with the device.
     """
     logprobs = logits.log_softmax(-1)
     probs = logprobs.exp()
-    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    cumulative = probs.cumsum(-1, dtype=exact(probs.device))
     past = cumulative > uniform[:, None] * cumulative[:, -1:]
     # Rank 2: possible, and past the number (a parallel sum need not be monotone to the last bit). Rank 1: possible;
     # it is only drawn if rounding left no token of rank 2. argmax returns the first of the maxima.

@@ -35,6 +35,7 @@ import click
 import torch
 from torch import Tensor
 
+from smart.gpu import exact
 from smart.sampler.choice import Choice
 from smart.sampler.eager import Start, Watch, decode_eagerly
 from smart.sampler.graph import Graph
@@ -278,7 +279,10 @@ class Sampler:
 def _uniforms(
     steps: int, n: int, generator: torch.Generator | Sequence[torch.Generator] | None, device: torch.device
 ) -> Tensor:
-    """(steps, N) float64 in [0, 1), drawn on the generator's device: a CPU generator gives the same on any device."""
+    """(steps, N) in [0, 1), drawn on the generator's device: a CPU generator gives the same on any device.
+
+    They are float64, or float32 where one of the devices lacks that.
+    """
     if isinstance(generator, Sequence):
         if len(generator) != n:
             raise ValueError(f"generator: expected one, or one for each of {n} sequences, got {len(generator)}")
@@ -286,4 +290,7 @@ def _uniforms(
     if generator is None:
         generator = torch.Generator()
         generator.seed()
-    return torch.rand(steps, n, dtype=torch.float64, generator=generator, device=generator.device).to(device)
+    drawn = torch.rand(steps, n, dtype=exact(generator.device), generator=generator, device=generator.device)
+    if exact(device) != drawn.dtype:
+        drawn = drawn.float().clamp(max=1 - 2**-24)  # rounding must not make it 1
+    return drawn.to(device)

@@ -90,7 +90,9 @@ def main() -> None:
     type=FilePath(),
     help="Corpus whose test split the prompts come from (default: procedural prompts).",
 )
-@click.option("--soundfont", default="timgm", show_default=True, help="Soundfont: a short name or a path.")
+@click.option(
+    "--soundfont", default="timgm", show_default=True, help="Soundfont that plays the pieces: a short name or a path."
+)
 @click.option(
     "--tokens",
     default=256,

@@ -90,6 +90,11 @@ def test_other_sample_rates(soundfont: Any, rate: int) -> None:
     assert snr(render_notes(soundfont, notes, sample_rate=rate, seconds=2.0), found) >= 50
 
 
+def test_notes_that_begin_after_the_end_are_silence(bank: NoteBank) -> None:
+    (found,) = bank.render([[note(SECONDS + 1, 0.5, 60, 90)]])
+    assert found.shape == (2, int(RATE * SECONDS)) and not found.any()
+
+
 def test_every_program_is_exact_or_refused(bank: NoteBank, soundfont: Any) -> None:
     """Across General MIDI: what is rendered agrees, several programs in one clip among it."""
     played = []

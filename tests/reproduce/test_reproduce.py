@@ -21,7 +21,7 @@ from smart.files import hold, sha256
 from smart.reproduce.book import Book, Step, hold_out, perform
 from smart.reproduce.command import main
 from smart.reproduce.page import write_page
-from smart.reproduce.steps import SMOKE, Found, each_alone, plan, variants
+from smart.reproduce.steps import SMOKE, Found, drop_checkpoints, each_alone, plan, retune, variants
 from smart.reward import load_reward
 
 
@@ -290,6 +290,25 @@ def test_what_the_base_writes_becomes_a_corpus_and_survives_a_kill(tmp_path: Pat
     assert json.loads((out / "state.json").read_text())["midi"] == first
     corpus = Corpus(out / "corpus")
     assert all(len(corpus.split(split)) for split in ("train", "validation", "test"))
+
+
+def test_the_smoke_tests_checkpoints_go_and_come_back_when_they_are_needed(out: Path) -> None:
+    made = "; [(here / 'checkpoints' / '1' / name).write_text('x') for name in ('model.safetensors', 'manifest.json')]"
+    tuned = step("tuned", "(here / 'checkpoints' / '1').mkdir(parents=True)" + made)
+    tuned = tuned._replace(outputs=("checkpoints/*/manifest.json",))
+    reads = "(here / 'made.txt').write_text((here.parent / 'tuned/checkpoints/1/model.safetensors').read_text())"
+    steps = [tuned, step("frontier", reads, "tuned")]
+    weights = out / "tuned" / "checkpoints" / "1" / "model.safetensors"
+    book = go(out, *steps)
+    drop_checkpoints(out)
+    assert not weights.exists()
+    retune(steps, book)
+    assert all(book.is_done(one) for one in steps), "nothing needs them"
+    steps[1] = steps[1]._replace(given="changed")
+    retune(steps, book)
+    assert not book.is_done(tuned)
+    go(out, *steps)
+    assert weights.is_file() and (out / "frontier" / "made.txt").read_text() == "x"
 
 
 def test_a_kill_while_the_first_file_is_written_leaves_nothing_in_the_way(tmp_path: Path) -> None:

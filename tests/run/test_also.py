@@ -23,6 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from smart import UserError
 from smart.config import TRACKERS, PretrainConfig, dumps, load
+from smart.doctor.machine import MISSING, _packages
 from smart.run import Tracker, also, check_packages
 from smart.run.roll import KEYS, LOWEST, ROW, piano_roll
 
@@ -195,6 +196,8 @@ def test_a_package_that_is_missing_is_named_before_the_run(monkeypatch: pytest.M
     with pytest.raises(UserError, match="a run needs wandb: pip install wandb"):
         check_packages(["wandb"])
     check_packages()
+    found = _packages(load("quickstart.toml", ['track.also=["wandb"]']))
+    assert found == (MISSING, "a run needs wandb", "pip install wandb")
 
 
 def test_none_is_imported_unless_it_is_asked_for() -> None:

@@ -49,7 +49,7 @@ def test_every_option_is_explained() -> None:
             if not isinstance(option, click.Option) or option.hidden:
                 continue
             text = (option.help or "").partition("  [default")[0]
-            assert len(text.split()) > 1, f"{program.name} {option.opts}: {text!r}"
+            assert len(text.split()) > 3, f"{program.name} {option.opts}: {text!r}"
             assert text[0].isupper() and text.endswith((".", ".)")), f"{program.name} {option.opts}: {text!r}"
 
 

@@ -80,10 +80,13 @@ class CudaTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> "CudaTensor":
         return torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined, no-any-return]
-            cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, device=CUDA
-        )
+            cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype,
+            device=DEVICE.device,
+        )  # fmt: skip
 
     def __init__(self, held: torch.Tensor) -> None:
+        if DEVICE.device.type == "mps" and held.dtype in (torch.float64, torch.complex128):
+            raise TypeError(f"Cannot convert a MPS Tensor to {held.dtype}, at {DEVICE.place()}")
         self.held = held
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -100,7 +103,7 @@ class CudaTensor(torch.Tensor):
         return self.held.tolist()
 
     def new_tensor(self, data: Any, *, dtype: Any = None, **_: Any) -> torch.Tensor:
-        return torch.tensor(data, dtype=dtype or self.dtype, device=CUDA)
+        return torch.tensor(data, dtype=dtype or self.dtype, device=DEVICE.device)
 
     def untyped_storage(self) -> Any:
         return self.held.untyped_storage()
@@ -131,7 +134,8 @@ class Device:
     "float32 in TF32" (matrix products and convolutions that a GPU would round).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = CUDA) -> None:
+        self.device = device
         self.counts: Counter[str] = Counter()
         self.places: Counter[tuple[str, str]] = Counter()  # of (key of counts, file:line)
         self.attention: Counter[tuple[str, str]] = Counter()  # of (file:line, kernel)
@@ -210,13 +214,13 @@ class Device:
         here = [part for part in parts if isinstance(part, CudaTensor)]
         there = [part for part in parts if not isinstance(part, CudaTensor)]
         named = kwargs.get("device")
-        target = torch.device(named) if named is not None else (CUDA if here else CPU)
+        target = torch.device(named) if named is not None else (self.device if here else CPU)
         name = function._schema.name.partition("::")[2]
-        if target.type not in ("cpu", "cuda"):
+        if target.type not in ("cpu", self.device.type):
             return function(*args, **kwargs)
         if not here and target.type == "cpu":
             return self._on_host(function, args, kwargs)
-        if name == "_to_copy" and isinstance(args[0], CudaTensor) != (target.type == "cuda"):
+        if name == "_to_copy" and isinstance(args[0], CudaTensor) != (target.type != "cpu"):
             return self._move(function, args, kwargs, target)
         if name == "copy_" and isinstance(args[0], CudaTensor) != isinstance(args[1], CudaTensor):
             return self._copy(*args, **kwargs)
@@ -249,6 +253,8 @@ class Device:
 
     def _on_host(self, function: Any, args: Any, kwargs: Any) -> Any:
         pin = kwargs.get("pin_memory")
+        if pin and self.device.type != "cuda":
+            raise RuntimeError(f"pinned memory is CUDA's, at {self.place()}")
         made = function(*args, **{key: value for key, value in kwargs.items() if key != "pin_memory"})
         large = isinstance(made, torch.Tensor) and made.numel() > 32_768  # shared out to the threads of torch
         if large and not function.is_view and threading.current_thread() is threading.main_thread():

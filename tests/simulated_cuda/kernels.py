@@ -21,6 +21,8 @@ def attention(
         if torch.is_autocast_enabled("cuda") and not _needs_grad(given):
             fast = torch.get_autocast_dtype("cuda")
             given = tuple(p.to(fast) if p is not None and p.is_floating_point() else p for p in given)  # type: ignore[assignment]
+        if DEVICE.device.type != "cuda" and _needs_grad(given):  # torch asks a registry without such a device
+            return torch.ops.aten._scaled_dot_product_attention_math(*given, dropout_p, is_causal, **options)[0]
     return _one_kernel("attention", plain_attention, *given, dropout_p, is_causal, **options)
 
 

@@ -41,7 +41,7 @@ def reason_not_to_run() -> str:
 def _guard_device() -> None:
     """Have autograd find a device guard for CUDA, one that does nothing: that of the device "meta"."""
     torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]  # in a build for CUDA, without a GPU
-    cuda, meta = 1, 14  # c10::DeviceType
+    cuda, mps, meta = 1, 13, 14  # c10::DeviceType
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     guards = (ctypes.c_void_p * (meta + 1)).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
     if guards[cuda]:
@@ -57,18 +57,22 @@ def _guard_device() -> None:
             raise OSError(ctypes.get_errno(), "this system does not let a program change its own code")
         if rights & mmap.PROT_WRITE:
             ctypes.memmove(function, code, len(code))
-    guards[cuda] = guards[meta]
+    guards[cuda] = guards[mps] = guards[meta]
 
 
 @contextlib.contextmanager
-def simulated(*, devices: int = 1, name: str = "simulated") -> Iterator[Device]:
+def simulated(*, devices: int = 1, name: str = "simulated", kind: str = "cuda") -> Iterator[Device]:
     """Within the block there is a CUDA device, of which torch says that there are ``devices``; it counts from zero.
 
-    Skips the test where no device can be simulated.
+    ``kind`` "mps": an Apple GPU instead, which has neither float64 nor pinned memory. Skips the test where no device
+    can be simulated.
     """
     if reason := reason_not_to_run():
         pytest.skip(reason)
-    DEVICE.__init__()  # type: ignore[misc]
+    if kind != "cuda" and torch.version.cuda:
+        pytest.skip("a build of torch for CUDA asks other devices for their streams")
+    on_cuda = kind == "cuda"
+    DEVICE.__init__(torch.device(kind, 0))  # type: ignore[misc]
     plain_run = threading.Thread.run
 
     def run(thread: threading.Thread) -> None:  # modes are a thread's
@@ -81,7 +85,8 @@ def simulated(*, devices: int = 1, name: str = "simulated") -> Iterator[Device]:
     overwritten = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # or module.to() loses the subclass
     replaced: dict[str, Any] = {
-        "_lazy_init": lambda: None, "is_available": lambda: True, "device_count": lambda: devices,
+        "_lazy_init": lambda: None, "is_available": lambda: on_cuda,
+        "device_count": lambda: devices * on_cuda,
         "current_device": lambda: 0, "set_device": lambda device: None, "is_bf16_supported": lambda *_, **__: True,
         "get_device_capability": lambda *_: (8, 6), "get_device_name": lambda *_: name, "Stream": Stream,
         "Event": Event, "CUDAGraph": Graph, "graph": Capture, "stream": stream_context,
@@ -99,6 +104,7 @@ def simulated(*, devices: int = 1, name: str = "simulated") -> Iterator[Device]:
         stack.enter_context(mock.patch.object(torch.inference_mode, "__exit__", leave))
         for key, value in replaced.items():
             stack.enter_context(mock.patch.object(torch.cuda, key, value))
+        stack.enter_context(mock.patch.object(torch.backends.mps, "is_available", lambda: not on_cuda))
         stack.enter_context(mock.patch.object(torch, "Generator", Generator))
         stack.enter_context(mock.patch.object(threading.Thread, "run", run))
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))

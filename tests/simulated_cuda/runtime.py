@@ -9,7 +9,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
 
-from simulated_cuda.device import CPU, CUDA, DEVICE, CudaTensor
+from simulated_cuda.device import CPU, DEVICE, CudaTensor
 
 
 class Stream:
@@ -112,7 +112,7 @@ class Generator(torch.Generator):
 
     def __init__(self, device: Any = "cpu") -> None:
         device = torch.device(device)
-        self._device = CUDA if device.type == "cuda" else device
+        self._device = DEVICE.device if device.type == DEVICE.device.type else device
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -140,5 +140,6 @@ class Functions(TorchFunctionMode):
 
 def _with_index(value: Any) -> Any:
     """The device "cuda" is the current one, which a build without CUDA cannot find out."""
-    named = isinstance(value, str) and value == "cuda"
-    return CUDA if named or (isinstance(value, torch.device) and value.type == "cuda") else value
+    here = DEVICE.device
+    named = isinstance(value, str) and value == here.type
+    return here if named or (isinstance(value, torch.device) and value.type == here.type) else value

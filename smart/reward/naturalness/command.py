@@ -45,7 +45,12 @@ soundfonts = click.option(
     "--work", default=None, type=click.Path(path_type=Path), show_default="OUT.work, removed at the end",
     help="Folder for rendered excerpts and unfinished networks; the same command continues from it.",
 )  # fmt: skip
-@click.option("--spectra", default="log", type=click.Choice(["log", "mel"]), help="What the ear hears.")
+@click.option(
+    "--spectra",
+    default="log",
+    type=click.Choice(["log", "mel"]),
+    help="Spectra that the ear hears: 88 semitones (log) or 128 mel bands (mel).",
+)
 @click.option(
     "--part", default="1/1", type=Part(),
     help="Use only this part of the pieces; two ears with 1/2 and 2/2 share none.",
@@ -58,7 +63,12 @@ soundfonts = click.option(
 @click.option("--members", default=2, type=click.IntRange(1, 8), help="Number of networks; the least rating counts.")
 @click.option("--steps", default=1500, type=click.IntRange(min=1), help="Training steps of each network.")
 @click.option("--batch", default=24, type=click.IntRange(min=2), help="Excerpts of a step, with their corruptions.")
-@click.option("--learning-rate", default=2e-3, type=click.FloatRange(0, 1, min_open=True), help="Largest step size.")
+@click.option(
+    "--learning-rate",
+    default=2e-3,
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Largest step size of the optimiser in the training.",
+)
 @click.option(
     "--precision", default="bfloat16", type=click.Choice(["bfloat16", "float32"]),
     help="Number format of the training; bfloat16 is about twice as fast on processors that know it.",
@@ -83,7 +93,7 @@ def train(**given: Any) -> None:
 @click.argument("ear", default="naturalness")
 @midi
 @soundfonts
-@click.option("--excerpts", default=100, type=click.IntRange(min=2), help="Number of excerpts.")
+@click.option("--excerpts", default=100, type=click.IntRange(min=2), help="Number of excerpts to test the ear on.")
 @click.option("--kind", "kinds", multiple=True, help="Corruption to test; repeatable; without it: all of them.")
 @click.option("--seed", default=1, type=click.IntRange(min=0), help="Seed of excerpts and corruptions.")
 @click.option(
