@@ -71,9 +71,14 @@ def teach_base(folder: Path) -> None:
     save_base(model, tokenizer, folder)
 
 
+ALONE = {"rewards": "[]", "reward.target": "none"}  # of the quickstart's two rewards the first, without a target
+
+
 def arguments(base: Path, folder: Path, **changes: Any) -> list[str]:
-    settings = {"model.base": base, "run.folder": folder, "run.name": "r", **SMALL, **changes}
-    return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    """Settings of a small run, as words; None leaves one to the configuration."""
+    settings = {"model.base": base, "run.folder": folder, "run.name": "r", **ALONE, **SMALL, **changes}
+    given = {key: value for key, value in settings.items() if value is not None}
+    return [part for key, value in given.items() for part in ("--set", f"{key}={value}")]
 
 
 def start(program: str, *args: str, **options: Any) -> subprocess.Popen[str]:

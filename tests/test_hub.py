@@ -37,7 +37,7 @@ def tuned(tmp_path: Path, base: Path) -> Path:
 
     run = tmp_path / "secret" / "waltz"
     run.mkdir(parents=True)
-    words = [f"model.base={base}", "run.seed=7", "grpo.iterations=20", f"run.folder={run.parent}"]
+    words = [f"model.base={base}", "run.seed=7", "grpo.iterations=20", f"run.folder={run.parent}", "rewards=[]"]
     (run / "config.toml").write_text(dumps(load("quickstart.toml", words)))
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in METRICS))
     rewards = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import arguments, assert_same_run, metrics, run
+from runs import ALONE, arguments, assert_same_run, metrics, run
 
 from smart.render import find_soundfont
 
@@ -52,7 +52,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def tune(config: Path, base: Path, *words: str, **changes: Any) -> str:
-    small = {"track.trace_every": 0, "grpo.iterations": 4, **changes}
+    small = {"track.trace_every": 0, "grpo.iterations": 4, **dict.fromkeys(ALONE), **changes}
     status, output = run("grpo", "--config", str(config), *arguments(base, config.parent, **small), *words)
     assert status == 0, output
     return output

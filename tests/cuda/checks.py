@@ -217,6 +217,7 @@ RUN = {
     "sampling.max_new_tokens": 36, "render.workers": 1, "track.checkpoint_every": 2, "track.samples_every": 2,
     "track.samples": 1, "track.final_prompts": 3, "track.final_listen": 1, "track.held_out_every": 2,
     "track.held_out_prompts": 2, "run.device": "cuda", "run.name": "r",
+    "reward.target": "none",
 }  # fmt: skip
 
 
@@ -227,7 +228,9 @@ def tune(folder: Path, *, resume: bool = False, **changes: Any) -> Path:
 
     settings = RUN | {"run.folder": str(folder)} | {key.replace("__", "."): value for key, value in changes.items()}
     written = {key: f"'{value}'" if isinstance(value, str) else str(value).lower() for key, value in settings.items()}
-    return train(load("quickstart.toml", [f"{key}={value}" for key, value in written.items()]), resume=resume)
+    return train(
+        load("quickstart.toml", ["rewards=[]", *(f"{key}={value}" for key, value in written.items())]), resume=resume
+    )
 
 
 @contextlib.contextmanager

@@ -180,6 +180,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tuning run's folder, with checkpoints that move ever further from the base."""
     folder = tmp_path_factory.mktemp("runs") / "sharp"
     settings = ("sampling.max_new_tokens=40", "render.seconds=2.0", "render.workers=1", "grpo.beta=0.5")
+    settings += ("rewards=[]", "reward.target=none", "guard.judge.kind=plausibility")
     folder.mkdir()
     base = shutil.copytree(SHIPPED / "piano-small", folder.parent / "base")
     (folder / "config.toml").write_text(dumps(load("quickstart.toml", (*settings, f"model.base={base}"))))

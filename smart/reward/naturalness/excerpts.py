@@ -281,8 +281,8 @@ def in_a_room(clips: Sequence[torch.Tensor], draw: np.random.Generator) -> list[
     """Clips (S,) in one and the same room, which echoes for 0.2 to 1.8 s (RT60), up to as loud as the piano itself."""
     rt60, level, dull = draw.uniform(0.2, 1.8), draw.uniform(0.05, 1.0), draw.uniform(-1.0, 0.0)
     samples = int(rt60 * SAMPLE_RATE)
-    noise = np.fft.rfft(draw.standard_normal(samples))
-    noise = np.fft.irfft(noise * np.linspace(1, len(noise), len(noise)) ** (dull / 2), samples)  # high tones fade first
+    tones = np.fft.rfft(draw.standard_normal(samples))
+    noise = np.fft.irfft(tones * np.linspace(1, len(tones), len(tones)) ** (dull / 2), samples)  # high tones are softer
     echo = noise * np.exp(-6.9 * np.arange(samples) / samples)
     echo *= level / np.sqrt((echo**2).sum())
     echo[0] += 1.0
