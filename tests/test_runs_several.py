@@ -120,7 +120,8 @@ def test_each_reward_is_normalised_in_its_group(config: Path, base: Path) -> Non
     ],
 )
 def test_a_mistake_is_one_line(config: Path, base: Path, changes: dict[str, str], message: str) -> None:
-    status, output = run("grpo", "--config", str(config), *arguments(base, config.parent, **changes))
+    settings = dict.fromkeys(ALONE) | changes
+    status, output = run("grpo", "--config", str(config), *arguments(base, config.parent, **settings))
     assert status == 2 and message in output and "Traceback" not in output, output
     assert not (config.parent / "r").exists()
 
