@@ -16,7 +16,7 @@ from smart.run import backend_option, in_one_line
 @click.command()
 @click.option(
     "--model",
-    default="piano-small",
+    default="piano",
     show_default=True,
     help="Base model (shipped name, folder or hub id) or folder of a run.",
 )
@@ -63,7 +63,7 @@ from smart.run import backend_option, in_one_line
 )
 @click.option(
     "--temperature",
-    default=1.0,
+    default=0.95,
     show_default=True,
     type=click.FloatRange(0, 100, min_open=True),
     help="Temperature of the sampling: below 1 it prefers likely tokens, above 1 it draws unlikely ones more often.",

@@ -131,8 +131,8 @@ def plan(
     drawn += ["--top-p", str(config.sampling.top_p), "--backend", config.render.backend]
 
     def writes(count: int, *more: str) -> tuple[str, ...]:
-        tokens = ("--tokens", str(config.sampling.max_new_tokens), "-n", str(count))
-        return ("smart.generate", "--model", config.model.base, *tokens, *sound, *device, *more)
+        drawing = ("--tokens", str(config.sampling.max_new_tokens), "--temperature", str(config.sampling.temperature))
+        return ("smart.generate", "--model", config.model.base, *drawing, "-n", str(count), *sound, *device, *more)
 
     def tunes(name: str, one: Config) -> Step:
         told = f"{one.grpo.iterations} iterations, beta {one.grpo.beta:g}, {one.prompts.kind} prompts"
