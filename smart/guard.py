@@ -46,6 +46,7 @@ VARIETY = ("vendi", "vendi_within", "distance", "distinct_4grams", "pitches")
 COLLAPSED_SHARE = 0.5  # of the base's value
 # far from the base a smaller loss is enough; healthy runs of the quickstart lose as much, but stay under 0.2 nats
 FAR_KL, FAR_COLLAPSED_SHARE = 0.25, 0.75  # nats per token; of the base's value
+JUDGE_DROP = 0.5  # standard deviations of the base's ratings by the judge
 
 
 def collapsed(baseline: Mapping[str, float], now: Mapping[str, float]) -> str | None:
@@ -64,6 +65,17 @@ def collapsed(baseline: Mapping[str, float], now: Mapping[str, float]) -> str | 
         if after < FAR_COLLAPSED_SHARE * before and kl > FAR_KL:
             reason = f"{name} is {after:.3g}, under three quarters of the base's {before:.3g}"
             return f"{reason}, at a KL of {kl:.2g} nats per token"
+    return None
+
+
+def judged_lower(baseline: Mapping[str, float], now: Mapping[str, float]) -> str | None:
+    """Why the judge speaks against the pieces of ``now``, or None: its mean rating fell by half a standard deviation.
+
+    The deviation is that of the base's pieces; plausibility, which falls in healthy runs too, has none.
+    """
+    before, after, deviation = baseline["judge"], now["judge"], baseline.get("judge_std", math.nan)
+    if deviation > 0 and before - after > JUDGE_DROP * deviation:
+        return f"the judge's rating is {after:.3g}, more than half a standard deviation under the base's {before:.3g}"
     return None
 
 
@@ -129,6 +141,11 @@ class Judge:
             self.name = f"the mean of the other axes of {reward.name} ({' '.join(self.axes)})"
         else:
             self.name = "plausibility (mean log-probability per token under the base model)"
+
+    @property
+    def rates(self) -> bool:
+        """Whether it gives ratings; plausibility is a log-probability."""
+        return self.other is not None or bool(self.axes)
 
     def rate(self, drawn: Drawn, batch: Batch, batches: Batches) -> torch.Tensor:
         """(N,) ratings of ``batch``, NaN for clips that failed; ``drawn`` is this process's share of it."""
@@ -216,7 +233,7 @@ class HeldOut:
         return {
             "reward": rated.rewards.nanmean().item(),
             "judge": judged.nanmean().item(),
-            "judge_std": judged[judged.isfinite()].std().item(),
+            **({"judge_std": judged[judged.isfinite()].std().item()} if self.judge.rates else {}),
             "plausibility": plausibility(batch).mean().item(),
             "kl": (kl.sum() / length.sum()).item(),
             "kl_sequence": kl.mean().item(),
@@ -270,8 +287,9 @@ class Guard:
 
     @property
     def collapse(self) -> str | None:
-        """Why the last two measurements count as collapsed, or None."""
-        reasons = [self._collapsed(measured) for measured in self.history[-2:]]
+        """Why the last two measurements count as collapsed, or None: little variety, or the judge rates them lower."""
+        base = self.history[0].values if self.history else {}
+        reasons = [self._collapsed(one) or judged_lower(base, one.values) for one in self.history[-2:]]
         return reasons[-1] if len(reasons) == 2 and all(reasons) else None
 
     @property

@@ -14,7 +14,7 @@ from symusic import Note, Score, Track
 from smart import UserError, diversity
 from smart.distributed import World
 from smart.diversity import alikeness
-from smart.guard import COMPLETIONS, Guard, HeldOut, Judge, Measured, collapsed, effective_number
+from smart.guard import COMPLETIONS, Guard, HeldOut, Judge, Measured, collapsed, effective_number, judged_lower
 from smart.logprobs import Reference
 from smart.prompts import draw
 from smart.render import RenderPool, find_soundfont
@@ -99,6 +99,20 @@ def test_one_bad_measurement_is_no_collapse_and_two_in_a_row_are() -> None:
     assert guard.stop is None  # stop_on_collapse is off
     assert history((0.1, 5, 9), (0.1, 5, 8), stop_on_collapse=True).stop == guard.collapse
     assert history((0.1, 5, 9), (0.1, 5, 8), (0.1, 5, 15), stop_on_collapse=True).stop is None
+
+
+def test_a_judge_that_speaks_against_the_pieces_twice_is_a_collapse() -> None:
+    base = {"judge": 6.0, "judge_std": 2.0}
+    assert judged_lower(base, {"judge": 5.0}) is None and judged_lower(base, {"judge": math.nan}) is None
+    said = "the judge's rating is 4.9, more than half a standard deviation under the base's 6"
+    assert judged_lower(base, {"judge": 4.9}) == said
+    assert judged_lower({"judge": -1.5}, {"judge": -3.0}) is None, "plausibility"
+    assert judged_lower(base | {"judge_std": 0.0}, {"judge": 5.0}) is None
+    guard = Guard(None, stop_on_collapse=True)
+    guard.history = [Measured(step, {"judge": judge, "judge_std": 2.0, "kl": 0.1}) for step, judge in ((0, 6), (10, 4))]
+    assert guard.collapse is None, "once"
+    guard.history.append(Measured(20, {"judge": 4.9, "kl": 0.1}))
+    assert guard.collapse == guard.stop == said and guard.best == 20, "the best is chosen by the judge itself"
 
 
 def test_the_budget_stops_where_it_is_reached() -> None:
