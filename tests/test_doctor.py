@@ -59,7 +59,7 @@ def test_a_machine_that_is_ready(tmp_path: Path) -> None:
         ("render.soundfont=~unknown/x.sf2", "soundfont", "~unknown/x.sf2 does not exist", None),
         ("render.soundfont=musescore", "soundfont", "is not on this machine", "apt-get install musescore-general"),
         ("render.soundfont=no.sf2", "soundfont", "does not exist", None),
-        ("reward.kind=none", "reward", 'no reward "none"', "--set reward.kind=ce_proxy"),
+        ("reward.kind=taste", "reward", 'no reward "taste"', "--set reward.kind=ce_proxy"),
         ("reward.kind=audiobox", "reward", "is not in the cache", "download facebook/audiobox-aesthetics"),
         ("prompts.kind=dataset", "prompts", "prompts.corpus is empty", "smart corpus build"),
         ("run.folder=/proc/none", "disk", "cannot be written", "--set run.folder="),
