@@ -210,7 +210,7 @@ def test_training_from_a_folder_to_a_reward_and_again_after_it_was_interrupted(
     )
     ear = load_reward("naturalness", model=whole)
     assert isinstance(ear, Ear) and ear.facts["pieces"] + ear.facts["held_out_pieces"] == 16
-    assert 6 < ear.real["NA"] < 8 and set(ear.real_by_soundfont) == {"timgm"}  # 7 where it learnt, here held out
+    assert 5 < ear.real["NA"] < 9 and set(ear.real_by_soundfont) == {"timgm"}  # 7 where it learnt, here held out
     assert len(ear.facts["curves"]) == 2 and [entry[0] for entry in ear.facts["curves"][0]] == [1, 2, 3]
 
     run, calls = training.Trainer.run, [0]
