@@ -35,8 +35,8 @@ SMALL = {
 
 HELD_OUT = {
     f"held_out/{name}" for name in (
-        "reward", "judge", "judge_std", "plausibility", "kl", "kl_sequence", "pitches", "velocities", "silent_rate", "length",
-        "collapsed", *(f"{name}{of}" for name in ("vendi", "vendi_audio", "distance", "distinct_4grams")
+        "reward", "judge", "judge_std", "plausibility", "kl", "kl_sequence", "pitches", "velocities", "silent_rate",
+        "length", "collapsed", *(f"{name}{of}" for name in ("vendi", "vendi_audio", "distance", "distinct_4grams")
                        for of in ("", "_within")),
     )
 }  # fmt: skip
