@@ -22,8 +22,8 @@ if not README.is_file():
 # a whole run in seconds: the arguments added to those on the page
 SHORT = {
     "smart.grpo": {
-        "grpo.iterations": 2, "grpo.prompts": 2, "grpo.group_size": 2, "sampling.max_new_tokens": 24,
-        "render.workers": 1, "render.seconds": 2.0, "track.final_prompts": 2, "track.checkpoint_every": 1,
+        "grpo.iterations": 2, "grpo.prompts": 2, "grpo.group_size": 2, "sampling.max_new_tokens": 48,
+        "render.workers": 1, "render.seconds": 4.0, "track.final_prompts": 2, "track.checkpoint_every": 1,
     },
     "benchmarks/iteration.py": {
         "grpo.group_size": 2, "sampling.max_new_tokens": 24, "render.workers": 1, "render.seconds": 2.0,

@@ -233,7 +233,8 @@ def test_without_any_dependency_one_line_says_so(arguments: list[str]) -> None:
     path = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
     done = subprocess.run([sys.executable, "-S", *arguments], capture_output=True, text=True, env=path)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and "docs/install.md" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "docs/install.md" in done.stderr or " -m pip install " in done.stderr  # where a wheel left its metadata
 
 
 def test_a_wheel_without_its_dependencies_names_the_command_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
