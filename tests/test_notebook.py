@@ -64,7 +64,7 @@ class Kernel:
         self.manager.shutdown_kernel(now=True)
 
     def run(self, cell: str, *, interrupt_at: str = "") -> tuple[str, str]:
-        """The text that a cell writes, and its error or ""; it is interrupted once the text matches ``interrupt_at``."""
+        """What a cell writes, and its error or ""; it is interrupted when the text matches ``interrupt_at``."""
         asked = self.client.execute(cell)
         text, error, until = "", "", time.monotonic() + PATIENCE
         while time.monotonic() < until:
