@@ -46,7 +46,7 @@ def anonymous_file() -> int:
 
 def path_of(descriptor: int) -> str | None:
     """A path by which libraries can open a file without a name from its beginning; None if the system has none."""
-    path = f"/proc/self/fd/{descriptor}"  # not /dev/fd, where other systems go on at the descriptor's position
+    path = f"/proc/self/fd/{descriptor}"  # not /dev/fd: on other systems it shares the descriptor's position
     return path if os.path.exists(path) else None
 
 

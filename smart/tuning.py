@@ -464,7 +464,7 @@ class Tuning:
         """The guard's measurement after ``step`` iterations; pieces of it are kept as often as others are.
 
         The policy and the base write them for the same prompts with the same random numbers, so that they can be
-        compared while the run goes on.
+        compared during the run.
         """
         track, held_out = self.config.track, self.guard.held_out
         measured = self.guard.look(step, self.samplers[name])

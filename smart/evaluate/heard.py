@@ -16,7 +16,7 @@ from smart.files import sha256
 from smart.listen import in_words
 from smart.render import RenderError, RenderPool, checked_soundfont
 
-AXES = 4  # ratings named beside a player, at most
+AXES = 4  # most ratings that a player shows
 
 
 class Clip(NamedTuple):

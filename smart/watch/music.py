@@ -1,4 +1,4 @@
-"""Completions as music: notes at once, and audio when somebody asks for it, with the renderer of their run."""
+"""Completions as music: notes immediately, audio on request, rendered as their run renders."""
 
 import io
 import threading

@@ -48,7 +48,7 @@ def server(runs: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def run(runs: Path, tmp_path: Path) -> Path:
-    """A run of its own, for a test that changes it."""
+    """A copy of a run, for a test that changes it."""
     return Path(shutil.copytree(runs / "one", tmp_path / "runs" / "one", symlinks=True))
 
 
