@@ -3,8 +3,6 @@
 import csv
 import io
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+from browser import launched
 from conftest import HOSTILE, Demo
 from symusic import Score
 from test_demo import Parsed, a_piece, decode85, pcm
@@ -22,21 +21,11 @@ from smart.reward import load_reward
 
 pytestmark = pytest.mark.slow
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-BROWSER = shutil.which("chromium")
-if BROWSER is None:
-    if os.environ.get("CI") == "true":
-        raise RuntimeError("no Chromium is installed: apt-get install chromium")
-    pytest.skip("no Chromium is installed: apt-get install chromium", allow_module_level=True)
-
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
-        launched = playwright.chromium.launch(executable_path=BROWSER, args=arguments)
-        yield launched
-        launched.close()
+    with launched() as opened:
+        yield opened
 
 
 @pytest.fixture(params=[{}])

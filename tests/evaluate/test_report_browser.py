@@ -1,29 +1,19 @@
 """The page of a report in a real browser (Debian's Chromium, headless), opened from file://."""
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import launched
 from test_report import Make, make, run, two_systems  # noqa: F401 -- make is a fixture
 
 pytestmark = pytest.mark.slow
-
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-BROWSER = shutil.which("chromium")
-if BROWSER is None:
-    if os.environ.get("CI") == "true":
-        raise RuntimeError("no Chromium is installed: apt-get install chromium")
-    pytest.skip("no Chromium is installed: apt-get install chromium", allow_module_level=True)
 
 
 def test_it_plays_and_fits_a_phone(make: Make, tmp_path: Path) -> None:  # noqa: F811
     assert run("report", make("t", two_systems()), "--out", tmp_path / "out").exit_code == 0
     page_file = tmp_path / "out" / "index.html"
-    with sync_api.sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=arguments)
+    with launched() as browser:
         for width in (390, 1280):
             wrong: list[str] = []
             page: Any = browser.new_page(viewport={"width": width, "height": 800})
@@ -41,4 +31,3 @@ def test_it_plays_and_fits_a_phone(make: Make, tmp_path: Path) -> None:  # noqa:
             sound.evaluate("audio => audio.play()")
             page.wait_for_function("audio => audio.currentTime > 0.1", arg=sound)
             assert wrong == []
-        browser.close()

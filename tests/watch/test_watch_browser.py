@@ -12,6 +12,7 @@ import httpx
 import numpy as np
 import pytest
 import soundfile
+from browser import launched
 from runs import arguments, start
 from symusic import Score
 from watch_server import Server
@@ -20,23 +21,14 @@ from smart.render import score_notes
 
 pytestmark = pytest.mark.slow
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-BROWSER = shutil.which("chromium")
-if BROWSER is None:
-    if os.environ.get("CI") == "true":
-        raise RuntimeError("no Chromium is installed: apt-get install chromium")
-    pytest.skip("no Chromium is installed: apt-get install chromium", allow_module_level=True)
 
 PATIENCE = 120_000  # milliseconds, on a busy machine
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        arguments = ["--no-sandbox", "--autoplay-policy=no-user-gesture-required"]
-        launched = playwright.chromium.launch(executable_path=BROWSER, args=arguments)
-        yield launched
-        launched.close()
+    with launched() as opened:
+        yield opened
 
 
 class Visitor:
