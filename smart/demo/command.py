@@ -7,7 +7,7 @@ import click
 from smart import FilePath, Renamed
 from smart.prompts import KINDS
 from smart.render import RenderError
-from smart.run import backend_option, in_one_line
+from smart.run import backend_option, in_one_line, soundfont_option, temperature_option, tokens_option, workers_option
 
 
 @click.command()
@@ -51,17 +51,8 @@ from smart.run import backend_option, in_one_line
     type=click.IntRange(0, 2**31 - 1),
     help="Seed of the prompts and of the sampling.",
 )
-@click.option(
-    "--tokens",
-    default=256,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="Longest piece, in tokens after its prompt.",
-)
-@click.option(
-    "--temperature", default=1.0, show_default=True, type=click.FloatRange(0, 100, min_open=True),
-    help="Divides the logits when sampling; below 1 the models write more predictably.",
-)  # fmt: skip
+@tokens_option
+@temperature_option
 @click.option(
     "--top-k", default=0, show_default=True, type=click.IntRange(min=0),
     help="Sample only from the K most likely tokens (0: from all).",
@@ -80,9 +71,7 @@ from smart.run import backend_option, in_one_line
     metavar="KEY=VALUE",
     help="Option that is passed to the reward (repeatable).",
 )
-@click.option(
-    "--soundfont", default="timgm", show_default=True, help="Soundfont that plays the pieces: a short name or a path."
-)
+@soundfont_option
 @click.option(
     "--sample-rate", default=44100, show_default=True, type=click.IntRange(8000, 48000),
     help="Sample rate of the audio in Hz.",
@@ -92,13 +81,7 @@ from smart.run import backend_option, in_one_line
     help="Seconds to render, from the beginning of each piece.",
 )  # fmt: skip
 @backend_option
-@click.option(
-    "--workers",
-    default=0,
-    show_default=True,
-    type=click.IntRange(min=0),
-    help="Number of processes that render audio (0: one per usable core).",
-)
+@workers_option
 @click.option(
     "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda", "mps"]),
     help="Where models and rewards run; auto: on CUDA if available; mps: on an Apple GPU (experimental).",

@@ -9,7 +9,15 @@ from smart import FilePath, Group, Renamed
 from smart.corpus import SPLITS
 from smart.prompts import KINDS
 from smart.render import RenderError
-from smart.run import accept_option, backend_option, in_one_line
+from smart.run import (
+    accept_option,
+    backend_option,
+    in_one_line,
+    soundfont_option,
+    temperature_option,
+    tokens_option,
+    workers_option,
+)
 
 BLOCK = 64  # most pieces per prompt: as many as are sampled together (``smart.rollout.BLOCK``)
 
@@ -92,9 +100,7 @@ def clip_options(most_seconds: float) -> Callable[[Callable[..., None]], Callabl
     type=click.IntRange(0, 2**31 - 1),
     help="Seed of the prompts and of the sampling.",
 )
-@click.option(
-    "--soundfont", default="timgm", show_default=True, help="Soundfont that plays the pieces: a short name or a path."
-)
+@soundfont_option
 @click.option(
     "--sample-rate", default=44100, show_default=True, type=click.IntRange(8000, 192_000),
     help="Sample rate of the audio in Hz.",
@@ -103,17 +109,8 @@ def clip_options(most_seconds: float) -> Callable[[Callable[..., None]], Callabl
     "--seconds", default=10.0, show_default=True, type=click.FloatRange(0, 600, min_open=True),
     help="Seconds to render and rate, from the beginning of each piece.",
 )  # fmt: skip
-@click.option(
-    "--tokens",
-    default=256,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="Longest piece, in tokens after its prompt.",
-)
-@click.option(
-    "--temperature", default=1.0, show_default=True, type=click.FloatRange(0, 100, min_open=True),
-    help="Divides the logits when sampling; below 1 the models write more predictably.",
-)  # fmt: skip
+@tokens_option
+@temperature_option
 @click.option(
     "--top-k", default=0, show_default=True, type=click.IntRange(min=0),
     help="Sample only from the K most likely tokens (0: from all).",
@@ -124,13 +121,7 @@ def clip_options(most_seconds: float) -> Callable[[Callable[..., None]], Callabl
 )  # fmt: skip
 @click.option("--audio", type=FilePath(), help="Folder to save every piece in, as MIDI and WAV.")
 @backend_option
-@click.option(
-    "--workers",
-    default=0,
-    show_default=True,
-    type=click.IntRange(0, 1024),
-    help="Number of processes that render audio (0: one per usable core).",
-)
+@workers_option
 @reward_options
 @accept_option
 def sample_command(**given: Any) -> None:
@@ -220,13 +211,7 @@ def rate_command(**given: Any) -> None:
     "--samples", default=0, show_default=True, type=click.IntRange(min=0),
     help="Completions of each iteration to rate, the first ones (0: all).",
 )  # fmt: skip
-@click.option(
-    "--workers",
-    default=0,
-    show_default=True,
-    type=click.IntRange(min=0),
-    help="Number of processes that render audio (0: one per usable core).",
-)
+@workers_option
 @click.option(
     "--backend", type=click.Choice(["pool", "bank"]),
     help="Renderer: worker processes (pool), or sums of notes that were rendered in advance (bank).  "

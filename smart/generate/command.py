@@ -10,7 +10,7 @@ from smart import FilePath, UserError
 from smart.generate.pieces import FILL_VERSIONS, generate
 from smart.generate.writer import ROWS
 from smart.render import RenderError
-from smart.run import backend_option, in_one_line
+from smart.run import backend_option, in_one_line, soundfont_option
 
 
 @click.command()
@@ -96,9 +96,7 @@ from smart.run import backend_option, in_one_line
 @click.option(
     "--reward-option", "options", multiple=True, metavar="KEY=VALUE", help="Setting of the reward (repeatable)."
 )
-@click.option(
-    "--soundfont", default="timgm", show_default=True, help="Soundfont that plays the pieces: a short name or a path."
-)
+@soundfont_option
 @click.option(
     "--sample-rate",
     default=44100,

@@ -3,7 +3,17 @@
 ``smart.run.checkpoint`` is used as a module: ``checkpoint.save``, ``checkpoint.latest``.
 """
 
-from smart.run.command import accept_option, backend_option, in_one_line, progress, run_command
+from smart.run.command import (
+    accept_option,
+    backend_option,
+    in_one_line,
+    progress,
+    run_command,
+    soundfont_option,
+    temperature_option,
+    tokens_option,
+    workers_option,
+)
 from smart.run.folder import (
     CONFIG,
     NEEDED,
@@ -55,6 +65,10 @@ __all__ = [
     "progress",
     "read_metrics",
     "run_command",
+    "soundfont_option",
     "summarise",
+    "temperature_option",
     "text_changes",
+    "tokens_option",
+    "workers_option",
 ]

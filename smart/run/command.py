@@ -146,6 +146,32 @@ def backend_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return option(function)
 
 
+soundfont_option = click.option(
+    "--soundfont", default="timgm", show_default=True, help="Soundfont that plays the pieces: a short name or a path."
+)
+tokens_option = click.option(
+    "--tokens",
+    default=256,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Longest piece, in tokens after its prompt.",
+)
+temperature_option = click.option(
+    "--temperature",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0, 100, min_open=True),
+    help="Divides the logits when sampling; below 1 the models write more predictably.",
+)
+workers_option = click.option(
+    "--workers",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0, 1024),
+    help="Number of processes that render audio (0: one per usable core).",
+)
+
+
 def accept_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """The option of a program that takes up unfinished work, for ``claim_folder``."""
     option = click.option(

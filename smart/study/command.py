@@ -5,7 +5,7 @@ from typing import Any
 import click
 
 from smart import FilePath, Group, Renamed
-from smart.run import accept_option, backend_option
+from smart.run import accept_option, backend_option, soundfont_option, temperature_option, tokens_option, workers_option
 from smart.study.loudness import TARGET
 from smart.study.ratings import HIGH, LOW
 
@@ -90,31 +90,11 @@ def main() -> None:
     type=FilePath(),
     help="Corpus whose test split the prompts come from (default: procedural prompts).",
 )
-@click.option(
-    "--soundfont", default="timgm", show_default=True, help="Soundfont that plays the pieces: a short name or a path."
-)
-@click.option(
-    "--tokens",
-    default=256,
-    show_default=True,
-    type=click.IntRange(min=1),
-    help="Longest piece, in tokens after its prompt.",
-)
-@click.option(
-    "--temperature",
-    default=1.0,
-    show_default=True,
-    type=click.FloatRange(0, 100, min_open=True),
-    help="Divides the logits when sampling; below 1 the models write more predictably.",
-)
+@soundfont_option
+@tokens_option
+@temperature_option
 @backend_option
-@click.option(
-    "--workers",
-    default=0,
-    show_default=True,
-    type=click.IntRange(0, 1024),
-    help="Number of processes that render audio (0: one per usable core).",
-)
+@workers_option
 @accept_option
 def build_command(**given: Any) -> None:
     """Build a study. A SYSTEM is a run's folder, a model's folder or shipped name, or a folder of WAV files."""
