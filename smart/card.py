@@ -1,5 +1,10 @@
 """``smart card RUN``: print the model card of a run or a base, which ``smart push`` uploads with it."""
 
+if __name__ == "__main__":  # before what may be missing is imported
+    from smart.__main__ import start
+
+    start("card")
+
 from pathlib import Path
 
 import click
@@ -19,7 +24,3 @@ def main(model: str, frontier: Path | None) -> None:
     from smart.model_card import write_card
 
     click.echo(write_card(model, frontier=frontier).text, nl=False)
-
-
-if __name__ == "__main__":
-    main()

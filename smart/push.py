@@ -3,6 +3,11 @@
 It uploads weights, configuration and tokenizer, and a model card (``smart.model_card``), in one commit.
 """
 
+if __name__ == "__main__":  # before what may be missing is imported
+    from smart.__main__ import start
+
+    start("push")
+
 from pathlib import Path
 
 import click
@@ -39,7 +44,3 @@ def main(model: str, hub_id: str, private: bool, update: bool, frontier: Path | 
     seen = "private" if done.private else "public"
     click.echo(f"{done.url}: {len(files)} files, {sum(sizes) / 1e6:.1f} MB, {seen}")
     click.echo(f"use it:  --set model.base={hub_id}, or smart generate --model {hub_id} --out pieces")
-
-
-if __name__ == "__main__":
-    main()

@@ -176,7 +176,7 @@ def demo(once: Once) -> Demo:
         from click.testing import CliRunner
 
         from smart.config import Config, dumps
-        from smart.demo import main
+        from smart.demo.command import main
         from smart.model import load_base, save_base
         from smart.run import checkpoint
 

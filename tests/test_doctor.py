@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from click.testing import CliRunner
 
-import smart.doctor
+import smart.doctor.command
 import smart.doctor.machine
 from smart.config import dumps, load
 from smart.model import SHIPPED
@@ -22,7 +22,7 @@ READY = ["--set", "render.workers=1"]
 
 def ask(*arguments: str) -> tuple[int, dict[str, list[str]]]:
     """The exit code, and the state, the text and the remedy of each row."""
-    done = CliRunner().invoke(smart.doctor.main, list(arguments))
+    done = CliRunner().invoke(smart.doctor.command.main, list(arguments))
     assert done.exception is None or isinstance(done.exception, SystemExit), done.output
     rows: dict[str, list[str]] = {}
     name = ""
@@ -130,7 +130,7 @@ def test_a_file_system_that_lacks_something_is_noted(monkeypatch: pytest.MonkeyP
 def test_a_ready_run_that_exists_is_continued(tmp_path: Path) -> None:
     overrides = ["--set", f"run.folder={tmp_path}", "--set", "run.name=mine", *READY]
     begin(tmp_path / "mine", overrides)
-    done = CliRunner().invoke(smart.doctor.main, overrides)
+    done = CliRunner().invoke(smart.doctor.command.main, overrides)
     command = [sys.executable, "-m", "smart.grpo", "--config", "quickstart.toml", *overrides, "--resume"]
     assert done.exit_code == 0 and done.output.endswith(f"ready: {shlex.join(command)}\n"), done.output
 

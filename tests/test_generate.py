@@ -23,7 +23,7 @@ from symusic import Note, Score, Tempo, TimeSignature, Track
 
 from smart import UserError
 from smart.files import hold
-from smart.generate import main
+from smart.generate.command import main
 from smart.generate.writer import WINDOW, Writer, last_bars, opening, unplayable_tokens
 from smart.reward import load_reward, resample
 from smart.sampler import Sampler

@@ -13,7 +13,7 @@ from symusic.core import ScoreTick
 from smart import UserError
 from smart.corpus import Limits, read_score
 from smart.corpus.events import END_OF_TRACK, Event, MidiFile, read_file
-from smart.generate import main
+from smart.generate.command import main
 from smart.generate.fill import fill_song
 from smart.generate.song import Song, continue_song, read_song
 from smart.generate.writer import WINDOW, Writer

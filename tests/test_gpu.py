@@ -8,7 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-import smart.doctor
+import smart.doctor.command
 from smart import UserError, gpu
 from smart.model import pick_device
 
@@ -183,7 +183,7 @@ def test_a_card_that_can_be_used(machine: gpu.Places, monkeypatch: pytest.Monkey
 def test_the_doctor_says_it_too(machine: gpu.Places, device: str, state: str) -> None:
     machine.version.write_text(CLOSED.format("535.104.05"))
     words = ["--set", f"run.device={device}", "--set", "reward.kind=none", "--set", "render.soundfont=no.sf2"]
-    lines = CliRunner().invoke(smart.doctor.main, words).output.splitlines()
+    lines = CliRunner().invoke(smart.doctor.command.main, words).output.splitlines()
     row = next(number for number, line in enumerate(lines) if line.split()[1:2] == ["torch"])
     assert lines[row].startswith(state) and "driver 535.104.05 is too old" in lines[row]
     assert lines[row + 1].strip().startswith("-> update the driver to 580 or newer or install")

@@ -245,6 +245,21 @@ def test_a_wheel_without_its_dependencies_names_the_command_that_installs_them(m
     assert packages.lacking() == f"{sys.executable} -m pip install 'absent>=1' 'more-absent[all]>=2'"
 
 
+@pytest.mark.parametrize("package", ["safetensors", "tinysoundfont"])
+def test_a_missing_package_is_one_line_of_every_program(package: str, tmp_path: Path) -> None:
+    """Started as a user starts them: a program that is a folder is imported before its ``__main__``."""
+    (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('No module named {package}', name='{package}')")
+    from smart.__main__ import PROGRAMS as listed
+
+    path = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{PACKAGE.parent}"}
+    for name in listed:
+        module = "smart.reward.naturalness" if name == "naturalness" else f"smart.{name}"
+        module = "smart.reward.calibrate" if name == "calibrate" else module
+        done = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, env=path)
+        assert "Traceback" not in done.stderr, f"{name}: {done.stderr}"
+        assert done.returncode == 0 or (done.returncode == 2 and package in done.stderr), (name, done.stderr)
+
+
 @pytest.mark.parametrize("name", ["grpo", "generate", "evaluate"])
 def test_without_the_renderer_every_program_names_the_command_that_installs_it(name: str) -> None:
     code = f"""

@@ -2,7 +2,3 @@
 
 python -m smart.demo --runs runs/quickstart@base runs/quickstart --out page.html
 """
-
-from smart.demo.command import main
-
-__all__ = ["main"]

@@ -3,7 +3,3 @@
 ``command`` is its command line, ``pieces`` writes a folder of pieces, ``writer`` their tokens; ``song`` reads a MIDI
 file to continue it, and ``fill`` writes some of its bars anew. ``table`` keeps what is finished.
 """
-
-from smart.generate.command import main
-
-__all__ = ["main"]

@@ -2,7 +2,3 @@
 
 Only ``key.csv`` tells which system made which excerpt; the server reads it and never sends it.
 """
-
-from smart.study.command import main
-
-__all__ = ["main"]

@@ -2,7 +2,3 @@
 
 smart watch runs
 """
-
-from smart.watch.command import main
-
-__all__ = ["main"]

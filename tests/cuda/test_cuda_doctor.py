@@ -14,7 +14,7 @@ from checks import EOS, some_prompts, tiny
 from click.testing import CliRunner
 from simulated_cuda import CPU, CUDA, simulated
 
-import smart.doctor
+import smart.doctor.command
 from smart.config import load
 from smart.doctor import agreement, gpu, speed
 from smart.doctor.check import BAD, DIFFERS, FAILED, OK, SKIPPED, Check, compare
@@ -224,7 +224,7 @@ def test_the_command_goes_on_after_a_failure(
 
     last = lambda: [compare("last", {"gap": 0.0}, {"gap": 1.0}, "")]  # noqa: E731
     monkeypatch.setattr(gpu, "parts", parts_of(one=work, last=last))
-    done = CliRunner().invoke(smart.doctor.main, ["--gpu"])
+    done = CliRunner().invoke(smart.doctor.command.main, ["--gpu"])
     assert done.exit_code == code, done.output
     found = json.loads(done.output.splitlines()[-1])
     assert found["ok"] == (code == 0)
@@ -242,7 +242,7 @@ def test_the_whole_check(device: torch.device, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(gpu, "LONG", 24)
     overrides = [word for text in SMALL for word in ("--set", text)]
     with thin_architecture():
-        done = CliRunner().invoke(smart.doctor.main, ["--gpu", *overrides])
+        done = CliRunner().invoke(smart.doctor.command.main, ["--gpu", *overrides])
     assert done.exit_code == 0, done.output
     found = json.loads(done.output.splitlines()[-1])
     names = " ".join(row["name"] for row in found["checks"])
@@ -253,7 +253,7 @@ def test_the_whole_check(device: torch.device, monkeypatch: pytest.MonkeyPatch) 
 def test_without_a_gpu_it_is_one_line() -> None:
     if torch.cuda.is_available():
         pytest.skip("a GPU is here")
-    done = CliRunner().invoke(smart.doctor.main, ["--gpu"])
+    done = CliRunner().invoke(smart.doctor.command.main, ["--gpu"])
     assert done.exit_code == 2 and done.output.count("\n") == 1 and "GPU" in done.output
 
 

@@ -96,8 +96,8 @@ def test_composing(tmp_path: Path) -> None:
     """``smart generate``, with grammar and best-of; what comparisons draw; log-probabilities of the frontier."""
     from click.testing import CliRunner
 
-    from smart import generate
     from smart.evaluate.frontier import base_logprobs
+    from smart.generate import command
     from smart.model import find_base, load_base
     from smart.reward import load_reward
     from smart.rollout import System, compose
@@ -105,7 +105,7 @@ def test_composing(tmp_path: Path) -> None:
     base = find_base("piano-small")
     with simulated():
         words = ["--out", str(tmp_path), "--device", "cuda", "-n", "2", "--tokens", "30", "--seconds", "2"]
-        result = CliRunner().invoke(generate.main, [*words, "--playable", "--best-of", "2"], catch_exceptions=False)
+        result = CliRunner().invoke(command.main, [*words, "--playable", "--best-of", "2"], catch_exceptions=False)
         assert result.exit_code == 0, result.output
         pieces = list(
             compose(

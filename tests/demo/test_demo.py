@@ -24,7 +24,7 @@ from conftest import HOSTILE, Demo
 from symusic import Note, Score, Track
 
 from smart.config import Config, dumps
-from smart.demo import main
+from smart.demo.command import main
 from smart.demo.page import Page, Section, quantise, rate
 from smart.render import score_notes
 from smart.reward import load_reward, resample

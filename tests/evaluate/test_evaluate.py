@@ -20,7 +20,8 @@ from symusic import Note, Score, Tempo, TimeSignature, Track
 from smart import UserError
 from smart.corpus import SPLITS, ShardWriter
 from smart.corpus.piece import Limits
-from smart.evaluate import hacks, main, rate, ratings, soundfonts
+from smart.evaluate import hacks, rate, ratings, soundfonts
+from smart.evaluate.command import main
 from smart.evaluate.sample import read_settings
 from smart.files import hold, sha256, write_atomically
 from smart.render import RenderError, RenderPool, find_soundfont, render_notes, score_notes

@@ -23,8 +23,8 @@ from symusic import Note, Score, Tempo, TimeSignature, Track
 
 from smart import UserError, plots
 from smart.diversity import vendi_score
-from smart.evaluate import main
 from smart.evaluate import sample as sampling
+from smart.evaluate.command import main
 from smart.evaluate.pieces import FEATURES as MEASURES
 from smart.evaluate.report import (
     Comparison,

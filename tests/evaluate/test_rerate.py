@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
-from smart.evaluate import main
+from smart.evaluate.command import main
 from smart.evaluate.rerate import read_completions
 
 

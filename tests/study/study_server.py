@@ -45,7 +45,7 @@ def build(out: Path, runs: list[str], *options: str) -> str:
     """Run ``smart study build`` in this process; returns its output."""
     from click.testing import CliRunner
 
-    from smart.study import main
+    from smart.study.command import main
 
     words = ["build", "--runs", *runs, "--out", str(out), "--sample-rate", str(RATE), "--seconds", str(SECONDS)]
     words += ["--power", "0", *options]

@@ -31,9 +31,10 @@ from starlette.testclient import TestClient
 from study_server import RATE, SECONDS, Server, answer, build, consent, make_wavs, postgres, serving, take_part
 
 from smart.plots import plain
-from smart.study import app, eraser, loudness, main
+from smart.study import app, eraser, loudness
 from smart.study import build as building
 from smart.study.app import Buckets, Limits, make_app
+from smart.study.command import main
 from smart.study.export import COLUMNS, ratings_csv
 from smart.study.folder import Excerpt, Study
 from smart.study.order import order, with_checks

@@ -13,7 +13,8 @@ from scipy import optimize, stats
 
 from smart import UserError
 from smart.intervals import Estimate
-from smart.study import analyse, main, mixed, power, ratings
+from smart.study import analyse, mixed, power, ratings
+from smart.study.command import main
 from smart.study.mixed import Problem, Term, fit, profile_interval
 from smart.study.ordinal import Likelihood, fit_ordinal
 from smart.study.summary import Outcome

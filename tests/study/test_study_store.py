@@ -18,8 +18,9 @@ from starlette.testclient import TestClient
 from study_server import SECONDS, answer, build, consent, make_wavs
 
 from smart.doctor import command, machine
-from smart.study import main, store
+from smart.study import store
 from smart.study.app import make_app
+from smart.study.command import main
 from smart.study.folder import Study
 from smart.study.store import Store
 
