@@ -127,6 +127,11 @@ def test_parts_share_no_piece_and_held_out_ones_are_not_trained_on(folder: Path)
     assert sorted(halves) == whole.all
 
 
+def test_a_folder_that_is_named_twice_is_drawn_from_twice_as_often(folder: Path) -> None:
+    once, twice = Pieces([folder]), Pieces([folder, folder])
+    assert sorted(twice.train) == sorted(2 * once.train) and sorted(twice.held_out) == sorted(2 * once.held_out)
+
+
 def _all_of(folder: Path, part: tuple[int, int]) -> list[Path]:
     try:
         return Pieces([folder], part).all

@@ -29,7 +29,8 @@ def main() -> None:
 
 midi = click.option(
     "--midi", "folders", multiple=True, required=True, type=click.Path(path_type=Path), metavar="DIR",
-    help="Folder with MIDI files of real music, subfolders included; repeatable.",
+    help="Folder with MIDI files of real music, subfolders included; repeatable. "
+    "A folder that is named twice is drawn from twice as often.",
 )  # fmt: skip
 soundfonts = click.option(
     "--soundfonts", multiple=True, default=("timgm",), show_default=True, metavar="NAME",

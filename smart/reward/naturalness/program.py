@@ -87,7 +87,7 @@ def train_ear(
     names = [short_name(font) or font.name for font in fonts]
     scale, facts = calibrated(answers, chosen, names)
     facts |= _real(tester, networks, scale, names, held_out) | {
-        "pieces": len(pieces.train), "held_out_pieces": len(pieces.held_out), "excerpts": excerpts,
+        "pieces": len(set(pieces.train)), "held_out_pieces": len(set(pieces.held_out)), "excerpts": excerpts,
         "recipe": asdict(recipe), "settings": about, "curves": curves, "heard": list(KINDS), "never": list(HELD_OUT),
         "program": f"smart {__version__}, torch {torch.__version__}",
     }  # fmt: skip
