@@ -245,7 +245,7 @@ def test_a_wheel_without_its_dependencies_names_the_command_that_installs_them(m
     assert packages.lacking() == f"{sys.executable} -m pip install 'absent>=1' 'more-absent[all]>=2'"
 
 
-@pytest.mark.parametrize("package", ["safetensors", "tinysoundfont"])
+@pytest.mark.parametrize("package", ["numpy", "safetensors", "tinysoundfont"])
 def test_a_missing_package_is_one_line_of_every_program(package: str, tmp_path: Path) -> None:
     """Started as a user starts them: a program that is a folder is imported before its ``__main__``."""
     (tmp_path / f"{package}.py").write_text(f"raise ModuleNotFoundError('No module named {package}', name='{package}')")

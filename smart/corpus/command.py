@@ -13,7 +13,7 @@ from smart.corpus.build import DAMAGED, build, check_list
 from smart.corpus.midi import BARS, Limits, Reading
 from smart.corpus.shards import SPLITS, Corpus
 from smart.corpus.stats import check_picture, describe, measure, plot
-from smart.run import in_one_line
+from smart.run import in_one_line, pedal_option
 from smart.tokens import build_tokenizer, load_tokenizer
 
 
@@ -61,12 +61,7 @@ FOLDER = FilePath()
     "--list", "listed", type=FOLDER, help="Text file with one FOLDER-NAME/PATH per line; only these are read."
 )
 @click.option("--skip-missing", is_flag=True, help="Leave out lines of --list that name no file, instead of refusing.")
-@click.option(
-    "--pedal/--no-pedal",
-    default=True,
-    show_default=True,
-    help="Lengthen notes that end under the pressed sustain pedal to its release (the paper's form: --no-pedal).",
-)
+@pedal_option
 @click.option(
     "--bars",
     default="written",

@@ -74,10 +74,10 @@ def check_length(score: ScoreTick, limits: Limits) -> None:
         raise Reject("too long", f"its notes last {seconds:.0f} s, expected at most {LONGEST_SECONDS} s")
 
 
-def open_score(path: Path) -> tuple[ScoreTick, list[str]]:
+def open_score(path: Path, *, pedal: bool = True) -> tuple[ScoreTick, list[str]]:
     """The score of a MIDI file as it will be heard, and what to tell the user about it, a phrase each.
 
-    Notes that end under the pressed pedal are lengthened to its release.
+    With ``pedal``, notes that end under the pressed pedal are lengthened to its release.
 
     Raises ``UserError`` if the file is missing, too large, damaged, no MIDI file or longer than a day.
     """
@@ -98,10 +98,9 @@ def open_score(path: Path) -> tuple[ScoreTick, list[str]]:
             "such a note ends with the next release of its key, or with its track"
         )
     if unheard := unheard_messages(found.score):
-        said.append(
-            f"{', '.join(unheard)} cannot be heard: only notes, the pedal, velocities, programs and tempos are played"
-        )
-    return played(found), said
+        heard = "notes, the pedal, velocities" if pedal else "notes, velocities"
+        said.append(f"{', '.join(unheard)} cannot be heard: only {heard}, programs and tempos are played")
+    return played(found) if pedal else found.score, said
 
 
 # what a message changes that is not played, and the value at which it changes nothing; the pedal (CC64) lengthens notes

@@ -13,6 +13,7 @@ from smart.run import (
     accept_option,
     backend_option,
     in_one_line,
+    pedal_option,
     soundfont_option,
     temperature_option,
     tokens_option,
@@ -179,6 +180,7 @@ def report_command(**given: Any) -> None:
     "--seconds", default=3600.0, show_default=True, type=click.FloatRange(0, 3600, min_open=True),
     help="Seconds to rate at most, from the beginning of each file.",
 )  # fmt: skip
+@pedal_option
 @backend_option
 @click.option(
     "--seed",
@@ -252,6 +254,7 @@ def rerate_command(**given: Any) -> None:
     help="Seed of the choice of pieces from the corpus.",
 )  # fmt: skip
 @reward_options
+@pedal_option
 @clip_options(most_seconds=3600)
 @click.option("--out", type=FilePath(), required=True, help="Folder for the tables and the figure.")
 def soundfonts_command(**given: Any) -> None:
@@ -284,6 +287,7 @@ def soundfonts_command(**given: Any) -> None:
     "--seed", default=1, show_default=True, type=click.IntRange(0, 2**31 - 1),
     help="Seed of the random probes and of the sampled pieces.",
 )  # fmt: skip
+@pedal_option
 @clip_options(most_seconds=600)
 @click.option("--out", type=FilePath(), required=True, help="Folder for the tables and the figure.")
 def hacks_command(**given: Any) -> None:

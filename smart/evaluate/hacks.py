@@ -242,6 +242,7 @@ def run_probes(
     seed: int,
     seconds: float,
     sample_rate: int,
+    pedal: bool,
     backend: str,
     workers: int,
     out: Path,
@@ -259,7 +260,7 @@ def run_probes(
     soundfonts, rewards, scores, _ = require(
         fonts,
         lambda: load_rewards(kinds, options, device),
-        lambda: {str(path): read_score(path) for path in files},
+        lambda: {str(path): read_score(path, pedal=pedal) for path in files},
         check_packages,
     )
     announce(rewards)
@@ -273,6 +274,7 @@ def run_probes(
         "seconds": seconds,
         "sample_rate": sample_rate,
         "backend": backend,
+        **({"pedal": False} if files and not pedal else {}),
     }
     if not scores:
         click.echo(f"no MIDI files were given: using pieces by {model} instead of real music", err=True)

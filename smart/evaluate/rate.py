@@ -97,7 +97,9 @@ def built_in(seed: int) -> Iterator[tuple[str, Audio, int]]:
     yield NOISE, noise.astype(np.float32), BUILT_IN_RATE
 
 
-def read(path: Path, pool: Renderer | None, sample_rate: int, seconds: float) -> tuple[Audio, int]:
+def read(
+    path: Path, pool: Renderer | None, sample_rate: int, seconds: float, *, pedal: bool = True
+) -> tuple[Audio, int]:
     """Read an audio file, or render a MIDI file with ``pool`` at ``sample_rate``: mono audio and its rate.
 
     Raises ``UserError``.
@@ -105,7 +107,7 @@ def read(path: Path, pool: Renderer | None, sample_rate: int, seconds: float) ->
     if path.suffix.lower() not in MIDI:
         return read_audio(path, seconds)
     assert pool is not None
-    score = read_score(path)
+    score = read_score(path, pedal=pedal)
     try:
         audio = pool.submit(score_notes(score, max_beats=math.inf)).result()
     except (RenderError, ValueError) as error:  # ValueError: impossible notes
@@ -145,6 +147,7 @@ def rate_files(
     soundfont: str,
     sample_rate: int,
     seconds: float,
+    pedal: bool,
     backend: str,
     seed: int,
     out: Path | None,
@@ -199,7 +202,7 @@ def rate_files(
             pool = renderer
         for path in progress(files, desc="rating", unit="file"):
             try:
-                add(str(path), *read(path, pool, sample_rate, seconds))
+                add(str(path), *read(path, pool, sample_rate, seconds, pedal=pedal))
             except UserError as error:
                 reason = error.message if str(path) in error.message else f"file {path}: {error.message}"
                 failed.append(Unreadable(str(path), reason))

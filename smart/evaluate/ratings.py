@@ -203,9 +203,9 @@ def _digest(ratings: Mapping[str, npt.NDArray[np.float64]]) -> str:
     return found.hexdigest()
 
 
-def read_score(path: Path) -> "ScoreTick":
+def read_score(path: Path, *, pedal: bool = True) -> "ScoreTick":
     """Read a MIDI file and print what will not be heard. Raises ``UserError``: see ``smart.corpus.open_score``."""
-    score, remarks = open_score(path)
+    score, remarks = open_score(path, pedal=pedal)
     for remark in remarks:
         click.echo(f"Note: {path}: {remark}", err=True)
     return score

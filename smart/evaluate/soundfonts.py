@@ -153,6 +153,7 @@ def compare_soundfonts(
     device: str,
     seconds: float,
     sample_rate: int,
+    pedal: bool,
     backend: str,
     workers: int,
     out: Path,
@@ -166,7 +167,7 @@ def compare_soundfonts(
     def pieces() -> dict[str, Any]:
         if corpus is not None:
             return from_corpus(corpus, split, count, seed)
-        return {str(path): read_score(path) for path in midi}
+        return {str(path): read_score(path, pedal=pedal) for path in midi}
 
     fonts, rewards, scores, _ = require(
         lambda: find_fonts(names), lambda: load_rewards(kinds, options, device), pieces, check_packages
@@ -181,6 +182,7 @@ def compare_soundfonts(
         "seconds": seconds,
         "sample_rate": sample_rate,
         "backend": backend,
+        **({"pedal": False} if midi and not pedal else {}),
     }
     kept = Kept(out, settings, list(scores))
     ratings: dict[str, dict[str, Ratings]] = {}

@@ -170,6 +170,12 @@ workers_option = click.option(
     type=click.IntRange(0, 1024),
     help="Number of processes that render audio (0: one per usable core).",
 )
+pedal_option = click.option(
+    "--pedal/--no-pedal",
+    default=True,
+    show_default=True,
+    help="Lengthen notes that end under the pressed sustain pedal to its release (the paper's form: --no-pedal).",
+)
 
 
 def accept_option(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -157,6 +157,20 @@ def test_what_is_not_heard_is_said(tmp_path: Path) -> None:
     assert said("silent.mid", midi(END)) == ["it has no notes, so that it is silent"]
 
 
+def test_a_score_is_opened_with_or_without_the_pedal(tmp_path: Path) -> None:
+    def durations(head: bytes, *, pedal: bool) -> list[int]:
+        (tmp_path / "song.mid").write_bytes(midi(notes((0, 60), (240, 62), (240, 64), head=head)))
+        return [note.duration for note in open_score(tmp_path / "song.mid", pedal=pedal)[0].tracks[0].notes]
+
+    press = b"\x00\xb0\x40\x7f"
+    assert durations(press, pedal=True) == [1200, 720, 240] and durations(press, pedal=False) == [240] * 3
+    assert durations(b"", pedal=True) == durations(b"", pedal=False) == [240] * 3
+    (tmp_path / "song.mid").write_bytes(midi(notes(*MELODY, head=press + b"\x00\xb0\x07\x00")))
+    for pedal, played in ((True, "only notes, the pedal, velocities,"), (False, "only notes, velocities,")):
+        (line,) = open_score(tmp_path / "song.mid", pedal=pedal)[1]
+        assert played in line
+
+
 def test_a_note_a_day_later_in_any_track_is_refused(tmp_path: Path) -> None:
     late = track(*(on(100_000_000, 38, 9), off(100_000_240, 38, 9)))
     held = track(on(0, 50, 1), off(190_000_000, 50, 1))

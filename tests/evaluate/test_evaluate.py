@@ -15,7 +15,7 @@ import soundfile
 import torch
 from click.testing import CliRunner, Result
 from scipy import stats
-from symusic import Note, Score, Tempo, TimeSignature, Track
+from symusic import ControlChange, Note, Score, Tempo, TimeSignature, Track
 
 from smart import UserError
 from smart.corpus import SPLITS, ShardWriter
@@ -110,6 +110,44 @@ def test_rate_takes_any_audio_and_names_what_it_cannot_read(midi: list[Path], tm
     assert rows[midi[0].name]["windows"] == "1" and mean[midi[0].name] == pytest.approx(
         float(reward.score(wave)["CE"]), abs=1e-5
     )
+
+
+@pytest.fixture(scope="module")
+def pedalled(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two files of short notes under a pedal that is pressed throughout."""
+    folder = tmp_path_factory.mktemp("pedalled")
+    for seed in range(2):
+        score = music(seed)
+        for track in score.tracks:
+            for note in track.notes:
+                note.duration = 6
+            track.controls.append(ControlChange(0, 64, 127))
+        score.dump_midi(folder / f"pedalled-{seed}.mid")
+    return sorted(folder.iterdir())
+
+
+def test_rate_hears_the_pedal_unless_told_not_to(midi: list[Path], pedalled: list[Path], tmp_path: Path) -> None:
+    found = []
+    for name, words in (("held", []), ("written", ["--no-pedal"])):
+        out = tmp_path / f"{name}.csv"
+        run("rate", midi[0], pedalled[0], *words, "--seconds", 4, "--sample-rate", RATE, "--out", out)
+        found.append({row["file"]: float(row["mean"]) for row in read(out)})
+    held, written = found
+    assert {file for file in held if held[file] != written[file]} == {str(pedalled[0])}
+
+
+def test_soundfonts_and_hacks_hear_the_pedal_unless_told_not_to(pedalled: list[Path], tmp_path: Path) -> None:
+    """They record the durations as written, so that ratings of both readings never share a folder."""
+    common = ["--seconds", 2, "--sample-rate", RATE, "--workers", 1, "--out"]
+    for words in (["soundfonts", "--soundfonts", "timgm", *pedalled], ["hacks", *pedalled, "--soundfont", "timgm"]):
+        rated = []
+        for name, more in (("held", []), ("written", ["--no-pedal"])):
+            out = tmp_path / words[0] / name
+            run(*words, *more, *common, out)
+            rated.append(read(out / "ratings.csv")[0]["rating"])
+            assert ("pedal" in json.loads((out / "settings.json").read_text())) == bool(more)
+        assert rated[0] != rated[1]
+        assert "other settings (pedal" in run(*words, *common, tmp_path / words[0] / "written", code=2).output
 
 
 def test_rate_keeps_what_is_there_and_reads_no_more_than_asked(tmp_path: Path) -> None:

@@ -386,7 +386,7 @@ def test_the_page_sets_the_paper_beside_ours_and_judges_only_what_can_be_compare
         assert "7.12 / 7.00" in page, "a recording that is called as a row of the paper's table"
         assert "6.53 / 6.500 [6.400, 6.600]" in page and "5.42 / -" in page and "- / 6.500 [-, -]" in page
         assert "+1.221 [0.613, 1.828]" in page and "it needs listeners" in page
-        assert "<td>1.5</td>" in page and "50 minutes" in page  # of 90 seconds
+        assert '<td data-label="minutes">1.5</td>' in page and "50 minutes" in page  # of 90 seconds
         assert "no law is fitted (2 of 3 points)" in page and "&lt;b&gt;Notes" in page
         assert page.count("data:image/png;base64,") == 10 and not re.search(r"(?:src|href)=.?(?:http|//)", page)
         assert ("agrees (at most 0.01 apart)" in page) == is_published  # silence
