@@ -71,7 +71,8 @@ def teach_base(folder: Path) -> None:
     save_base(model, tokenizer, folder)
 
 
-ALONE = {"rewards": "[]", "reward.target": "none"}  # of the quickstart's two rewards the first, without a target
+# of the quickstart's two rewards the first, without a target, and plain GRPO
+ALONE = {"rewards": "[]", "reward.target": "none", "grpo.diversity": 0}
 
 
 def arguments(base: Path, folder: Path, **changes: Any) -> list[str]:
