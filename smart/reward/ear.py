@@ -193,7 +193,8 @@ class Ear(Reward):
         answers, silent, clip, weight = self._answers(audio, lengths)
         rated = torch.where(silent, LOWEST, self._scale.rating(answers))
         total = torch.zeros(len(audio)).index_add(0, clip, weight)
-        return {AXIS: torch.zeros(len(audio)).index_add(0, clip, rated * weight) / total}
+        share = weight / total[clip]  # exactly 1 where a clip is one window, whose rating is then exactly the network's
+        return {AXIS: torch.zeros(len(audio)).index_add(0, clip, rated * share)}
 
     @exact_float32()
     @torch.inference_mode()
@@ -212,7 +213,7 @@ class Ear(Reward):
                 each = torch.stack(
                     [torch.cat([m.embed(spectra[None])[0] for m in self._members]) for spectra, _ in windows]
                 ).cpu()
-            found[row] = (each * weight[:, None]).sum(dim=0) / weight.sum()
+            found[row] = (each * (weight / weight.sum())[:, None]).sum(dim=0)
         return found
 
     @exact_float32()
