@@ -22,7 +22,7 @@ if not README.is_file():
 # a whole run in seconds: the arguments added to those on the page
 SHORT = {
     "smart.grpo": {
-        "grpo.iterations": 2, "grpo.prompts": 2, "grpo.group_size": 2, "sampling.max_new_tokens": 48,
+        "grpo.iterations": 2, "grpo.prompts": 3, "grpo.group_size": 2, "sampling.max_new_tokens": 64,
         "render.workers": 1, "render.seconds": 4.0, "track.final_prompts": 2, "track.checkpoint_every": 1,
     },
     "benchmarks/iteration.py": {
