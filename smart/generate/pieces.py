@@ -67,7 +67,7 @@ def choose(clips: Sequence[Any], scorer: Scorer | None) -> tuple[int, Any, dict[
 
 
 def heard(midi: bytes, notes: int, begin: float = 0.0) -> Music:
-    """A file that was written, as it is read again."""
+    """A file that was written, as it is read again: a release ends the first of two notes of a key that overlap."""
     return Music(midi, played(read_score(midi, Limits(max_notes=1 << 30))), notes, begin)
 
 
@@ -91,14 +91,14 @@ def plan(
 
         def music(new: Sequence[int]) -> Music:
             score = decode(tokenizer, [*prompt, *new])
-            return Music(score.dumps_midi(), score, score.note_num())
+            return heard(score.dumps_midi(), score.note_num())
 
         return Task(prompt, music)
     going_on: Continuation = continue_song(song, tokenizer)
 
     def alone(new: Sequence[int]) -> Music:
         score = going_on.alone(new)
-        return Music(score.dumps_midi(), score, score.note_num())
+        return heard(score.dumps_midi(), score.note_num())
 
     read = last_bars(song.tokens, facts, bars=bars, longest=context - len(going_on.line))
     if read.count(facts.bar_id) < min(bars, song.tokens.count(facts.bar_id)):
