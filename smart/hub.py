@@ -151,7 +151,7 @@ def _in_one_line(hub_id: str) -> Iterator[None]:
             case 403:
                 owner = hub_id.partition("/")[0]
                 raise UserError(
-                    f"{hub_id}: your token may not write there; use one with write access to the models of {owner}, "
+                    f"{hub_id}: your token may not write there; use one with write access to {owner}'s models, "
                     "or choose a name of your own account"
                 ) from error
         raise Failure(f"the upload to {hub_id} failed ({brief(error)}); {AGAIN}") from error

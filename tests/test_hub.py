@@ -226,7 +226,7 @@ print(folder, model.config.vocab_size)
 
 @pytest.mark.usefixtures("here")
 def test_a_wrong_token(hub: Hub, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "write access to the models of somebody" in one_line(push(base, "somebody/waltz"), 2)
+    assert "write access to somebody's models" in one_line(push(base, "somebody/waltz"), 2)
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     refused = one_line(push(base, "me/waltz"), 2)
     assert "me/waltz: the hub does not accept your token: run `hf auth login`, or set HF_TOKEN" in refused
