@@ -36,9 +36,10 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Phi3ForCausalLM
 
 from smart import UserError
-from smart.config import Data, Optimisation, PretrainConfig, completed, dumps
+from smart.config import Optimisation, PretrainConfig, completed, dumps
 from smart.cores import summary
 from smart.corpus import MANIFEST, Corpus
+from smart.crops import Crops
 from smart.distributed import World, join
 from smart.files import link, parse_json, replace_files
 from smart.model import (
@@ -52,63 +53,12 @@ from smart.model import (
     save_base,
 )  # fmt: skip
 from smart.plots import curves
-from smart.prompts import Pieces, draw
+from smart.prompts import draw
 from smart.render import RenderError, checked_soundfont, open_renderer
 from smart.rollout import SILENT, completion_metrics
 from smart.run import Opening, Run, Tracker, check_packages, checkpoint, confirm_settings, digests
 from smart.sampler import Sampler
-from smart.tokens import Grammar, Place, Vocabulary, build_grammar, decode, vocabulary
-
-
-class Crops:
-    """Rows of at most ``data.crop`` tokens from ``pieces``, drawn by a seeded generator.
-
-    A piece is drawn in proportion to the number of rows that it would fill, so that every token is seen about equally
-    often. With ``data.transpose`` all pitches of a row are shifted by the same number of semitones, within the
-    vocabulary's range; ``data.velocity_shift`` and ``data.tempo_shift`` do the same to its velocities and tempos.
-    ``data.openings`` is the share of rows that start at the beginning of a piece, half of them
-    without BOS, like prompts. Raises ``UserError`` if there are no pieces.
-    """
-
-    def __init__(self, pieces: Pieces, facts: Vocabulary, data: Data) -> None:
-        self.pieces, self.facts, self.data = pieces, facts, data
-        if not len(pieces):
-            raise UserError(f"corpus {data.corpus}: a split that training needs is empty; build a larger corpus")
-        lengths = np.array([len(pieces[index]) for index in range(len(pieces))])
-        self.cumulative = np.cumsum(np.ceil((lengths + 2) / data.crop))
-        self.shifts = [
-            (np.isin(np.arange(facts.size), ids), ids[0], ids[-1], largest)
-            for ids, largest in (
-                (facts.pitch_ids, data.transpose),
-                (facts.velocity_ids, data.velocity_shift),
-                (facts.tempo_ids, data.tempo_shift),
-            )
-            if largest
-        ]
-
-    def batch(self, rows: int, random: np.random.Generator) -> torch.Tensor:
-        """(rows, crop) int64, right-padded with PAD; ``random`` decides everything."""
-        out = torch.full((rows, self.data.crop), self.facts.pad_id)
-        for row in range(rows):
-            tokens = self._row(random)
-            out[row, : len(tokens)] = torch.from_numpy(tokens)
-        return out
-
-    def _row(self, random: np.random.Generator) -> np.ndarray[Any, np.dtype[np.int64]]:
-        crop = self.data.crop
-        index = int(np.searchsorted(self.cumulative, random.uniform(0, self.cumulative[-1]), side="right"))
-        piece = self.pieces[min(index, len(self.pieces) - 1)]
-        tokens = np.concatenate([[self.facts.bos_id], piece, [self.facts.eos_id]]).astype(np.int64)
-        start = int(random.integers(max(len(tokens) - crop, 0) + 1))
-        if random.random() < self.data.openings:
-            start = int(random.integers(2))
-        tokens = tokens[start : start + crop]
-        for of_this_kind, low, high, largest in self.shifts:
-            places = of_this_kind[tokens]
-            if places.any():
-                shift = int(random.integers(-largest, largest + 1))
-                tokens[places] += min(max(shift, low - tokens[places].min()), high - tokens[places].max())
-        return tokens
+from smart.tokens import Grammar, Place, build_grammar, decode, vocabulary
 
 
 def learning_rate(step: int, settings: Optimisation) -> float:
@@ -282,10 +232,10 @@ class Pretraining:
         longest = context_length(self.model)
         if data.crop > longest:
             raise UserError(f"data.crop = {data.crop}: expected at most the base's max_positions = {longest}")
-        self.rows = Crops(self.corpus.split("train"), self.facts, data)
-        self.validation = Crops(
-            self.corpus.split("validation"), self.facts, replace(data, transpose=0, velocity_shift=0, tempo_shift=0)
-        ).batch(settings.evaluate_rows, np.random.default_rng((config.run.seed, 0)))
+        moved = {name: getattr(data, name) for name in ("transpose", "velocity_shift", "tempo_shift", "meters")}
+        self.rows = self._crops("train", **moved)
+        random = np.random.default_rng((config.run.seed, 0))
+        self.validation = self._crops("validation").batch(settings.evaluate_rows, random)
         self._missing = missing_to_compile(self.world.device.type)
         self._compiling = _compiles(settings.compile, self.world.device, self._missing)
         paths = {"data.corpus": Path(data.corpus) / MANIFEST, "render.soundfont": soundfont}
@@ -293,6 +243,12 @@ class Pretraining:
             base = find_base(config.model.base)
             paths |= {f"model.base/{name}": base / name for name in FILES}
         return soundfont, digests(paths)
+
+    def _crops(self, split: str, **moved: Any) -> Crops:
+        data = self.config.data
+        if not len(pieces := self.corpus.split(split)):
+            raise UserError(f"corpus {data.corpus}: its {split} split is empty; build a larger corpus")
+        return Crops(pieces, self.tokenizer, crop=data.crop, openings=data.openings, **moved)
 
     def _build_optimizers(self) -> None:
         """Make optimisers and forward pass; if the run is resumed, restore it from the last checkpoint."""

@@ -1,6 +1,5 @@
 """smart.pretrain: its parts, then whole runs, also killed, resumed and of two processes."""
 
-import math
 import re
 import shutil
 import signal
@@ -18,9 +17,10 @@ from runs import curve, pretrain, rewrite, run, start
 
 from smart import UserError
 from smart.config import Data, Optimisation, PretrainConfig
+from smart.corpus import Corpus
 from smart.distributed import World
 from smart.model import build_model, load_base, save_base
-from smart.pretrain import Crops, Pretraining, _compiles, evaluate, learning_rate, missing_to_compile, next_token_loss
+from smart.pretrain import Pretraining, _compiles, evaluate, learning_rate, missing_to_compile, next_token_loss
 from smart.tokens import build_grammar, build_tokenizer, vocabulary
 
 
@@ -29,82 +29,12 @@ def piece(length: int, first: int = 21) -> np.ndarray[Any, Any]:
     return (first + np.arange(length)).astype(np.uint16)
 
 
-def test_short_pieces_are_whole_and_padded(tokenizer: Any) -> None:
-    facts = vocabulary(tokenizer)
-    rows = Crops([piece(5)], facts, Data(crop=16)).batch(4, np.random.default_rng(0))
-    expected = [facts.bos_id, *piece(5).tolist(), facts.eos_id] + [facts.pad_id] * 9
-    assert rows.tolist() == [expected] * 4
-
-
-def test_a_split_without_pieces_is_a_users_mistake(tokenizer: Any) -> None:
-    with pytest.raises(UserError, match="corpus somewhere: a split that training needs is empty"):
-        Crops([], vocabulary(tokenizer), Data(corpus="somewhere"))
-
-
-def test_crops_are_windows_of_the_piece(tokenizer: Any) -> None:
-    facts = vocabulary(tokenizer)
-    whole = [facts.bos_id, *piece(300, 100).tolist(), facts.eos_id]
-    rows = Crops([piece(300, 100)], facts, Data(crop=32)).batch(500, np.random.default_rng(0)).tolist()
-    starts = {whole.index(row[0]) for row in rows}
-    assert all(row == whole[whole.index(row[0]) :][:32] for row in rows)
-    assert len(starts) > 200 and min(starts) < 10 and max(starts) > 260  # from everywhere
-
-
-def test_tokens_are_seen_in_proportion(tokenizer: Any) -> None:
-    """A piece ten times as long is drawn ten times as often."""
-    crops = Crops([piece(62, 21), np.resize(piece(100, 200), 638)], vocabulary(tokenizer), Data(crop=64))
-    rows = crops.batch(4000, np.random.default_rng(1))
-    share = (rows == 21).any(dim=1).float().mean().item()
-    assert share == pytest.approx(1 / 11, abs=4 * math.sqrt(1 / 11 / 4000))
-
-
-def test_openings(tokenizer: Any) -> None:
-    facts = vocabulary(tokenizer)
-    rows = Crops([piece(300, 100)], facts, Data(crop=16, openings=1.0)).batch(400, np.random.default_rng(1))
-    assert set(rows[:, 0].tolist()) == {facts.bos_id, 100}
-    assert (rows[:, 0] == facts.bos_id).float().mean().item() == pytest.approx(0.5, abs=0.1)
-
-
-def test_transposition_moves_every_pitch_alike_and_nothing_else(tokenizer: Any) -> None:
-    facts = vocabulary(tokenizer)
-    pitches, others = facts.pitch_ids, facts.velocity_ids
-    music = np.array([facts.bar_id, pitches[40], others[3], pitches[44], others[7], pitches[-1]], dtype=np.uint16)
-    rows = Crops([music], facts, Data(crop=8, transpose=5)).batch(300, np.random.default_rng(2))
-    shifts = rows[:, 2] - pitches[40]
-    assert set(shifts.tolist()) == {-5, -4, -3, -2, -1, 0}  # the highest key cannot go up
-    assert torch.equal(rows[:, 4] - pitches[44], shifts) and torch.equal(rows[:, 6] - pitches[-1], shifts)
-    assert (rows[:, [1, 3, 5]] == torch.tensor([facts.bar_id, others[3], others[7]])).all()
-
-
-def test_velocities_and_tempos_are_shifted_alike_within_their_range(tokenizer: Any) -> None:
-    """Every velocity of a row moves by the same number of steps, every tempo by another, and nothing else moves."""
-    facts = vocabulary(tokenizer)
-    loud, fast = facts.velocity_ids, facts.tempo_ids
-    whole = np.array([facts.bar_id, fast[5], facts.pitch_ids[40], loud[1], fast[7], facts.pitch_ids[3], loud[9]])
-    data = Data(crop=len(whole) + 2, velocity_shift=3, tempo_shift=4)
-    rows = Crops([whole.astype(np.uint16)], facts, data).batch(400, np.random.default_rng(0))
-    moved = rows[:, 1:-1].numpy() - whole
-    assert not moved[:, [0, 2, 5]].any()
-    assert (moved[:, 1] == moved[:, 4]).all() and (moved[:, 3] == moved[:, 6]).all()
-    assert set(moved[:, 3].tolist()) == {-1, 0, 1, 2, 3}  # the softest velocity is one step from the end
-    assert set(moved[:, 1].tolist()) == set(range(-4, 5))
-
-
-def test_transposition_leaves_drums_and_programs_alone() -> None:
-    tokenizer = build_tokenizer("all")
-    names = ["Program_48", "Pitch_60", "Velocity_63", "Duration_1.0.12"]
-    names += ["Program_-1", "PitchDrum_27", "Velocity_63", "Duration_1.0.12"]
-    names += ["Program_33", "Pitch_40", "Velocity_63", "Duration_1.0.12", "Program_-1", "PitchDrum_87"]
-    music = np.array([tokenizer.vocab[name] for name in names], dtype=np.uint16)
-    rows = Crops([music], vocabulary(tokenizer), Data(crop=16, transpose=5)).batch(300, np.random.default_rng(2))
-    seen = set()
-    for row in rows.tolist():
-        heard = [tokenizer[token] for token in row[1:15]]
-        shift = int(heard[1].removeprefix("Pitch_")) - 60
-        seen.add(shift)
-        expected = [f"Pitch_{60 + shift}" if name == "Pitch_60" else name for name in names]
-        assert heard == [f"Pitch_{40 + shift}" if name == "Pitch_40" else name for name in expected]
-    assert seen == set(range(-5, 6))
+def test_a_split_without_pieces_is_a_users_mistake(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Corpus, "split", lambda self, name: [piece(9)] if name == "train" else [])
+    run = Pretraining(replace(PretrainConfig(), data=Data(corpus=str(corpus))))
+    run.world = World(torch.device("cpu"), rank=0, size=1)
+    with pytest.raises(UserError, match=rf"corpus {corpus}: its validation split is empty; build a larger corpus"):
+        run._find_parts()
 
 
 def test_learning_rate_by_hand() -> None:

@@ -45,6 +45,8 @@ ROOMS = {
     "run",
     "model_card",
     "listen",
+    "meters",
+    "crops",
 }
 PROGRAMS = {
     "grpo",

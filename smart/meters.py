@@ -1,0 +1,113 @@
+"""The same music in another time signature: the tokens of a piece with new bars, beats and tempos.
+
+Prompts draw time signatures and tempos uniformly from the vocabulary, while nearly all music is in 4/4 at a moderate
+tempo. Since positions and durations count twelfths of a beat, music can be written in any time signature of the
+vocabulary and still sound the same; pretraining uses this to learn from the music it has what to write in the others.
+"""
+
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Tokens = npt.NDArray[np.int64]
+
+FACTORS = (Fraction(1, 2), Fraction(1), Fraction(2), Fraction(3), Fraction(4))  # new beats per old beat
+
+
+class Meters:
+    """Rewrites rows of a ``tokenizer``'s tokens; positions per beat and tempos are those of its vocabulary."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        vocab: dict[str, int] = tokenizer.vocab
+        self.steps = int(tokenizer.config.max_num_pos_per_beat)
+        self.bar = vocab["Bar_None"]
+        self.signatures: dict[int, tuple[int, int]] = {}  # id -> beats per bar, the note that is a beat (4: quarter)
+        self.tempos: dict[int, float] = {}  # id -> quarter notes per minute
+        self.positions: dict[int, int] = {}  # id -> steps after the bar line
+        self.durations: dict[int, int] = {}  # id -> steps
+        for token, number in vocab.items():
+            kind, value = token.split("_", 1)
+            if kind == "TimeSig":
+                beats, unit = value.split("/")
+                self.signatures[number] = int(beats), int(unit)
+            elif kind == "Tempo":
+                self.tempos[number] = float(value)
+            elif kind == "Position":
+                self.positions[number] = int(value)
+            elif kind == "Duration":
+                whole, part, parts = map(int, value.split("."))
+                self.durations[number] = (whole * parts + part) * self.steps // parts
+        self._position_ids = {value: number for number, value in self.positions.items()}
+        self._duration_ids = {value: number for number, value in self.durations.items()}
+        self._tempo_ids, self._tempo_values = np.array(list(self.tempos)), np.array(list(self.tempos.values()))
+
+    def factors(self, tokens: Tokens, tempo: int, signature: int) -> list[Fraction]:
+        """Which of ``FACTORS`` keep every onset of ``rewrite`` on the grid and every tempo in the vocabulary's range.
+
+        Empty if ``tokens`` have time signatures with different beats.
+        """
+        units = {self.signatures[token][1] for token in tokens.tolist() if token in self.signatures}
+        if len(units) != 1:
+            return []
+        ratio = Fraction(units.pop(), self.signatures[signature][1])
+        tempos = [self.tempos[token] for token in {tempo, *tokens.tolist()} if token in self.tempos]
+        odd = any(self.positions.get(token, 0) % 2 for token in tokens.tolist())
+        low, high = self._tempo_values.min(), self._tempo_values.max()
+        return [
+            factor
+            for factor in FACTORS
+            if low <= min(tempos) * float(factor * ratio)
+            and max(tempos) * float(factor * ratio) <= high
+            and not (odd and factor.denominator == 2)
+        ]
+
+    def rewrite(self, tokens: Tokens, tempo: int, signature: int, factor: Fraction) -> Tokens:
+        """``tokens`` (L,), which begin at a bar line, in bars of ``signature``: (L',) with the same onsets in seconds.
+
+        ``factor`` beats of the new signature are one beat of the old one, and the tempo (``tempo`` is the id of the
+        one in force at the start) changes accordingly, to the nearest one of the vocabulary. The result states its
+        tempo at position 0, as a prompt does. Durations are rounded to a step, and those longer than the vocabulary's
+        longest are cut. ``factor`` must be one of ``factors``; the last event may be incomplete, as in ``tokens``.
+        """
+        bar_steps, unit = self.signatures[signature]
+        bar_steps *= self.steps
+        line, length = 0, 0  # steps from the start to this bar line, and of this bar
+        events: list[tuple[int, list[int]]] = [(0, [tempo])]
+        ratio = 1.0
+        for token in tokens.tolist():
+            if token == self.bar:
+                line += length
+            elif token in self.signatures:
+                beats, old_unit = self.signatures[token]
+                length = beats * self.steps
+                ratio = float(factor * Fraction(old_unit, unit))
+            elif token in self.positions:
+                step = int((line + self.positions[token]) * factor)
+                if step or len(events) > 1:
+                    events.append((step, []))
+            elif token in self.tempos:
+                if events[-1][0]:
+                    events[-1][1].append(token)
+                else:
+                    events[-1][1][0] = token
+            else:
+                events[-1][1].append(self._longer(token, factor))
+        out: list[int] = []
+        bars = 0
+        for step, content in events:
+            for _ in range(bars, step // bar_steps + 1):
+                out += [self.bar, signature]
+            bars = max(bars, step // bar_steps + 1)
+            out.append(self._position_ids[step % bar_steps])
+            out += [self._faster(token, ratio) if token in self.tempos else token for token in content]
+        return np.array(out)
+
+    def _longer(self, token: int, factor: Fraction) -> int:
+        if token not in self.durations:
+            return token
+        return self._duration_ids[min(max(round(self.durations[token] * factor), 1), max(self._duration_ids))]
+
+    def _faster(self, token: int, ratio: float) -> int:
+        return int(self._tempo_ids[np.abs(self._tempo_values - self.tempos[token] * ratio).argmin()])
