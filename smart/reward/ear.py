@@ -38,9 +38,9 @@ __all__ = ["AXIS", "LAYOUTS", "Ear", "Layout", "MelEar", "Network", "Scale", "ch
 AXIS = "NA"
 LOWEST, HIGHEST = 1.0, 10.0
 FORMAT = "smart.ear"
-VERSION = 1
+VERSION = 2
 SHIPPED = Path(__file__).with_name("ears")
-EMBEDDING = 64  # numbers a member describes a clip with
+HIDDEN = 64  # numbers that a member judges a clip by
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,14 @@ class Network(nn.Module):
         self.norm = nn.LayerNorm(layout.width)
         self.attend = nn.Linear(layout.width, 3 * layout.width)
         self.attended = nn.Linear(layout.width, layout.width)
-        self.describe = nn.Linear(3 * layout.width, EMBEDDING)
-        self.answer = nn.Linear(EMBEDDING, 1)
+        self.describe = nn.Linear(3 * layout.width, HIDDEN)
+        self.answer = nn.Linear(HIDDEN, 1)
         self.dropout = nn.Dropout(0.1)
+        self.origin: torch.Tensor
+        self.register_buffer("origin", torch.zeros(3 * layout.width))  # mean statistics of real music
 
-    def embed(self, spectra: torch.Tensor) -> torch.Tensor:
-        """The penultimate layer, (N, EMBEDDING)."""
+    def statistics(self, spectra: torch.Tensor) -> torch.Tensor:
+        """Mean, maximum and standard deviation over time of each channel, (N, 3 * width)."""
         x = self.pattern(spectra.to(self.answer.weight.dtype) * (1 / 128) - 0.5).squeeze(2)  # (N, W, T)
         for layer in self.along:
             x = x + layer(x)
@@ -108,12 +110,19 @@ class Network(nn.Module):
         split = self.attend(self.norm(x)).unflatten(2, (3, self.layout.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = nn.functional.scaled_dot_product_attention(*split.unbind(0))  # (N, H, T, W / H)
         x = x + self.attended(mixed.transpose(1, 2).flatten(2))
-        statistics = torch.cat([x.mean(dim=1), x.amax(dim=1), x.float().std(dim=1).to(x)], dim=1)
-        return nn.functional.gelu(self.describe(self.dropout(statistics)))
+        return torch.cat([x.mean(dim=1), x.amax(dim=1), x.float().std(dim=1).to(x)], dim=1)
+
+    def embed(self, spectra: torch.Tensor) -> torch.Tensor:
+        """How the statistics differ from those of real music in general, (N, 3 * width).
+
+        The last layer but one holds little beside the answer: by it, all music has the same direction.
+        """
+        return self.statistics(spectra) - self.origin
 
     def forward(self, spectra: torch.Tensor) -> torch.Tensor:
         """The answer, (N,): higher for music, without a scale."""
-        return self.answer(self.embed(spectra)).squeeze(1)
+        hidden = nn.functional.gelu(self.describe(self.dropout(self.statistics(spectra))))
+        return self.answer(hidden).squeeze(1)
 
     def fused(self) -> "Network":
         """A copy for use, in which each batch normalisation is part of its convolution."""
@@ -199,13 +208,13 @@ class Ear(Reward):
     @exact_float32()
     @torch.inference_mode()
     def embed(self, audio: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
-        """What the members' last layers but one hold about each clip: (N, D) float32 on the CPU.
+        """How each clip differs from real music in general, in what the members hear: (N, D) float32 on the CPU.
 
         Arguments as of ``score``; windows of a longer clip are averaged. NaN for clips that ``score`` rates NaN.
         """
         lengths = check_clips(audio, lengths)
         clips, sound = silence_beyond(audio, lengths)
-        found = torch.full((len(audio), EMBEDDING * len(self._members)), math.nan)
+        found = torch.full((len(audio), 3 * self._layout.width * len(self._members)), math.nan)
         for row in sound.nonzero().squeeze(1).tolist():
             windows = list(self._windows(clips[row].to(self.device), int(lengths[row])))
             weight = torch.tensor([float(length) for _, length in windows])

@@ -4,11 +4,11 @@
 
 With c the mean of the unit embeddings of the excerpts in the folder, a clip with embedding e rates
 
-    1 + 9 max(0, cos(e, c))
+    5.5 + 4.5 cos(e, c)
 
-so that 10 points in the direction of the folder's mean, and 1 is no nearer than chance. ``frechet_distance`` compares
-two whole sets, for reports. An embedding is "clap", or that of a reward with a method ``embed``, by default
-``EMBEDDING``.
+so that 10 points in the direction of the folder's mean, and 1 in the opposite one. An ear's embedding is centred on
+real music, so that music in general rates about 5.5. ``frechet_distance`` compares two whole sets, for reports. An
+embedding is "clap", or that of a reward with a method ``embed``, by default ``EMBEDDING``.
 """
 
 import hashlib
@@ -188,7 +188,7 @@ class Nearness(Reward):
     def rate(self, audio: torch.Tensor, lengths: torch.Tensor) -> Mapping[str, torch.Tensor]:
         vectors = _embed(self.embedder, [wave[:length] for wave, length in zip(audio, lengths.tolist(), strict=True)])
         cosine = torch.nn.functional.cosine_similarity(vectors, self.centre[None], dim=1)
-        return {"NEAR": (LOWEST + (HIGHEST - LOWEST) * cosine.clamp(0, 1)).float()}
+        return {"NEAR": (LOWEST + (HIGHEST - LOWEST) * (cosine + 1) / 2).clamp(LOWEST, HIGHEST).float()}
 
 
 def _unit(vectors: torch.Tensor) -> torch.Tensor:

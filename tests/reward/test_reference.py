@@ -13,6 +13,7 @@ from smart import UserError
 from smart.render import find_soundfont
 from smart.reward import Reward, load_reward, real, reference
 from smart.reward.reference import Clap, Nearness, embed_clips, frechet_distance
+from smart.reward.resampling import resample
 
 RATE = 16000
 
@@ -65,15 +66,44 @@ def low(tmp_path: Path) -> Path:
     return folder
 
 
+def test_an_ear_tells_one_kind_of_music_from_another(tmp_path: Path) -> None:
+    """Slow low chords are nearer to other slow low chords than fast high runs are, and the other way round."""
+
+    def write(folder: str, name: int, notes: list[Note]) -> None:
+        score = Score(480)
+        score.tempos.append(Tempo(0, 120.0))
+        score.tracks.append(Track())
+        score.tracks[0].notes.extend(notes)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        score.dump_midi(tmp_path / folder / f"{name}.mid")
+
+    scale = [0, 2, 4, 5, 7, 9, 11]
+    for name in range(4):
+        chords = [(36 + name + 12 * (i > 1) + scale[(i + bar) % 7], bar) for bar in range(6) for i in (0, 2, 4)]
+        write("slow", name, [Note(bar * 960, 900, pitch, 60) for pitch, bar in chords])
+        runs = [72 + name + scale[(3 * step // 2 + name) % 7] for step in range(96)]
+        write("fast", name, [Note(120 * step, 110, pitch, 100) for step, pitch in enumerate(runs)])
+    clips: dict[str, list[torch.Tensor]] = {}
+    for kind in ("slow", "fast"):
+        files = real.find_pieces(tmp_path / kind)
+        heard = real.read_excerpts(files, [find_soundfont("timgm")], sample_rate=44100, seconds=10.0)
+        clips[kind] = [resample(torch.from_numpy(audio), rate, RATE)[None] for audio, rate in heard]
+    for own, other in (("slow", "fast"), ("fast", "slow")):
+        (tmp_path / own / "3.mid").unlink()  # the clip whose rating counts
+        reward = load_reward("reference", folder=str(tmp_path / own))
+        far = [reward.score(clip)["NEAR"].item() for clip in clips[other]]
+        assert reward.score(clips[own][3])["NEAR"].item() > max(far) + 1
+
+
 def test_clips_near_the_folder_are_rated_higher(low: Path) -> None:
     reward = load_reward("reference", folder=str(low), embedding="bands")
     assert isinstance(reward, Nearness) and reward.vectors.shape == (3, 4)
     clips = torch.stack([torch.from_numpy(tone(hertz)) for hertz in (65, 3000)])
     near, far = reward.score(clips)["NEAR"].tolist()
-    assert near > 9.5 and 1 <= far < 3
+    assert near > 9.5 and 5 < far < 6.5
     centre = torch.nn.functional.normalize(reward.vectors, dim=1).mean(0)
     cosine = torch.nn.functional.cosine_similarity(reward.embed(clips)[0], centre, dim=0).item()
-    assert near == pytest.approx(1 + 9 * cosine, abs=1e-4), "by the formula of the module"
+    assert near == pytest.approx(5.5 + 4.5 * cosine, abs=1e-4), "by the formula of the module"
     padded = torch.nn.functional.pad(clips[:1], (0, RATE))
     assert reward.score(padded, torch.tensor([RATE]))["NEAR"].item() == pytest.approx(near, abs=1e-5)
     assert "nearness to 3 excerpts of low" in reward.provenance and str(low) not in reward.provenance

@@ -83,7 +83,10 @@ def train_ear(
     chosen = [
         int(font) for file in sorted((work / "test").glob("*.font")) for font in np.load(file, allow_pickle=False)
     ][:held_out]
-    answers = _answers(networks, Stored(work / "test", held_out))
+    tested = Stored(work / "test", held_out)
+    answers = _answers(networks, tested)
+    for network in networks:
+        network.origin = centre(network, tested)
     names = [short_name(font) or font.name for font in fonts]
     scale, facts = calibrated(answers, chosen, names)
     facts |= _real(tester, networks, scale, names, held_out) | {
@@ -168,6 +171,15 @@ def _real(
                 answers.append(torch.cat([network(clip) for network in fused]))
         medians[name] = round(float(scale.rating(torch.stack(answers)).median()), 4)
     return {"real": medians}
+
+
+@torch.inference_mode()
+def centre(network: Network, stored: Stored) -> torch.Tensor:
+    """The mean statistics (3 * width,) of the real excerpts, with the weights of the file."""
+    (fused,) = _usable([network])
+    place = EVERY.index(REAL)
+    clips = (stored.clip(group, place)[None] for group in range(len(stored.places)))
+    return torch.cat([fused.statistics(clip) for clip in clips]).mean(dim=0)
 
 
 def _usable(networks: Sequence[Network]) -> list[Network]:
