@@ -248,6 +248,8 @@ def run_probes(
     out: Path,
 ) -> None:
     """Write tables and figure into ``out``. Arguments as in the command's help; raises ``UserError`` for mistakes."""
+    if not files and not pedal:
+        raise UserError("--no-pedal is for MIDI files, and none were given")
 
     def fonts() -> list[Path]:
         found = [find_soundfont(name) for name in names or ("timgm",)]
@@ -274,7 +276,7 @@ def run_probes(
         "seconds": seconds,
         "sample_rate": sample_rate,
         "backend": backend,
-        **({"pedal": False} if files and not pedal else {}),
+        **({} if pedal else {"pedal": False}),
     }
     if not scores:
         click.echo(f"no MIDI files were given: using pieces by {model} instead of real music", err=True)

@@ -163,6 +163,8 @@ def compare_soundfonts(
     names = [*given, *(text for text in files if not text.lower().endswith(MIDI))]
     if bool(midi) == (corpus is not None):
         raise UserError("give either MIDI files or --corpus, not both")
+    if corpus is not None and not pedal:
+        raise UserError("--no-pedal is for MIDI files: how a corpus reads the pedal is decided when it is built")
 
     def pieces() -> dict[str, Any]:
         if corpus is not None:
@@ -182,7 +184,7 @@ def compare_soundfonts(
         "seconds": seconds,
         "sample_rate": sample_rate,
         "backend": backend,
-        **({"pedal": False} if midi and not pedal else {}),
+        **({} if pedal else {"pedal": False}),
     }
     kept = Kept(out, settings, list(scores))
     ratings: dict[str, dict[str, Ratings]] = {}
