@@ -148,7 +148,7 @@ def test_soundfonts_and_hacks_hear_the_pedal_unless_told_not_to(pedalled: list[P
             assert ("pedal" in json.loads((out / "settings.json").read_text())) == bool(more)
         assert rated[0] != rated[1]
         assert "other settings (pedal" in run(*words, *common, tmp_path / words[0] / "written", code=2).output
-    for words in (["soundfonts", "--corpus", tmp_path, "--soundfonts", "timgm"], ["hacks"]):  # nothing to read without the pedal
+    for words in (["soundfonts", "--corpus", tmp_path, "--soundfonts", "timgm"], ["hacks"]):
         assert "--no-pedal is for MIDI files" in run(*words, "--no-pedal", *common, tmp_path / "no", code=2).output
 
 
