@@ -18,7 +18,7 @@ class Crops:
     vocabulary's range; ``velocity_shift`` and ``tempo_shift`` do the same to its velocities and tempos, in steps of the
     vocabulary. ``openings`` is the share of rows that start at the beginning of a piece, half of them without BOS, like
     prompts. ``meters`` is the share of rows that are written in a random time signature (``smart.meters``); these begin
-    at a bar line. ``pieces`` must not be empty.
+    at a bar line, after BOS if they have it. ``pieces`` must not be empty.
     """
 
     def __init__(
@@ -75,13 +75,13 @@ class Crops:
         return tokens
 
     def _rewritten(self, piece: Tokens, start: int, random: np.random.Generator) -> Tokens:
-        """Tokens from the last bar line up to ``start``, in a random time signature; as they are if none fits."""
+        """The tokens from the last bar line at or before ``start`` on, in a random time signature, if it fits."""
         lines = np.flatnonzero(piece == self.facts.bar_id)
         if start > 1 and len(lines):
             start = _latest(lines, start)
         begin = piece[:1] if start == 0 else piece[:0]  # BOS
         start = max(start, 1)
-        music = piece[start : start + 2 * self.crop]  # new bars may take fewer tokens
+        music = piece[start : start + 2 * self.crop]  # the new row may need fewer tokens
         music, end = (music[:-1], music[-1:]) if music[-1] == self.facts.eos_id else (music, music[:0])
         signature = int(random.choice(self.facts.time_signature_ids))
         tempos = np.flatnonzero(np.isin(piece, self.facts.tempo_ids))

@@ -2,9 +2,11 @@
 
 Prompts draw time signatures and tempos uniformly from the vocabulary, while nearly all music is in 4/4 at a moderate
 tempo. Since positions and durations count twelfths of a beat, music can be written in any time signature of the
-vocabulary and still sound the same; pretraining uses this to learn from the music it has what to write in the others.
+vocabulary and sound the same, apart from notes that become longer than the longest duration; pretraining uses this to
+learn from the music it has what to write in the others.
 """
 
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -40,20 +42,20 @@ class Meters:
                 whole, part, parts = map(int, value.split("."))
                 self.durations[number] = (whole * parts + part) * self.steps // parts
         self._position_ids = {value: number for number, value in self.positions.items()}
-        self._duration_ids = {value: number for number, value in self.durations.items()}
-        self._tempo_ids, self._tempo_values = np.array(list(self.tempos)), np.array(list(self.tempos.values()))
+        self._duration_ids, self._duration_values = _columns(self.durations)
+        self._tempo_ids, self._tempo_values = _columns(self.tempos)
 
     def factors(self, tokens: Tokens, tempo: int, signature: int) -> list[Fraction]:
         """Which of ``FACTORS`` keep every onset of ``rewrite`` on the grid and every tempo in the vocabulary's range.
 
-        Empty if ``tokens`` have time signatures with different beats.
+        Empty if ``tokens`` have time signatures with different beats. Durations do not count: long notes are cut.
         """
         units = {self.signatures[token][1] for token in tokens.tolist() if token in self.signatures}
         if len(units) != 1:
             return []
         ratio = Fraction(units.pop(), self.signatures[signature][1])
         tempos = [self.tempos[token] for token in {tempo, *tokens.tolist()} if token in self.tempos]
-        odd = any(self.positions.get(token, 0) % 2 for token in tokens.tolist())
+        odd = self.steps % 2 or any(self.positions.get(token, 0) % 2 for token in tokens.tolist())
         low, high = self._tempo_values.min(), self._tempo_values.max()
         return [
             factor
@@ -64,25 +66,23 @@ class Meters:
         ]
 
     def rewrite(self, tokens: Tokens, tempo: int, signature: int, factor: Fraction) -> Tokens:
-        """``tokens`` (L,), which begin at a bar line, in bars of ``signature``: (L',) with the same onsets in seconds.
+        """``tokens`` (L,), which begin at a bar line, in bars of ``signature``, (L',).
 
-        ``factor`` beats of the new signature are one beat of the old one, and the tempo (``tempo`` is the id of the
-        one in force at the start) changes accordingly, to the nearest one of the vocabulary. The result states its
-        tempo at position 0, as a prompt does. Durations are rounded to a step, and those longer than the vocabulary's
-        longest are cut. ``factor`` must be one of ``factors``; the last event may be incomplete, as in ``tokens``.
+        ``factor``, one of ``factors``, is the number of beats of the new signature in one beat of the old one. The
+        tempo (``tempo`` is the id of the one in force at the start) changes accordingly, to the nearest one of the
+        vocabulary, so that onsets keep their times up to this rounding. Durations become the nearest ones that the
+        vocabulary has. The result states its tempo at position 0, as a prompt does. The last event may be incomplete,
+        as in ``tokens``.
         """
-        bar_steps, unit = self.signatures[signature]
-        bar_steps *= self.steps
+        (_, old_unit), (beats, unit) = self.signatures[int(tokens[1])], self.signatures[signature]
+        bar_steps, ratio = beats * self.steps, float(factor * Fraction(old_unit, unit))
         line, length = 0, 0  # steps from the start to this bar line, and of this bar
         events: list[tuple[int, list[int]]] = [(0, [tempo])]
-        ratio = 1.0
         for token in tokens.tolist():
             if token == self.bar:
                 line += length
             elif token in self.signatures:
-                beats, old_unit = self.signatures[token]
-                length = beats * self.steps
-                ratio = float(factor * Fraction(old_unit, unit))
+                length = self.signatures[token][0] * self.steps
             elif token in self.positions:
                 step = int((line + self.positions[token]) * factor)
                 if step or len(events) > 1:
@@ -107,7 +107,13 @@ class Meters:
     def _longer(self, token: int, factor: Fraction) -> int:
         if token not in self.durations:
             return token
-        return self._duration_ids[min(max(round(self.durations[token] * factor), 1), max(self._duration_ids))]
+        steps = max(round(self.durations[token] * factor), 1)
+        return int(self._duration_ids[np.abs(self._duration_values - steps).argmin()])
 
     def _faster(self, token: int, ratio: float) -> int:
         return int(self._tempo_ids[np.abs(self._tempo_values - self.tempos[token] * ratio).argmin()])
+
+
+def _columns(values: Mapping[int, float]) -> tuple[Tokens, npt.NDArray[np.float64]]:
+    """The ids, and their values."""
+    return np.array(list(values)), np.array(list(values.values()), np.float64)

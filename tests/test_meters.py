@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from miditok import REMI, TokenizerConfig
 
 from smart.meters import FACTORS, Meters
 from smart.tokens import build_grammar, build_tokenizer, decode, unplayable, vocabulary
@@ -76,8 +77,27 @@ def test_what_cannot_be_written_is_not_offered(tokenizer: Any) -> None:
     assert factors("| 4/4 @0 T120 60:1.0", "5/4") == [Fraction(1, 2), 1, 2]  # 360 is too fast
     assert factors("| 4/4 @0 T120 60:1.0 @3 62:1.0", "5/4") == [1, 2]  # position 1.5 does not exist
     assert factors("| 4/4 @0 T120 60:1.0", "7/8") == [1, 2, 3, 4]  # 30 is too slow
+    assert factors("| 4/4 @0 T120 60:4.0", "7/8") == [1, 2, 3, 4]  # although the note is cut
     assert factors("| 4/4 @0 T120 60:1.0 | 4/4 @0 T240 60:1.0", "5/4") == [Fraction(1, 2), 1]
     assert factors("| 4/4 @0 T120 60:1.0 | 6/8 @0 60:1.0", "5/4") == []
+
+
+def test_vocabularies_with_other_steps() -> None:
+    """Durations that a vocabulary lacks become the nearest that it has; half of an odd number of steps has no place."""
+    for resolution in ({(0, 4): 8, (4, 12): 4}, {(0, 1): 12, (1, 4): 4}, {(0, 4): 5}):
+        tokenizer = REMI(TokenizerConfig(beat_res=resolution, use_tempos=True, use_time_signatures=True))
+        meters = Meters(tokenizer)
+        signature = tokenizer.vocab["TimeSig_3/4"]
+        tempo = min(meters.tempos, key=lambda each: abs(meters.tempos[each] - 80))
+        for duration in (name for name in tokenizer.vocab if name.startswith("Duration_")):
+            names = ["Bar_None", "TimeSig_3/4", "Position_0", "Pitch_60", "Velocity_63", duration]
+            music = np.array([tokenizer.vocab[name] for name in names])
+            found = meters.factors(music, tempo, signature)
+            assert (Fraction(1, 2) in found) == (meters.steps % 2 == 0)
+            for factor in found:
+                steps = meters.durations[int(meters.rewrite(music, tempo, signature, factor)[-1])]
+                wanted = float(meters.durations[int(music[-1])] * factor)
+                assert abs(steps - wanted) == min(abs(each - wanted) for each in meters.durations.values())
 
 
 @settings(max_examples=40, deadline=None)

@@ -328,7 +328,7 @@ class Data:
     velocity_shift: int = _key(0, "largest shift of a row's velocities", unit="steps of the vocabulary", low=0, high=31)
     tempo_shift: int = _key(0, "largest shift of a row's tempos", unit="steps of the vocabulary", low=0, high=63)
     openings: float = _key(0.0, "share of rows that start at the beginning of a piece", low=0.0, high=1.0)
-    meters: float = _key(0.0, "share of rows rewritten in a random time signature", low=0.0, high=1.0)
+    meters: float = _key(0.0, "share of rows rewritten in a random time signature, where it fits", low=0.0, high=1.0)
 
 
 @dataclass(frozen=True)

@@ -159,6 +159,8 @@ def rate_files(
     if out is not None and not out.parent.is_dir():
         raise UserError(f"--out {out}: the folder {out.parent} does not exist; create it first")
     with_midi = any(path.suffix.lower() in MIDI for path in files)
+    if not (with_midi or pedal):
+        raise UserError("--no-pedal is for MIDI files, and none were given")
 
     def sound() -> Path | None:
         return checked_soundfont(soundfont) if with_midi else None

@@ -40,7 +40,7 @@ LOWEST, HIGHEST = 1.0, 10.0
 FORMAT = "smart.ear"
 VERSION = 2
 SHIPPED = Path(__file__).with_name("ears")
-HIDDEN = 64  # numbers that a member judges a clip by
+HIDDEN = 64  # width of the layer before the answer
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Network(nn.Module):
     def embed(self, spectra: torch.Tensor) -> torch.Tensor:
         """How the statistics differ from those of real music in general, (N, 3 * width).
 
-        The last layer but one holds little beside the answer: by it, all music has the same direction.
+        The layer before the answer holds hardly more than the answer: all music points the same way there.
         """
         return self.statistics(spectra) - self.origin
 
@@ -208,7 +208,7 @@ class Ear(Reward):
     @exact_float32()
     @torch.inference_mode()
     def embed(self, audio: torch.Tensor, lengths: torch.Tensor | None = None) -> torch.Tensor:
-        """How each clip differs from real music in general, in what the members hear: (N, D) float32 on the CPU.
+        """How each clip's statistics differ from those of real music: (N, D) float32 on the CPU.
 
         Arguments as of ``score``; windows of a longer clip are averaged. NaN for clips that ``score`` rates NaN.
         """

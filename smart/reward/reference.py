@@ -1,14 +1,17 @@
-"""``reference``: how near a clip is to pieces of the user's, in the space of an embedding.
+"""``reference``: how near a clip is to the user's own pieces, in the space of an embedding.
 
     load_reward("reference", folder="my-pieces")
 
 With c the mean of the unit embeddings of the excerpts in the folder, a clip with embedding e rates
 
-    5.5 + 4.5 cos(e, c)
+    5.5 + 4.5 cos(e, c) min(1, (R / |e|)^2)
 
-so that 10 points in the direction of the folder's mean, and 1 in the opposite one. An ear's embedding is centred on
-real music, so that music in general rates about 5.5. ``frechet_distance`` compares two whole sets, for reports. An
-embedding is "clap", or that of a reward with a method ``embed``, by default ``EMBEDDING``.
+so that 10 points in the direction of the folder's mean, and 1 in the opposite one. R is the length that a tenth of the
+folder's embeddings exceed: noise may have the right direction, but lies further out than music. Silence rates 1.
+
+An ear's embedding is centred on real music, so this direction is how the folder differs from other music.
+``frechet_distance`` compares two whole sets, for reports. An embedding is "clap", or that of a reward with a method
+``embed``, by default ``EMBEDDING``.
 """
 
 import hashlib
@@ -166,6 +169,7 @@ class Nearness(Reward):
         super().__init__(device=device)
         self.vectors = self._read(files, checked_soundfont(soundfont))  # (M, D) of the folder's excerpts
         self.centre = _unit(self.vectors).mean(dim=0)
+        self.reach = self.vectors.norm(dim=1).quantile(0.9)
         names = hashlib.sha256("\n".join(path.name for path in files).encode()).hexdigest()[:12]
         self.provenance = (
             f"nearness to {len(self.vectors)} excerpts of {Path(folder).name} (names {names}) in {embedding}: "
@@ -188,7 +192,9 @@ class Nearness(Reward):
     def rate(self, audio: torch.Tensor, lengths: torch.Tensor) -> Mapping[str, torch.Tensor]:
         vectors = _embed(self.embedder, [wave[:length] for wave, length in zip(audio, lengths.tolist(), strict=True)])
         cosine = torch.nn.functional.cosine_similarity(vectors, self.centre[None], dim=1)
-        return {"NEAR": (LOWEST + (HIGHEST - LOWEST) * (cosine + 1) / 2).clamp(LOWEST, HIGHEST).float()}
+        near = cosine * (self.reach / vectors.norm(dim=1)).clamp(max=1).square()
+        rating = (LOWEST + (HIGHEST - LOWEST) * (near + 1) / 2).clamp(LOWEST, HIGHEST).float()
+        return {"NEAR": rating.where(audio.cpu().abs().amax(dim=1) > 0, LOWEST)}
 
 
 def _unit(vectors: torch.Tensor) -> torch.Tensor:

@@ -148,8 +148,9 @@ def test_soundfonts_and_hacks_hear_the_pedal_unless_told_not_to(pedalled: list[P
             assert ("pedal" in json.loads((out / "settings.json").read_text())) == bool(more)
         assert rated[0] != rated[1]
         assert "other settings (pedal" in run(*words, *common, tmp_path / words[0] / "written", code=2).output
-    for words in (["soundfonts", "--corpus", tmp_path, "--soundfonts", "timgm"], ["hacks"]):
-        assert "--no-pedal is for MIDI files" in run(*words, "--no-pedal", *common, tmp_path / "no", code=2).output
+    soundfile.write(sound := tmp_path / "a.wav", melody(3, RATE), RATE)
+    for words in (["soundfonts", "--corpus", tmp_path, "--soundfonts", "timgm"], ["hacks"], ["rate", sound]):
+        assert "--no-pedal is for MIDI files" in run(*words, "--no-pedal", "--out", tmp_path / "no", code=2).output
 
 
 def test_rate_keeps_what_is_there_and_reads_no_more_than_asked(tmp_path: Path) -> None:

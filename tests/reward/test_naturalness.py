@@ -9,6 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors import safe_open
+from safetensors.torch import load_file
 from symusic import ControlChange, Note, Score, Tempo, Track
 
 from smart.corpus import Reject
@@ -217,6 +218,9 @@ def test_training_from_a_folder_to_a_reward_and_again_after_it_was_interrupted(
     assert isinstance(ear, Ear) and ear.facts["pieces"] + ear.facts["held_out_pieces"] == 16
     assert 5 < ear.real["NA"] < 9 and set(ear.real_by_soundfont) == {"timgm"}  # 7 where it learnt, here held out
     assert len(ear.facts["curves"]) == 2 and [entry[0] for entry in ear.facts["curves"][0]] == [1, 2, 3]
+
+    origin = load_file(whole)["0.origin"]
+    assert origin.isfinite().all() and origin.abs().max() > 0.01  # where its embedding is centred
 
     run, calls = training.Trainer.run, [0]
 

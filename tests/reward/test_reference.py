@@ -92,7 +92,12 @@ def test_an_ear_tells_one_kind_of_music_from_another(tmp_path: Path) -> None:
         (tmp_path / own / "3.mid").unlink()  # the clip whose rating counts
         reward = load_reward("reference", folder=str(tmp_path / own))
         far = [reward.score(clip)["NEAR"].item() for clip in clips[other]]
-        assert reward.score(clips[own][3])["NEAR"].item() > max(far) + 1
+        near = reward.score(clips[own][3])["NEAR"].item()
+        assert near > max(far) + 1
+        noise = torch.randn(1, 10 * RATE, generator=torch.Generator().manual_seed(0))
+        sine = torch.sin(2 * math.pi * 440 * torch.arange(10 * RATE) / RATE)[None]
+        assert near > 1 + max(reward.score(clip)["NEAR"].item() for clip in (0.1 * noise, 0.3 * sine))
+        assert reward.score(torch.zeros(1, RATE))["NEAR"].item() == 1.0
 
 
 def test_clips_near_the_folder_are_rated_higher(low: Path) -> None:

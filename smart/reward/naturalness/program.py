@@ -86,7 +86,7 @@ def train_ear(
     tested = Stored(work / "test", held_out)
     answers = _answers(networks, tested)
     for network in networks:
-        network.origin = centre(network, tested)
+        network.origin = _centre(network, tested)
     names = [short_name(font) or font.name for font in fonts]
     scale, facts = calibrated(answers, chosen, names)
     facts |= _real(tester, networks, scale, names, held_out) | {
@@ -174,7 +174,7 @@ def _real(
 
 
 @torch.inference_mode()
-def centre(network: Network, stored: Stored) -> torch.Tensor:
+def _centre(network: Network, stored: Stored) -> torch.Tensor:
     """The mean statistics (3 * width,) of the real excerpts, with the weights of the file."""
     (fused,) = _usable([network])
     place = EVERY.index(REAL)
