@@ -164,7 +164,7 @@ def test_pieces_come_as_midi_and_wav(tmp_path: Path) -> None:
         assert rate == 44100 and len(audio) / rate == pytest.approx(float(row["seconds"]), abs=0.01)
         assert abs(audio).max() == pytest.approx(1, abs=1e-3)
     settings = json.loads((out / "settings.json").read_text())
-    assert (settings["model"], settings["temperature"], settings["seed"]) == ("piano", 0.95, 1)
+    assert (settings["model"], settings["temperature"], settings["top_p"], settings["seed"]) == ("piano", 1.0, 0.95, 1)
     other = generate("--out", tmp_path / "b", "-n", 2, "--tokens", 96, "--tempo", 90, "--time-signature", "3/4",
                      "--playable", "--seed", 2)  # fmt: skip
     assert other.exit_code == 0

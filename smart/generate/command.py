@@ -63,7 +63,7 @@ from smart.run import backend_option, in_one_line, soundfont_option
 )
 @click.option(
     "--temperature",
-    default=0.95,
+    default=1.0,
     show_default=True,
     type=click.FloatRange(0, 100, min_open=True),
     help="Temperature of the sampling: below 1 it prefers likely tokens, above 1 it draws unlikely ones more often.",
@@ -77,7 +77,7 @@ from smart.run import backend_option, in_one_line, soundfont_option
 )
 @click.option(
     "--top-p",
-    default=1.0,
+    default=0.95,
     show_default=True,
     type=click.FloatRange(0, 1, min_open=True),
     help="Sample from the most likely tokens that together have this probability.",
