@@ -327,7 +327,7 @@ def write(
     data = pa.Table.from_pylist(table)
     write_atomically(out / "frontier.parquet", functools.partial(pq.write_table, data))
     labels = {
-        "reward": f"reward: {setting.reward.name} ({' '.join(setting.reward.weights)})",
+        "reward": f"reward: {setting.reward.name}\n({', '.join(setting.reward.weights)})",
         "judge": "held-out score: " + setting.judge.replace(" (", "\n("),
         "vendi": f"effective number of different pieces, of {setting.prompts}",
     }
