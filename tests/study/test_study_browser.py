@@ -298,12 +298,13 @@ def test_a_page_of_somebody_else_stores_nothing(browser: Any, server: Server) ->
         page.check("[name=rating][value='7']", force=True)
         page.click("#send")
         if not position:
-            for _ in range(100):
-                shown = page.text_content("#status")
-                if "login page" in shown:
-                    break
-                page.wait_for_timeout(100)
-            assert page.evaluate("Object.keys(localStorage).length") == 1  # the answer is kept
+            # both at one instant: a moment later the answer may have arrived
+            found = page.wait_for_function("""() => {
+                const text = document.querySelector("#status").textContent;
+                return text.includes("login page") && [text, Object.keys(localStorage).length];
+            }""")
+            shown, stored = found.json_value()
+            assert stored == 1  # the answer is kept
         visitor.left(position)
     assert not any(left.values()) and "login page" in shown and "are kept on this device" in shown
     assert [given[1] for given in ratings(server).values()] == [7]
