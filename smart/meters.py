@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from smart.tokens import duration_steps
+
 Tokens = npt.NDArray[np.int64]
 
 FACTORS = (Fraction(1, 2), Fraction(1), Fraction(2), Fraction(3), Fraction(4))  # new beats per old beat
@@ -39,8 +41,7 @@ class Meters:
             elif kind == "Position":
                 self.positions[number] = int(value)
             elif kind == "Duration":
-                whole, part, parts = map(int, value.split("."))
-                self.durations[number] = (whole * parts + part) * self.steps // parts
+                self.durations[number] = duration_steps(value, self.steps)
         self._position_ids = {value: number for number, value in self.positions.items()}
         self._duration_ids, self._duration_values = _columns(self.durations)
         self._tempo_ids, self._tempo_values = _columns(self.tempos)

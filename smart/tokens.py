@@ -215,6 +215,12 @@ def vocabulary(tokenizer: REMI) -> Vocabulary:
     )
 
 
+def duration_steps(value: str, steps: int) -> int:
+    """The length that a Duration token names, such as 1.6.12 (beats, part, parts), in ``steps`` to a beat."""
+    beats, part, parts = map(int, value.split("."))
+    return (beats * parts + part) * steps // parts
+
+
 def merge_piano(score: ScoreTick, pitch_range: tuple[int, int] = (0, 127)) -> ScoreTick:
     """The notes of all piano tracks of ``score`` as one track; drums and other programs are left out.
 

@@ -15,7 +15,7 @@ from miditok import REMI
 from miditok.utils import get_score_ticks_per_beat
 from symusic.core import NoteTickList, ScoreTick, TempoTick, TempoTickList, TimeSignatureTickList, TrackTick
 
-from smart.tokens import last_of_each_tick
+from smart.tokens import duration_steps, last_of_each_tick
 
 Ints = npt.NDArray[np.int64]
 
@@ -46,8 +46,7 @@ class FastRemi:
             if kind in ("Pitch", "PitchDrum", "Velocity", "Position", "Tempo", "Program"):
                 self.value[number, 0] = float(value)
             elif kind == "Duration":
-                beats, part, parts = map(int, value.split("."))
-                self.value[number, 0] = (beats * parts + part) * self.steps // parts
+                self.value[number, 0] = duration_steps(value, self.steps)
             elif kind == "TimeSig":
                 self.value[number] = [int(part) for part in value.split("/")]
         self.pitch, self.velocity, self.duration, self.position = (
