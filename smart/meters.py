@@ -98,9 +98,9 @@ class Meters:
         out: list[int] = []
         bars = 0
         for step, content in events:
-            for _ in range(bars, step // bar_steps + 1):
+            while bars <= step // bar_steps:
                 out += [self.bar, signature]
-            bars = max(bars, step // bar_steps + 1)
+                bars += 1
             out.append(self._position_ids[step % bar_steps])
             out += [self._faster(token, ratio) if token in self.tempos else token for token in content]
         return np.array(out)
