@@ -52,7 +52,7 @@ def test_a_machine_that_is_ready(tmp_path: Path) -> None:
     ("override", "row", "found", "mend"),
     [
         ("grpo.beta=-1", "configuration", "grpo.beta = -1", "correct that setting"),
-        ("model.base=nowhere", "base", "nowhere", "--set model.base=piano-small"),
+        ("model.base=nowhere", "base", "nowhere", "--set model.base=piano"),
         ("model.base=owner/model", "base", "owner/model is not in the cache", "download owner/model"),
         ("model.base=owner/my--model", "base", "owner/my--model is not in the cache", "download owner/my--model"),
         ("model.base=owner/model.git", "base", "owner/model.git is not in the cache", None),

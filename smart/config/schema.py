@@ -48,7 +48,7 @@ class Model:
     """The base to start from."""
 
     base: str = _path(
-        "piano-small",
+        "piano",
         "a shipped base's name, a local folder, or an id of the Hugging Face hub (only this one uses the network); "
         "empty: `smart pretrain` starts from random weights",
         paper="3.1",

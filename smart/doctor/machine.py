@@ -193,7 +193,7 @@ def _base(config: Config) -> tuple[Finding, Path | None]:
         folder = find_base(name)
         model, _ = load_base(folder)
     except UserError as error:
-        return Finding(MISSING, error.message, "--set model.base=piano-small"), None
+        return Finding(MISSING, error.message, "--set model.base=piano"), None
     return Finding(
         READY, f"{folder}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters"
     ), folder

@@ -273,7 +273,7 @@ def soundfonts_command(**given: Any) -> None:
     "[default: timgm, then every other installed soundfont with a short name]",
 )  # fmt: skip
 @click.option(
-    "--model", default="piano-small", show_default=True, help="Model to sample pieces from if no MIDI FILES are given."
+    "--model", default="piano", show_default=True, help="Model to sample pieces from if no MIDI FILES are given."
 )
 @click.option(
     "-n",

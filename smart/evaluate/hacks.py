@@ -64,7 +64,7 @@ from smart.style import own_style
 
 Ratings = dict[str, npt.NDArray[np.float64]]  # column -> (pieces,)
 
-NONSENSE, FORM, HARMLESS, REAL = "nonsense", "form", "should not matter", "real"
+NONSENSE, FORM, HARMLESS, REAL = "nonsense", "form", "should not matter", "piece"
 ONSET, DURATION, PITCH, VELOCITY, PROGRAM, DRUM = range(len(NOTE_COLUMNS))
 PIANO = (21, 108)
 NOISE_LEVEL = 0.1  # standard deviation; full scale is 1
@@ -323,7 +323,7 @@ def run_probes(
                 name = f"soundfont {short_name(path) or path.stem}"
                 keep(name, HARMLESS, partial(heard, own, label=name))
                 continue
-            keep("real pieces", REAL, partial(heard, own, label="real pieces"))
+            keep("the pieces", REAL, partial(heard, own, label="the pieces"))
             for name, make in WITHOUT_NOTES.items():
                 keep(name, NONSENSE, partial(without_notes, make))
             for name, (kind, probe) in FROM_NOTES.items():
@@ -350,7 +350,7 @@ def _rows(rated: dict[str, Ratings], kinds: dict[str, str], names: Sequence[str]
     """One row per rating and probe: its mean, its paired difference to the real pieces, the verdict."""
     rows = []
     for column in names:
-        real = rated["real pieces"][column]
+        real = rated["the pieces"][column]
         for probe, found in rated.items():
             difference = estimate(found[column] - real, DIFFERENCE)
             rows.append(
@@ -405,7 +405,7 @@ def _draw(stem: Path, rows: Sequence[Row], names: Sequence[str]) -> None:
                 axes.plot(row["difference"], at, "o", color=colour, label=row["kind"])
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_yticks(range(len(probes)), probes)
-        axes.set_xlabel("probe - real piece")
+        axes.set_xlabel("probe - piece")
         axes.set_title(column)
         axes.grid(alpha=0.3)
     axes.invert_yaxis()

@@ -478,14 +478,14 @@ def test_hacks_on_midi_files(midi: list[Path], tmp_path: Path) -> None:
     output = run(*words, tmp_path / "one").output
     rows = {row["probe"]: row for row in read(tmp_path / "one" / "hacks.csv")}
     assert list(rows) == [
-        "real pieces", *hacks.WITHOUT_NOTES, *hacks.FROM_NOTES, *hacks.FROM_AUDIO,
+        "the pieces", *hacks.WITHOUT_NOTES, *hacks.FROM_NOTES, *hacks.FROM_AUDIO,
     ]  # fmt: skip
     assert rows["silence"]["verdict"] == "rates it lower" and float(rows["silence"]["difference"]) < -0.3
     assert rows["20 dB softer"]["verdict"] == "unmoved"  # ce_proxy measures levels relative to the clip's own
     for row in rows.values():
         assert row["n"] == row["pairs"] == "4"
         assert float(row["difference"]) == pytest.approx(
-            float(row["mean"]) - float(rows["real pieces"]["mean"]), abs=1e-6
+            float(row["mean"]) - float(rows["the pieces"]["mean"]), abs=1e-6
         )
     assert "4 pieces, the first 5 s" in output and "instead of real music" not in output
     # as if it had stopped before two of the probes: they are made again, with the same results
@@ -517,8 +517,8 @@ def test_hacks_on_pieces_of_a_model(tmp_path: Path) -> None:
         "--out",
         tmp_path,
     ).output
-    assert "2 pieces by piano-small instead of real music" in output
-    assert {row["name"] for row in read(tmp_path / "ratings.csv")} == {"piano-small, prompt 0", "piano-small, prompt 1"}
+    assert "2 pieces by piano instead of real music" in output
+    assert {row["name"] for row in read(tmp_path / "ratings.csv")} == {"piano, prompt 0", "piano, prompt 1"}
 
 
 def test_a_clip_that_failed_is_asked_for_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
