@@ -1,4 +1,4 @@
-"""Tune the shipped base with a reward written here: bright music, with much of its energy above 1 kHz.
+"""Tune `piano` with a reward written here: bright music, with much of its energy above 1 kHz.
 
 python examples/reward_of_my_own.py                          the whole run: minutes on two cores
 python examples/reward_of_my_own.py grpo.iterations=2        any key of the configuration can be set

@@ -26,7 +26,7 @@ from smart.run import check_packages, check_resumable
 from smart.system import available_memory
 
 READY, MISSING, NOTE = "ready", "MISSING", "note"
-FEWEST_BYTES = 2 << 30  # of memory: the quickstart's processes together take up to 1.9 GiB
+FEWEST_BYTES = 5 << 29  # of memory: the quickstart's processes together take up to 2.2 GiB
 
 
 class Finding(NamedTuple):
@@ -110,7 +110,7 @@ def _cores(config: Config | None) -> Finding:
 def _memory() -> Finding:
     free = _available_memory()
     if free < FEWEST_BYTES:
-        found = f"{free / 2**30:.1f} GiB available, less than the quickstart needs ({FEWEST_BYTES >> 30} GiB)"
+        found = f"{free / 2**30:.1f} GiB available, less than the quickstart needs ({FEWEST_BYTES / 2**30:g} GiB)"
         return Finding(NOTE, found, "--set grpo.micro_batch=4 --set render.workers=1")
     return Finding(READY, f"{free / 2**30:.1f} GiB available")
 

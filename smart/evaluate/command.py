@@ -291,9 +291,9 @@ def soundfonts_command(**given: Any) -> None:
 @clip_options(most_seconds=600)
 @click.option("--out", type=FilePath(), required=True, help="Folder for the tables and the figure.")
 def hacks_command(**given: Any) -> None:
-    """Test whether a reward can be fooled: rate silence, noise, drones, loops and random notes next to real pieces.
+    """Test whether a reward can be fooled: rate silence, noise, drones, loops and random notes next to the pieces.
 
-    The real pieces are MIDI FILES, or pieces sampled from a model.
+    The pieces are MIDI FILES, or sampled from a model.
     """
     from smart.evaluate.hacks import run_probes
 

@@ -126,8 +126,9 @@ def licence(kind: str) -> str:
     if kind == "audiobox":
         return "published weights and code: CC BY 4.0, parts of the code MIT (Meta, facebook/audiobox-aesthetics)"
     if kind.startswith("naturalness"):
-        data = "POP909 and pianolatron (MIT) and GiantMIDI-Piano (CC BY 4.0)"
-        return f"MIT, as part of smart; trained on {data}"
+        data = "POP909 and pianolatron (MIT), GiantMIDI-Piano (CC BY 4.0)"
+        scores = ", public-domain scores of music21's corpus" if kind == "naturalness" else ""
+        return f"MIT, as part of smart; trained on {data}{scores}"
     if kind in BUILT_IN:
         return "MIT, as part of smart"
     for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
