@@ -53,7 +53,7 @@ def timeline(trace: Path) -> Path:
     spans = [event for event in events if event["ph"] == "X"]
     stages = list(dict.fromkeys(span["name"] for span in spans))
     colours = {stage: f"C{number}" for number, stage in enumerate(stages)}
-    figure = Figure(figsize=(8, 0.8 + 0.4 * len(lanes)), layout="constrained")
+    figure = Figure(figsize=(8, 1.1 + 0.4 * len(lanes)), layout="constrained")
     axes = figure.add_subplot()
     for span in spans:
         bar = [(span["ts"] / 1e6, span["dur"] / 1e6)]
@@ -61,9 +61,9 @@ def timeline(trace: Path) -> Path:
     axes.set_yticks(list(lanes), list(lanes.values()))
     axes.invert_yaxis()
     axes.set_xlabel("seconds")
-    axes.legend(
+    figure.legend(
         handles=[Patch(color=colours[stage], label=stage) for stage in stages],
-        ncols=len(stages), loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize="small",
+        ncols=5, loc="outside upper center", frameon=False, fontsize="small",
     )  # fmt: skip
     path = trace.with_suffix(".png")
     figure.savefig(path, dpi=100)
