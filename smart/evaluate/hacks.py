@@ -64,7 +64,7 @@ from smart.style import own_style
 
 Ratings = dict[str, npt.NDArray[np.float64]]  # column -> (pieces,)
 
-NONSENSE, FORM, HARMLESS, REAL = "nonsense", "form", "should not matter", "piece"
+NONSENSE, FORM, HARMLESS, PIECE = "nonsense", "form", "should not matter", "piece"
 ONSET, DURATION, PITCH, VELOCITY, PROGRAM, DRUM = range(len(NOTE_COLUMNS))
 PIANO = (21, 108)
 NOISE_LEVEL = 0.1  # standard deviation; full scale is 1
@@ -205,7 +205,7 @@ WITHOUT_NOTES = {"silence": silence, "white noise": white_noise}
 def verdict(kind: str, difference: dict[str, float]) -> str:
     """The verdict by the rule at the top of this module; "" for real pieces, and if the difference is unknown."""
     mean, low, high = (difference[key] for key in ("mean", "low", "high"))
-    if kind == REAL or not math.isfinite(mean):
+    if kind == PIECE or not math.isfinite(mean):
         return ""
     if not math.isfinite(low):
         return "unmoved" if kind == HARMLESS and mean == 0 else "cannot be told"
@@ -323,7 +323,7 @@ def run_probes(
                 name = f"soundfont {short_name(path) or path.stem}"
                 keep(name, HARMLESS, partial(heard, own, label=name))
                 continue
-            keep("the pieces", REAL, partial(heard, own, label="the pieces"))
+            keep("the pieces", PIECE, partial(heard, own, label="the pieces"))
             for name, make in WITHOUT_NOTES.items():
                 keep(name, NONSENSE, partial(without_notes, make))
             for name, (kind, probe) in FROM_NOTES.items():
@@ -379,7 +379,7 @@ def _shown(rows: Sequence[Row]) -> str:
             {
                 "probe": row["probe"],
                 "mean": with_interval(row),
-                "probe - piece": "" if row["kind"] == REAL else with_interval(_difference(row), sign=True),
+                "probe - piece": "" if row["kind"] == PIECE else with_interval(_difference(row), sign=True),
                 "n": row["pairs"],
                 "kind": row["kind"],
                 "verdict": row["verdict"],
@@ -394,12 +394,12 @@ def _draw(stem: Path, rows: Sequence[Row], names: Sequence[str]) -> None:
     """Draw the paired differences with their intervals, one panel per rating."""
     from matplotlib.figure import Figure
 
-    probes = list(dict.fromkeys(row["probe"] for row in rows if row["kind"] != REAL))
+    probes = list(dict.fromkeys(row["probe"] for row in rows if row["kind"] != PIECE))
     colours = {NONSENSE: "C3", FORM: "C1", HARMLESS: "C0"}
     figure = Figure(figsize=(3 + 3.2 * len(names), 1 + 0.28 * len(probes)), layout="constrained")
     for axes, column in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names, strict=True):
         for row in rows:
-            if row["rating"] == column and row["kind"] != REAL:
+            if row["rating"] == column and row["kind"] != PIECE:
                 at, colour = probes.index(row["probe"]), colours[row["kind"]]
                 axes.plot([row["difference_low"], row["difference_high"]], [at, at], color=colour)
                 axes.plot(row["difference"], at, "o", color=colour, label=row["kind"])

@@ -466,7 +466,7 @@ def test_probes_are_what_they_are_called(piece: hacks.Real) -> None:
         (hacks.HARMLESS, -0.5, -1, -0.1, "changes the rating"),
         (hacks.HARMLESS, 0.5, -1, 2, "unmoved"),
         (hacks.NONSENSE, math.nan, math.nan, math.nan, ""),
-        (hacks.REAL, 0.0, 0, 0, ""),
+        (hacks.PIECE, 0.0, 0, 0, ""),
     ],
 )
 def test_the_rule_of_the_verdict(kind: str, mean: float, low: float, high: float, expected: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 import soundfile
 import torch
 from click.testing import CliRunner
+from matplotlib.image import imread
 from safetensors import SafetensorError
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -302,3 +303,16 @@ def test_a_trace_holds_every_span_in_its_lane(tmp_path: Path) -> None:
     figure = timeline(tmp_path / "traces" / "1.json")
     assert figure == tmp_path / "traces" / "1.png" and figure.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert spans["render"]["ts"] == pytest.approx(1e6) and spans["render"]["dur"] == pytest.approx(2e6)
+
+
+def test_the_legend_of_a_timeline_fits(tmp_path: Path) -> None:
+    """With all stages of an iteration, nothing is cut off at the edge of the figure."""
+    watch = Stopwatch()
+    watch.lap("save")
+    start = watch.spans[0].start
+    for number, stage in enumerate("generate render reference score wait rate learn record".split()):
+        watch.span(stage, start + number, start + number + 0.5, "main")
+    watch.write(tmp_path / "1.json")
+    image = imread(timeline(tmp_path / "1.json"))[..., :3]
+    for edge in (image[:, 0], image[:, -1], image[0], image[-1]):
+        assert (edge == 1).all()
