@@ -310,7 +310,7 @@ def test_the_legend_of_a_timeline_fits(tmp_path: Path) -> None:
     watch = Stopwatch()
     watch.lap("save")
     start = watch.spans[0].start
-    for number, stage in enumerate("generate render reference score wait rate learn record".split()):
+    for number, stage in enumerate(["generate", "render", "reference", "score", "wait", "rate", "learn", "record"]):
         watch.span(stage, start + number, start + number + 0.5, "main")
     watch.write(tmp_path / "1.json")
     image = imread(timeline(tmp_path / "1.json"))[..., :3]
