@@ -204,7 +204,6 @@ def contents(file: Path) -> tuple[dict[str, str], dict[str, bytes]]:
         return opened.metadata(), tensors
 
 
-@pytest.mark.slow
 def test_an_embedding_is_centred_on_the_real_excerpts() -> None:
     """With the origin that training finds, the mean embedding of the real excerpts is 0; corruptions do not count."""
     torch.manual_seed(0)
@@ -216,6 +215,7 @@ def test_an_embedding_is_centred_on_the_real_excerpts() -> None:
     assert real.abs().max() < 1e-2 < other.abs().max()  # the file's weights have 16 bits
 
 
+@pytest.mark.slow
 def test_training_from_a_folder_to_a_reward_and_again_after_it_was_interrupted(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
