@@ -9,9 +9,10 @@ import click
 
 from smart import FilePath, Group, UserError
 from smart.cores import usable_cores
-from smart.corpus.build import DAMAGED, build, check_list
+from smart.corpus.build import build, check_list
 from smart.corpus.midi import BARS, Limits, Reading
 from smart.corpus.shards import SPLITS, Corpus
+from smart.corpus.state import DAMAGED
 from smart.corpus.stats import check_picture, describe, measure, plot
 from smart.run import in_one_line, pedal_option
 from smart.tokens import build_tokenizer, load_tokenizer

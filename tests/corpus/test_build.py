@@ -36,7 +36,8 @@ from corpora import (
 from smart import UserError
 from smart.corpus import Corpus, shards
 from smart.corpus import build as building
-from smart.corpus.build import State, build, find_files, split_of
+from smart.corpus.build import build, find_files, split_of
+from smart.corpus.state import State
 from smart.corpus.stats import measure
 from smart.tokens import decode, encode, vocabulary
 
