@@ -1,9 +1,9 @@
-"""Can a reward be fooled? Clips that no listener would take for music are rated next to real pieces.
+"""Can a reward be fooled? Clips that no listener would take for music are rated next to pieces.
 
     python -m smart.evaluate hacks --out hacks --reward ce_proxy my-midi/*.mid
 
 Reinforcement learning finds whatever scores well, so it is better to know before a run what scores well without being
-music. Each probe is made from each real piece (from its notes within the rated seconds), so probes and pieces are
+music. Each probe is made from each piece (from its notes within the rated seconds), so probes and pieces are
 compared pair by pair. Intervals are 95%, by a bootstrap over pieces, or by Student's t for few pieces.
 
 The verdict depends on d, the mean difference probe - piece, and its interval; without one (fewer than three pairs, or
@@ -71,7 +71,7 @@ NOISE_LEVEL = 0.1  # standard deviation; full scale is 1
 
 
 class Real(NamedTuple):
-    """The part of a real piece that the probes use."""
+    """The part of a piece that the probes use."""
 
     name: str
     notes: Notes  # (n, 6), the notes that begin within the rated seconds, cut at their end
@@ -92,7 +92,7 @@ def real_piece(name: str, score: Any, seconds: float) -> Real | None:
 
 
 # Probes -----------------------------------------------------------------------------------------------------
-# each takes a real piece, a random generator and the rated seconds; None means that the piece does not allow it
+# each takes a piece, a random generator and the rated seconds; None means that the piece does not allow it
 
 
 def held_chord(piece: Real, random: np.random.Generator, seconds: float) -> Notes:
@@ -203,7 +203,7 @@ WITHOUT_NOTES = {"silence": silence, "white noise": white_noise}
 
 
 def verdict(kind: str, difference: dict[str, float]) -> str:
-    """The verdict by the rule at the top of this module; "" for real pieces, and if the difference is unknown."""
+    """The verdict by the rule at the top of this module; "" for the pieces themselves, and if the difference is unknown."""
     mean, low, high = (difference[key] for key in ("mean", "low", "high"))
     if kind == PIECE or not math.isfinite(mean):
         return ""
@@ -347,7 +347,7 @@ def run_probes(
 
 
 def _rows(rated: dict[str, Ratings], kinds: dict[str, str], names: Sequence[str]) -> list[Row]:
-    """One row per rating and probe: its mean, its paired difference to the real pieces, the verdict."""
+    """One row per rating and probe: its mean, its paired difference to the pieces, the verdict."""
     rows = []
     for column in names:
         real = rated["the pieces"][column]
