@@ -203,7 +203,7 @@ WITHOUT_NOTES = {"silence": silence, "white noise": white_noise}
 
 
 def verdict(kind: str, difference: dict[str, float]) -> str:
-    """The verdict by the rule at the top of this module; "" for the pieces themselves, and if the difference is unknown."""
+    """The verdict by the rule at the top of this module; "" for the pieces, and if the difference is unknown."""
     mean, low, high = (difference[key] for key in ("mean", "low", "high"))
     if kind == PIECE or not math.isfinite(mean):
         return ""
