@@ -112,7 +112,9 @@ def _tuned(system: System, run: Path, config: Table, hub_id: str, frontier: Path
             for one in rewards
             if one["weights"]
         ),
-        "licence of the reward": "; ".join(f"{one['kind']}: {licence(one['kind'])}" for one in rewards),
+        "licence of the reward": "; ".join(
+            f"{one['kind']}: {licence(one['kind'], one.get('options', {}))}" for one in rewards
+        ),
         "soundfont": "; ".join(_lines(log, "soundfont: ")) or _soundfonts(config["render"]),
         "prompts": config["prompts"]["kind"],
         "training": f"{step} iterations of {settings['prompts']} prompts x {settings['group_size']} completions of "

@@ -88,6 +88,18 @@ def test_the_card_says_what_the_run_recorded(tuned: Path, base: Path) -> None:
     assert write_card(str(tuned / "tuned")).text == card.text, "the folder in the run stands for the run"
 
 
+def test_weights_of_the_users_own_have_no_licence_of_smart(tuned: Path) -> None:
+    from smart.config import dumps, load
+
+    words = ["rewards=[]", "reward.kind=naturalness", "run.folder=x"]
+    (tuned / "config.toml").write_text(dumps(load("quickstart.toml", words)))
+    assert "naturalness: MIT, as part of smart; trained on POP909" in write_card(str(tuned)).text
+    words += ["reward.options.model=mine.safetensors"]
+    (tuned / "config.toml").write_text(dumps(load("quickstart.toml", words)))
+    text = write_card(str(tuned)).text
+    assert "naturalness: not part of smart" in text and "POP909 and" not in text
+
+
 def test_what_was_not_recorded_is_not_claimed(tuned: Path) -> None:
     for name in ("summary.json", "log.txt", "reward_mean.png"):
         (tuned / name).unlink()

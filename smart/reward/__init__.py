@@ -121,8 +121,10 @@ def read_options(texts: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def licence(kind: str) -> str:
+def licence(kind: str, options: Mapping[str, Any]) -> str:
     """The licence of a reward, for a model card: of its published weights, or of the package that provides it."""
+    if kind in BUILT_IN and kind != "audiobox" and (options.get("model") or options.get("coefficients")):
+        return "not part of smart: weights of the user's own"
     if kind == "audiobox":
         return "published weights and code: CC BY 4.0, parts of the code MIT (Meta, facebook/audiobox-aesthetics)"
     if kind.startswith("naturalness"):
