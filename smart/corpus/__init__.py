@@ -1,6 +1,6 @@
 """Folders of MIDI files -> shards of tokens: the public names of this package, which import neither MidiTok nor torch.
 
-``Corpus`` reads what ``smart corpus build`` wrote. The other modules build it: ``build`` walks the folders and keeps its
+``Corpus`` reads what ``smart corpus build`` wrote. The others build it: ``build`` walks the folders and keeps its
 ``state``, ``readers`` gives each file to a worker process (``ReaderPool``), ``midi`` and ``piece`` check and convert it
 there, ``remi`` tokenises it, and ``shards`` stores the tokens. Every program reads MIDI files with ``score``, finds
 their bars with ``bars``, and changes them with ``events``.
